@@ -1,0 +1,43 @@
+"""Mistakes: what is wrong with a configuration, in one line that names the place and the way out."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from raykd.strategies import Strategy
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """One line that names each place in the tree, what is wrong there, and the way out."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        place = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            known = _keys_beside(model, problem["loc"])
+            message = f"unknown key{did_you_mean(str(problem['loc'][-1]), known)}; known: {', '.join(known)}"
+        elif problem["type"] == "missing":
+            message = "is missing"
+        elif problem["type"] != "value_error":
+            message = f"{message}, not {problem['input']!r}"
+        lines.append(f"{place}: {message}" if place else message)
+    return "; ".join(lines)
+
+
+def _keys_beside(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The keys that stand where an unknown one was found."""
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        if field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            model = field.annotation
+        elif str(part) == "strategies":
+            model = Strategy
+    return sorted(model.model_fields)
+
+
+def did_you_mean(word: str, known: Iterable[str] | Mapping[str, Any]) -> str:
+    """The nearest known word, as a question to append; empty where none is near."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,67 @@
+"""Records: the Arrow schemas of what is written, column by column, and the layout of an experiment's folder.
+
+<storage>/problems/<key>/                 train.parquet, validation.parquet, test.parquet, manifest.json
+<storage>/completions/<key>/              part-*.parquet, manifest.json
+<storage>/experiments/<name>/             experiment.yaml, run.json (versions, seeds, keys)
+    trials/<trial_id>/                    adapter/, metrics.jsonl, trial.json (written last)
+    predictions/                          part-*.parquet, manifest.json
+    results.csv, report.md, report.html
+"""
+
+import pyarrow as pa
+
+PROBLEM = pa.schema(
+    [
+        pa.field("problem_id", pa.string(), nullable=False),
+        pa.field("question", pa.string(), nullable=False),
+        pa.field("reference_solution", pa.string(), nullable=False),
+        # The number after `####`, without thousands commas.
+        pa.field("reference_answer", pa.string(), nullable=False),
+        # The reference answer of another problem of the same split, for the shuffled hint.
+        pa.field("other_answer", pa.string(), nullable=False),
+    ]
+)
+
+COMPLETION = pa.schema(
+    [
+        pa.field("completion_id", pa.string(), nullable=False),
+        pa.field("problem_id", pa.string(), nullable=False),
+        pa.field("strategy", pa.string(), nullable=False),
+        pa.field("sample_index", pa.int32(), nullable=False),
+        pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("completion", pa.string(), nullable=False),
+        # Ends in the end-of-turn token where the teacher stopped by itself (finish_reason "stop").
+        pa.field("completion_token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("answer_strict", pa.string()),
+        pa.field("answer_flexible", pa.string()),
+        # Strict match with the reference answer.
+        pa.field("is_correct", pa.bool_(), nullable=False),
+        # For each completion token the teacher's k most probable tokens; empty where targets are hard.
+        pa.field("topk_ids", pa.list_(pa.list_(pa.int32())), nullable=False),
+        pa.field("topk_logprobs", pa.list_(pa.list_(pa.float32())), nullable=False),
+        # Why there is no completion; empty where there is one.
+        pa.field("error", pa.string(), nullable=False),
+    ]
+)
+
+PREDICTION = pa.schema(
+    [
+        pa.field("prediction_id", pa.string(), nullable=False),
+        pa.field("trial_id", pa.string(), nullable=False),
+        pa.field("arm", pa.string(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("problem_id", pa.string(), nullable=False),
+        pa.field("question", pa.string(), nullable=False),
+        pa.field("reference_answer", pa.string(), nullable=False),
+        pa.field("completion", pa.string(), nullable=False),
+        pa.field("num_tokens", pa.int32(), nullable=False),
+        # "stop" where the student ended its turn, "length" where the token limit cut it.
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("answer_strict", pa.string()),
+        pa.field("answer_flexible", pa.string()),
+        pa.field("is_correct_strict", pa.bool_(), nullable=False),
+        pa.field("is_correct_flexible", pa.bool_(), nullable=False),
+        pa.field("error", pa.string(), nullable=False),
+    ]
+)

@@ -1,0 +1,182 @@
+"""Storage: where things lie, under which key, and how they are written so that nothing half-written is read.
+
+A folder of rows is a set of Parquet parts and, once all rows are there, a manifest. A part appears under its
+name whole or not at all, so a stage that was killed goes on from the rows that are there.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+
+MANIFEST = "manifest.json"
+_PART_GLOB = "part-*.parquet"
+# A model's weights count into its fingerprint by content up to this many bytes, above that by their ends.
+_WHOLE_FILE_BYTES = 64 << 20
+
+
+def content_key(content: Mapping[str, Any]) -> str:
+    """The name of what is wholly determined by `content` (JSON values): 20 hexadecimal digits of SHA-256."""
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return digest(canonical)[:20]
+
+
+def digest(text: str) -> str:
+    """SHA-256 of a text, in hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """What a model's folder or a data file holds, as a key; large files count by size and both ends."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    total = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        total.update(f"{file.relative_to(path)}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            if size <= _WHOLE_FILE_BYTES:
+                total.update(stream.read())
+            else:
+                total.update(stream.read(1 << 20))
+                stream.seek(-(1 << 20), os.SEEK_END)
+                total.update(stream.read())
+    return total.hexdigest()[:20]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
+    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON as `write_text` writes text."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON.
+
+    Raises:
+        ValueError: where the file is cut or altered, with its path and what to do.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, and the stage is done again") from None
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Writes a Parquet file that is there whole or not at all."""
+    # Small row groups, so that a reader can stream and can split one file over several tasks.
+    _replace(path, lambda temporary: pq.write_table(table, temporary, row_group_size=1024))
+
+
+def write_part(folder: Path, table: pa.Table, id_column: str) -> None:
+    """Writes rows as one part, named by their ids: the same rows written twice are one part."""
+    name = digest("\0".join(table[id_column].to_pylist()))[:20]
+    write_table(folder / f"part-{name}.parquet", table)
+
+
+def parts(folder: Path) -> list[Path]:
+    """The whole parts of a folder, in the order of their names."""
+    return sorted(folder.glob(_PART_GLOB))
+
+
+def open_rows(folder: Path, schema: pa.Schema) -> pyarrow.dataset.Dataset:
+    """All parts of a folder as one dataset, which streams.
+
+    Raises:
+        ValueError: where a part is cut or altered, with its path and what to do.
+    """
+    files = parts(folder)
+    for file in files:
+        try:
+            found = pq.read_schema(file)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{file} is damaged ({error}); delete it, and its rows are made again") from None
+        if not found.equals(schema):
+            raise ValueError(f"{file} has other columns than this version of raykd writes; delete its folder")
+    if not files:
+        return pyarrow.dataset.dataset(schema.empty_table())
+    return pyarrow.dataset.dataset([str(file) for file in files], schema=schema, format="parquet")
+
+
+def done_ids(folder: Path, schema: pa.Schema, id_column: str) -> set[str]:
+    """The ids of all rows of a folder that carry no error."""
+    rows = open_rows(folder, schema)
+    done = rows.to_table(columns=[id_column], filter=pyarrow.dataset.field("error") == "")
+    return set(done[id_column].to_pylist())
+
+
+def seal(folder: Path, schema: pa.Schema, id_column: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Declares a folder of rows complete, and writes its manifest.
+
+    Rows that failed once and were answered later are there twice; the failed ones are removed first.
+
+    Returns:
+        The manifest as written, with `parts` (rows by file) and `rows`.
+    """
+    answered = done_ids(folder, schema, id_column)
+    counts = {}
+    seen: set[str] = set()
+    for file in parts(folder):
+        table = pq.read_table(file)
+        keep = []
+        for row_id, error in zip(table[id_column].to_pylist(), table["error"].to_pylist(), strict=True):
+            keep.append(row_id not in seen and (not error or row_id not in answered))
+            if keep[-1]:
+                seen.add(row_id)
+        if not all(keep):
+            table = table.filter(pa.array(keep))
+            if not len(table):
+                file.unlink()
+                continue
+            write_table(file, table)
+        counts[file.name] = len(table)
+    for leftover in folder.glob(".tmp-*"):
+        leftover.unlink()
+    whole = {**manifest, "rows": sum(counts.values()), "parts": counts}
+    write_json(folder / MANIFEST, whole)
+    return whole
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a complete folder; None where there is none yet.
+
+    Raises:
+        ValueError: where a part that the manifest names is missing or has lost rows.
+    """
+    if not (folder / MANIFEST).exists():
+        return None
+    manifest = read_json(folder / MANIFEST)
+    for name, rows in manifest.get("parts", {}).items():
+        file = folder / name
+        try:
+            found = pq.read_metadata(file).num_rows
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(
+                f"{file} is damaged or gone ({error}); delete it and {folder / MANIFEST}, "
+                "and the rows that are missing are made again"
+            ) from None
+        if found != rows:
+            raise ValueError(f"{file} holds {found} rows, {folder / MANIFEST} says {rows}; delete both")
+    return manifest
+
+
+def _replace(path: Path, write: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
+    try:
+        write(temporary)
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

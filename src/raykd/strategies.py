@@ -1,0 +1,56 @@
+"""Strategies: how the teacher is primed, as data.
+
+The meanings follow "Enhancing Knowledge Distillation for LLMs with Response-Priming Prompting"
+(arXiv 2412.17846); the wording is this project's own.
+"""
+
+from string import Formatter
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+PLACEHOLDERS = {"reference_answer", "other_answer"}
+
+
+class Strategy(BaseModel):
+    """One way to prime the teacher. The student never sees any of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    place: Literal["system", "before", "after"] = "before"
+    """Where the text goes: the system message, or before or after the question in the user's message."""
+    text: str = ""
+    """The prime. `{reference_answer}` and `{other_answer}` (another problem's) are filled in."""
+    version: int = 1
+    """Raise it when the text changes its meaning; text and version are part of the content key."""
+
+    @field_validator("text")
+    @classmethod
+    def _known_placeholders(cls, text: str) -> str:
+        names = {name for _, name, _, _ in Formatter().parse(text) if name is not None}
+        if names - PLACEHOLDERS:
+            raise ValueError(
+                f"unknown placeholder {sorted(names - PLACEHOLDERS)} in a strategy's text; "
+                f"known: {sorted(PLACEHOLDERS)}; write {{{{ and }}}} for plain braces"
+            )
+        return text
+
+
+_HINT = "Its correct answer is {answer}. Show the steps that lead to it, as if you had found it yourself."
+
+BUILT_IN: dict[str, Strategy] = {
+    "none": Strategy(),
+    "teacher": Strategy(
+        text="You are a patient teacher, and your student has never met a problem like this. "
+        "Guide the student through it in small steps and plain words, and say what each step finds."
+    ),
+    "ground_truth": Strategy(
+        text="You are a capable language model, and smaller models will learn from your answer as the truth. "
+        "Give a detailed solution with the calculation of every step, yet keep it clear and within their reach."
+    ),
+    "confidence": Strategy(
+        text="Solve the problem step by step. When you have the answer, check it briefly before you state it."
+    ),
+    "gold_hint": Strategy(place="after", text=_HINT.format(answer="{reference_answer}")),
+    "shuffled_hint": Strategy(place="after", text=_HINT.format(answer="{other_answer}")),
+}
