@@ -1,0 +1,67 @@
+"""Answers: GSM8K's two customary scores, strict match and flexible extract, and the comparison behind both.
+
+The meaning is that of the `gsm8k` task of EleutherAI's lm-evaluation-harness (its `strict-match` and
+`flexible-extract` filters, and its `exact_match` with `regexes_to_ignore` and `ignore_case`), so that a
+number from here stands beside numbers from there. One thing is told more finely: where a filter extracts a
+string without a digit ("...", "$."), there is no answer here. Either way it is not right.
+"""
+
+import re
+
+_STRICT = re.compile(r"#### (-?[0-9.,]+)")
+_FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
+# What the comparison overlooks, in the order in which it is taken out.
+_IGNORED = [re.compile(pattern) for pattern in (r",", r"\$", r"(?s).*#### ", r"\.$")]
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
+
+
+def strict_match(text: str) -> str | None:
+    """The number after the first `#### `, normalised; None where no answer is stated in that form."""
+    match = _STRICT.search(text)
+    return _answer(match[1]) if match else None
+
+
+def flexible_extract(text: str) -> str | None:
+    """The last number anywhere in the text, normalised; None where there is none.
+
+    As in the harness, a number is a run of digits, `$`, `.` and `,`: "18..." is not 18, and "5-3" ends in -3.
+    """
+    matches = _FLEXIBLE.findall(text)
+    return _answer(matches[-1]) if matches else None
+
+
+def reference_answer(solution: str) -> str:
+    """The reference answer of a GSM8K solution, which ends in `#### N`, without thousands commas.
+
+    Raises:
+        ValueError: there is no `####`, or what follows the last one is not a number.
+    """
+    _, mark, stated = solution.rpartition("####")
+    if not mark:
+        raise ValueError(f"a reference solution must end in '#### N', and this has no '####': {_end(solution)!r}")
+    answer = _normalised(stated.strip())
+    if not _NUMBER.fullmatch(answer):
+        raise ValueError(f"a reference solution must end in '#### N', N a number; after '####' is {stated!r}")
+    return answer
+
+
+def is_correct(answer: str | None, reference: str) -> bool:
+    """Whether an extracted answer is the reference: the same string once both are normalised.
+
+    Strings, not values, are compared, as in the harness: "18.00" is not "18".
+    """
+    return answer is not None and _normalised(answer) == _normalised(reference)
+
+
+def _answer(extracted: str) -> str | None:
+    return _normalised(extracted) if any(character.isdigit() for character in extracted) else None
+
+
+def _normalised(text: str) -> str:
+    for pattern in _IGNORED:
+        text = pattern.sub("", text)
+    return text.lower()
+
+
+def _end(text: str) -> str:
+    return text if len(text) <= 80 else "…" + text[-80:]

@@ -1,0 +1,97 @@
+"""Comparison: every arm against the arm without a prime, paired by problem and seed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from raykd.config import UNTOUCHED
+from raykd.statistics import holm, mcnemar_exact, paired_bootstrap
+
+BASELINE = "none"
+"""The arm that every other is compared with: distillation without a prime."""
+
+Row = Mapping[str, Any]
+Trials = Sequence[tuple[int, Mapping[str, Row]]]
+"""An arm's trials: the seed, and the prediction rows by problem."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An arm against the baseline, on the same problems with the same seed; differences as fractions."""
+
+    arm: str
+    num_problems: int
+    num_pairs: int
+    only_arm: int
+    only_baseline: int
+    difference: float
+    low: float
+    high: float
+    p: float
+    p_holm: float
+    """p, corrected for the number of arms compared."""
+
+    @property
+    def is_clear(self) -> bool:
+        """Both tests tell it from chance at 5 %: the one over problems and, corrected, the one over pairs."""
+        return self.p_holm < 0.05 and (self.low > 0 or self.high < 0)
+
+
+def compare_arms(arms: Mapping[str, Trials], column: str) -> list[Comparison]:
+    """Each arm against the baseline, where both answered the same problems with the same seed.
+
+    Args:
+        arms: the trials of each arm.
+        column: `is_correct_strict` or `is_correct_flexible`.
+
+    Returns:
+        One for each other arm that can be compared, in the order given; none without a baseline.
+    """
+    pairs = {
+        name: _pairs(trials, arms[BASELINE], column, any_seed=name == UNTOUCHED)
+        for name, trials in arms.items()
+        if BASELINE in arms and name != BASELINE
+    }
+    found = [_compare(name, of_arm) for name, of_arm in pairs.items() if of_arm]
+    corrected = holm([comparison.p for comparison in found])
+    return [replace(comparison, p_holm=p) for comparison, p in zip(found, corrected, strict=True)]
+
+
+def _pairs(trials: Trials, baseline: Trials, column: str, any_seed: bool) -> dict[str, list[tuple[bool, bool]]]:
+    """By problem: (arm is right, baseline is right) for each seed with which both answered it.
+
+    The untouched student has no seed of its own (`any_seed`): it stands beside every seed of the baseline.
+    """
+    pairs: dict[str, list[tuple[bool, bool]]] = {}
+    for seed, rows in trials:
+        for their_seed, theirs in baseline:
+            if seed != their_seed and not any_seed:
+                continue
+            for problem_id in sorted(rows.keys() & theirs.keys()):
+                row, their_row = rows[problem_id], theirs[problem_id]
+                if not row["error"] and not their_row["error"]:
+                    pairs.setdefault(problem_id, []).append((row[column], their_row[column]))
+    return pairs
+
+
+def _compare(arm: str, pairs: Mapping[str, list[tuple[bool, bool]]]) -> Comparison:
+    every = [pair for of_problem in pairs.values() for pair in of_problem]
+    only_arm, only_baseline = every.count((True, False)), every.count((False, True))
+    # Whole problems are resampled, with all their seeds, for the seeds of one problem are not independent.
+    difference, low, high = paired_bootstrap(
+        [sum(right for right, _ in of_problem) / len(of_problem) for of_problem in pairs.values()],
+        [sum(right for _, right in of_problem) / len(of_problem) for of_problem in pairs.values()],
+    )
+    p = mcnemar_exact(only_arm, only_baseline)
+    return Comparison(
+        arm=arm,
+        num_problems=len(pairs),
+        num_pairs=len(every),
+        only_arm=only_arm,
+        only_baseline=only_baseline,
+        difference=difference,
+        low=low,
+        high=high,
+        p=p,
+        p_holm=p,
+    )

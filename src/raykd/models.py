@@ -1,0 +1,50 @@
+"""Models: found on disk or on the hub, identified, and their tokenizers compared."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+
+from raykd import prompts, storage
+from raykd.demo import resolve_model
+
+
+def identify(model: str, revision: str | None) -> dict[str, str]:
+    """What identifies a model's weights and tokenizer: the folder's content, or the hub's commit.
+
+    Raises:
+        ValueError: where the model can neither be found on disk nor on the hub.
+    """
+    path = Path(resolve_model(model))
+    if path.is_dir():
+        return {"model": model, "revision": storage.fingerprint(path)}
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model {model!r}: neither a folder here nor to be had from the hub ({' '.join(str(error).split())[:200]})"
+        ) from None
+    return {"model": model, "revision": getattr(config, "_commit_hash", None) or revision or "unknown"}
+
+
+def load_tokenizer(model: str, revision: str | None) -> Any:
+    """The tokenizer of a model, which must have a chat template.
+
+    Raises:
+        ValueError: where it has none.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(model), revision=revision)
+    if not tokenizer.chat_template:
+        raise ValueError(f"model {model!r} has no chat template; use an instruct model")
+    return tokenizer
+
+
+def same_tokens(first: Any, second: Any) -> bool:
+    """Whether two tokenizers give every id the same meaning, so that ids may pass from one to the other."""
+    return first.get_vocab() == second.get_vocab() and first.eos_token_id == second.eos_token_id
+
+
+def prompt_token_ids(tokenizer: Any, messages: prompts.Messages) -> list[int]:
+    """The tokens of a conversation by the model's own chat template, up to where the assistant begins."""
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"])

@@ -1,0 +1,84 @@
+"""Placement: what an experiment needs against what a cluster has."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from raykd.config import Engine, Train
+
+Accelerator = Literal["cpu", "gpu"]
+
+
+def accelerator(wanted: Literal["auto", "cpu", "gpu"], cluster: Mapping[str, float]) -> Accelerator:
+    """The accelerator that `auto` stands for: GPUs where the cluster has any.
+
+    Args:
+        wanted: the configuration's word.
+        cluster: the cluster's resources as Ray names them, nodes that an autoscaler may add included.
+    """
+    if wanted == "auto":
+        return "gpu" if cluster.get("GPU", 0) > 0 else "cpu"
+    return wanted
+
+
+def engine_bundles(engine: Engine, kind: Accelerator) -> list[dict[str, float]]:
+    """One placement bundle for each process of a sharded engine (tensor x pipeline parallel)."""
+    bundle: dict[str, float] = {"CPU": 1, "GPU": 1} if kind == "gpu" else {"CPU": 1}
+    return [bundle] * (engine.tensor_parallel_size * engine.pipeline_parallel_size)
+
+
+def engine_settings(engine: Engine, kind: Accelerator) -> tuple[dict[str, Any], dict[str, str]]:
+    """vLLM's arguments and environment for an engine, with what a CPU needs added where it is not set.
+
+    Returns:
+        Engine arguments and environment variables.
+    """
+    kwargs = {
+        "tensor_parallel_size": engine.tensor_parallel_size,
+        "pipeline_parallel_size": engine.pipeline_parallel_size,
+    }
+    env = {"VLLM_LOGGING_LEVEL": "INFO"}
+    if kind == "cpu":
+        kwargs["enforce_eager"] = True
+        env["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    return kwargs | engine.engine_kwargs, env | engine.env
+
+
+def worker_resources(kind: Accelerator) -> dict[str, float]:
+    """What one training worker is given."""
+    return {"CPU": 1, "GPU": 1} if kind == "gpu" else {"CPU": 1}
+
+
+def concurrent_trials(train: Train, kind: Accelerator, cluster: Mapping[str, float]) -> int:
+    """How many trials the cluster holds at a time, so that none waits for another's workers for ever.
+
+    Raises:
+        ValueError: where not even one fits, with what is missing.
+    """
+    need = {name: amount * train.num_workers for name, amount in worker_resources(kind).items()}
+    for name, amount in need.items():
+        if cluster.get(name, 0) < amount:
+            raise ValueError(
+                f"a trial needs {amount:g} {name} (train.num_workers={train.num_workers}, {kind}), the cluster "
+                f"has {cluster.get(name, 0):g}; lower train.num_workers or add nodes"
+            )
+    return int(min(cluster[name] // amount for name, amount in need.items()))
+
+
+def check_engine(where: str, engine: Engine, kind: Accelerator, cluster: Mapping[str, float]) -> None:
+    """Raises ValueError where the cluster cannot hold one replica of an engine.
+
+    Args:
+        where: the section that the engine belongs to, for the message.
+        engine: its configuration.
+        kind: the accelerator it runs on.
+        cluster: the cluster's resources as Ray names them.
+    """
+    bundles = engine_bundles(engine, kind)
+    need = {"CPU": len(bundles) + 1} | ({"GPU": len(bundles)} if kind == "gpu" else {})
+    for name, amount in need.items():
+        if cluster.get(name, 0) < amount:
+            raise ValueError(
+                f"{where}: an engine of {engine.tensor_parallel_size} x {engine.pipeline_parallel_size} shards needs "
+                f"{amount} {name} (one CPU is the pipeline's), the cluster has {cluster.get(name, 0):g}; lower "
+                f"{where}.tensor_parallel_size or pipeline_parallel_size, or add nodes"
+            )

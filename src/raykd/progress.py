@@ -1,0 +1,93 @@
+"""Progress: one line for a long stage, with what is done, the rate, and the time left."""
+
+import sys
+import time
+from typing import Self, TextIO
+
+
+class Meter:
+    """Shows how far a stage is.
+
+    On a terminal one line is written over and over; in a log a line is added now and then, so that a job's
+    log stays short.
+
+    Args:
+        label: what the stage does.
+        total: how much there is to do, in `unit`s.
+        done: how much is there from an earlier run; it does not count into the rate.
+        unit: what is counted.
+        stream: where to write.
+        log_every_s: seconds between lines where `stream` is no terminal.
+        started: when the stage began, by `time.monotonic`; null for now.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        *,
+        done: int = 0,
+        unit: str = "rows",
+        stream: TextIO | None = None,
+        log_every_s: float = 10,
+        started: float | None = None,
+    ):
+        self._label, self._total, self._unit = label, total, unit
+        self._done = done
+        self._tokens = 0
+        self._stream = stream or sys.stderr
+        self._terminal = self._stream.isatty()
+        self._every_s = 0.2 if self._terminal else log_every_s
+        self._start = time.monotonic() if started is None else started
+        self._first: tuple[float, int] | None = None
+        self._shown = float("-inf")
+        self._last = ""
+
+    def __enter__(self) -> Self:
+        self._show()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._show(last=True)
+
+    def add(self, count: int, tokens: int = 0) -> None:
+        """Counts what was just done: `count` units, and the tokens in them."""
+        self._done += count
+        if self._first is None:
+            # Start-up is over: what is left goes at the rate from here on.
+            self._first = (time.monotonic(), self._done)
+        self._tokens += tokens
+        if time.monotonic() - self._shown >= self._every_s:
+            self._show()
+
+    def text(self) -> str:
+        """The line as it stands now."""
+        seconds = max(time.monotonic() - self._start, 1e-3)
+        parts = [f"{self._label}: {self._done:,}/{self._total:,} {self._unit}"]
+        if self._tokens:
+            parts.append(f"{self._tokens / seconds:,.0f} tokens/s")
+        if self._done >= self._total:
+            parts.append(f"done in {_clock(seconds)}")
+        elif self._first and self._done > self._first[1]:
+            since, before = self._first
+            rate = (self._done - before) / max(time.monotonic() - since, 1e-3)
+            parts.append(f"{_clock((self._total - self._done) / rate)} left")
+        else:
+            parts.append(f"{_clock(seconds)} so far")
+        return "  ".join(parts)
+
+    def _show(self, last: bool = False) -> None:
+        self._shown = time.monotonic()
+        line = self.text()
+        if self._terminal:
+            self._stream.write("\r\x1b[2K" + line + ("\n" if last else ""))
+        elif line != self._last:
+            self._stream.write(line + "\n")
+        self._last = line
+        self._stream.flush()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,39 @@
+"""Prompts: a problem and a strategy become the chat messages that the teacher and the student are sent."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from raykd.strategies import Strategy
+
+Messages = list[dict[str, str]]
+
+
+def student_messages(problem: Mapping[str, Any], instruction: str = "") -> Messages:
+    """The messages a student is trained and evaluated on: the question, never a prime.
+
+    Args:
+        problem: a row with at least `question`.
+        instruction: what both teacher and student are told about the form of the answer; may be empty.
+    """
+    return [{"role": "user", "content": _join(problem["question"], instruction)}]
+
+
+def teacher_messages(problem: Mapping[str, Any], strategy: Strategy, instruction: str = "") -> Messages:
+    """The messages a teacher is sent: what the student sees, and the strategy's prime.
+
+    Args:
+        problem: a row with `question`, `reference_answer` and `other_answer`.
+        strategy: the prime and where it goes.
+        instruction: as for the student, so that the prime is the only difference.
+    """
+    prime = strategy.text.format(reference_answer=problem["reference_answer"], other_answer=problem["other_answer"])
+    question = _join(problem["question"], instruction)
+    if strategy.place == "system" and prime:
+        return [{"role": "system", "content": prime}, {"role": "user", "content": question}]
+    if strategy.place == "after":
+        return [{"role": "user", "content": _join(question, prime)}]
+    return [{"role": "user", "content": _join(prime, question)}]
+
+
+def _join(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part)

@@ -1,0 +1,113 @@
+"""Statistics: intervals for shares, and tests and intervals for two arms measured on the same problems."""
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def wilson_interval(correct: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The Wilson score interval of a share (Wilson 1927), sound near 0 and 1 where the normal one fails.
+
+    Args:
+        correct: how many of `n` are right; a mean over seeds may be a fraction.
+        n: how many were counted.
+        confidence: the nominal coverage, between 0 and 1.
+
+    Returns:
+        The lower and upper bound, as fractions.
+
+    Raises:
+        ValueError: `n` is not positive, `correct` lies outside 0..n, or `confidence` outside 0..1.
+    """
+    if n <= 0:
+        raise ValueError(f"an interval needs at least one counted row, got n={n}")
+    if not 0 <= correct <= n:
+        raise ValueError(f"correct must lie between 0 and n={n}, got {correct}")
+    z = NormalDist().inv_cdf(0.5 + _checked(confidence) / 2)
+    share = correct / n
+    centre = share + z * z / (2 * n)
+    half_width = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # At 0 and n the bound is exactly 0 or 1; rounding must not push it past the share itself.
+    low = 0.0 if correct == 0 else (centre - half_width) / scale
+    high = 1.0 if correct == n else (centre + half_width) / scale
+    return low, high
+
+
+def mcnemar_exact(only_a: int, only_b: int) -> float:
+    """The exact two-sided McNemar test: is the one arm right where the other is wrong more often than chance?
+
+    Only discordant pairs bear on it: under the null hypothesis each is a fair coin, so p is twice the smaller
+    tail of Binomial(only_a + only_b, 1/2), at most 1. Without discordant pairs p is 1.
+
+    Args:
+        only_a: pairs that only the first arm has right.
+        only_b: pairs that only the second arm has right.
+
+    Raises:
+        ValueError: a count is negative.
+    """
+    if only_a < 0 or only_b < 0:
+        raise ValueError(f"counts of pairs cannot be negative, got {only_a} and {only_b}")
+    n = only_a + only_b
+    # Whole numbers to the end: no tail is too small for them.
+    term = tail = 1
+    for k in range(min(only_a, only_b)):
+        term = term * (n - k) // (k + 1)
+        tail += term
+    return min(1.0, 2 * tail / 2**n)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for how many were computed (Holm 1979), in the order given."""
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def paired_bootstrap(
+    a: ArrayLike, b: ArrayLike, confidence: float = 0.95, num_resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """The mean of a - b, with a percentile bootstrap interval that resamples problems.
+
+    Args:
+        a: one value for each problem: right or wrong, or the mean of that over seeds.
+        b: the other arm's values, for the same problems in the same order.
+        confidence: the nominal coverage, between 0 and 1.
+        num_resamples: how many times the problems are drawn anew, with replacement.
+        seed: of the draws; the same seed gives the same interval.
+
+    Returns:
+        The difference of the means, and the lower and upper bound, in the unit of the values.
+
+    Raises:
+        ValueError: there are no problems, the two differ in length, or a value is not finite.
+    """
+    a_P, b_P = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a_P.ndim != 1 or a_P.shape != b_P.shape:
+        raise ValueError(f"pairs need one value a problem on each side, got shapes {a_P.shape} and {b_P.shape}")
+    if a_P.size == 0:
+        raise ValueError("a paired difference needs at least one problem that both arms answered")
+    difference_P = a_P - b_P
+    if not np.isfinite(difference_P).all():
+        raise ValueError("a paired difference needs finite values; leave out problems that one side did not answer")
+    # Drawing n problems with replacement is drawing how often each distinct difference occurs. They take few
+    # values, so the same distribution costs a handful of counts instead of n indices.
+    values, counts = np.unique(difference_P, return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(a_P.size, counts / a_P.size, size=num_resamples)
+    means = draws @ values / a_P.size
+    tail = (1 - _checked(confidence)) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(difference_P.mean()), float(low), float(high)
+
+
+def _checked(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    return confidence

@@ -1,0 +1,88 @@
+"""Targets: what the student is trained toward at each completion token, aligned token for token.
+
+T completion tokens, K top-k.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row to train on. Target t belongs to the student's logit that predicts completion token t."""
+
+    problem_id: str
+    prompt_token_ids: list[int]
+    """The student's prompt, which never holds a prime."""
+    completion_token_ids: list[int]
+    topk_ids_TK: np.ndarray | None = None
+    """int64; None where the targets are the tokens themselves."""
+    topk_logprobs_TK: np.ndarray | None = None
+    """float32, the teacher's log-probabilities at temperature 1."""
+
+    def __len__(self) -> int:
+        return len(self.prompt_token_ids) + len(self.completion_token_ids)
+
+
+def soft_targets(completion: Mapping[str, Any], top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The teacher's top-k of one completion as arrays.
+
+    Args:
+        completion: a row of `records.COMPLETION`.
+        top_k: K.
+
+    Returns:
+        ids (T, K) int64 and log-probabilities (T, K) float32.
+
+    Raises:
+        ValueError: where tokens, ids and log-probabilities are not aligned.
+    """
+    tokens = completion["completion_token_ids"]
+    ids, logprobs = completion["topk_ids"], completion["topk_logprobs"]
+    lengths = {len(tokens), len(ids), len(logprobs)}
+    if len(lengths) > 1 or any(len(row) != top_k for row in [*ids, *logprobs]):
+        raise ValueError(
+            f"completion {completion['completion_id']}: {len(tokens)} tokens, {len(ids)} and {len(logprobs)} rows "
+            f"of targets, which should be as many, of {top_k} each; delete its folder, and it is asked again"
+        )
+    shape = (len(tokens), top_k)
+    return (
+        np.asarray(ids, dtype=np.int64).reshape(shape),
+        np.asarray(logprobs, dtype=np.float32).reshape(shape),
+    )
+
+
+def batches(num_rows: int, batch_size: int, epochs: int, seed: int) -> Iterator[tuple[int, list[int]]]:
+    """The order of training: epoch and row numbers of every optimizer step.
+
+    It depends on nothing but its arguments, so that any number of workers, and a run that resumes, see the same
+    rows in the same steps. The last step of an epoch may be short.
+
+    Yields:
+        epoch, row numbers.
+    """
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(num_rows).tolist()
+        for start in range(0, num_rows, batch_size):
+            yield epoch, order[start : start + batch_size]
+
+
+def share(
+    rows: Sequence[int], worker: int, num_workers: int, rows_per_worker: int, micro_batch_size: int
+) -> list[list[int]]:
+    """One worker's micro-batches of an optimizer step.
+
+    Their number is the same for every worker and step, short steps included; some may be empty.
+
+    Args:
+        rows: the row numbers of the step.
+        worker: this worker's rank.
+        num_workers: how many there are.
+        rows_per_worker: rows of a full step for each.
+        micro_batch_size: rows in a forward pass at most.
+    """
+    mine = list(rows[worker::num_workers])
+    return [mine[start : start + micro_batch_size] for start in range(0, rows_per_worker, micro_batch_size)]
