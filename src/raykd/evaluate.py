@@ -1,0 +1,245 @@
+"""Evaluate: every adapter of an experiment, and the student without one, in one pass of one engine.
+
+The stage that scores an answer also writes it, so a run that was killed goes on from the rows that are there.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+import safetensors.numpy
+from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+from raykd import answers, models, placement, prompts, records, storage
+from raykd.config import UNTOUCHED, Evaluate, Sampling, Student
+from raykd.demo import resolve_model
+from raykd.progress import Meter
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """A student that answers the test problems."""
+
+    trial_id: str
+    arm: str
+    seed: int
+    adapter: Path | None
+    """Folder of the adapter, in peft's format; None for the untouched student."""
+    rank: int = 0
+    """Rank of the adapter; 0 for the untouched student."""
+
+
+UNTOUCHED_STUDENT = Contestant(UNTOUCHED, UNTOUCHED, 0, None)
+
+
+def evaluate(
+    contestants: list[Contestant],
+    problems: Path,
+    student: Student,
+    evaluation: Evaluate,
+    instruction: str,
+    kind: placement.Accelerator,
+    folder: Path,
+) -> None:
+    """Has every contestant answer every test problem, and seals the folder of predictions.
+
+    Args:
+        contestants: adapters of the same base model, and that model itself.
+        problems: the folder of the splits; `test` is asked.
+        student: the base model.
+        evaluation: the configuration's section.
+        instruction: what is said about the form of the answer, as in training.
+        kind: what the engine runs on.
+        folder: where `records.PREDICTION` rows go.
+    """
+    total = pq.read_metadata(problems / "test.parquet").num_rows * len(contestants)
+    done = storage.done_ids(folder, records.PREDICTION, "prediction_id")
+    wanted = {_prediction_id(each, problem_id) for each in contestants for problem_id in _ids(problems)}
+    done &= wanted
+    contestants = _with_null_adapter(contestants, folder / "null_adapter")
+    with Meter("students", total, done=len(done), unit="answers") as meter:
+        if len(done) < total:
+            questions = ray.data.read_parquet(str(problems / "test.parquet")).map_batches(
+                Ask,
+                batch_size=256,
+                batch_format="pyarrow",
+                fn_constructor_kwargs={
+                    "contestants": contestants,
+                    "student": student,
+                    "instruction": instruction,
+                    "done": done,
+                },
+                compute=ray.data.ActorPoolStrategy(size=1),
+                num_cpus=0,
+            )
+            questions = questions.repartition(target_num_rows_per_block=evaluation.batch_size)
+            answered = _processor(contestants, student, evaluation, kind)(questions)
+            scored = answered.map_batches(
+                Score,
+                batch_size=evaluation.batch_size,
+                fn_constructor_kwargs={"folder": folder, "max_tokens": evaluation.sampling.max_tokens},
+                compute=ray.data.ActorPoolStrategy(size=1),
+                num_cpus=0,
+            )
+            for row in scored.iter_rows():
+                meter.add(row["rows"], row["tokens"])
+    storage.seal(
+        folder,
+        records.PREDICTION,
+        "prediction_id",
+        {
+            "trials": [each.trial_id for each in contestants],
+            "sampling": evaluation.sampling.model_dump(),
+            "problems": problems.name,
+        },
+    )
+
+
+def _with_null_adapter(contestants: list[Contestant], folder: Path) -> list[Contestant]:
+    """Gives the untouched student an adapter that adds nothing, where others in the same engine have one.
+
+    vLLM marks a row without an adapter by the index -1, which its kernels for the CPU take for the last adapter:
+    in one batch with others, the untouched student would answer as one of them (`vllm.lora.ops.torch_ops`).
+    """
+    adapted = next((each for each in contestants if each.adapter), None)
+    if adapted is None or adapted.adapter is None:
+        return contestants
+    weights = safetensors.numpy.load_file(adapted.adapter / "adapter_model.safetensors")
+    nothing = {name: np.zeros_like(value) if "lora_B" in name else value for name, value in weights.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.numpy.save_file(nothing, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    shutil.copyfile(adapted.adapter / "adapter_config.json", folder / "adapter_config.json")
+    null = dataclasses.replace(UNTOUCHED_STUDENT, adapter=folder, rank=adapted.rank)
+    return [null if each == UNTOUCHED_STUDENT else each for each in contestants]
+
+
+def _ids(problems: Path) -> list[str]:
+    return pq.read_table(problems / "test.parquet", columns=["problem_id"])["problem_id"].to_pylist()
+
+
+def _prediction_id(contestant: Contestant, problem_id: str) -> str:
+    return f"{contestant.trial_id}/{problem_id}"
+
+
+def _processor(
+    contestants: list[Contestant],
+    student: Student,
+    evaluation: Evaluate,
+    kind: placement.Accelerator,
+) -> Any:
+    """Ray Data's vLLM stage, with an adapter for each row."""
+    kwargs, env = placement.engine_settings(evaluation.engine, kind)
+    adapters = [each for each in contestants if each.adapter is not None]
+    if adapters:
+        kwargs |= {
+            "enable_lora": True,
+            "max_loras": min(evaluation.max_loras, len(adapters)),
+            # vLLM knows a few ranks only; an adapter may be smaller than the one it is told.
+            "max_lora_rank": next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= max(a.rank for a in adapters)),
+        }
+    if student.revision:
+        kwargs["revision"] = student.revision
+    sampling = sampling_params(evaluation.sampling)
+    return build_processor(
+        vLLMEngineProcessorConfig(
+            model_source=resolve_model(student.model),
+            engine_kwargs=kwargs,
+            runtime_env={"env_vars": env},
+            batch_size=evaluation.batch_size,
+            concurrency=1,
+            should_continue_on_error=True,
+            # Prompts come as tokens, and answers are detokenised by the engine.
+            chat_template_stage=False,
+            tokenize_stage=False,
+            detokenize_stage=False,
+            placement_group_config={"bundles": placement.engine_bundles(evaluation.engine, kind)},
+        ),
+        preprocess=lambda row: {**row, "sampling_params": sampling},
+    )
+
+
+def sampling_params(sampling: Sampling) -> dict[str, Any]:
+    """vLLM's sampling parameters."""
+    greedy = {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens, "top_p": sampling.top_p}
+    return greedy | ({"seed": sampling.seed} if sampling.temperature else {})
+
+
+class Ask:
+    """Turns test problems into one row for each contestant, leaving out what was answered before."""
+
+    def __init__(self, contestants: list[Contestant], student: Student, instruction: str, done: set[str]) -> None:
+        self._tokenizer = models.load_tokenizer(student.model, student.revision)
+        self._contestants, self._model = contestants, resolve_model(student.model)
+        self._instruction, self._done = instruction, done
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        rows = []
+        for problem in batch.to_pylist():
+            messages = prompts.student_messages(problem, self._instruction)
+            tokens = models.prompt_token_ids(self._tokenizer, messages)
+            for each in self._contestants:
+                prediction_id = _prediction_id(each, problem["problem_id"])
+                if prediction_id not in self._done:
+                    rows.append(
+                        {
+                            "prediction_id": prediction_id,
+                            "trial_id": each.trial_id,
+                            "arm": each.arm,
+                            "seed": each.seed,
+                            "problem_id": problem["problem_id"],
+                            "question": problem["question"],
+                            "reference_answer": problem["reference_answer"],
+                            "model": str(each.adapter or self._model),
+                            "tokenized_prompt": tokens,
+                        }
+                    )
+        return pa.Table.from_pylist(rows, schema=_QUESTION)
+
+
+_QUESTION = pa.schema(
+    [
+        *(records.PREDICTION.field(name) for name in ("prediction_id", "trial_id", "arm", "seed")),
+        *(records.PREDICTION.field(name) for name in ("problem_id", "question", "reference_answer")),
+        # Which adapter answers; the base model's own name stands for none.
+        pa.field("model", pa.string()),
+        pa.field("tokenized_prompt", pa.list_(pa.int32())),
+    ]
+)
+
+
+class Score:
+    """Scores answers, writes them, and passes on the counts."""
+
+    def __init__(self, folder: Path, max_tokens: int) -> None:
+        self._folder, self._max_tokens = folder, max_tokens
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[int]]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        table = pa.Table.from_pylist([self._score(row) for row in rows], schema=records.PREDICTION)
+        storage.write_part(self._folder, table, "prediction_id")
+        return {"rows": [len(rows)], "tokens": [sum(table["num_tokens"].to_pylist())]}
+
+    def _score(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        text, error = row["generated_text"], row["__inference_error__"]
+        strict, flexible = answers.strict_match(text), answers.flexible_extract(text)
+        num_tokens = int(row["num_generated_tokens"])
+        finish = "error" if error else "length" if num_tokens >= self._max_tokens else "stop"
+        keep = ("prediction_id", "trial_id", "arm", "seed", "problem_id", "question", "reference_answer")
+        return {
+            **{name: row[name] for name in keep},
+            "seed": int(row["seed"]),
+            "completion": text,
+            "num_tokens": num_tokens,
+            "finish_reason": finish,
+            "answer_strict": strict,
+            "answer_flexible": flexible,
+            "is_correct_strict": answers.is_correct(strict, row["reference_answer"]),
+            "is_correct_flexible": answers.is_correct(flexible, row["reference_answer"]),
+            "error": error,
+        }

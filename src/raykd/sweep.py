@@ -1,0 +1,156 @@
+"""Sweep: arms x seeds as trials of Ray Tune, each of which trains one student."""
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from raykd import placement, storage
+from raykd.config import Experiment
+from raykd.progress import Meter
+from raykd.train import Job, describe, fit
+
+
+def jobs(
+    experiment: Experiment,
+    problems: Path,
+    completions: Mapping[str, Path | None],
+    student: Mapping[str, str],
+    same_tokens: bool,
+    folder: Path,
+) -> list[Job]:
+    """The trials of an experiment: every arm with every seed.
+
+    A trial's id ends in a hash of all that determines its adapter, so a changed setting is another trial.
+
+    Args:
+        experiment: the experiment.
+        problems: the folder of the splits.
+        completions: for each arm the folder of the completions it trains on.
+        student: what identifies the student's weights.
+        same_tokens: whether the teacher's token ids are the student's.
+        folder: the experiment's folder.
+    """
+    made = []
+    for arm_name, overrides in experiment.arms.items():
+        arm, rows = experiment.arm(arm_name), completions[arm_name]
+        for seed in experiment.seeds:
+            identity = {
+                "student": dict(student),
+                "lora": arm.student.lora.model_dump(),
+                "targets": arm.targets.model_dump(),
+                "loss": arm.loss.model_dump(),
+                # How a trial is carried out changes nothing of what it is.
+                "train": arm.train.model_dump(exclude={"accelerator", "checkpoint_every_steps", "max_failures"}),
+                "instruction": arm.prompt.instruction,
+                "rows": rows.name if rows else problems.name,
+                "problems": problems.name,
+                "seed": seed,
+            }
+            trial_id = f"{arm_name}-s{seed}-{storage.content_key(identity)[:8]}"
+            made.append(
+                Job(
+                    trial_id=trial_id,
+                    arm_name=arm_name,
+                    arm=arm,
+                    seed=seed,
+                    overrides=dict(overrides),
+                    problems=problems,
+                    completions=rows,
+                    same_tokens=same_tokens,
+                    folder=folder / "trials" / trial_id,
+                )
+            )
+    return made
+
+
+def is_complete(job: Job) -> bool:
+    """Whether a trial's adapter is there."""
+    record = job.folder / "trial.json"
+    return record.exists() and storage.read_json(record)["status"] == "complete"
+
+
+def run(pending: list[Job], max_concurrent: int | None, folder: Path, cluster: Mapping[str, float]) -> None:
+    """Trains the students of the given trials under Ray Tune; those that fail are recorded as failed.
+
+    Args:
+        pending: trials that are not complete.
+        max_concurrent: trials at a time; None for as many as the cluster holds.
+        folder: the experiment's folder.
+        cluster: the cluster's resources, from which the number of trials at a time is computed: Tune sees only
+            a trial's driver, and more trials than there are workers for would wait on each other for ever.
+    """
+    by_id = {job.trial_id: job for job in pending}
+    kinds: dict[str, placement.Accelerator] = {
+        job.trial_id: placement.accelerator(job.arm.train.accelerator, cluster) for job in pending
+    }
+    fitting = min(placement.concurrent_trials(job.arm.train, kinds[job.trial_id], cluster) for job in pending)
+    # Tune's older reporter is the one that can be told to say nothing; the trials' progress is shown below.
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    # Else Tune takes Ctrl-C for a wish to end early with what there is, and the run goes on to the next stage.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+
+    def trainable(config: dict[str, Any]) -> None:
+        trial_id = config["trial_id"]
+        fit(by_id[trial_id], kinds[trial_id], [TuneReportCallback()], folder / "checkpoints")
+
+    tuner = tune.Tuner(
+        # The driver of a trial waits for its workers and needs no core itself, but Tune wants it to need something.
+        tune.with_resources(trainable, {"CPU": 0, "memory": 1 << 20}),
+        param_space={"trial_id": tune.grid_search(list(by_id))},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=min(fitting, max_concurrent or fitting),
+            trial_name_creator=lambda trial: trial.config["trial_id"],
+            trial_dirname_creator=lambda trial: trial.config["trial_id"],
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(folder),
+            verbose=0,
+            callbacks=[_Progress(len(pending))],
+        ),
+    )
+    results = tuner.fit()
+    for result in results:
+        trial_id = (result.config or {})["trial_id"]
+        job = by_id[trial_id]
+        if is_complete(job):
+            # The adapter is there; the optimizer's state has served its purpose.
+            shutil.rmtree(folder / "checkpoints" / trial_id, ignore_errors=True)
+        else:
+            error = str(result.error or "ended without an adapter").strip().splitlines()
+            storage.write_json(
+                job.folder / "trial.json",
+                {**describe(job), "status": "failed", "error": error[-1] if error else "", "adapter": None},
+            )
+
+
+class _Progress(tune.Callback):
+    """Shows all trials' steps on one line."""
+
+    def __init__(self, trials: int) -> None:
+        self._trials = trials
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._meter: Meter | None = None
+        self._started = time.monotonic()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if "step" not in result:
+            return
+        if self._meter is None:
+            # Arms train for about as many steps; the first to report tells how many that is.
+            self._meter = Meter("training", result["steps"] * self._trials, unit="steps", started=self._started)
+        step, tokens = self._seen.get(trial.trial_id, (0, 0))
+        self._meter.add(max(result["step"] - step, 0), max(result["target_tokens"] - tokens, 0))
+        self._seen[trial.trial_id] = (result["step"], result["target_tokens"])
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        if self._meter is not None:
+            self._meter.__exit__()
