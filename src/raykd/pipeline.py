@@ -1,0 +1,203 @@
+"""Pipeline: the whole run, from problems to report. Start reading here.
+
+Each step is a function from folders to a folder. What is complete is skipped, so the same command goes on
+after whatever ended it.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from raykd import completions, config, evaluate, generate, journal, models, placement, problems, storage, sweep, teacher
+from raykd.cluster import connected
+from raykd.config import Experiment
+from raykd.train import Job
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment with its models found, and where all of it lies."""
+
+    experiment: Experiment
+    root: Path
+    folder: Path
+    problems: Path
+    teacher_model: dict[str, str]
+    student_model: dict[str, str]
+    same_tokens: bool
+
+    @property
+    def log(self) -> Path:
+        """Where libraries write what they have to say."""
+        return self.folder / "driver.log"
+
+    @property
+    def requests(self) -> list[completions.Request]:
+        """The sets of completions that the arms need."""
+        return completions.requests(self.experiment, self.problems, self.root, self.teacher_model)
+
+    @property
+    def arms_by_request(self) -> list[tuple[completions.Request, list[str]]]:
+        """The same, each with the names of the arms that train on it."""
+        arms: dict[Path, list[str]] = {request.folder: [] for request in self.requests}
+        for arm, folder in self._completions.items():
+            if folder:
+                arms[folder].append(arm)
+        return [(request, arms[request.folder]) for request in self.requests]
+
+    @property
+    def _completions(self) -> dict[str, Path | None]:
+        """For each arm the folder of the completions it trains on; None for the reference solutions."""
+        found = {}
+        for arm in self.experiment.arms:
+            request = completions.request_of(self.experiment, arm, self.problems, self.root, self.teacher_model)
+            found[arm] = request.folder if request else None
+        return found
+
+    @property
+    def jobs(self) -> list[Job]:
+        """The trials."""
+        return sweep.jobs(
+            self.experiment,
+            self.problems,
+            self._completions,
+            self.student_model,
+            self.same_tokens,
+            self.folder,
+        )
+
+    @property
+    def contestants(self) -> list[evaluate.Contestant]:
+        """Who answers the test problems: the untouched student, and every adapter that is there."""
+        adapters = [
+            evaluate.Contestant(job.trial_id, job.arm_name, job.seed, job.folder / "adapter", job.arm.student.lora.rank)
+            for job in self.jobs
+            if sweep.is_complete(job)
+        ]
+        return [evaluate.UNTOUCHED_STUDENT, *adapters]
+
+    def is_complete(self) -> bool:
+        """Whether nothing is left but to write the report."""
+        return (
+            not completions.missing(self.requests)
+            and all(sweep.is_complete(job) for job in self.jobs)
+            and _are_predicted(self)
+        )
+
+
+def run(experiment: Experiment, command: str) -> Path:
+    """Runs an experiment from problems to report, and returns its folder.
+
+    Args:
+        experiment: the experiment.
+        command: what was typed, for the report.
+    """
+    plan = prepare(experiment, command)
+    if not plan.is_complete():
+        with connected(plan.log) as resources:
+            with journal.timed(plan.folder, "completions"):
+                make_completions(plan, resources)
+            with journal.timed(plan.folder, "students"):
+                train_students(plan, resources)
+            with journal.timed(plan.folder, "predictions"):
+                make_predictions(plan, resources)
+    write_report(plan)
+    return plan.folder
+
+
+def prepare(experiment: Experiment, command: str) -> Plan:
+    """Step 1: finds the models, writes the problems, and claims the experiment's folder.
+
+    Raises:
+        ValueError: where something that the experiment names is not there or does not fit together.
+    """
+    root = Path(experiment.storage).absolute()
+    folder = root / "experiments" / experiment.name
+    journal.claim(experiment, folder)
+    teacher_model = models.identify(experiment.teacher.model, experiment.teacher.revision)
+    student_model = models.identify(experiment.student.model, experiment.student.revision)
+    teacher_tokenizer = models.load_tokenizer(experiment.teacher.model, experiment.teacher.revision)
+    student_tokenizer = models.load_tokenizer(experiment.student.model, experiment.student.revision)
+    same_tokens = models.same_tokens(teacher_tokenizer, student_tokenizer)
+    for name in experiment.arms:
+        if experiment.arm(name).targets.kind == "top_k" and not same_tokens:
+            raise ValueError(
+                f"arm {name!r}: soft targets need one tokenizer, but {experiment.teacher.model} and "
+                f"{experiment.student.model} have different ones; set targets.kind=hard"
+            )
+    storage.write_text(folder / "experiment.yaml", config.dump(experiment))
+    plan = Plan(
+        experiment,
+        root,
+        folder,
+        problems.prepare(experiment.problems, root),
+        teacher_model,
+        student_model,
+        same_tokens,
+    )
+    journal.begin(experiment, folder, plan.problems, {"teacher": teacher_model, "student": student_model}, command)
+    return plan
+
+
+def make_completions(plan: Plan, resources: dict[str, float]) -> None:
+    """Step 2: the primed teacher, served, answers the training problems under every strategy."""
+    missing = completions.missing(plan.requests)
+    if not missing:
+        return
+    experiment = plan.experiment
+    kind = placement.accelerator(experiment.teacher.engine.accelerator, resources)
+    placement.check_engine("teacher.engine", experiment.teacher.engine, kind, resources)
+    soft = [experiment.arm(name).targets for name in experiment.arms]
+    widest = max(soft, key=lambda targets: targets.top_k if targets.kind == "top_k" else 0)
+    settings = teacher.llm_config(experiment.teacher, widest, kind)
+    _say(f"starting the teacher {experiment.teacher.model} ({kind})")
+    app = f"raykd-{experiment.name}"
+    with teacher.served(settings, app):
+        generate.generate(
+            missing, plan.problems, experiment.teacher, experiment.prompt.instruction, app, journal.versions()
+        )
+
+
+def train_students(plan: Plan, resources: dict[str, float]) -> None:
+    """Step 3: every arm with every seed becomes a LoRA student, a trial of Ray Tune each."""
+    pending = [job for job in plan.jobs if not sweep.is_complete(job)]
+    if pending:
+        _say(f"training {len(pending)} students with DeepSpeed ({', '.join(job.trial_id for job in pending)})")
+        sweep.run(pending, plan.experiment.max_concurrent_trials, plan.folder, resources)
+
+
+def make_predictions(plan: Plan, resources: dict[str, float]) -> None:
+    """Step 4: all adapters, and the untouched student, answer the test problems in one engine."""
+    if _are_predicted(plan):
+        return
+    experiment = plan.experiment
+    kind = placement.accelerator(experiment.evaluate.engine.accelerator, resources)
+    placement.check_engine("evaluate.engine", experiment.evaluate.engine, kind, resources)
+    _say(f"starting the engine for {len(plan.contestants)} students ({kind})")
+    evaluate.evaluate(
+        plan.contestants,
+        plan.problems,
+        experiment.student,
+        experiment.evaluate,
+        experiment.prompt.instruction,
+        kind,
+        plan.folder / "predictions",
+    )
+
+
+def write_report(plan: Plan) -> None:
+    """Step 5: tables and plots from the rows."""
+    # Not before there is something to draw.
+    from raykd.report import write_report as write
+
+    journal.note_completions(plan.folder, plan.experiment.teacher.model, plan.arms_by_request)
+    write(plan.folder)
+
+
+def _are_predicted(plan: Plan) -> bool:
+    manifest = storage.read_manifest(plan.folder / "predictions")
+    return manifest is not None and manifest["trials"] == [each.trial_id for each in plan.contestants]
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,145 @@
+"""Report: an experiment's results.csv, report.md and report.html, and its table in the terminal."""
+
+import csv
+import io
+from pathlib import Path
+
+import jinja2
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from raykd import report_plots as plots
+from raykd import report_tables as tables
+from raykd.report_text import answer
+from raykd.results import Results, read_results
+from raykd.storage import write_text
+
+CSV_COLUMNS = (
+    "arm",
+    "seed",
+    "accuracy_strict",
+    "accuracy_strict_low",
+    "accuracy_strict_high",
+    "accuracy_flexible",
+    "accuracy_flexible_low",
+    "accuracy_flexible_high",
+    "n",
+    "errors",
+    "answer_in_form",
+    "truncated",
+    "mean_tokens",
+    "train_rows",
+    "train_steps",
+    "target_tokens",
+    "train_seconds",
+    "loss_first",
+    "loss_last",
+    "trial_id",
+    "status",
+)
+DEMONSTRATION = (
+    "This run uses the built-in toy models or generated problems. It shows that every stage works and how a "
+    "report reads. Its figures say nothing about large language models, nor what a prime is worth to them."
+)
+
+
+def write_report(folder: Path) -> Results:
+    """Writes results.csv, report.md and report.html into an experiment's folder, each whole or not at all.
+
+    Args:
+        folder: an experiment's folder (layout: `raykd.records`).
+
+    Returns:
+        The numbers behind them.
+
+    Raises:
+        ValueError: the folder is not an experiment's, or holds nothing to report yet.
+    """
+    results = read_results(folder)
+    write_text(folder / "results.csv", _csv(results))
+    write_text(folder / "report.md", _markdown(results))
+    write_text(folder / "report.html", _html(results))
+    return results
+
+
+def result_table(results: Results) -> RichTable:
+    """Arm, seed, strict and flexible accuracy in percent with its 95 % interval, and n, for the terminal."""
+    shown = tables.result(results)
+    table = RichTable(title=Text(results.name))
+    for number, column in enumerate(shown.columns):
+        table.add_column(column, justify="left" if number in shown.text_columns else "right")
+    for row in shown.rows:
+        # As Text, so that brackets in an error are not taken for markup.
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def _csv(results: Results) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list[str](CSV_COLUMNS), lineterminator="\n")
+    writer.writeheader()
+    for trial in results.trials:
+        measured = trial.measured
+        row = {column: getattr(trial, column, None) for column in CSV_COLUMNS}
+        row |= {column: getattr(measured, column) for column in CSV_COLUMNS if hasattr(measured, column)}
+        for score in ("strict", "flexible"):
+            share = getattr(measured, score)
+            row |= {f"accuracy_{score}": share.value}
+            row |= {f"accuracy_{score}_low": share.low, f"accuracy_{score}_high": share.high}
+        writer.writerow(row)
+    return text.getvalue()
+
+
+def _markdown(results: Results) -> str:
+    run, found = results.run, answer(results)
+    blocks = [f"# {_md(results.name)}"]
+    if run.get("demonstration"):
+        blocks.append(f"> **Demonstration.** {DEMONSTRATION}")
+    blocks.append(f"**{_md(found.sentences[0])}** {_md(found.sentences[1])}")
+    blocks += ["\n".join(f"- {_md(line)}" for line in lines) for lines in (found.remarks, results.notes) if lines]
+    for table in tables.tables(results):
+        blocks += [f"## {_md(table.title)}", _markdown_table(table)]
+        blocks += [_md(table.note)] if table.note else []
+    versions = ", ".join(f"{name} {version}" for name, version in (run.get("versions") or {}).items())
+    blocks.append("## To repeat")
+    # Indented, which makes it a code block whatever it holds.
+    blocks.append("\n".join(f"    {line}" for line in str(run.get("command") or "").splitlines()))
+    made_with = f"raykd {run.get('raykd_version') or ''}; {versions}"
+    blocks.append(f"{_md(made_with)}. Configuration: `experiment.yaml`.")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _markdown_table(table: tables.Table) -> str:
+    rule = [":--" if number in table.text_columns else "--:" for number in range(len(table.columns))]
+    lines = [
+        [_md(cell) for cell in table.columns],
+        rule,
+        *([_md(cell) for cell in row] for row in table.rows),
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _md(text: str) -> str:
+    """Text from outside as Markdown that shows it and does nothing else."""
+    for character in "\\`*_[]|#~":
+        text = text.replace(character, "\\" + character)
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return " ".join(text.split())
+
+
+def _html(results: Results) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("raykd", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("report.html.j2").render(
+        results=results,
+        run=results.run,
+        answer=answer(results),
+        demonstration=DEMONSTRATION,
+        tables=tables,
+        plots=plots,
+    )
