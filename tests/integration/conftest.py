@@ -1,0 +1,122 @@
+"""One experiment on real GSM8K rows, run once by the command line, for all tests that look at what it wrote."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from raykd import config, pipeline
+
+RAYKD = str(Path(sys.executable).parent / "raykd")
+MAX_TOKENS = 32
+
+
+@pytest.fixture(scope="session")
+def gsm8k() -> dict[str, str]:
+    """GSM8K's own files."""
+    folder = os.environ.get("RAYKD_GSM8K_DIR")
+    if not folder:
+        pytest.skip("RAYKD_GSM8K_DIR is not set: it names the folder with GSM8K's train.jsonl and test.jsonl")
+    return {f"{split}_file": str(Path(folder) / f"{split}.jsonl") for split in ("train", "test")}
+
+
+@pytest.fixture(scope="session")
+def experiment_file(gsm8k: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small enough for minutes: hard and soft targets, the gold solutions, and every ZeRO stage but one."""
+    engine = {"engine_kwargs": {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 32}}
+    tree = {
+        "name": "gsm8k",
+        "problems": {"source": "jsonl", **gsm8k, "num_train": 40, "num_validation": 8, "num_test": 10},
+        "teacher": {
+            "model": "raykd/demo-teacher",
+            "engine": engine,
+            "sampling": {"max_tokens": MAX_TOKENS},
+            "batch_size": 5,
+            "concurrency": 2,
+        },
+        "student": {"model": "raykd/demo-student"},
+        "prompt": {"instruction": ""},
+        "train": {
+            "epochs": 2,
+            "batch_size": 8,
+            "micro_batch_size": 2,
+            "learning_rate": 5e-3,
+            "num_workers": 2,
+            "dtype": "float32",
+            "checkpoint_every_steps": 3,
+        },
+        "evaluate": {"engine": engine, "sampling": {"max_tokens": MAX_TOKENS}, "batch_size": 8},
+        "arms": {
+            "none": {"train.zero_stage": 1},
+            "soft": {"prompt.strategy": "teacher", "targets.kind": "top_k", "targets.top_k": 6},
+            "reference": {"targets.sequence": "reference", "train.zero_stage": 3},
+        },
+    }
+    file = tmp_path_factory.mktemp("experiment") / "gsm8k.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+@dataclass
+class Ran:
+    """A finished run, and what it printed."""
+
+    plan: pipeline.Plan
+    stdout: str
+    stderr: str
+    seconds: float
+
+
+@pytest.fixture(scope="session")
+def ran(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """`raykd run`, undisturbed."""
+    storage = tmp_path_factory.mktemp("storage")
+    arguments = ["run", str(experiment_file), f"storage={storage}"]
+    return finish(arguments, storage)
+
+
+def finish(arguments: list[str], cwd: Path) -> Ran:
+    """Runs a command to its end, which must be a good one."""
+    started = time.monotonic()
+    done = subprocess.run([RAYKD, *arguments], cwd=cwd, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return Ran(plan_of(arguments), done.stdout, done.stderr, time.monotonic() - started)
+
+
+def plan_of(arguments: list[str]) -> pipeline.Plan:
+    """What a command line works on."""
+    return pipeline.prepare(config.load(arguments[1], arguments[2:]), "test")
+
+
+def kill_when(condition: Callable[[], bool], arguments: list[str], cwd: Path, timeout_s: float = 900) -> None:
+    """Starts a command, and kills its driver (SIGKILL) as soon as a condition holds; nothing may be left of it."""
+    log = cwd / "killed.log"
+    with log.open("w") as stream:
+        driver = subprocess.Popen([RAYKD, *arguments], cwd=cwd, stdout=stream, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert driver.poll() is None, f"ended before it could be killed:\n{log.read_text()}"
+            assert time.monotonic() < deadline, f"never came so far:\n{log.read_text()}"
+            time.sleep(0.05)
+    finally:
+        family = [driver.pid, *(child.pid for child in psutil.Process(driver.pid).children(recursive=True))]
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        wait_for_end(family)
+
+
+def wait_for_end(pids: list[int], timeout_s: float = 60) -> None:
+    """Waits until processes are gone; what is still there after that is ended, and fails the test."""
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=timeout_s)
+    for process in alive:
+        process.kill()
+    assert not alive, f"still running after {timeout_s:g} s: {alive}"

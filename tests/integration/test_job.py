@@ -1,0 +1,102 @@
+"""`ray job submit`, against a head that asks for a token."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import wait_for_end
+
+ROOT = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).parent / "ray")
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A Ray head with token authentication, and the environment in which a user talks to it."""
+    token = tmp_path_factory.mktemp("auth") / "token"
+    token.write_text("a-token-for-this-test-alone-0123456789abcdef")
+    port, dashboard = free_port(), free_port()
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    command = [RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}"]
+    log = token.parent / "head.log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [*command, "--include-dashboard=true"], env=environment, stdout=stream, stderr=subprocess.STDOUT
+        )
+    try:
+        wait_until_up(environment, log)
+        yield environment
+    finally:
+        family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+        process.terminate()
+        process.wait(timeout=60)
+        wait_for_end(family)
+
+
+def wait_until_up(environment: dict[str, str], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while subprocess.run([RAY, "job", "list"], env=environment, capture_output=True).returncode:
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(1)
+
+
+def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [RAY, "job", "submit", "--working-dir", ".", "--", "python", *arguments],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=700,
+    )
+
+
+def test_a_job_runs_the_whole_experiment(head: dict[str, str], tmp_path: Path):
+    small = ["problems.num_train=16", "problems.num_test=8", "teacher.sampling.max_tokens=24", "train.epochs=1"]
+    arms = "arms={teacher: {prompt.strategy: teacher}}"
+    done = submit(
+        head,
+        *["rayjobs/run.py", "configs/quickstart.yaml", f"storage={tmp_path}", *small],
+        *["evaluate.sampling.max_tokens=24", arms],
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert "succeeded" in done.stdout
+    report = re.search(r"report: (\S+)", done.stdout)
+    assert report
+    assert Path(report[1]).exists()
+    assert (tmp_path / "experiments" / "quickstart" / "results.csv").read_text().count("\n") == 3
+
+
+def test_a_job_with_a_mistake_fails_and_says_so(head: dict[str, str]):
+    done = submit(head, "rayjobs/train.py", "configs/quickstart.yaml", "train.epoch=3")
+    assert done.returncode != 0
+    assert "did you mean 'epochs'" in done.stdout + done.stderr
+
+
+def test_without_the_token_nobody_gets_in(head: dict[str, str], tmp_path: Path):
+    (tmp_path / "token").write_text("another-token-altogether-0123456789abcdef")
+    refused = submit({**head, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}, "rayjobs/run.py", "--version")
+    assert refused.returncode != 0
+    assert "token" in (refused.stdout + refused.stderr).lower()

@@ -1,0 +1,74 @@
+"""A run that is killed again and again ends where an undisturbed one ends."""
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import Ran, finish, kill_when, plan_of
+from test_run import predictions
+
+from raykd import records, storage
+
+pytestmark = pytest.mark.timeout(1500)
+
+
+def parts(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.rglob("part-*.parquet")}
+
+
+@pytest.fixture(scope="module")
+def killed(ran: Ran, experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """The same experiment in another storage, killed while it generates, trains and evaluates."""
+    root = tmp_path_factory.mktemp("killed")
+    arguments = ["run", str(experiment_file), f"storage={root}"]
+    plan = plan_of(arguments)
+    answered = root / "completions"
+
+    kill_when(lambda: len(parts(answered)) >= 3, arguments, root)
+    kept = parts(answered)
+    assert not any((answered / request.folder.name / storage.MANIFEST).exists() for request in plan.requests), (
+        "killed too late to test anything"
+    )
+
+    first = plan.jobs[0]
+    checkpoints = plan.folder / "checkpoints" / first.trial_id
+    kill_when(lambda: any(checkpoints.glob("checkpoint_*/checkpoint/*.pt")), arguments, root)
+    assert {name: time for name, time in parts(answered).items() if name in kept} == kept, "nothing is asked twice"
+    assert sum(storage.read_manifest(request.folder)["rows"] for request in plan.requests) == 80  # type: ignore[index]
+    assert not (first.folder / "trial.json").exists(), "killed too late to test anything"
+
+    kill_when(lambda: len(parts(plan.folder / "predictions")) >= 1, arguments, root)
+    assert storage.read_manifest(plan.folder / "predictions") is None, "killed too late to test anything"
+    return finish(arguments, root)
+
+
+def test_completions_are_those_of_an_undisturbed_run(ran: Ran, killed: Ran):
+    for whole, resumed in zip(ran.plan.requests, killed.plan.requests, strict=True):
+        assert whole.folder.name == resumed.folder.name
+        columns = ["completion_id", "prompt_token_ids", "completion_token_ids", "error"]
+        tables = [
+            storage.open_rows(request.folder, records.COMPLETION).to_table(columns=columns).sort_by("completion_id")
+            for request in (whole, resumed)
+        ]
+        assert tables[0].equals(tables[1])
+
+
+def test_training_went_on_from_its_checkpoint_to_the_same_adapter(ran: Ran, killed: Ran):
+    for whole, resumed in zip(ran.plan.jobs, killed.plan.jobs, strict=True):
+        curves = [(job.folder / "metrics.jsonl").read_text().splitlines() for job in (whole, resumed)]
+        assert len(curves[0]) == len(curves[1]) == 10
+        weights = [
+            safetensors.torch.load_file(job.folder / "adapter" / "adapter_model.safetensors")
+            for job in (whole, resumed)
+        ]
+        assert weights[0].keys() == weights[1].keys()
+        for name, tensor in weights[0].items():
+            assert torch.allclose(tensor, weights[1][name], atol=1e-5), name
+
+
+def test_predictions_are_those_of_an_undisturbed_run(ran: Ran, killed: Ran):
+    def answers(run: Ran) -> dict[tuple[str, str], str]:
+        return {(row["trial_id"], row["problem_id"]): row["completion"] for row in predictions(run)}
+
+    assert answers(ran) == answers(killed)

@@ -1,0 +1,215 @@
+"""What one command wrote: every stage against an oracle that is not the stage itself."""
+
+import csv
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import safetensors.torch
+import torch
+from conftest import MAX_TOKENS, Ran, finish
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from raykd import models, prompts, records, storage, student
+from raykd.completions import request_of
+from raykd.demo import MODELS, resolve_model
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def completions(ran: Ran, arm: str) -> list[dict]:
+    plan = ran.plan
+    request = request_of(plan.experiment, arm, plan.problems, plan.root, plan.teacher_model)
+    assert request is not None
+    return storage.open_rows(request.folder, records.COMPLETION).to_table().to_pylist()
+
+
+def predictions(ran: Ran) -> list[dict]:
+    return storage.open_rows(ran.plan.folder / "predictions", records.PREDICTION).to_table().to_pylist()
+
+
+def split(ran: Ran, name: str) -> list[dict]:
+    return pyarrow.parquet.read_table(ran.plan.problems / f"{name}.parquet").to_pylist()
+
+
+@pytest.fixture(scope="module")
+def teacher_model():
+    return AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-teacher"), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return models.load_tokenizer("raykd/demo-student", None)
+
+
+def greedy(model, prompt: list[int], eos: int) -> list[int]:
+    with torch.no_grad():
+        out = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=MAX_TOKENS,
+            eos_token_id=eos,
+            pad_token_id=eos,
+        )
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("arm", ["none", "soft"])
+def test_every_problem_has_one_completion_under_every_strategy(ran: Ran, arm: str):
+    rows = completions(ran, arm)
+    assert sorted(row["problem_id"] for row in rows) == sorted(row["problem_id"] for row in split(ran, "train"))
+    assert len({row["completion_id"] for row in rows}) == len(rows) == 40
+    assert not any(row["error"] for row in rows)
+
+
+def test_the_served_teacher_says_what_the_model_says(ran: Ran, teacher_model, tokenizer):
+    agreed = [
+        greedy(teacher_model, row["prompt_token_ids"], tokenizer.eos_token_id) == row["completion_token_ids"]
+        for row in completions(ran, "none")[:6] + completions(ran, "soft")[:6]
+    ]
+    # Two engines may round a tie differently, and then go on differently; that is rare.
+    assert sum(agreed) >= 11, agreed
+
+
+def test_soft_targets_are_the_models_own_distribution(ran: Ran, teacher_model):
+    for row in completions(ran, "soft")[:5]:
+        prompt, answer = row["prompt_token_ids"], row["completion_token_ids"]
+        with torch.no_grad():
+            logits = teacher_model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        expected = torch.log_softmax(logits.double(), -1)
+        ids, logprobs = torch.tensor(row["topk_ids"]), torch.tensor(row["topk_logprobs"])
+        assert ids.shape == (len(answer), 6)
+        assert torch.allclose(expected.gather(-1, ids), logprobs.double(), atol=2e-3)
+        assert torch.allclose(expected.topk(6, -1).values, logprobs.double(), atol=2e-3)
+
+
+def test_the_prime_is_before_the_teacher_and_never_before_the_student(ran: Ran, tokenizer):
+    prime = ran.plan.experiment.strategies["teacher"].text
+    assert all(prime in tokenizer.decode(row["prompt_token_ids"]) for row in completions(ran, "soft"))
+    assert not any(prime in tokenizer.decode(row["prompt_token_ids"]) for row in completions(ran, "none"))
+    questions = {row["problem_id"]: row["question"] for row in split(ran, "train")}
+    for job in ran.plan.jobs:
+        rows, dropped = student.training_rows(job.arm, job.problems, job.completions, tokenizer, job.same_tokens)
+        assert len(rows) == 40
+        assert dropped == {}
+        for row in rows:
+            expected = prompts.student_messages({"question": questions[row.problem_id]})
+            assert row.prompt_token_ids == models.prompt_token_ids(tokenizer, expected)
+
+
+def test_nothing_but_evaluation_reads_the_test_split(ran: Ran):
+    held_out = {row["problem_id"] for name in ("test", "validation") for row in split(ran, name)}
+    for arm in ("none", "soft"):
+        assert not held_out & {row["problem_id"] for row in completions(ran, arm)}
+    assert {row["problem_id"] for row in predictions(ran)} == {row["problem_id"] for row in split(ran, "test")}
+
+
+@pytest.mark.parametrize("arm", ["none", "soft", "reference"])
+def test_an_adapter_is_peft_s_and_vllm_answered_with_it(ran: Ran, tokenizer, arm: str):
+    job = next(job for job in ran.plan.jobs if job.arm_name == arm)
+    base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(job.folder / "adapter")).eval()
+    weights = safetensors.torch.load_file(job.folder / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.abs().sum() > 0 for tensor in weights.values())
+    problems = {row["problem_id"]: row for row in split(ran, "test")}
+    agreed = []
+    for row in [row for row in predictions(ran) if row["arm"] == arm][:6]:
+        prompt = models.prompt_token_ids(tokenizer, prompts.student_messages(problems[row["problem_id"]]))
+        tokens = greedy(model, prompt, tokenizer.eos_token_id)
+        agreed.append(tokenizer.decode(tokens, skip_special_tokens=True) == row["completion"])
+    assert sum(agreed) >= 5, agreed
+
+
+def test_the_untouched_student_answers_as_the_base_model_does(ran: Ran, tokenizer):
+    base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32).eval()
+    problems = {row["problem_id"]: row for row in split(ran, "test")}
+    agreed = []
+    for row in [row for row in predictions(ran) if row["arm"] == "untouched"][:6]:
+        prompt = models.prompt_token_ids(tokenizer, prompts.student_messages(problems[row["problem_id"]]))
+        tokens = greedy(base, prompt, tokenizer.eos_token_id)
+        agreed.append(tokenizer.decode(tokens, skip_special_tokens=True) == row["completion"])
+    assert sum(agreed) >= 5, agreed
+
+
+def test_training_lowered_the_loss_and_the_adapters_differ(ran: Ran):
+    trials = [storage.read_json(job.folder / "trial.json") for job in ran.plan.jobs]
+    assert [trial["steps"] for trial in trials] == [10, 10, 10]
+    for trial in trials:
+        assert trial["loss_last"] < trial["loss_first"], trial["trial_id"]
+    answers = {(row["trial_id"], row["problem_id"]): row["completion"] for row in predictions(ran)}
+    by_trial = {trial: [answers[key] for key in sorted(answers) if key[0] == trial] for trial, _ in answers}
+    assert len(by_trial) == 4
+    assert len({tuple(texts) for texts in by_trial.values()}) == 4, "each adapter answers in its own way"
+
+
+def test_results_csv_is_what_the_predictions_say(ran: Ran):
+    with (ran.plan.folder / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0])[:9] == [
+        "arm",
+        "seed",
+        "accuracy_strict",
+        "accuracy_strict_low",
+        "accuracy_strict_high",
+        "accuracy_flexible",
+        "accuracy_flexible_low",
+        "accuracy_flexible_high",
+        "n",
+    ]
+    assert {row["arm"] for row in rows} == {"untouched", "none", "soft", "reference"}
+    for row in rows:
+        own = [each for each in predictions(ran) if each["trial_id"] == row["trial_id"]]
+        assert int(row["n"]) == len(own) == 10
+        for kind in ("strict", "flexible"):
+            share = float(np.mean([each[f"is_correct_{kind}"] for each in own]))
+            assert float(row[f"accuracy_{kind}"]) == pytest.approx(share)
+            assert float(row[f"accuracy_{kind}_low"]) <= share <= float(row[f"accuracy_{kind}_high"])
+
+
+def test_the_screen_shows_progress_and_ends_with_the_table(ran: Ran):
+    for stage in ("teacher: 80/80 rows", "training: 30/30 steps", "students: 40/40 answers"):
+        assert stage in ran.stderr
+    assert "logs: " in ran.stderr
+    last = ran.stdout.strip().splitlines()[-1]
+    assert last.startswith("report: ")
+    assert Path(last.removeprefix("report: ")).exists()
+    for arm in ("untouched", "none", "soft", "reference"):
+        assert arm in ran.stdout
+    # Whatever engines, Ray and libraries have to say is in their logs.
+    assert len(ran.stderr.splitlines()) < 40, ran.stderr
+
+
+def test_the_run_says_what_it_was_made_of(ran: Ran):
+    run = json.loads((ran.plan.folder / "run.json").read_text())
+    assert run["versions"]["ray"] == "2.60.0"
+    assert run["models"]["student"]["revision"] == storage.fingerprint(MODELS["raykd/demo-student"])
+    assert set(run["stages"]) == {"completions", "students", "predictions"}
+    assert [entry["rows"] for entry in run["completions"]] == [40, 40]
+
+
+def test_the_same_command_again_does_nothing_again(ran: Ran, experiment_file: Path):
+    before = {path: path.stat().st_mtime_ns for path in ran.plan.root.rglob("*.parquet")}
+    again = finish(["run", str(experiment_file), f"storage={ran.plan.root}"], ran.plan.root)
+    assert again.stdout == ran.stdout
+    assert "Ray" not in again.stderr, "what is complete needs no cluster"
+    assert {path: path.stat().st_mtime_ns for path in ran.plan.root.rglob("*.parquet")} == before
+
+
+def test_another_experiment_shares_the_completions_that_it_has_in_common(ran: Ran, experiment_file: Path):
+    arguments = ["generate", str(experiment_file), f"storage={ran.plan.root}", "name=other", "train.epochs=7"]
+    other = finish(arguments, ran.plan.root)
+    assert "starting the teacher" not in other.stderr
+    shutil.rmtree(other.plan.folder)
+
+
+def test_another_experiment_of_the_same_name_is_refused(ran: Ran, experiment_file: Path):
+    started = time.monotonic()
+    with pytest.raises(AssertionError, match=r"train\.epochs was 2, is 7"):
+        finish(["run", str(experiment_file), f"storage={ran.plan.root}", "train.epochs=7"], ran.plan.root)
+    assert time.monotonic() - started < 60

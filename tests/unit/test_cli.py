@@ -1,0 +1,56 @@
+"""The command line: mistakes end in one line and status 2, before anything heavy is loaded."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raykd import cli
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["run", "configs/quickstart.yaml", "train.epoch=3"], "did you mean 'epochs'"),
+        (["generate", "configs/quickstart.yaml", "arms={a: {prompt.strategy: x}}"], "unknown strategy 'x'"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, words, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_a_mistake_is_told_before_torch_and_ray_are_loaded():
+    code = (
+        "import sys; from raykd import cli; cli.main(['run', 'nowhere.yaml']); "
+        "print(*(set(sys.modules) & {'torch', 'ray', 'vllm', 'transformers'}))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert ran.stdout.split() == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["train", "--help"]])
+def test_help_is_there(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 0
+    assert "FILE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["run", "generate", "train", "evaluate", "report"])
+def test_every_stage_has_a_job_script(stage, tmp_path):
+    script = ROOT / "rayjobs" / f"{stage}.py"
+    assert len(script.read_text().splitlines()) <= 25
+    ran = subprocess.run(
+        [sys.executable, str(script), "nowhere.yaml"], capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert ran.returncode == 2
+    assert "nowhere.yaml: no such file" in ran.stderr

@@ -1,0 +1,108 @@
+"""An experiment's file: what is refused, with which words, and what comes back from it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raykd import config
+
+ROOT = Path(__file__).parents[2]
+SMALLEST = "name: small\nteacher: {model: a}\nstudent: {model: b}\n"
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> config.Experiment:
+    file = tmp_path / "experiment.yaml"
+    file.write_text(text)
+    return config.load(file, overrides)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda file: file.stem)
+def test_every_file_of_the_package_loads_and_survives_a_round_trip(file: Path, tmp_path: Path):
+    experiment = config.load(file)
+    (tmp_path / "again.yaml").write_text(config.dump(experiment))
+    assert config.load(tmp_path / "again.yaml") == experiment
+    assert all(experiment.arm(name) for name in experiment.arms)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        (SMALLEST + "techer: 1", [], ["techer: unknown key", "did you mean 'teacher'"]),
+        (SMALLEST, ["train.lerning_rate=1"], ["train.lerning_rate: unknown key", "did you mean 'learning_rate'"]),
+        (SMALLEST, ["train.learning_rate=fast"], ["train.learning_rate", "number", "'fast'"]),
+        (SMALLEST, ["train=3"], ["train", "not 3"]),
+        (SMALLEST, ["name=../elsewhere"], ["name", "'../elsewhere'"]),
+        (SMALLEST, ["name.x=1"], ["name.x", "no keys below"]),
+        (SMALLEST, ["name"], ["override 'name'", "key.path=value"]),
+        (SMALLEST, ["seeds=[1, 1]"], ["seeds", "twice"]),
+        (SMALLEST, ["storage=s3://bucket"], ["storage", "not a URI"]),
+        (SMALLEST, ["prompt.strategy=techer"], ["unknown strategy 'techer'", "did you mean 'teacher'"]),
+        (SMALLEST, ["prompt.strategies={mine: {}}"], ["'mine' has no text"]),
+        (SMALLEST, ["prompt.strategies={mine: {text: 'It is {answer}'}}"], ["placeholder ['answer']"]),
+        (SMALLEST, ["arms={}"], ["arms is empty"]),
+        (SMALLEST, ["arms={untouched: {}}"], ["arm name 'untouched'"]),
+        (SMALLEST, ["arms={../x: {}}"], ["arm name '../x'"]),
+        (SMALLEST, ["arms={a: {teacher.model: c}}"], ["arm 'a' overrides 'teacher.model'", "share"]),
+        (SMALLEST, ["arms={a: {train.epoch: 2}}"], ["arm 'a'", "train.epoch: unknown key", "'epochs'"]),
+        (SMALLEST, ["train.batch_size=9", "train.num_workers=2"], ["batch_size 9", "num_workers 2"]),
+        (SMALLEST, ["problems.source=jsonl"], ["problems", "train_file"]),
+        (SMALLEST, ["targets={sequence: reference, kind: top_k}"], ["hard targets only"]),
+        (SMALLEST, ["teacher.replicas={min: 3, max: 2}"], ["min (3) is above max (2)"]),
+        ("- a list", [], ["mapping of keys"]),
+        ("a: [", [], ["not YAML"]),
+        ("name: small", [], ["teacher: is missing", "student: is missing"]),
+    ],
+)
+def test_a_mistake_gets_one_line_that_names_the_place(
+    tmp_path: Path, text: str, overrides: list[str], words: list[str]
+):
+    with pytest.raises(ValueError) as caught:
+        load(tmp_path, text, *overrides)
+    assert type(caught.value) is ValueError, "not pydantic's own many lines"
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_file_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match=r"nowhere\.yaml: no such file"):
+        config.load("nowhere.yaml")
+
+
+def test_an_arm_changes_what_it_names_and_nothing_else(tmp_path: Path):
+    experiment = load(
+        tmp_path, SMALLEST, "arms={plain: {}, soft: {prompt.strategy: teacher, targets.kind: top_k, train.epochs: 5}}"
+    )
+    plain, soft = experiment.arm("plain"), experiment.arm("soft")
+    assert (soft.prompt.strategy, soft.targets.kind, soft.train.epochs) == ("teacher", "top_k", 5)
+    assert soft.student == plain.student
+    assert soft.train.model_copy(update={"epochs": plain.train.epochs}) == plain.train
+
+
+def test_a_strategy_of_your_own_stands_beside_the_built_in_ones(tmp_path: Path):
+    experiment = load(
+        tmp_path,
+        SMALLEST,
+        "prompt.strategies={hint: {place: after, text: 'It is {reference_answer}.'}, teacher: {text: 'Teach.'}}",
+        "prompt.strategy=hint",
+    )
+    assert experiment.strategies["hint"].text == "It is {reference_answer}."
+    assert experiment.strategies["teacher"].text == "Teach."
+    assert "ground_truth" in experiment.strategies
+
+
+def test_identity_is_what_bears_on_results(tmp_path: Path):
+    base = load(tmp_path, SMALLEST)
+    same = ["teacher.concurrency=9", "train.max_failures=9", "arms={other: {}}", "seeds=[5]", "storage=elsewhere"]
+    assert load(tmp_path, SMALLEST, *same).identity() == base.identity()
+    changed = load(tmp_path, SMALLEST, "train.learning_rate=0.5").identity()
+    assert {key for key in changed if changed[key] != base.identity()[key]} == {"train.learning_rate"}
+
+
+def test_overrides_are_read_as_yaml(tmp_path: Path):
+    experiment = load(tmp_path, SMALLEST, "train.learning_rate=3e-4", "seeds=[0, 1]", "train.zero_stage=3")
+    assert experiment.train.learning_rate == pytest.approx(3e-4)
+    assert experiment.seeds == (0, 1)
+    assert yaml.safe_load(config.dump(experiment))["train"]["zero_stage"] == 3

@@ -1,0 +1,201 @@
+"""The demonstration: problems whose answers are right, and models that do what their README says."""
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import combinations, islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raykd.demo import MODELS, resolve_model
+from raykd.demo.kinds import KINDS
+from raykd.demo.problems import SPLITS, generate, generate_problems
+
+AWKWARD = (
+    "naïve café 😀 ½ ² 中文 12\u00a0345",
+    "  two  spaces\n\n\ttab \r\n 1,234.50 <<48/2=24>>24 $5%",
+    "<|not special|> #### -7",
+    "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n#### 72",
+    "",
+)
+
+
+def oracle(answer: str) -> list[tuple[Fraction, Fraction]]:
+    """Each calculation of a solution as (worked out here, as written)."""
+    operations = {
+        "+": lambda x, y: x + y,
+        "-": lambda x, y: x - y,
+        "*": lambda x, y: x * y,
+        "/": lambda x, y: x / y,
+    }
+    found = re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", answer)
+    return [(operations[sign](Fraction(a), Fraction(b)), Fraction(c)) for a, sign, b, c in found]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_calculation_of_a_reference_is_right_and_the_last_is_the_answer(split: str):
+    for row in generate(split, 500, seed=3):
+        steps, final = row["answer"].rsplit("\n#### ", 1)
+        pairs = oracle(steps)
+        assert len(pairs) == len(steps.split("\n")) >= 2
+        assert all(worked == written for worked, written in pairs)
+        assert pairs[-1][1] == int(final)
+        assert row["question"].isascii()
+        assert row["answer"].isascii()
+
+
+def test_steps_start_from_numbers_that_the_question_or_an_earlier_step_gives():
+    for problem in generate_problems("train", 500, seed=4):
+        known = set(re.findall(r"\d+", problem.question)) | ({"2"} if problem.kind == "half" else set())
+        for step in problem.steps:
+            assert set(re.findall(r"\d+", step.expression)) <= known
+            known.add(str(step.result))
+
+
+def test_all_ways_of_writing_a_solution_are_right_and_end_in_the_answer():
+    from raykd.demo import styles
+
+    rng = random.Random(0)
+    for problem in generate_problems("train", 200, seed=5):
+        texts = [write(problem) for write in styles.COMPLETIONS.values()]
+        assert all(text.split("\n")[-1] == f"#### {problem.answer}" for text in texts)
+        texts += ["".join(styles.document(problem, rng)), styles.drill([problem], rng)]
+        for text in texts:
+            assert all(worked == written for worked, written in oracle(text))
+
+
+def test_every_kind_is_generated():
+    assert {p.kind for p in generate_problems("train", 500)} == {kind.name for kind in KINDS}
+
+
+def test_no_split_has_a_question_of_another_or_one_twice():
+    questions = {split: {row["question"] for row in generate(split, 3000, seed=6)} for split in SPLITS}
+    assert all(len(q) == 3000 for q in questions.values())
+    for one, other in combinations(SPLITS, 2):
+        assert not questions[one] & questions[other]
+
+
+def test_no_numbers_of_a_kind_are_in_two_splits():
+    """A kind's calculations name its numbers, so that another phrasing of a test problem is no training problem."""
+    sums = {
+        split: {(p.kind, tuple(s.expression for s in p.steps)) for p in generate_problems(split, 4000)}
+        for split in SPLITS
+    }
+    for one, other in combinations(SPLITS, 2):
+        assert not sums[one] & sums[other]
+
+
+def test_a_seed_gives_the_same_problems_and_another_seed_others():
+    first = list(generate("train", 50, seed=1))
+    assert first == list(generate("train", 50, seed=1))
+    assert first == list(islice(generate("train", 80, seed=1), 50))
+    assert first != list(generate("train", 50, seed=2))
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="validation"):
+        next(generate("dev", 1))
+
+
+def test_only_the_two_names_are_resolved():
+    assert resolve_model("raykd/demo-teacher") == str(MODELS["raykd/demo-teacher"])
+    assert resolve_model("meta-llama/Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(MODELS["raykd/demo-teacher"])
+
+
+def test_the_tokenizer_gives_back_any_text(tokenizer: Any):
+    for text in AWKWARD:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_each_digit_is_a_token(tokenizer: Any):
+    tokens = tokenizer.tokenize("12 apples and 345 pears cost 67.89 dollars: 12 * 345")
+    assert [t for t in tokens if any(c.isdigit() for c in t)] == list("123456789") + list("12345")
+
+
+def test_the_chat_template_puts_one_bos_and_is_what_training_rendered(tokenizer: Any):
+    from raykd.demo.tokenizer import render_chat
+
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "What is 6 * 12?"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == render_chat(messages)
+    ids = tokenizer.encode(text)
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": "72"}], tokenize=False)
+    assert whole == text + "72" + tokenizer.eos_token
+
+
+def test_both_models_have_one_tokenizer():
+    files = [(folder / "tokenizer.json").read_bytes() for folder in MODELS.values()]
+    assert files[0] == files[1]
+
+
+def test_the_weights_are_small_and_carry_their_measurements():
+    size = sum(p.stat().st_size for folder in MODELS.values() for p in folder.rglob("*") if p.is_file())
+    assert size <= 12e6
+    for name, folder in MODELS.items():
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert metrics["test"]["n"] >= 500
+        assert 0 <= metrics["test"]["none"]["strict"] <= 1
+        assert ("ground_truth" in metrics["test"]) == (name == "raykd/demo-teacher")
+
+
+def greedy_accuracy(folder: Path, strategy: str, count: int = 40) -> dict[str, float]:
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    from raykd.demo.evaluate import complete, score
+    from raykd.prompts import teacher_messages
+    from raykd.strategies import BUILT_IN
+
+    problems = list(generate_problems("test", count + 1, seed=8))
+    answers = [p.answer for p in problems]
+    prompts = [
+        teacher_messages(
+            {"question": p.question, "reference_answer": str(p.answer), "other_answer": str(o.answer)},
+            BUILT_IN[strategy],
+        )
+        for p, o in pairwise(problems)
+    ]
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    texts, _ = complete(model, AutoTokenizer.from_pretrained(folder), prompts)
+    return score(texts, answers[:-1])
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """On models this small, threads that wait for each other on a busy machine cost more than they give."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("strategy", ["teacher", "ground_truth", "confidence", "gold_hint"])
+def test_the_primed_teacher_solves_most_problems(strategy: str):
+    assert greedy_accuracy(MODELS["raykd/demo-teacher"], strategy)["strict"] >= 0.8
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_unprimed_teacher_does_not():
+    assert greedy_accuracy(MODELS["raykd/demo-teacher"], "none")["strict"] <= 0.6
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_untouched_student_solves_hardly_any():
+    accuracy = greedy_accuracy(MODELS["raykd/demo-student"], "none")
+    assert max(accuracy.values()) <= 0.15

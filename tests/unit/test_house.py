@@ -1,0 +1,72 @@
+"""The house: imports go down only, and the lower floors load no heavy library."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import raykd
+
+SOURCE = Path(raykd.__file__).parent
+FLOORS = [
+    {"config", "mistakes", "records", "storage", "strategies", "demo"},
+    {"prompts", "answers", "statistics", "placement", "progress", "targets", "losses", "comparison", "completions"},
+    {"models", "problems", "teacher", "generate", "student", "train", "evaluate", "cluster"},
+    {"sweep", "results", "report_plots", "report_tables", "report_text", "report", "journal", "pipeline", "cli"},
+]
+# Sideways on the floor of the heavy libraries: to the modules that others build on.
+SIDEWAYS = {"student", "teacher", "models", "generate"}
+HEAVY = ("torch", "transformers", "peft", "deepspeed", "ray", "vllm")
+LIGHT = [*sorted((FLOORS[0] | FLOORS[1]) - {"losses"}), "report", "cli"]
+
+
+def floor_of(module: str) -> int:
+    return next(number for number, modules in enumerate(FLOORS) if module in modules)
+
+
+def imported(file: Path) -> set[str]:
+    """The modules of the package that a file imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "raykd":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("raykd."):
+            found.add(str(node.module).split(".")[1])
+    return found - {"__version__"}
+
+
+def test_every_module_has_a_floor():
+    modules = {file.stem for file in SOURCE.glob("*.py")} - {"__init__"} | {"demo"}
+    assert modules == set().union(*FLOORS)
+    assert sum(len(floor) for floor in FLOORS) == len(modules)
+
+
+@pytest.mark.parametrize("module", sorted(set().union(*FLOORS) - {"demo"}))
+def test_imports_go_down(module: str):
+    floor = floor_of(module)
+    for other in imported(SOURCE / f"{module}.py"):
+        below = floor_of(other) < floor
+        sideways = floor_of(other) == floor and (floor in (0, 1, 3) or other in SIDEWAYS)
+        assert below or sideways, f"{module} (floor {floor}) imports {other} (floor {floor_of(other)})"
+
+
+def test_the_demonstration_is_built_on_the_vocabulary_and_pure_functions_only():
+    for file in (SOURCE / "demo").glob("*.py"):
+        others = imported(file) - {"demo"}
+        assert all(floor_of(other) <= 1 for other in others), f"{file.name} imports {others}"
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_load_no_heavy_library(module: str):
+    code = f"import sys, raykd.{module}; print(*sorted(set(sys.modules) & set({HEAVY!r})))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert loaded.stdout.split() == []
+
+
+def test_every_file_says_first_what_it_owns_and_holds_one_thing():
+    for file in SOURCE.rglob("*.py"):
+        text = file.read_text()
+        assert ast.get_docstring(ast.parse(text)), f"{file} has no docstring"
+        assert len(text.splitlines()) <= 400, f"{file} holds more than one thing"

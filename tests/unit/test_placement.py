@@ -1,0 +1,55 @@
+"""Placement: what fits on a cluster, and the words for what does not."""
+
+import pytest
+
+from raykd import placement
+from raykd.config import Engine, Train
+
+
+def test_auto_takes_gpus_where_there_are_any():
+    assert placement.accelerator("auto", {"CPU": 8}) == "cpu"
+    assert placement.accelerator("auto", {"CPU": 8, "GPU": 1}) == "gpu"
+    assert placement.accelerator("cpu", {"CPU": 8, "GPU": 1}) == "cpu"
+
+
+def test_a_sharded_engine_has_a_bundle_for_each_shard():
+    engine = Engine(tensor_parallel_size=8, pipeline_parallel_size=2)
+    assert placement.engine_bundles(engine, "gpu") == [{"CPU": 1, "GPU": 1}] * 16
+    assert placement.engine_bundles(engine, "cpu") == [{"CPU": 1}] * 16
+
+
+@pytest.mark.parametrize(
+    ("workers", "kind", "cluster", "trials"),
+    [
+        (2, "cpu", {"CPU": 2}, 1),
+        (2, "cpu", {"CPU": 5}, 2),
+        (4, "gpu", {"CPU": 64, "GPU": 16}, 4),
+        (4, "gpu", {"CPU": 8, "GPU": 16}, 2),
+    ],
+)
+def test_trials_at_a_time_are_as_many_as_have_workers(workers: int, kind, cluster: dict, trials: int):
+    train = Train(num_workers=workers, batch_size=8 * workers)
+    assert placement.concurrent_trials(train, kind, cluster) == trials
+
+
+def test_a_trial_that_never_fits_is_refused_with_what_is_missing():
+    with pytest.raises(ValueError, match=r"4 GPU.*num_workers=4.*has 2"):
+        placement.concurrent_trials(Train(num_workers=4, batch_size=8), "gpu", {"CPU": 64, "GPU": 2})
+
+
+def test_an_engine_that_never_fits_is_refused_with_what_is_missing():
+    placement.check_engine("teacher.engine", Engine(), "cpu", {"CPU": 2})
+    with pytest.raises(ValueError, match=r"teacher\.engine.*2 CPU"):
+        placement.check_engine("teacher.engine", Engine(), "cpu", {"CPU": 1})
+    with pytest.raises(ValueError, match=r"teacher\.engine.*8 x 2.*16 GPU.*has 8"):
+        sharded = Engine(tensor_parallel_size=8, pipeline_parallel_size=2)
+        placement.check_engine("teacher.engine", sharded, "gpu", {"CPU": 64, "GPU": 8})
+
+
+def test_the_users_engine_arguments_come_before_ours():
+    kwargs, env = placement.engine_settings(
+        Engine(engine_kwargs={"enforce_eager": False, "dtype": "float32"}, env={"VLLM_CPU_KVCACHE_SPACE": "9"}), "cpu"
+    )
+    assert kwargs["enforce_eager"] is False
+    assert kwargs["dtype"] == "float32"
+    assert env["VLLM_CPU_KVCACHE_SPACE"] == "9"

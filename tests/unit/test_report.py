@@ -1,0 +1,479 @@
+"""The report of a synthetic experiment: its figures against ones computed anew, and the page's manners."""
+
+import csv
+import json
+import random
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from rich.console import Console
+
+from raykd.records import PREDICTION
+from raykd.report import CSV_COLUMNS, result_table, write_report
+from raykd.report_text import answer, duration, p_value, points
+from raykd.storage import write_json, write_part
+
+NUM_TEST = 60
+SCRIPT = "<script>alert('x')</script>"
+
+
+class Page(HTMLParser):
+    """What the tests ask of a page: its tags in balance, its attributes, its text."""
+
+    VOID = ("meta", "br", "hr", "img", "link", "input", "circle", "line", "rect", "path", "polyline")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data.replace("\u00a0", " ")
+
+
+def prediction(arm: str, seed: int, number: int, strict: bool, flexible: bool, in_form: bool, **more) -> dict:
+    trial_id = arm if arm == "untouched" else f"{arm}-{seed}"
+    said = str(number) if strict or flexible else "0"
+    return {
+        "prediction_id": f"{trial_id}/{number}",
+        "trial_id": trial_id,
+        "arm": arm,
+        "seed": seed,
+        "problem_id": f"problem-{number:03}",
+        "question": f"Ada has {number} apples and buys {number} more. How many apples does she have, a < b & c?",
+        "reference_answer": str(number),
+        "completion": f"Ada has them.\n{'#### ' if in_form else 'So it is '}{said}",
+        "num_tokens": 20 + number,
+        "finish_reason": "stop",
+        "answer_strict": said if in_form else None,
+        "answer_flexible": said,
+        "is_correct_strict": strict,
+        "is_correct_flexible": flexible,
+        "error": "",
+    } | more
+
+
+def drawn(arm: str, seed: int, share: float, in_form: float, num_test: int = NUM_TEST) -> list[dict]:
+    """Predictions whose rightness, form and length are drawn from a seed."""
+    draw = random.Random(f"{arm}{seed}")
+    rows = []
+    for number in range(num_test):
+        is_right, stated = draw.random() < share, draw.random() < in_form
+        cut = not stated and draw.random() < 0.7
+        row = prediction(arm, seed, number, is_right and stated, is_right, stated)
+        rows.append(row | {"finish_reason": "length" if cut else "stop", "num_tokens": draw.randint(40, 300)})
+    return rows
+
+
+class Experiment:
+    """An experiment's folder in the making."""
+
+    def __init__(self, folder: Path, **run) -> None:
+        self.folder = folder
+        self.rows: list[dict] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        self.arms: list[str] = []
+        self.run = {
+            "name": "primes-at-small-scale",
+            "raykd_version": "0.1.0",
+            "command": "raykd run configs/gsm8k/primes.yaml",
+            "started": "2026-03-01T09:30:00+00:00",
+            "versions": {"torch": "2.13.0", "ray": "2.60.0"},
+            "python": "3.11.9",
+            "platform": "Linux-x86_64",
+            "seeds": [0],
+            "demonstration": False,
+            "completions": [],
+            "problems": {"source": "gsm8k", "num_train": 500, "num_validation": 0, "num_test": NUM_TEST},
+            "stages": {"generate": 812.4, "train": 4210.0, "evaluate": 95.2},
+        } | run
+
+    def trial(self, name: str, seed: int, answers: list[dict], strategy: str = "none", **more) -> None:
+        folder = self.folder / "trials" / f"{name}-{seed}"
+        told = {
+            "trial_id": f"{name}-{seed}",
+            "arm": name,
+            "seed": seed,
+            "overrides": {},
+            "strategy": strategy,
+            "status": "complete",
+            "error": "",
+            "rows": 480,
+            "dropped": {"too long": 3, "wrong": 0},
+            "steps": 30,
+            "target_tokens": 98_765,
+            "seconds": 61.5,
+            "loss_first": 1.9,
+            "loss_last": 0.7,
+            "adapter": "adapter",
+        } | more
+        write_json_into(folder / "trial.json", told)
+        lines = [
+            {"step": step, "epoch": 0, "loss": 0.7 + 1.2 * 0.88**step + 0.04 * ((step * 7 + seed) % 5)}
+            for step in range(1, 31)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        self.arms += [name] if name not in self.arms else []
+        self.rows += answers
+
+    def completions(self, strategy: str, correct: int | None, arms: list[str]) -> None:
+        self.run["completions"].append(
+            {
+                "strategy": strategy,
+                "content_key": f"key-{strategy}",
+                "rows": 500,
+                "errors": 2,
+                "correct": correct,
+                "completion_tokens": 91_234,
+                "seconds": 270.8,
+                "teacher": "a-teacher-70b",
+                "arms": arms,
+                "truncated": 7,
+            }
+        )
+
+    def write(self) -> Path:
+        arms = "".join(f"  {arm}: {{}}\n" for arm in self.arms)
+        (self.folder / "experiment.yaml").write_text(f"name: primes-at-small-scale\narms:\n{arms}")
+        write_json(self.folder / "run.json", self.run)
+        predictions = self.folder / "predictions"
+        predictions.mkdir(exist_ok=True)
+        for start in range(0, len(self.rows), 50):
+            write_part(
+                predictions,
+                pa.Table.from_pylist(self.rows[start : start + 50], schema=PREDICTION),
+                "prediction_id",
+            )
+        return self.folder
+
+
+def write_json_into(path: Path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, value)
+
+
+def full_experiment(folder: Path, num_test: int = NUM_TEST) -> Experiment:
+    """Untouched, reference, none, three primes, a control and a failed trial, two seeds each."""
+    run = {"seeds": [0, 1], "demonstration": True, "problems": {"source": "demo", "num_test": num_test}}
+    experiment = Experiment(folder, **run)
+    experiment.rows += drawn("untouched", 0, 0.35, 0.3, num_test)
+    arms = {
+        "reference": ("none", 0.45, 0.95, {"targets.sequence": "reference"}),
+        "none": ("none", 0.5, 0.7, {}),
+        "teacher": ("teacher", 0.6, 0.85, {"prompt.strategy": "teacher"}),
+        "ground_truth": ("ground_truth", 0.62, 0.97, {"prompt.strategy": "ground_truth"}),
+        "confidence": ("confidence", 0.55, 0.8, {"prompt.strategy": "confidence"}),
+        "shuffled_hint": ("shuffled_hint", 0.42, 0.75, {"prompt.strategy": "shuffled_hint"}),
+    }
+    for arm, (strategy, share, in_form, overrides) in arms.items():
+        for seed in (0, 1):
+            if (arm, seed) == ("confidence", 1):
+                why = "CUDA out of memory [rank 3]\nTraceback …"
+                failed = {"status": "failed", "error": why, "loss_last": float("nan"), "steps": None}
+                experiment.trial(arm, seed, [], strategy, overrides=overrides, **failed)
+            else:
+                rows = drawn(arm, seed, share, in_form, num_test)
+                experiment.trial(arm, seed, rows, strategy, overrides=overrides)
+    for strategy, correct in (("none", 401), ("teacher", 420), ("ground_truth", 433), ("confidence", 428)):
+        experiment.completions(strategy, correct, [strategy])
+    experiment.completions("shuffled_hint", 210, ["shuffled_hint"])
+    # One request that failed twice, and one that failed once and was answered later.
+    experiment.rows[-1] |= {"error": "the engine died", "completion": "", "answer_strict": None}
+    again = dict(experiment.rows[3])
+    experiment.rows.insert(0, again | {"error": "timed out", "is_correct_strict": False})
+    return experiment
+
+
+def csv_rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def wilson_by_bisection(share: float, n: int) -> tuple[float, float]:
+    """The shares whose own 95 % normal interval ends at `share`."""
+
+    def bound(inside: float, outside: float) -> float:
+        for _ in range(200):
+            middle = (inside + outside) / 2
+            error = 1.959963984540054 * (middle * (1 - middle) / n) ** 0.5
+            inside, outside = (middle, outside) if abs(middle - share) < error else (inside, middle)
+        return inside
+
+    return bound(share, 0.0), bound(share, 1.0)
+
+
+def test_results_csv_against_figures_computed_anew(tmp_path: Path) -> None:
+    experiment = full_experiment(tmp_path)
+    write_report(experiment.write())
+    table = csv_rows(tmp_path)
+    assert tuple(table[0]) == CSV_COLUMNS
+    assert [(row["arm"], row["seed"]) for row in table] == [
+        ("untouched", "0"),
+        *((arm, str(seed)) for arm in experiment.arms for seed in (0, 1)),
+    ]
+    for row in table:
+        if row["status"] == "failed":
+            continue
+        answers = {
+            p["problem_id"]: p for p in experiment.rows if p["trial_id"] == row["trial_id"] and not p["error"]
+        }.values()
+        n = len(answers)
+        asked = {p["problem_id"] for p in experiment.rows if p["trial_id"] == row["trial_id"]}
+        assert (int(row["n"]), int(row["errors"])) == (n, len(asked) - n)
+        for score in ("strict", "flexible"):
+            share = sum(p[f"is_correct_{score}"] for p in answers) / n
+            assert float(row[f"accuracy_{score}"]) == pytest.approx(share, abs=1e-12)
+            bounds = float(row[f"accuracy_{score}_low"]), float(row[f"accuracy_{score}_high"])
+            assert bounds == pytest.approx(wilson_by_bisection(share, n), abs=1e-9)
+        in_form = sum("#### " in p["completion"] for p in answers) / n
+        assert float(row["answer_in_form"]) == pytest.approx(in_form)
+        assert float(row["truncated"]) == pytest.approx(sum(p["finish_reason"] == "length" for p in answers) / n)
+        assert float(row["mean_tokens"]) == pytest.approx(sum(p["num_tokens"] for p in answers) / n)
+    by_trial = {row["trial_id"]: row for row in table}
+    assert by_trial["untouched"]["errors"] == "0"
+    assert by_trial["shuffled_hint-1"]["errors"] == "1"
+    trained = by_trial["none-0"]
+    assert [trained[c] for c in CSV_COLUMNS[13:19]] == ["480", "30", "98765", "61.5", "1.9", "0.7"]
+    assert all(by_trial["untouched"][column] == "" for column in CSV_COLUMNS[13:19])
+
+
+def test_a_failed_trial_is_listed_with_its_error(tmp_path: Path) -> None:
+    results = write_report(full_experiment(tmp_path).write())
+    failed = next(row for row in csv_rows(tmp_path) if row["trial_id"] == "confidence-1")
+    assert failed["status"] == "failed"
+    assert (failed["accuracy_strict"], failed["n"], failed["loss_last"]) == ("", "0", "")
+    for name in ("report.md", "report.html"):
+        assert "CUDA out of memory" in (tmp_path / name).read_text()
+    console = Console(width=200, record=True)
+    console.print(result_table(results))
+    # Brackets are shown, not taken for markup.
+    assert "CUDA out of memory [rank 3]" in console.export_text()
+
+
+def test_differences_against_pairs_counted_anew(tmp_path: Path) -> None:
+    experiment = full_experiment(tmp_path)
+    results = write_report(experiment.write())
+    right = {(p["arm"], p["seed"], p["problem_id"]): p["is_correct_strict"] for p in experiment.rows if not p["error"]}
+    assert [c.arm for c in results.strict] == [
+        "untouched",
+        *(arm for arm in experiment.arms if arm != "none"),
+    ]
+    for comparison in results.strict:
+        pairs = []
+        for (arm, seed, problem), is_right in right.items():
+            if arm != "none":
+                continue
+            other = (comparison.arm, 0 if comparison.arm == "untouched" else seed, problem)
+            if other in right:
+                pairs.append((right[other], is_right))
+        assert comparison.num_pairs == len(pairs)
+        assert comparison.only_arm == sum(a and not b for a, b in pairs)
+        assert comparison.only_baseline == sum(b and not a for a, b in pairs)
+        assert comparison.low <= comparison.difference <= comparison.high
+    # Where every problem has as many pairs, the mean over problems is the mean over pairs.
+    truth = next(c for c in results.strict if c.arm == "ground_truth")
+    assert truth.difference == pytest.approx((truth.only_arm - truth.only_baseline) / truth.num_pairs)
+
+
+def test_pooled_interval_counts_problems_and_not_seeds(tmp_path: Path) -> None:
+    results = write_report(full_experiment(tmp_path).write())
+    arm = results.arm("ground_truth")
+    assert arm is not None and (arm.measured.n, arm.measured.num_problems) == (2 * NUM_TEST, NUM_TEST)
+    bounds = arm.measured.strict.low, arm.measured.strict.high
+    assert bounds == pytest.approx(wilson_by_bisection(arm.measured.strict.value or 0, NUM_TEST), abs=1e-9)
+
+
+def test_page_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
+    write_report(full_experiment(tmp_path).write())
+    html = (tmp_path / "report.html").read_text()
+    page = Page(html)
+    assert page.open == []
+    assert not {"script", "link", "iframe", "img"} & set(page.tags)
+    assert not [pair for pair in page.attributes if pair[0] in ("src", "href", "xlink:href")]
+    assert "url(" not in html and "@import" not in html and "http" not in html
+    for title in ("Results", "Accuracy by arm", "Accuracy and form", "Teacher beside student", "Examples"):
+        assert title in page.text
+    assert "Demonstration." in page.text
+    assert "nan" not in page.text.lower().replace("explanation", "")
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == [
+        "experiment.yaml",
+        "report.html",
+        "report.md",
+        "results.csv",
+        "run.json",
+    ]
+
+
+def test_what_comes_from_outside_is_escaped(tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path, name=SCRIPT, command=f"raykd run {SCRIPT}", versions={SCRIPT: SCRIPT})
+    arm = f"arm|{SCRIPT}"
+    bad = {"question": f"{SCRIPT} | how many?", "completion": f"{SCRIPT}\n#### 1"}
+    experiment.trial("none", 0, [prediction("none", 0, n, n % 2 == 0, True, True, **bad) for n in range(10)])
+    rows = [prediction(arm, 0, n, n % 3 == 0, True, True, **bad) for n in range(10)]
+    experiment.trial("arm", 0, [row | {"trial_id": "arm-0"} for row in rows], SCRIPT, arm=arm)
+    experiment.trial("lost", 0, [], status="failed", error=SCRIPT)
+    experiment.completions(SCRIPT, 12, [arm])
+    experiment.run["problems"]["source"] = SCRIPT
+    experiment.run["stages"] = {SCRIPT: 3.0}
+    experiment.write()
+    (tmp_path / "experiment.yaml").write_text(f"name: x\nnote: {SCRIPT}\n")
+    write_report(tmp_path)
+
+    html = (tmp_path / "report.html").read_text()
+    assert "<script" not in html and "&lt;script&gt;" in html
+    page = Page(html)
+    assert "script" not in page.tags
+    assert page.text.count(SCRIPT) >= 12
+    markdown = (tmp_path / "report.md").read_text()
+    indented = [line for line in markdown.splitlines() if "<script" in line]
+    assert all(line.startswith("    ") for line in indented)
+    for lines in markdown.split("\n\n"):
+        if lines.startswith("| "):
+            bars = {line.replace("\\|", "").count("|") for line in lines.splitlines()}
+            assert len(bars) == 1, "a cell broke out of its table"
+
+
+def two_arms(folder: Path, only_primed: int, only_none: int, both: int, neither: int) -> Experiment:
+    experiment = Experiment(folder)
+    sides = [(1, 0)] * only_primed + [(0, 1)] * only_none + [(1, 1)] * both + [(0, 0)] * neither
+    for side, arm in enumerate(("teacher", "none")):
+        rows = [prediction(arm, 0, n, bool(pair[side]), bool(pair[side]), True) for n, pair in enumerate(sides)]
+        experiment.trial(arm, 0, rows, arm)
+    experiment.run["problems"]["num_test"] = len(sides)
+    return experiment
+
+
+@pytest.mark.parametrize(
+    ("counts", "words", "figure"),
+    [
+        ((40, 5, 30, 25), "is more than chance explains.", "+35.0"),
+        ((5, 40, 30, 25), "here the prime did harm", "−35.0"),
+        ((9, 7, 50, 34), "cannot be told from chance", "+2.0"),
+        ((0, 0, 50, 50), "cannot be told from chance", "0.0"),
+    ],
+)
+def test_the_answer_is_worded_by_its_tests(tmp_path: Path, counts, words: str, figure: str) -> None:
+    found = answer(write_report(two_arms(tmp_path, *counts).write()))
+    assert words in found.sentences[1]
+    assert found.figure == figure
+    assert "95 % interval" in found.sentences[1] and "McNemar p" in found.sentences[1]
+    assert ("chance explains" in found.sentences[1]) == (words != "cannot be told from chance")
+    page = Page((tmp_path / "report.html").read_text())
+    assert found.sentences[1] in page.text
+
+
+def test_interval_text_of_a_known_case(tmp_path: Path) -> None:
+    # 45 of 100: the Wilson interval is 35.6 to 54.8 percent (scipy's binomtest gives the same).
+    write_report(two_arms(tmp_path, 15, 5, 30, 50).write())
+    markdown = (tmp_path / "report.md").read_text()
+    assert "| teacher | 0 | 45.0 (35.6–54.8) | 45.0 (35.6–54.8) | 100 | 0 | complete |" in markdown
+    assert "45.0 (35.6–54.8)" in (tmp_path / "report.html").read_text()
+
+
+def test_one_arm_alone_claims_nothing(tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path)
+    experiment.trial("default", 0, drawn("default", 0, 0.5, 0.9))
+    found = answer(write_report(experiment.write()))
+    assert "cannot be told from this experiment" in found.sentences[1]
+    assert found.figure == ""
+    assert "There is no arm “none”" in Page((tmp_path / "report.html").read_text()).text
+
+
+def test_a_prime_without_the_unprimed_arm_claims_nothing(tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path)
+    experiment.trial("teacher", 0, drawn("teacher", 0, 0.5, 0.9), "teacher")
+    found = answer(write_report(experiment.write()))
+    assert "What the prime is worth cannot be told" in found.sentences[1]
+
+
+def test_arms_without_a_common_seed_are_not_compared(tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path)
+    experiment.trial("none", 0, drawn("none", 0, 0.5, 0.9))
+    experiment.trial("teacher", 1, drawn("teacher", 1, 0.5, 0.9), "teacher")
+    found = answer(write_report(experiment.write()))
+    assert "share no seed" in found.sentences[1]
+
+
+def test_every_trial_failed_and_nothing_else(tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path)
+    experiment.trial("none", 0, [], status="failed", error="", loss_first=None, rows=None, steps=None)
+    results = write_report(experiment.write())
+    assert "No arm has predictions" in answer(results).sentences[0]
+    assert Page((tmp_path / "report.html").read_text()).open == []
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path)
+    experiment.trial("none", 0, drawn("none", 0, 0.5, 0.9)[:40])
+    experiment.trial("teacher", 0, [], "teacher")
+    (tmp_path / "trials" / "killed-0").mkdir()
+    notes = " / ".join(write_report(experiment.write()).notes)
+    assert "Arm none, seed 0 has 40 of 60 predictions" in notes
+    assert "Arm teacher, seed 0 has no predictions" in notes
+    assert "killed-0 was begun and not finished" in notes
+
+
+def test_run_json_may_lack_what_it_does_not_know(tmp_path: Path) -> None:
+    experiment = two_arms(tmp_path, 3, 2, 5, 5)
+    experiment.run = {"name": "bare", "completions": [{"strategy": "none", "arms": ["none"]}]}
+    write_report(experiment.write())
+    assert "bare" in (tmp_path / "report.html").read_text()
+
+
+def test_a_folder_that_is_no_experiment_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"experiment\.yaml"):
+        write_report(tmp_path)
+    with pytest.raises(ValueError, match="nothing to report yet"):
+        write_report(Experiment(tmp_path).write())
+
+
+def test_a_torn_last_line_of_metrics_is_passed_over(tmp_path: Path) -> None:
+    experiment = two_arms(tmp_path, 3, 2, 5, 5)
+    metrics = tmp_path / "trials" / "none-0" / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n{"step": 1, "loss": 1.5}\n{"st')
+    results = write_report(experiment.write())
+    assert next(t for t in results.trials if t.arm == "none").losses == [(1, 1.5)]
+
+
+def test_examples_show_where_arms_differ(tmp_path: Path) -> None:
+    results = write_report(two_arms(tmp_path, 2, 1, 20, 20).write())
+    disagreeing = [e for e in results.examples if len({r["is_correct_strict"] for r in e.predictions.values()}) == 2]
+    assert len(results.examples) == 5
+    assert disagreeing == results.examples[:3]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (duration(8.21), "8.2 s"),
+        (duration(59.96), "1 min 00 s"),
+        (duration(200), "3 min 20 s"),
+        (duration(7_500), "2 h 05 min"),
+        (points(-0.0001), "0.0"),
+        (points(-0.031), "−3.1"),
+        (p_value(0.0004), "<0.001"),
+        (p_value(0.0123), "0.012"),
+        (p_value(1.0), "1.00"),
+    ],
+)
+def test_numbers_are_written_to_be_read(text: str, expected: str) -> None:
+    assert text == expected

@@ -1,0 +1,93 @@
+"""Folders of rows: whole or not there, resumable by id, and refused by name where they were damaged."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from raykd import storage
+
+SCHEMA = pa.schema([("row_id", pa.string()), ("value", pa.int64()), ("error", pa.string())])
+
+
+def rows(*values: tuple[str, int, str]) -> pa.Table:
+    return pa.Table.from_pylist([dict(zip(SCHEMA.names, value, strict=True)) for value in values], schema=SCHEMA)
+
+
+def test_a_content_key_depends_on_content_alone():
+    assert storage.content_key({"a": 1, "b": [2]}) == storage.content_key({"b": [2], "a": 1})
+    assert storage.content_key({"a": 1}) != storage.content_key({"a": 2})
+
+
+def test_the_same_rows_written_twice_are_one_part(tmp_path: Path):
+    for _ in range(2):
+        storage.write_part(tmp_path, rows(("a", 1, ""), ("b", 2, "")), "row_id")
+    assert len(storage.parts(tmp_path)) == 1
+    assert storage.open_rows(tmp_path, SCHEMA).count_rows() == 2
+
+
+def test_failed_rows_are_not_done_and_give_way_to_their_answers(tmp_path: Path):
+    storage.write_part(tmp_path, rows(("a", 1, ""), ("b", 0, "timeout"), ("c", 0, "refused")), "row_id")
+    assert storage.done_ids(tmp_path, SCHEMA, "row_id") == {"a"}
+    storage.write_part(tmp_path, rows(("b", 2, "")), "row_id")
+    manifest = storage.seal(tmp_path, SCHEMA, "row_id", {"what": "test"})
+    assert manifest["rows"] == 3
+    found = {row["row_id"]: row for row in storage.open_rows(tmp_path, SCHEMA).to_table().to_pylist()}
+    assert (found["b"]["value"], found["b"]["error"]) == (2, "")
+    assert found["c"]["error"] == "refused"
+    assert storage.read_manifest(tmp_path) == manifest
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "file.json"
+    storage.write_json(file, {"old": True})
+    with pytest.raises(TypeError):
+        storage.write_json(file, {"new": object()})
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
+    with pytest.raises(OSError, match="no space"):
+        storage.write_json(file, {"new": True})
+    monkeypatch.undo()
+    assert storage.read_json(file) == {"old": True}
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_a_damaged_part_is_refused_by_name(tmp_path: Path):
+    storage.write_part(tmp_path, rows(("a", 1, "")), "row_id")
+    storage.seal(tmp_path, SCHEMA, "row_id", {})
+    part = storage.parts(tmp_path)[0]
+    part.write_bytes(part.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=part.name):
+        storage.open_rows(tmp_path, SCHEMA)
+    with pytest.raises(ValueError, match=part.name):
+        storage.read_manifest(tmp_path)
+    part.unlink()
+    with pytest.raises(ValueError, match=part.name):
+        storage.read_manifest(tmp_path)
+
+
+def test_a_part_with_other_rows_than_the_manifest_says_is_refused(tmp_path: Path):
+    storage.write_part(tmp_path, rows(("a", 1, ""), ("b", 2, "")), "row_id")
+    storage.seal(tmp_path, SCHEMA, "row_id", {})
+    part = storage.parts(tmp_path)[0]
+    pa.parquet.write_table(rows(("a", 1, "")), part)
+    with pytest.raises(ValueError, match=f"{part.name} holds 1 rows"):
+        storage.read_manifest(tmp_path)
+
+
+def test_a_damaged_manifest_is_refused_by_name(tmp_path: Path):
+    (tmp_path / storage.MANIFEST).write_text('{"rows": ')
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        storage.read_manifest(tmp_path)
+
+
+def test_a_fingerprint_follows_content_and_names(tmp_path: Path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "weights").write_bytes(b"abc")
+    first = storage.fingerprint(folder)
+    (folder / "weights").write_bytes(b"abd")
+    assert storage.fingerprint(folder) != first
+    (folder / "weights").rename(folder / "other")
+    (folder / "other").write_bytes(b"abc")
+    assert storage.fingerprint(folder) != first

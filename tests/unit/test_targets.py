@@ -1,0 +1,61 @@
+"""Targets: aligned or refused, and an order of training that depends on nothing but rows, seed and size."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raykd import targets
+
+
+def completion(tokens: int = 3, k: int = 2) -> dict:
+    return {
+        "completion_id": "c1",
+        "completion_token_ids": list(range(tokens)),
+        "topk_ids": [[7, 8][:k]] * tokens,
+        "topk_logprobs": [[-0.1, -3.0][:k]] * tokens,
+    }
+
+
+def test_soft_targets_become_arrays():
+    ids, logprobs = targets.soft_targets(completion(), 2)
+    assert ids.shape == logprobs.shape == (3, 2)
+    assert (ids.dtype, logprobs.dtype) == (np.int64, np.float32)
+    assert logprobs[1].tolist() == pytest.approx([-0.1, -3.0])
+
+
+@pytest.mark.parametrize("field", ["completion_token_ids", "topk_ids", "topk_logprobs"])
+def test_what_is_not_aligned_is_refused(field: str):
+    broken = completion()
+    broken[field] = broken[field][:-1]
+    with pytest.raises(ValueError, match="completion c1"):
+        targets.soft_targets(broken, 2)
+
+
+def test_another_k_is_refused():
+    with pytest.raises(ValueError, match="completion c1"):
+        targets.soft_targets(completion(k=1), 2)
+
+
+def test_every_epoch_sees_every_row_once_in_an_order_of_its_own():
+    steps = list(targets.batches(num_rows=10, batch_size=4, epochs=2, seed=3))
+    assert [epoch for epoch, _ in steps] == [0, 0, 0, 1, 1, 1]
+    first, second = ([row for epoch, batch in steps for row in batch if epoch == e] for e in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert steps == list(targets.batches(10, 4, 2, 3))
+    assert steps != list(targets.batches(10, 4, 2, 4))
+
+
+@given(
+    rows=st.integers(0, 40),
+    workers=st.integers(1, 5),
+    rows_per_worker=st.integers(1, 12),
+    micro=st.integers(1, 12),
+)
+def test_workers_share_a_step_without_loss_and_keep_pace(rows: int, workers: int, rows_per_worker: int, micro: int):
+    batch = list(range(min(rows, workers * rows_per_worker)))
+    shares = [targets.share(batch, worker, workers, rows_per_worker, micro) for worker in range(workers)]
+    assert sorted(row for share in shares for part in share for row in part) == batch
+    assert len({len(share) for share in shares}) == 1
+    assert all(len(part) <= micro for share in shares for part in share)
