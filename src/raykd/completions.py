@@ -66,7 +66,7 @@ def _request(
         "strategy": strategy.model_dump(),
         "instruction": prompt.instruction,
         "teacher": dict(model),
-        "engine_kwargs": experiment.teacher.engine.engine_kwargs,
+        "engine_kwargs": experiment.teacher.engine.arguments_of_answers,
         "sampling": sampling if sampling["temperature"] else {"max_tokens": sampling["max_tokens"]},
         "top_k": targets.top_k if targets.kind == "top_k" else 0,
         "schema": records.COMPLETION.names,

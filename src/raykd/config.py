@@ -18,6 +18,21 @@ UNTOUCHED = "untouched"
 ARM_SECTIONS = ("prompt.strategy", "targets", "loss", "student.lora", "train")
 
 
+# Arguments of vLLM that say how fast and in how much memory it answers, not what.
+SPEED_ARGUMENTS = frozenset(
+    [
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "enable_prefix_caching",
+        "enable_chunked_prefill",
+        "enforce_eager",
+        "disable_log_stats",
+    ]
+)
+
+
 class Section(BaseModel):
     """A part of the tree: frozen, and closed to unknown keys."""
 
@@ -86,6 +101,11 @@ class Engine(Section):
     """Passed on to vLLM unchanged (https://docs.vllm.ai/en/latest/configuration/engine_args/)."""
     env: dict[str, str] = {}
     """Environment of the engine's processes, such as VLLM_CPU_KVCACHE_SPACE (GiB)."""
+
+    @property
+    def arguments_of_answers(self) -> dict[str, Any]:
+        """Those of `engine_kwargs` that bear on what is answered."""
+        return {name: value for name, value in self.engine_kwargs.items() if name not in SPEED_ARGUMENTS}
 
 
 class Teacher(Section):
@@ -266,7 +286,10 @@ class Experiment(Section):
 
         Arms and seeds are left out too: they may be added to, and each trial has a name of its own.
         """
-        return dict(_leaves(json.loads(self.model_dump_json(exclude=_CARRIED_OUT)), ""))
+        tree = json.loads(self.model_dump_json(exclude=_CARRIED_OUT))
+        for section, engine in (("teacher", self.teacher.engine), ("evaluate", self.evaluate.engine)):
+            tree[section]["engine"] = {"engine_kwargs": engine.arguments_of_answers}
+        return dict(_leaves(tree, ""))
 
     @property
     def strategies(self) -> dict[str, Strategy]:

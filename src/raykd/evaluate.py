@@ -83,7 +83,11 @@ def evaluate(
             scored = answered.map_batches(
                 Score,
                 batch_size=evaluation.batch_size,
-                fn_constructor_kwargs={"folder": folder, "max_tokens": evaluation.sampling.max_tokens},
+                fn_constructor_kwargs={
+                    "folder": folder,
+                    "max_tokens": evaluation.sampling.max_tokens,
+                    "ends": models.end_token_ids(student.model, student.revision),
+                },
                 compute=ray.data.ActorPoolStrategy(size=1),
                 num_cpus=0,
             )
@@ -216,8 +220,8 @@ _QUESTION = pa.schema(
 class Score:
     """Scores answers, writes them, and passes on the counts."""
 
-    def __init__(self, folder: Path, max_tokens: int) -> None:
-        self._folder, self._max_tokens = folder, max_tokens
+    def __init__(self, folder: Path, max_tokens: int, ends: set[int]) -> None:
+        self._folder, self._max_tokens, self._ends = folder, max_tokens, ends
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[int]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -228,14 +232,15 @@ class Score:
     def _score(self, row: Mapping[str, Any]) -> dict[str, Any]:
         text, error = row["generated_text"], row["__inference_error__"]
         strict, flexible = answers.strict_match(text), answers.flexible_extract(text)
-        num_tokens = int(row["num_generated_tokens"])
-        finish = "error" if error else "length" if num_tokens >= self._max_tokens else "stop"
+        tokens = row["generated_tokens"]
+        is_cut = len(tokens) >= self._max_tokens and int(tokens[-1]) not in self._ends
+        finish = "error" if error else "length" if is_cut else "stop"
         keep = ("prediction_id", "trial_id", "arm", "seed", "problem_id", "question", "reference_answer")
         return {
             **{name: row[name] for name in keep},
             "seed": int(row["seed"]),
             "completion": text,
-            "num_tokens": num_tokens,
+            "num_tokens": len(tokens),
             "finish_reason": finish,
             "answer_strict": strict,
             "answer_flexible": flexible,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from raykd import prompts, storage
 from raykd.demo import resolve_model
@@ -37,6 +37,17 @@ def load_tokenizer(model: str, revision: str | None) -> Any:
     if not tokenizer.chat_template:
         raise ValueError(f"model {model!r} has no chat template; use an instruct model")
     return tokenizer
+
+
+def end_token_ids(model: str, revision: str | None) -> set[int]:
+    """The tokens that end an answer, by the tokenizer and by the model's generation configuration."""
+    found = {load_tokenizer(model, revision).eos_token_id}
+    try:
+        ends = GenerationConfig.from_pretrained(resolve_model(model), revision=revision).eos_token_id
+    except OSError:
+        # Not every model has one.
+        ends = None
+    return (found | set(ends if isinstance(ends, list) else [ends])) - {None}
 
 
 def same_tokens(first: Any, second: Any) -> bool:

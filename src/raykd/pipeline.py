@@ -4,13 +4,13 @@ Each step is a function from folders to a folder. What is complete is skipped, s
 after whatever ended it.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from raykd import completions, config, evaluate, generate, journal, models, placement, problems, storage, sweep, teacher
 from raykd.cluster import connected
 from raykd.config import Experiment
+from raykd.progress import say
 from raykd.train import Job
 
 
@@ -150,7 +150,7 @@ def make_completions(plan: Plan, resources: dict[str, float]) -> None:
     soft = [experiment.arm(name).targets for name in experiment.arms]
     widest = max(soft, key=lambda targets: targets.top_k if targets.kind == "top_k" else 0)
     settings = teacher.llm_config(experiment.teacher, widest, kind)
-    _say(f"starting the teacher {experiment.teacher.model} ({kind})")
+    say(f"starting the teacher {experiment.teacher.model} ({kind})")
     app = f"raykd-{experiment.name}"
     with teacher.served(settings, app):
         generate.generate(
@@ -162,7 +162,7 @@ def train_students(plan: Plan, resources: dict[str, float]) -> None:
     """Step 3: every arm with every seed becomes a LoRA student, a trial of Ray Tune each."""
     pending = [job for job in plan.jobs if not sweep.is_complete(job)]
     if pending:
-        _say(f"training {len(pending)} students with DeepSpeed ({', '.join(job.trial_id for job in pending)})")
+        say(f"training {len(pending)} students with DeepSpeed ({', '.join(job.trial_id for job in pending)})")
         sweep.run(pending, plan.experiment.max_concurrent_trials, plan.folder, resources)
 
 
@@ -173,7 +173,7 @@ def make_predictions(plan: Plan, resources: dict[str, float]) -> None:
     experiment = plan.experiment
     kind = placement.accelerator(experiment.evaluate.engine.accelerator, resources)
     placement.check_engine("evaluate.engine", experiment.evaluate.engine, kind, resources)
-    _say(f"starting the engine for {len(plan.contestants)} students ({kind})")
+    say(f"starting the engine for {len(plan.contestants)} students ({kind})")
     evaluate.evaluate(
         plan.contestants,
         plan.problems,
@@ -197,7 +197,3 @@ def write_report(plan: Plan) -> None:
 def _are_predicted(plan: Plan) -> bool:
     manifest = storage.read_manifest(plan.folder / "predictions")
     return manifest is not None and manifest["trials"] == [each.trial_id for each in plan.contestants]
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

@@ -1,8 +1,40 @@
-"""Progress: one line for a long stage, with what is done, the rate, and the time left."""
+"""Progress: what the user sees of a run, and the line that tells how far a stage is."""
 
+import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Self, TextIO
+
+_screen: TextIO | None = None
+
+
+def say(message: str) -> None:
+    """Shows a line to the user."""
+    print(message, file=_screen or sys.stderr, flush=True)
+
+
+@contextmanager
+def libraries_write_to(log: Path) -> Iterator[None]:
+    """Sends standard error to a file for a `with` block, but for what this module shows.
+
+    Loggers take hold of `sys.stderr` whenever they are made, and native code writes to the descriptor behind it:
+    this quiets all of them alike, and loses nothing.
+    """
+    global _screen
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stderr.flush()
+    with os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace") as shown, log.open("ab") as file:
+        os.dup2(file.fileno(), 2)
+        _screen = shown
+        try:
+            yield
+        finally:
+            _screen = None
+            sys.stderr.flush()
+            os.dup2(shown.fileno(), 2)
 
 
 class Meter:
@@ -35,7 +67,7 @@ class Meter:
         self._label, self._total, self._unit = label, total, unit
         self._done = done
         self._tokens = 0
-        self._stream = stream or sys.stderr
+        self._stream = stream or _screen or sys.stderr
         self._terminal = self._stream.isatty()
         self._every_s = 0.2 if self._terminal else log_every_s
         self._start = time.monotonic() if started is None else started

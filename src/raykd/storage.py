@@ -34,8 +34,11 @@ def digest(text: str) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """What a model's folder or a data file holds, as a key; large files count by size and both ends."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    """What a model's folder or a data file holds, as a key; large files count by size and both ends.
+
+    What a download leaves beside a model (hidden files, which hold times) and what describes it count for nothing.
+    """
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _bears(p, path))
     total = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
@@ -48,6 +51,10 @@ def fingerprint(path: Path) -> str:
                 stream.seek(-(1 << 20), os.SEEK_END)
                 total.update(stream.read())
     return total.hexdigest()[:20]
+
+
+def _bears(file: Path, folder: Path) -> bool:
+    return file.suffix != ".md" and not any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,7 +1,6 @@
 """One experiment on real GSM8K rows, run once by the command line, for all tests that look at what it wrote."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -96,11 +95,18 @@ def plan_of(arguments: list[str]) -> pipeline.Plan:
     return pipeline.prepare(config.load(arguments[1], arguments[2:]), "test")
 
 
-def kill_when(condition: Callable[[], bool], arguments: list[str], cwd: Path, timeout_s: float = 900) -> None:
-    """Starts a command, and kills its driver (SIGKILL) as soon as a condition holds; nothing may be left of it."""
+def kill_when(
+    condition: Callable[[], bool], arguments: list[str], cwd: Path, timeout_s: float = 900
+) -> list[psutil.Process]:
+    """Starts a command and kills its driver (SIGKILL) as soon as a condition holds.
+
+    Returns:
+        the processes that it had, the driver apart: all of them must end by themselves.
+    """
     log = cwd / "killed.log"
     with log.open("w") as stream:
         driver = subprocess.Popen([RAYKD, *arguments], cwd=cwd, stdout=stream, stderr=subprocess.STDOUT)
+    family: list[psutil.Process] = []
     try:
         deadline = time.monotonic() + timeout_s
         while not condition():
@@ -108,15 +114,19 @@ def kill_when(condition: Callable[[], bool], arguments: list[str], cwd: Path, ti
             assert time.monotonic() < deadline, f"never came so far:\n{log.read_text()}"
             time.sleep(0.05)
     finally:
-        family = [driver.pid, *(child.pid for child in psutil.Process(driver.pid).children(recursive=True))]
-        driver.send_signal(signal.SIGKILL)
+        if driver.poll() is None:
+            family = psutil.Process(driver.pid).children(recursive=True)
+        driver.kill()
         driver.wait()
-        wait_for_end(family)
+    return family
 
 
-def wait_for_end(pids: list[int], timeout_s: float = 60) -> None:
-    """Waits until processes are gone; what is still there after that is ended, and fails the test."""
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=timeout_s)
+def wait_for_end(family: list[psutil.Process], timeout_s: float = 120) -> None:
+    """Waits until processes are gone; what is still there after that is ended, and fails the test.
+
+    When Ray's own processes die of SIGKILL, its agents tell the head so for 60 s before they give up.
+    """
+    _, alive = psutil.wait_procs(family, timeout=timeout_s)
     for process in alive:
         process.kill()
     assert not alive, f"still running after {timeout_s:g} s: {alive}"

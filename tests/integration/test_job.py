@@ -49,7 +49,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         wait_until_up(environment, log)
         yield environment
     finally:
-        family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+        family = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
         process.wait(timeout=60)
         wait_for_end(family)

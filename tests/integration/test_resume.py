@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import Ran, finish, kill_when, plan_of
+from conftest import Ran, finish, kill_when, plan_of, wait_for_end
 from test_run import predictions
 
 from raykd import records, storage
@@ -19,13 +19,16 @@ def parts(folder: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def killed(ran: Ran, experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """The same experiment in another storage, killed while it generates, trains and evaluates."""
+    """The same experiment in another storage, killed while it generates, trains and evaluates.
+
+    The next command is typed at once, while processes of the killed one may still be ending.
+    """
     root = tmp_path_factory.mktemp("killed")
     arguments = ["run", str(experiment_file), f"storage={root}"]
     plan = plan_of(arguments)
     answered = root / "completions"
 
-    kill_when(lambda: len(parts(answered)) >= 3, arguments, root)
+    family = kill_when(lambda: len(parts(answered)) >= 3, arguments, root)
     kept = parts(answered)
     assert not any((answered / request.folder.name / storage.MANIFEST).exists() for request in plan.requests), (
         "killed too late to test anything"
@@ -33,14 +36,16 @@ def killed(ran: Ran, experiment_file: Path, tmp_path_factory: pytest.TempPathFac
 
     first = plan.jobs[0]
     checkpoints = plan.folder / "checkpoints" / first.trial_id
-    kill_when(lambda: any(checkpoints.glob("checkpoint_*/checkpoint/*.pt")), arguments, root)
+    family += kill_when(lambda: any(checkpoints.glob("checkpoint_*/checkpoint/*.pt")), arguments, root)
     assert {name: time for name, time in parts(answered).items() if name in kept} == kept, "nothing is asked twice"
     assert sum(storage.read_manifest(request.folder)["rows"] for request in plan.requests) == 80  # type: ignore[index]
     assert not (first.folder / "trial.json").exists(), "killed too late to test anything"
 
-    kill_when(lambda: len(parts(plan.folder / "predictions")) >= 1, arguments, root)
+    family += kill_when(lambda: len(parts(plan.folder / "predictions")) >= 1, arguments, root)
     assert storage.read_manifest(plan.folder / "predictions") is None, "killed too late to test anything"
-    return finish(arguments, root)
+    done = finish(arguments, root)
+    wait_for_end(family)
+    return done
 
 
 def test_completions_are_those_of_an_undisturbed_run(ran: Ran, killed: Ran):

@@ -1,5 +1,6 @@
 """An experiment's file: what is refused, with which words, and what comes back from it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,13 @@ def load(tmp_path: Path, text: str, *overrides: str) -> config.Experiment:
     file = tmp_path / "experiment.yaml"
     file.write_text(text)
     return config.load(file, overrides)
+
+
+def test_the_experiment_in_the_readme_is_one(tmp_path: Path):
+    (text,) = re.findall(r"```yaml\n(name: .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    experiment = load(tmp_path, text)
+    assert experiment.arm("soft").targets.kind == "top_k"
+    assert next(iter(experiment.arms)) == "none"
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda file: file.stem)
@@ -97,6 +105,10 @@ def test_identity_is_what_bears_on_results(tmp_path: Path):
     base = load(tmp_path, SMALLEST)
     same = ["teacher.concurrency=9", "train.max_failures=9", "arms={other: {}}", "seeds=[5]", "storage=elsewhere"]
     assert load(tmp_path, SMALLEST, *same).identity() == base.identity()
+    elsewhere = ["teacher.engine.tensor_parallel_size=8", "teacher.engine.engine_kwargs={max_num_seqs: 8}"]
+    assert load(tmp_path, SMALLEST, *elsewhere).identity() == base.identity()
+    other = load(tmp_path, SMALLEST, "evaluate.engine.engine_kwargs={dtype: float32, max_num_seqs: 8}").identity()
+    assert "evaluate.engine.engine_kwargs.dtype" in other.keys() - base.identity().keys()
     changed = load(tmp_path, SMALLEST, "train.learning_rate=0.5").identity()
     assert {key for key in changed if changed[key] != base.identity()[key]} == {"train.learning_rate"}
 

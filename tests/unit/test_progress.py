@@ -1,7 +1,10 @@
 """Progress: what a line of a long stage says."""
 
 import io
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -32,3 +35,28 @@ def test_time_left_follows_the_rate_once_start_up_is_over(monkeypatch: pytest.Mo
     meter.add(10)
     assert "910/1,000" in meter.text()
     assert meter.text().endswith("1:30 left")
+
+
+def test_what_libraries_say_is_in_the_log_and_what_we_say_on_the_screen(tmp_path: Path):
+    script = f"""
+import logging, os, pathlib, sys
+from raykd import progress
+early = logging.StreamHandler()
+with progress.libraries_write_to(pathlib.Path({str(tmp_path / "folder" / "driver.log")!r})):
+    progress.say("ours")
+    logging.getLogger("early").addHandler(early)
+    logging.getLogger("early").warning("early library")
+    logging.getLogger("late").addHandler(logging.StreamHandler())
+    logging.getLogger("late").warning("late library")
+    os.write(2, b"native code")
+print("after", file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stderr == "ours\nafter\n"
+    log = (tmp_path / "folder" / "driver.log").read_text()
+    assert [said in log for said in ("early library", "late library", "native code", "ours")] == [
+        True,
+        True,
+        True,
+        False,
+    ]

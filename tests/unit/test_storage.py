@@ -91,3 +91,14 @@ def test_a_fingerprint_follows_content_and_names(tmp_path: Path):
     (folder / "weights").rename(folder / "other")
     (folder / "other").write_bytes(b"abc")
     assert storage.fingerprint(folder) != first
+
+
+def test_a_fingerprint_is_of_what_bears_on_a_model(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{}")
+    before = storage.fingerprint(tmp_path)
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "download").write_text("at noon")
+    (tmp_path / "README.md").write_text("a fine model")
+    assert storage.fingerprint(tmp_path) == before
+    (tmp_path / "config.json").write_text("{ }")
+    assert storage.fingerprint(tmp_path) != before
