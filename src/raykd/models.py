@@ -41,13 +41,14 @@ def load_tokenizer(model: str, revision: str | None) -> Any:
 
 def end_token_ids(model: str, revision: str | None) -> set[int]:
     """The tokens that end an answer, by the tokenizer and by the model's generation configuration."""
-    found = {load_tokenizer(model, revision).eos_token_id}
+    tokenizer = load_tokenizer(model, revision)
     try:
-        ends = GenerationConfig.from_pretrained(resolve_model(model), revision=revision).eos_token_id
+        ends = GenerationConfig.from_pretrained(resolve_model(model), revision=revision or "main").eos_token_id
     except OSError:
         # Not every model has one.
         ends = None
-    return (found | set(ends if isinstance(ends, list) else [ends])) - {None}
+    found: list[int | None] = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
+    return {token for token in found if token is not None}
 
 
 def same_tokens(first: Any, second: Any) -> bool:
