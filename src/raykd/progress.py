@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,46 +42,54 @@ class Meter:
     """Shows how far a stage is.
 
     On a terminal one line is written over and over; in a log a line is added now and then, so that a job's
-    log stays short.
+    log stays short. The clock goes on while nothing happens, as when an engine loads.
 
     Args:
         label: what the stage does.
-        total: how much there is to do, in `unit`s.
+        total: how much there is to do, in `unit`s; None where that shows later (set `total` then).
         done: how much is there from an earlier run; it does not count into the rate.
         unit: what is counted.
         stream: where to write.
         log_every_s: seconds between lines where `stream` is no terminal.
-        started: when the stage began, by `time.monotonic`; null for now.
     """
 
     def __init__(
         self,
         label: str,
-        total: int,
+        total: int | None,
         *,
         done: int = 0,
         unit: str = "rows",
         stream: TextIO | None = None,
         log_every_s: float = 10,
-        started: float | None = None,
     ):
-        self._label, self._total, self._unit = label, total, unit
+        self._label, self.total, self._unit = label, total, unit
         self._done = done
         self._tokens = 0
         self._stream = stream or _screen or sys.stderr
         self._terminal = self._stream.isatty()
         self._every_s = 0.2 if self._terminal else log_every_s
-        self._start = time.monotonic() if started is None else started
+        self._start = time.monotonic()
         self._first: tuple[float, int] | None = None
         self._shown = float("-inf")
         self._last = ""
+        self._over = threading.Event()
+        self._writing = threading.Lock()
 
     def __enter__(self) -> Self:
         self._show()
+        threading.Thread(target=self._tick, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
         self._show(last=True)
+
+    def _tick(self) -> None:
+        every_s = 1.0 if self._terminal else 6 * self._every_s
+        while not self._over.wait(every_s):
+            if time.monotonic() - self._shown >= every_s:
+                self._show()
 
     def add(self, count: int, tokens: int = 0) -> None:
         """Counts what was just done: `count` units, and the tokens in them."""
@@ -95,28 +104,33 @@ class Meter:
     def text(self) -> str:
         """The line as it stands now."""
         seconds = max(time.monotonic() - self._start, 1e-3)
-        parts = [f"{self._label}: {self._done:,}/{self._total:,} {self._unit}"]
+        if self.total is None:
+            return f"{self._label}: starting  {_clock(seconds)} so far"
+        parts = [f"{self._label}: {self._done:,}/{self.total:,} {self._unit}"]
         if self._tokens:
             parts.append(f"{self._tokens / seconds:,.0f} tokens/s")
-        if self._done >= self._total:
+        if self._done >= self.total:
             parts.append(f"done in {_clock(seconds)}")
         elif self._first and self._done > self._first[1]:
             since, before = self._first
             rate = (self._done - before) / max(time.monotonic() - since, 1e-3)
-            parts.append(f"{_clock((self._total - self._done) / rate)} left")
+            parts.append(f"{_clock((self.total - self._done) / rate)} left")
         else:
             parts.append(f"{_clock(seconds)} so far")
         return "  ".join(parts)
 
     def _show(self, last: bool = False) -> None:
-        self._shown = time.monotonic()
-        line = self.text()
-        if self._terminal:
-            self._stream.write("\r\x1b[2K" + line + ("\n" if last else ""))
-        elif line != self._last:
-            self._stream.write(line + "\n")
-        self._last = line
-        self._stream.flush()
+        with self._writing:
+            if self._over.is_set() and not last:
+                return
+            self._shown = time.monotonic()
+            line = self.text()
+            if self._terminal:
+                self._stream.write("\r\x1b[2K" + line + ("\n" if last else ""))
+            elif line != self._last:
+                self._stream.write(line + "\n")
+            self._last = line
+            self._stream.flush()
 
 
 def _clock(seconds: float) -> str:

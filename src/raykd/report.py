@@ -65,12 +65,16 @@ def write_report(folder: Path) -> Results:
 def result_table(results: Results) -> RichTable:
     """Arm, seed, strict and flexible accuracy in percent with its 95 % interval, and n, for the terminal."""
     shown = tables.result(results)
+    # Errors are worth a column where there are any.
+    kept = [
+        n for n, column in enumerate(shown.columns) if column != "Errors" or any(row[n] != "0" for row in shown.rows)
+    ]
     table = RichTable(title=Text(results.name))
-    for number, column in enumerate(shown.columns):
-        table.add_column(column, justify="left" if number in shown.text_columns else "right")
+    for number in kept:
+        table.add_column(shown.columns[number], justify="left" if number in shown.text_columns else "right")
     for row in shown.rows:
         # As Text, so that brackets in an error are not taken for markup.
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(row[number]) for number in kept))
     return table
 
 

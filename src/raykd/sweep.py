@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -136,21 +135,21 @@ class _Progress(tune.Callback):
     def __init__(self, trials: int) -> None:
         self._trials = trials
         self._seen: dict[str, tuple[int, int]] = {}
-        self._meter: Meter | None = None
-        self._started = time.monotonic()
+
+    def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
+        # Not before Tune has pickled what it was given.
+        self._meter = Meter("training", None, unit="steps").__enter__()
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         if "step" not in result:
             return
-        if self._meter is None:
-            # Arms train for about as many steps; the first to report tells how many that is.
-            self._meter = Meter("training", result["steps"] * self._trials, unit="steps", started=self._started)
+        # Arms train for about as many steps; the first to report tells how many that is.
+        self._meter.total = self._meter.total or result["steps"] * self._trials
         step, tokens = self._seen.get(trial.trial_id, (0, 0))
         self._meter.add(max(result["step"] - step, 0), max(result["target_tokens"] - tokens, 0))
         self._seen[trial.trial_id] = (result["step"], result["target_tokens"])
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        if self._meter is not None:
-            self._meter.__exit__()
+        self._meter.__exit__()

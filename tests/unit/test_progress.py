@@ -1,6 +1,7 @@
 """Progress: what a line of a long stage says."""
 
 import io
+import re
 import subprocess
 import sys
 import time
@@ -35,6 +36,21 @@ def test_time_left_follows_the_rate_once_start_up_is_over(monkeypatch: pytest.Mo
     meter.add(10)
     assert "910/1,000" in meter.text()
     assert meter.text().endswith("1:30 left")
+
+
+def test_the_clock_goes_on_while_nothing_happens_and_stops_with_the_stage():
+    stream = io.StringIO()
+    with Meter("training", None, unit="steps", stream=stream, log_every_s=0.01) as meter:
+        deadline = time.monotonic() + 30
+        while not re.search("training: starting  0:0[1-9] so far", stream.getvalue()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        meter.total = 10
+        meter.add(10)
+    said = stream.getvalue()
+    assert "training: 10/10 steps" in said.splitlines()[-1]
+    time.sleep(0.2)
+    assert stream.getvalue() == said
 
 
 def test_what_libraries_say_is_in_the_log_and_what_we_say_on_the_screen(tmp_path: Path):
