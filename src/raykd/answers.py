@@ -12,6 +12,9 @@ _STRICT = re.compile(r"#### (-?[0-9.,]+)")
 _FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 # What the comparison overlooks, in the order in which it is taken out.
 _IGNORED = [re.compile(pattern) for pattern in (r",", r"\$", r"(?s).*#### ", r"\.$")]
+# An answer as such, and a calculation: what `states_answer_first` puts in order.
+_STATED = re.compile(r"(?:####|\\boxed\{|\banswer\b[^.\n\d]{0,40}?)\s*[$]?-?\d", re.IGNORECASE)
+_STEP = re.compile(r"\d[\d.,]*\s*[-+*/x×÷−]\s*[$]?\d[^\n=]*=", re.IGNORECASE)
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
 
@@ -51,6 +54,17 @@ def is_correct(answer: str | None, reference: str) -> bool:
     Strings, not values, are compared, as in the harness: "18.00" is not "18".
     """
     return answer is not None and _normalised(answer) == _normalised(reference)
+
+
+def states_answer_first(text: str) -> bool:
+    """Whether an answer is stated before any calculation, or without one.
+
+    An answer is a number after `####`, in `\\boxed{`, or shortly after the word "answer"; a calculation is two
+    numbers with an operator between them and an equals sign behind. A teacher that was given the answer may
+    merely say it, and a student learns no step from that.
+    """
+    stated, step = _STATED.search(text), _STEP.search(text)
+    return stated is not None and (step is None or stated.start() < step.start())
 
 
 def _answer(extracted: str) -> str | None:

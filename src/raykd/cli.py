@@ -1,4 +1,4 @@
-"""Command line: raykd run | generate | train | evaluate | report."""
+"""Command line: raykd plan | prompts | run | generate | train | evaluate | report."""
 
 import argparse
 import os
@@ -20,6 +20,8 @@ given again after whatever ended it. With RAY_ADDRESS set they run on that Ray c
 """
 
 _STAGES = {
+    "plan": "in what the arms differ, before anything is started",
+    "prompts": "what teacher and student are sent for a problem, by their own chat templates, with token counts",
     "run": "the whole experiment, from problems to report",
     "generate": "have the primed teacher answer the training problems",
     "train": "train the students, a Ray Tune trial for each arm and seed",
@@ -37,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         experiment = config.load(options.file, options.overrides)
+        if options.stage in ("plan", "prompts"):
+            return _preview(options, experiment)
         return _run_stage(options.stage, experiment, command)
     except ValueError as error:
         # What a user can mend; everything else is a fault, and keeps its traceback.
@@ -59,8 +63,22 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in _STAGES.items():
         stage = stages.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         stage.add_argument("file", metavar="FILE", help="the experiment's YAML file")
+        if name == "prompts":
+            stage.add_argument("--problem", default="0", metavar="N", help="number or id of a training problem (0)")
         stage.add_argument("overrides", nargs="*", metavar="key.path=value", help="fields to set, values as YAML")
     return parser
+
+
+def _preview(options: argparse.Namespace, experiment: config.Experiment) -> int:
+    from rich.console import Console
+
+    from raykd import preview
+
+    if options.stage == "plan":
+        Console().print(preview.arms(experiment))
+    else:
+        print(preview.prompts_of(experiment, options.problem))
+    return 0
 
 
 def _run_stage(stage: str, experiment: config.Experiment, command: str) -> int:

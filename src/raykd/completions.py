@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raykd import records, storage
-from raykd.config import Experiment, Prompt, Targets
+from raykd.config import Arm, Experiment
 from raykd.strategies import Strategy
 
 
@@ -19,9 +19,27 @@ class Request:
     folder: Path
     content: dict[str, Any]
 
+    @property
+    def sequence(self) -> str:
+        """`teacher`: it answers; `reference`: it scores the reference solutions; `student`: a student's answers."""
+        return self.content["sequence"]
 
-def requests(experiment: Experiment, problems: Path, root: Path, model: Mapping[str, Any]) -> list[Request]:
-    """The distinct sets of completions that an experiment's arms train on.
+    @property
+    def top_k(self) -> int:
+        """How many log-probabilities each token has; 0 for none."""
+        return self.content["top_k"]
+
+    @property
+    def samples(self) -> int:
+        """Completions of each problem."""
+        return self.content["samples"]
+
+
+def of_arms(experiment: Experiment, problems: Path, root: Path, model: Mapping[str, Any]) -> dict[str, Request | None]:
+    """For each arm the completions that it trains on; None where nothing is asked beforehand.
+
+    The same question is not asked twice. A set with more log-probabilities than an arm needs serves it too, be it
+    complete from an earlier run or about to be made for another arm.
 
     Args:
         experiment: the experiment.
@@ -30,49 +48,65 @@ def requests(experiment: Experiment, problems: Path, root: Path, model: Mapping[
             that asks the same of the same teacher.
         model: what identifies the teacher's weights and tokenizer.
     """
-    wanted: dict[str, Request] = {}
+    contents = {}
     for name in experiment.arms:
         arm = experiment.arm(name)
-        if arm.targets.sequence != "teacher":
+        asks = arm.needs_teacher and arm.targets.sequence != "student"
+        contents[name] = _content(experiment, arm, problems, model) if asks else None
+    stored = _stored(root)
+    found: dict[str, Request | None] = {}
+    for name, content in contents.items():
+        if content is None:
+            found[name] = None
             continue
-        request = _request(experiment, arm.prompt, arm.targets, problems, root, model)
-        wanted[request.folder.name] = request
-    return list(wanted.values())
+        others = [each for each in contents.values() if each and _but_k(each) == _but_k(content)]
+        there = [each for each in stored if _but_k(each) == _but_k(content) and each["top_k"] >= content["top_k"]]
+        chosen = min(there, key=_top_k) if there else max(others, key=_top_k)
+        strategy = experiment.arm(name).prompt.strategy
+        folder = root / "completions" / storage.content_key(chosen)
+        found[name] = Request(strategy, experiment.strategies[strategy], folder, chosen)
+    return found
 
 
-def request_of(
-    experiment: Experiment, arm: str, problems: Path, root: Path, model: Mapping[str, Any]
-) -> Request | None:
-    """The completions that one arm trains on; None where it trains on the reference solutions."""
-    resolved = experiment.arm(arm)
-    if resolved.targets.sequence != "teacher":
-        return None
-    return _request(experiment, resolved.prompt, resolved.targets, problems, root, model)
+def identity(request: Request, arm: Arm) -> str:
+    """What of a request determines an arm's rows: all but log-probabilities that the arm does not use."""
+    used = arm.targets.top_k if arm.targets.kind == "top_k" else 0
+    return storage.content_key(request.content | {"top_k": used})
 
 
-def _request(
-    experiment: Experiment,
-    prompt: Prompt,
-    targets: Targets,
-    problems: Path,
-    root: Path,
-    model: Mapping[str, Any],
-) -> Request:
-    strategy = experiment.strategies[prompt.strategy]
-    sampling = experiment.teacher.sampling.model_dump()
+def _content(experiment: Experiment, arm: Arm, problems: Path, model: Mapping[str, Any]) -> dict[str, Any]:
+    teacher, targets = experiment.teacher, arm.targets
+    sampling = teacher.sampling.model_dump()
     content = {
         "problems": problems.name,
         # Not the name: two names for the same words are the same question.
-        "strategy": strategy.model_dump(),
-        "instruction": prompt.instruction,
+        "strategy": experiment.strategies[arm.prompt.strategy].model_dump(mode="json"),
+        "instruction": arm.prompt.instruction,
         "teacher": dict(model),
-        "engine_kwargs": experiment.teacher.engine.arguments_of_answers,
-        "sampling": sampling if sampling["temperature"] else {"max_tokens": sampling["max_tokens"]},
+        "engine_kwargs": teacher.engine.arguments_of_answers,
+        "sequence": targets.sequence,
+        "samples": 1,
         "top_k": targets.top_k if targets.kind == "top_k" else 0,
         "schema": records.COMPLETION.names,
     }
-    folder = root / "completions" / storage.content_key(content)
-    return Request(prompt.strategy, strategy, folder, content)
+    if targets.sequence == "teacher":
+        content["samples"] = teacher.samples
+        content["sampling"] = sampling if sampling["temperature"] else {"max_tokens": sampling["max_tokens"]}
+    return content
+
+
+def _stored(root: Path) -> list[dict[str, Any]]:
+    """What determines each complete set that is there."""
+    manifests = [storage.read_manifest(folder) for folder in sorted((root / "completions").glob("*"))]
+    return [manifest["content"] for manifest in manifests if manifest]
+
+
+def _but_k(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name != "top_k"}
+
+
+def _top_k(content: Mapping[str, Any]) -> int:
+    return content["top_k"]
 
 
 def missing(wanted: list[Request]) -> list[Request]:
@@ -80,6 +114,6 @@ def missing(wanted: list[Request]) -> list[Request]:
     return [request for request in wanted if storage.read_manifest(request.folder) is None]
 
 
-def completion_id(request: Request, problem_id: str, sample_index: int = 0) -> str:
+def completion_id(request: Request, problem_id: str, sample_index: int) -> str:
     """The name of one completion: the same for the same question, in every experiment."""
     return storage.content_key({"key": request.folder.name, "problem_id": problem_id, "sample_index": sample_index})

@@ -17,9 +17,10 @@ import safetensors.numpy
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
 from raykd import answers, models, placement, prompts, records, storage
-from raykd.config import UNTOUCHED, Evaluate, Sampling, Student
+from raykd.config import UNTOUCHED
 from raykd.demo import resolve_model
 from raykd.progress import Meter
+from raykd.sections import Evaluate, Sampling, Student
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,13 +104,14 @@ def note_completions(folder: Path, teacher: str, arms_by_request: list[tuple[Req
         teacher: the teacher's name.
         arms_by_request: the sets of completions, each with the arms that train on it.
     """
-    keep = ("rows", "errors", "correct", "completion_tokens", "truncated", "seconds")
+    keep = ("rows", "errors", "correct", "completion_tokens", "truncated", "answer_first", "seconds")
     entries = []
     for request, arms in arms_by_request:
         manifest = storage.read_manifest(request.folder)
         if manifest:
             counts = {key: manifest[key] for key in keep}
             named = {"strategy": request.strategy_name, "content_key": request.folder.name, "teacher": teacher}
+            named["sequence"] = request.sequence
             entries.append({**named, "arms": arms, **counts})
     file = folder / "run.json"
     storage.write_json(file, {**storage.read_json(file), "completions": entries})

@@ -1,15 +1,27 @@
 """Losses: what a student's logits are worth against the targets, as sums over target tokens.
 
-N target tokens, V vocabulary, K top-k. Each function returns a sum; the caller divides once, by the number of
-target tokens of the whole optimizer step, so that neither batch split nor worker count changes the result.
+N target tokens, V vocabulary, K top-k, M outcomes that are told apart. Each function returns a sum; the caller
+divides once, by the number of target tokens of the whole optimizer step, so that neither batch split, packing nor
+worker count changes the result.
+
+A teacher's k log-probabilities leave open how the rest is spread. Either that rest is one outcome more
+(`one_bucket`: nothing is made up, and merging outcomes only ever lowers a divergence, by the data-processing
+inequality), or it is left out and both distributions are scaled up to 1 over the k tokens (`renormalise`).
 """
+
+import math
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-# The student's mass outside the teacher's top-k is kept this far from 0, where its logarithm ends.
+Tail = Literal["one_bucket", "renormalise"]
+# Float32 log-probabilities leave this much doubt about what is outside the k tokens: less counts as this much.
 _SMALLEST_TAIL = 1e-7
+# Stands for log 0, so that 0 times it is 0; and a logit that stands for -inf, for a token that cannot be said.
+_LOG_ZERO, _NEVER = -100.0, -1e9
 
 
 def cross_entropy(logits_NV: Tensor, token_ids_N: Tensor) -> Tensor:
@@ -22,28 +34,65 @@ def cross_entropy(logits_NV: Tensor, token_ids_N: Tensor) -> Tensor:
     return functional.cross_entropy(logits_NV.float(), token_ids_N, reduction="sum")
 
 
-def forward_kl(logits_NV: Tensor, topk_ids_NK: Tensor, topk_logprobs_NK: Tensor) -> Tensor:
-    """Sum over tokens of KL(teacher || student), in nats, over the teacher's top-k and one bucket for the rest.
+def divergence(
+    kind: str,
+    logits_NV: Tensor,
+    topk_ids_NK: Tensor,
+    topk_logprobs_NK: Tensor,
+    tail: Tail = "one_bucket",
+    temperature: float = 1.0,
+) -> Tensor:
+    """Sum over tokens of a divergence between teacher p and student q, in nats.
 
-    Merging outcomes can only lower a divergence (the data-processing inequality), so this bounds the full one
-    from below and equals it where K = V (Cover and Thomas, Elements of Information Theory, 2.8).
+    Where K = V it is the dense divergence, whatever the tail.
 
     Args:
+        kind: one of `DIVERGENCES`.
         logits_NV: the student's logits, of any floating type; computed with in float32.
         topk_ids_NK: the teacher's k most probable tokens.
-        topk_logprobs_NK: their log-probabilities; what they leave to 1 is the bucket's.
+        topk_logprobs_NK: their log-probabilities at temperature 1.
+        tail: what becomes of all other tokens.
+        temperature: both distributions are flattened by it, and the sum is multiplied by its square, so that
+            gradients keep their size (Hinton et al., arXiv 1503.02531, section 2.1). Other than 1 only with
+            `renormalise` or K = V: how a bucket's tokens would spread when flattened is not known.
     """
-    log_q_NV = torch.log_softmax(logits_NV.float(), dim=-1)
-    log_q_NK = log_q_NV.gather(-1, topk_ids_NK)
-    log_p_NK = topk_logprobs_NK.float()
-    p_NK = log_p_NK.exp()
-    # xlogy-like: where p = 0 (log p = -inf) the term is 0, not nan.
-    terms_NK = torch.where(p_NK > 0, p_NK * (log_p_NK - log_q_NK), torch.zeros_like(p_NK))
-    p_rest_N = (1 - p_NK.sum(-1)).clamp(min=0)
-    q_rest_N = (1 - log_q_NK.exp().sum(-1)).clamp(min=_SMALLEST_TAIL)
-    rest_N = torch.where(
-        p_rest_N > 0,
-        p_rest_N * (p_rest_N.clamp(min=torch.finfo(torch.float32).tiny).log() - q_rest_N.log()),
-        torch.zeros_like(p_rest_N),
-    )
-    return terms_NK.sum() + rest_N.sum()
+    has_bucket = tail == "one_bucket" and topk_ids_NK.shape[-1] < logits_NV.shape[-1]
+    assert temperature == 1 or not has_bucket, "a bucket cannot be flattened"
+    picked_NK = logits_NV.gather(-1, topk_ids_NK).float().clamp(min=_NEVER)
+    log_p_NM = topk_logprobs_NK.float().clamp(min=_LOG_ZERO)
+    if has_bucket:
+        log_q_NK = picked_NK - torch.logsumexp(logits_NV.float(), dim=-1, keepdim=True)
+        log_p_NM, log_q_NM = _with_bucket(log_p_NM), _with_bucket(log_q_NK)
+    else:
+        log_p_NM = torch.log_softmax(log_p_NM / temperature, dim=-1)
+        log_q_NM = torch.log_softmax(picked_NK / temperature, dim=-1)
+    return temperature**2 * DIVERGENCES[kind](log_p_NM, log_q_NM.clamp(min=_LOG_ZERO))
+
+
+def forward_kl(log_p_NM: Tensor, log_q_NM: Tensor) -> Tensor:
+    """Sum of KL(p || q): the student is to cover all that the teacher does."""
+    return (log_p_NM.exp() * (log_p_NM - log_q_NM)).sum()
+
+
+def reverse_kl(log_p_NM: Tensor, log_q_NM: Tensor) -> Tensor:
+    """Sum of KL(q || p): the student is to do nothing that the teacher would not (Gu et al., arXiv 2306.08543)."""
+    return (log_q_NM.exp() * (log_q_NM - log_p_NM)).sum()
+
+
+def jensen_shannon(log_p_NM: Tensor, log_q_NM: Tensor) -> Tensor:
+    """Sum of half of KL(p || m) and half of KL(q || m), m their mean (Lin 1991); at most log 2 for each token."""
+    log_m_NM = torch.logaddexp(log_p_NM, log_q_NM) - math.log(2)
+    return (forward_kl(log_p_NM, log_m_NM) + forward_kl(log_q_NM, log_m_NM)) / 2
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jensen_shannon": jensen_shannon,
+}
+
+
+def _with_bucket(log_p_NK: Tensor) -> Tensor:
+    """One more outcome: all tokens that are not among the k."""
+    rest_N1 = (1 - log_p_NK.exp().sum(-1, keepdim=True)).clamp(min=_SMALLEST_TAIL).log()
+    return torch.cat([log_p_NK, rest_N1], dim=-1)

@@ -1,5 +1,6 @@
 """Models: found on disk or on the hub, identified, and their tokenizers compared."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,26 @@ def end_token_ids(model: str, revision: str | None) -> set[int]:
         ends = None
     found: list[int | None] = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
     return {token for token in found if token is not None}
+
+
+def answer_token_ids(tokenizer: Any, text: str, is_whole: bool) -> list[int]:
+    """The tokens of an answer that somebody else wrote.
+
+    Args:
+        tokenizer: of the model that is to give it.
+        text: the answer.
+        is_whole: whether it ends there; one that was cut must not teach to end where it was cut.
+    """
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [*tokens, tokenizer.eos_token_id] if is_whole else tokens
+
+
+def context_length(model: str, revision: str | None, engine_kwargs: Mapping[str, Any]) -> int | None:
+    """How many tokens an engine takes, prompt and answer together; None where the model does not say."""
+    if told := engine_kwargs.get("max_model_len"):
+        return int(told)
+    config = AutoConfig.from_pretrained(resolve_model(model), revision=revision)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def same_tokens(first: Any, second: Any) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from raykd import completions, config, evaluate, generate, journal, models, placement, problems, storage, sweep, teacher
 from raykd.cluster import connected
+from raykd.completions import Request
 from raykd.config import Experiment
 from raykd.progress import say
 from raykd.train import Job
@@ -25,6 +26,8 @@ class Plan:
     teacher_model: dict[str, str]
     student_model: dict[str, str]
     same_tokens: bool
+    asked: dict[str, Request | None]
+    """For each arm the completions it trains on; None where nothing is asked of the teacher beforehand."""
 
     @property
     def log(self) -> Path:
@@ -32,39 +35,22 @@ class Plan:
         return self.folder / "driver.log"
 
     @property
-    def requests(self) -> list[completions.Request]:
-        """The sets of completions that the arms need."""
-        return completions.requests(self.experiment, self.problems, self.root, self.teacher_model)
+    def requests(self) -> list[Request]:
+        """The distinct sets of completions that the arms need."""
+        return list({request.folder: request for request in self.asked.values() if request}.values())
 
     @property
-    def arms_by_request(self) -> list[tuple[completions.Request, list[str]]]:
+    def arms_by_request(self) -> list[tuple[Request, list[str]]]:
         """The same, each with the names of the arms that train on it."""
-        arms: dict[Path, list[str]] = {request.folder: [] for request in self.requests}
-        for arm, folder in self._completions.items():
-            if folder:
-                arms[folder].append(arm)
-        return [(request, arms[request.folder]) for request in self.requests]
-
-    @property
-    def _completions(self) -> dict[str, Path | None]:
-        """For each arm the folder of the completions it trains on; None for the reference solutions."""
-        found = {}
-        for arm in self.experiment.arms:
-            request = completions.request_of(self.experiment, arm, self.problems, self.root, self.teacher_model)
-            found[arm] = request.folder if request else None
-        return found
+        return [
+            (request, [arm for arm, each in self.asked.items() if each and each.folder == request.folder])
+            for request in self.requests
+        ]
 
     @property
     def jobs(self) -> list[Job]:
         """The trials."""
-        return sweep.jobs(
-            self.experiment,
-            self.problems,
-            self._completions,
-            self.student_model,
-            self.same_tokens,
-            self.folder,
-        )
+        return sweep.jobs(self.experiment, self.problems, self.asked, self.student_model, self.same_tokens, self.folder)
 
     @property
     def contestants(self) -> list[evaluate.Contestant]:
@@ -120,21 +106,21 @@ def prepare(experiment: Experiment, command: str) -> Plan:
     student_tokenizer = models.load_tokenizer(experiment.student.model, experiment.student.revision)
     same_tokens = models.same_tokens(teacher_tokenizer, student_tokenizer)
     for name in experiment.arms:
-        if experiment.arm(name).targets.kind == "top_k" and not same_tokens:
+        targets = experiment.arm(name).targets
+        if targets.kind == "top_k" and not same_tokens:
             raise ValueError(
                 f"arm {name!r}: soft targets need one tokenizer, but {experiment.teacher.model} and "
                 f"{experiment.student.model} have different ones; set targets.kind=hard"
             )
+        if targets.kind == "top_k" and targets.top_k > len(teacher_tokenizer):
+            raise ValueError(
+                f"arm {name!r}: targets.top_k={targets.top_k} is more than the {len(teacher_tokenizer)} tokens that "
+                f"{experiment.teacher.model} has"
+            )
     storage.write_text(folder / "experiment.yaml", config.dump(experiment))
-    plan = Plan(
-        experiment,
-        root,
-        folder,
-        problems.prepare(experiment.problems, root),
-        teacher_model,
-        student_model,
-        same_tokens,
-    )
+    splits = problems.prepare(experiment.problems, root)
+    asked = completions.of_arms(experiment, splits, root, teacher_model)
+    plan = Plan(experiment, root, folder, splits, teacher_model, student_model, same_tokens, asked)
     journal.begin(experiment, folder, plan.problems, {"teacher": teacher_model, "student": student_model}, command)
     return plan
 
@@ -147,9 +133,8 @@ def make_completions(plan: Plan, resources: dict[str, float]) -> None:
     experiment = plan.experiment
     kind = placement.accelerator(experiment.teacher.engine.accelerator, resources)
     placement.check_engine("teacher.engine", experiment.teacher.engine, kind, resources)
-    soft = [experiment.arm(name).targets for name in experiment.arms]
-    widest = max(soft, key=lambda targets: targets.top_k if targets.kind == "top_k" else 0)
-    settings = teacher.llm_config(experiment.teacher, widest, kind)
+    generate.check_lengths(missing, plan.problems, experiment.teacher, experiment.prompt.instruction)
+    settings = teacher.llm_config(experiment.teacher, max(request.top_k for request in missing), kind)
     say(f"starting the teacher {experiment.teacher.model} ({kind})")
     app = f"raykd-{experiment.name}"
     with teacher.served(settings, app):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from raykd.config import Engine, Train
+from raykd.sections import Engine, Train
 
 Accelerator = Literal["cpu", "gpu"]
 

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 
 from raykd import records, storage
 from raykd.answers import reference_answer
-from raykd.config import Problems
 from raykd.demo import problems as demo_problems
+from raykd.sections import Problems
 
 SPLITS = ("train", "validation", "test")
 Row = dict[str, Any]

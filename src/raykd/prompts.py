@@ -19,7 +19,7 @@ def student_messages(problem: Mapping[str, Any], instruction: str = "") -> Messa
 
 
 def teacher_messages(problem: Mapping[str, Any], strategy: Strategy, instruction: str = "") -> Messages:
-    """The messages a teacher is sent: what the student sees, and the strategy's prime.
+    """The messages a teacher is sent: what the student sees, and the strategy's prime and exemplars.
 
     Args:
         problem: a row with `question`, `reference_answer` and `other_answer`.
@@ -28,11 +28,12 @@ def teacher_messages(problem: Mapping[str, Any], strategy: Strategy, instruction
     """
     prime = strategy.text.format(reference_answer=problem["reference_answer"], other_answer=problem["other_answer"])
     question = _join(problem["question"], instruction)
-    if strategy.place == "system" and prime:
-        return [{"role": "system", "content": prime}, {"role": "user", "content": question}]
-    if strategy.place == "after":
-        return [{"role": "user", "content": _join(question, prime)}]
-    return [{"role": "user", "content": _join(prime, question)}]
+    messages = [{"role": "system", "content": prime}] if strategy.place == "system" and prime else []
+    for exemplar in strategy.exemplars:
+        messages.append({"role": "user", "content": _join(exemplar.question, instruction)})
+        messages.append({"role": "assistant", "content": exemplar.answer})
+    asked = {"system": question, "before": _join(prime, question), "after": _join(question, prime)}
+    return [*messages, {"role": "user", "content": asked[strategy.place]}]
 
 
 def _join(*parts: str) -> str:

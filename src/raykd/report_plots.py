@@ -9,7 +9,7 @@ from math import ceil, floor
 
 from markupsafe import Markup
 
-from raykd.report_tables import teacher_share
+from raykd.report_tables import teacher_share, written_by_the_teacher
 from raykd.report_text import interval, percent, points, points_interval
 from raykd.results import Results, Share
 
@@ -109,7 +109,7 @@ def difference_figure(results: Results) -> Figure:
 def teacher_figure(results: Results) -> Figure:
     """The teacher's accuracy by strategy (diamond) above that of the student it taught (dot), both strict."""
     found: list[tuple[str, str, tuple[Share, Share]]] = []
-    for made in results.run.get("completions") or []:
+    for made in written_by_the_teacher(results):
         teacher = teacher_share(made)
         students = [arm for name in made.get("arms") or [] if (arm := results.arm(name))]
         found += [(arm.name, arm.kind, (teacher, arm.measured.strict)) for arm in students]

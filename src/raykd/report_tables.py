@@ -130,26 +130,30 @@ def form(results: Results) -> Table:
 def teachers(results: Results) -> Table:
     """The teacher's own accuracy by strategy, beside that of the students it taught."""
     rows = []
-    for made in results.run.get("completions") or []:
-        teacher = teacher_share(made)
+    for made in written_by_the_teacher(results):
+        teacher, first = teacher_share(made), finite(made.get("answer_first"))
+        answered = _answered(made)
         students = [arm for name in made.get("arms") or [] if (arm := results.arm(name))]
         for arm in students or [None]:
             rows.append(
                 [
                     str(made.get("strategy", "")),
                     share_and_interval(teacher),
-                    amount(_answered(made)),
+                    amount(answered),
+                    percent(first / answered if first is not None and answered else None),
                     arm.name if arm else NOTHING,
                     share_and_interval(arm.measured.strict) if arm else NOTHING,
                 ]
             )
     return Table(
         "Teacher beside student",
-        ["Strategy", "Teacher %", "Teacher n", "Arm", "Student %"],
+        ["Strategy", "Teacher %", "Teacher n", "Answer first %", "Arm", "Student %"],
         rows,
         "Strict accuracy. The teacher answered training problems, primed; the student test problems, "
-        "unprimed: not one scale. A teacher that was told the answer is right more often for that alone.",
-        text_columns=(0, 3),
+        "unprimed: not one scale. A teacher that was told the answer is right more often for that alone. Answer "
+        "first: completions that state an answer before any calculation, or without one, as a teacher does that "
+        "repeats what it was told.",
+        text_columns=(0, 4),
     )
 
 
@@ -213,6 +217,12 @@ def stages(results: Results) -> Table:
     """Where the time went."""
     stages = results.run.get("stages") or {}
     return Table("Time by stage", ["Stage", "Time"], [[str(k), duration(finite(v))] for k, v in stages.items()])
+
+
+def written_by_the_teacher(results: Results) -> list[Mapping[str, Any]]:
+    """The sets of completions that the teacher wrote, without those that it scored only."""
+    made = results.run.get("completions") or []
+    return [each for each in made if each.get("sequence", "teacher") == "teacher"]
 
 
 def teacher_share(made: Mapping[str, Any]) -> Share:

@@ -12,6 +12,16 @@ from pydantic import BaseModel, ConfigDict, field_validator
 PLACEHOLDERS = {"reference_answer", "other_answer"}
 
 
+class Exemplar(BaseModel):
+    """A worked problem that is shown to the teacher before the one it is asked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    question: str
+    answer: str
+    """As the teacher should answer, in the form that `prompt.instruction` asks for."""
+
+
 class Strategy(BaseModel):
     """One way to prime the teacher. The student never sees any of it."""
 
@@ -21,6 +31,8 @@ class Strategy(BaseModel):
     """Where the text goes: the system message, or before or after the question in the user's message."""
     text: str = ""
     """The prime. `{reference_answer}` and `{other_answer}` (another problem's) are filled in."""
+    exemplars: tuple[Exemplar, ...] = ()
+    """Few-shot examples, each a turn of the user and one of the assistant before the question."""
     version: int = 1
     """Raise it when the text changes its meaning; text and version are part of the content key."""
 

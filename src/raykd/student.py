@@ -5,6 +5,7 @@ B rows of a micro-batch, T positions, N target tokens, D width, V vocabulary, K 
 
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from raykd import losses, models, prompts, records, storage
-from raykd.config import Arm, Loss, Student, Train
+from raykd.config import Arm
 from raykd.demo import resolve_model
+from raykd.sections import Student, Train
+from raykd.selection import select
 from raykd.targets import Target, soft_targets
 
-# Target tokens whose logits exist at a time.
-CHUNK_TOKENS = 4096
+# Logits that exist at a time, over all target tokens: half a GiB in float32.
+CHUNK_ELEMENTS = 1 << 27
 
 
 def load_base(student: Student, dtype: torch.dtype) -> Any:
@@ -56,96 +59,85 @@ def add_lora(model: Any, student: Student, seed: int) -> PeftModel:
 def training_rows(
     arm: Arm, problems: Path, completions: Path | None, tokenizer: Any, same_as_teacher: bool
 ) -> tuple[list[Target], dict[str, int]]:
-    """The rows that an arm trains on, in the order of the problems' ids, and what was dropped and why.
+    """The rows that an arm trains on, in the order of the problems and their samples, and what was dropped and why.
 
     Args:
         arm: the arm.
         problems: the folder of the splits; only `train` is read.
-        completions: the folder of the teacher's completions; None where targets are the reference solutions.
+        completions: the folder of the completions; None where targets are the reference solutions.
         tokenizer: the student's.
         same_as_teacher: whether the teacher's token ids are the student's.
     """
     dropped: Counter[str] = Counter()
-    by_problem = {}
-    if completions is not None:
-        rows = storage.open_rows(completions, records.COMPLETION)
-        columns = ["problem_id", "completion_id", "completion", "completion_token_ids", "finish_reason"]
-        columns += ["is_correct", "error"]
-        if arm.targets.kind == "top_k":
-            columns += ["topk_ids", "topk_logprobs"]
-        for batch in rows.to_batches(columns=columns):
-            by_problem |= {row["problem_id"]: row for row in batch.to_pylist()}
+    by_problem = _by_problem(arm, completions) if completions else {}
     targets = []
     for problem in pyarrow.parquet.read_table(problems / "train.parquet").to_pylist():
-        completion = by_problem.get(problem["problem_id"])
-        reason = _reason_to_drop(arm, completions is not None, completion)
-        if not reason:
-            target = _target(arm, problem, completion, tokenizer, same_as_teacher)
-            if len(target) <= arm.train.max_length:
-                targets.append(target)
-                continue
-            reason = "too_long"
-        dropped[reason] += 1
-    return targets, dict(dropped)
+        prompt = models.prompt_token_ids(tokenizer, prompts.student_messages(problem, arm.prompt.instruction))
+        if completions is None:
+            tokens = models.answer_token_ids(tokenizer, problem["reference_solution"], is_whole=True)
+            found = [Target(problem["problem_id"], prompt, tokens)]
+        else:
+            kept, reasons = select(by_problem.get(problem["problem_id"], []), arm.targets)
+            dropped += reasons
+            found = [_target(arm, prompt, row, tokenizer, same_as_teacher) for row in kept]
+        fitting = [target for target in found if len(target) <= arm.train.max_length]
+        dropped["too_long"] += len(found) - len(fitting)
+        targets += fitting
+    return targets, {reason: count for reason, count in dropped.items() if count}
 
 
-def _reason_to_drop(arm: Arm, from_teacher: bool, completion: dict[str, Any] | None) -> str:
-    if not from_teacher:
-        return ""
-    if completion is None or completion["error"]:
-        return "error"
-    if arm.targets.keep == "correct" and not completion["is_correct"]:
-        return "incorrect"
-    if not completion["completion_token_ids"]:
-        return "empty"
-    return ""
+def _by_problem(arm: Arm, completions: Path) -> dict[str, list[dict[str, Any]]]:
+    columns = ["problem_id", "completion_id", "sample_index", "completion", "completion_token_ids", "finish_reason"]
+    columns += ["is_correct", "error"]
+    if arm.targets.kind == "top_k":
+        columns += ["topk_ids", "topk_logprobs"]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for batch in storage.open_rows(completions, records.COMPLETION).to_batches(columns=columns):
+        for row in batch.to_pylist():
+            found.setdefault(row["problem_id"], []).append(row)
+    for rows in found.values():
+        rows.sort(key=lambda row: row["sample_index"])
+    return found
 
 
-def _target(arm: Arm, problem: dict[str, Any], completion: dict[str, Any] | None, tokenizer: Any, same: bool) -> Target:
-    messages = prompts.student_messages(problem, arm.prompt.instruction)
-    prompt_ids = models.prompt_token_ids(tokenizer, messages)
-    if completion is not None and same:
-        tokens = completion["completion_token_ids"]
-        if arm.targets.kind == "top_k":
-            soft = soft_targets(completion, arm.targets.top_k)
-            return Target(problem["problem_id"], prompt_ids, tokens, *soft)
-        return Target(problem["problem_id"], prompt_ids, tokens)
-    text = problem["reference_solution"] if completion is None else completion["completion"]
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if completion is None or completion["finish_reason"] == "stop":
-        # A turn that ended by itself; one that was cut at the limit must not teach to end there.
-        tokens = [*tokens, tokenizer.eos_token_id]
-    return Target(problem["problem_id"], prompt_ids, tokens)
+def _target(arm: Arm, prompt: list[int], completion: Mapping[str, Any], tokenizer: Any, same: bool) -> Target:
+    problem_id, tokens = completion["problem_id"], completion["completion_token_ids"]
+    if arm.targets.kind == "top_k":
+        return Target(problem_id, prompt, tokens, *soft_targets(completion, arm.targets.top_k))
+    if not same:
+        is_whole = completion["finish_reason"] == "stop"
+        tokens = models.answer_token_ids(tokenizer, completion["completion"], is_whole)
+    return Target(problem_id, prompt, tokens)
 
 
-def collate(rows: list[Target], pad_token_id: int) -> dict[str, Tensor]:
-    """A micro-batch, padded on the right.
+def collate(rows: list[Target], pad_token_id: int, packing: bool) -> dict[str, Tensor]:
+    """A micro-batch: rows beneath each other, padded on the right, or one behind the other in a single sequence.
 
     Returns:
-        `input_ids` and `attention_mask` (B, T); `positions` (N): where in the flattened B x T the logits that
-        predict target tokens are; `token_ids` (N); for soft targets `topk_ids`, `topk_logprobs` (N, K).
+        `input_ids` (B, T), with `attention_mask` (B, T) or, when packed, `position_ids` (1, T), which begin anew with
+        each row; `positions` (N): where in the flattened B x T the logits that predict target tokens are;
+        `token_ids` (N); for soft targets `topk_ids`, `topk_logprobs` (N, K).
     """
     # A worker whose share of the last step is empty runs a row without targets, to keep pace with the others.
-    length = max((len(row) for row in rows), default=1)
-    input_ids = torch.full((max(len(rows), 1), length), pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    positions, token_ids = [], []
-    for index, row in enumerate(rows):
-        tokens = row.prompt_token_ids + row.completion_token_ids
-        input_ids[index, : len(tokens)] = torch.tensor(tokens)
-        attention_mask[index, : len(tokens)] = 1
-        first = index * length + len(row.prompt_token_ids) - 1
-        positions.append(torch.arange(first, first + len(row.completion_token_ids)))
-        token_ids.append(torch.tensor(row.completion_token_ids))
-    if not rows:
-        attention_mask[:] = 1
+    sequences = [row.prompt_token_ids + row.completion_token_ids for row in rows] or [[pad_token_id]]
+    lengths = [len(sequence) for sequence in sequences]
+    if packing:
+        batch = {
+            "input_ids": torch.tensor([[token for sequence in sequences for token in sequence]]),
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        }
+        starts = np.cumsum([0, *lengths[:-1]])
+    else:
+        longest = max(lengths)
+        padded = [sequence + [pad_token_id] * (longest - len(sequence)) for sequence in sequences]
+        mask = [[1] * length + [0] * (longest - length) for length in lengths]
+        batch = {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
+        starts = np.arange(len(sequences)) * longest
     empty = torch.zeros(0, dtype=torch.long)
-    batch = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "positions": torch.cat(positions) if rows else empty,
-        "token_ids": torch.cat(token_ids) if rows else empty,
-    }
+    first = [int(start) + len(row.prompt_token_ids) - 1 for start, row in zip(starts, rows, strict=False)]
+    spans = [torch.arange(at, at + len(row.completion_token_ids)) for at, row in zip(first, rows, strict=True)]
+    batch["positions"] = torch.cat([empty, *spans])
+    batch["token_ids"] = torch.tensor([token for row in rows for token in row.completion_token_ids], dtype=torch.long)
     if rows and rows[0].topk_ids_TK is not None:
         batch["topk_ids"] = torch.from_numpy(np.concatenate([row.topk_ids_TK for row in rows]))  # type: ignore[arg-type]
         batch["topk_logprobs"] = torch.from_numpy(np.concatenate([row.topk_logprobs_TK for row in rows]))  # type: ignore[arg-type]
@@ -153,27 +145,38 @@ def collate(rows: list[Target], pad_token_id: int) -> dict[str, Tensor]:
 
 
 class Distillation(nn.Module):
-    """A student whose forward pass is the sum of its losses over a micro-batch."""
+    """A student whose forward pass is the sum of its losses over a micro-batch.
 
-    def __init__(self, model: PeftModel, loss: Loss) -> None:
+    Of the logits only those that predict target tokens are made, and no more than `chunk_elements` of them at a time:
+    beside the bfloat16 logits of a chunk there is one float32 copy and its gradient, so three times 4 bytes for each
+    element bound what the loss needs, whatever the batch.
+
+    Args:
+        model: the student.
+        arm: what it is trained toward.
+        chunk_elements: target tokens times vocabulary in a chunk.
+    """
+
+    def __init__(self, model: PeftModel, arm: Arm, chunk_elements: int = CHUNK_ELEMENTS) -> None:
         super().__init__()
         self.model = model
-        self._loss = loss
+        self._arm = arm
+        self._chunk_elements = chunk_elements
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """The summed loss of a micro-batch from `collate`, in nats."""
         base: Any = self.model.get_base_model()
-        hidden_BTD = base.model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).last_hidden_state
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+        hidden_BTD = base.model(**inputs, use_cache=False).last_hidden_state
         hidden_ND = hidden_BTD.flatten(0, 1)[batch["positions"]]
         if not len(hidden_ND):
             return hidden_BTD.sum() * 0.0
         total = hidden_ND.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(hidden_ND), CHUNK_TOKENS):
-            chunk = slice(start, start + CHUNK_TOKENS)
+        size = max(1, self._chunk_elements // base.config.get_text_config().vocab_size)
+        for start in range(0, len(hidden_ND), size):
+            chunk = slice(start, start + size)
             part = {key: batch[key][chunk] for key in ("token_ids", "topk_ids", "topk_logprobs") if key in batch}
-            if len(hidden_ND) > CHUNK_TOKENS:
+            if len(hidden_ND) > size:
                 # The logits of a chunk are made again in the backward pass rather than kept for all chunks.
                 total = total + checkpoint(self._chunk_loss, hidden_ND[chunk], part, use_reentrant=False)
             else:
@@ -185,10 +188,13 @@ class Distillation(nn.Module):
         logits_NV = base.lm_head(hidden_ND)
         if "topk_ids" not in part:
             return losses.cross_entropy(logits_NV, part["token_ids"])
-        weight = self._loss.cross_entropy_weight
-        total = (1 - weight) * losses.forward_kl(logits_NV, part["topk_ids"], part["topk_logprobs"])
-        if weight:
-            total = total + weight * losses.cross_entropy(logits_NV, part["token_ids"])
+        loss, soft = self._arm.loss, (part["topk_ids"], part["topk_logprobs"])
+        total = logits_NV.new_zeros((), dtype=torch.float32)
+        if loss.cross_entropy_weight < 1:
+            distance = losses.divergence(self._arm.divergence, logits_NV, *soft, loss.tail, loss.temperature)
+            total = total + (1 - loss.cross_entropy_weight) * distance
+        if loss.cross_entropy_weight > 0:
+            total = total + loss.cross_entropy_weight * losses.cross_entropy(logits_NV, part["token_ids"])
         return total
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from raykd import placement, storage
+from raykd import completions, placement, storage
+from raykd.completions import Request
 from raykd.config import Experiment
 from raykd.progress import Meter
 from raykd.train import Job, describe, fit
@@ -18,7 +19,7 @@ from raykd.train import Job, describe, fit
 def jobs(
     experiment: Experiment,
     problems: Path,
-    completions: Mapping[str, Path | None],
+    asked: Mapping[str, Request | None],
     student: Mapping[str, str],
     same_tokens: bool,
     folder: Path,
@@ -30,14 +31,14 @@ def jobs(
     Args:
         experiment: the experiment.
         problems: the folder of the splits.
-        completions: for each arm the folder of the completions it trains on.
+        asked: for each arm the completions it trains on; None where it trains on the reference solutions.
         student: what identifies the student's weights.
         same_tokens: whether the teacher's token ids are the student's.
         folder: the experiment's folder.
     """
     made = []
     for arm_name, overrides in experiment.arms.items():
-        arm, rows = experiment.arm(arm_name), completions[arm_name]
+        arm, request = experiment.arm(arm_name), asked[arm_name]
         for seed in experiment.seeds:
             identity = {
                 "student": dict(student),
@@ -47,7 +48,7 @@ def jobs(
                 # How a trial is carried out changes nothing of what it is.
                 "train": arm.train.model_dump(exclude={"accelerator", "checkpoint_every_steps", "max_failures"}),
                 "instruction": arm.prompt.instruction,
-                "rows": rows.name if rows else problems.name,
+                "rows": completions.identity(request, arm) if request else problems.name,
                 "problems": problems.name,
                 "seed": seed,
             }
@@ -60,7 +61,7 @@ def jobs(
                     seed=seed,
                     overrides=dict(overrides),
                     problems=problems,
-                    completions=rows,
+                    completions=request.folder if request else None,
                     same_tokens=same_tokens,
                     folder=folder / "trials" / trial_id,
                 )
@@ -135,6 +136,7 @@ class _Progress(tune.Callback):
     def __init__(self, trials: int) -> None:
         self._trials = trials
         self._seen: dict[str, tuple[int, int]] = {}
+        self._steps: dict[str, int] = {}
 
     def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
         # Not before Tune has pickled what it was given.
@@ -145,8 +147,9 @@ class _Progress(tune.Callback):
     ) -> None:
         if "step" not in result:
             return
-        # Arms train for about as many steps; the first to report tells how many that is.
-        self._meter.total = self._meter.total or result["steps"] * self._trials
+        # Until a trial reports, it is taken to have as many steps as those that did.
+        self._steps[trial.trial_id] = result["steps"]
+        self._meter.total = round(sum(self._steps.values()) / len(self._steps) * self._trials)
         step, tokens = self._seen.get(trial.trial_id, (0, 0))
         self._meter.add(max(result["step"] - step, 0), max(result["target_tokens"] - tokens, 0))
         self._seen[trial.trial_id] = (result["step"], result["target_tokens"])

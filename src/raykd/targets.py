@@ -31,7 +31,7 @@ def soft_targets(completion: Mapping[str, Any], top_k: int) -> tuple[np.ndarray,
     """The teacher's top-k of one completion as arrays.
 
     Args:
-        completion: a row of `records.COMPLETION`.
+        completion: a row of `records.COMPLETION`, with K log-probabilities for each token or more.
         top_k: K.
 
     Returns:
@@ -43,15 +43,15 @@ def soft_targets(completion: Mapping[str, Any], top_k: int) -> tuple[np.ndarray,
     tokens = completion["completion_token_ids"]
     ids, logprobs = completion["topk_ids"], completion["topk_logprobs"]
     lengths = {len(tokens), len(ids), len(logprobs)}
-    if len(lengths) > 1 or any(len(row) != top_k for row in [*ids, *logprobs]):
+    if len(lengths) > 1 or any(len(row) < top_k for row in [*ids, *logprobs]):
         raise ValueError(
             f"completion {completion['completion_id']}: {len(tokens)} tokens, {len(ids)} and {len(logprobs)} rows "
-            f"of targets, which should be as many, of {top_k} each; delete its folder, and it is asked again"
+            f"of targets, which should be as many, of {top_k} or more each; delete its folder, and it is asked again"
         )
     shape = (len(tokens), top_k)
     return (
-        np.asarray(ids, dtype=np.int64).reshape(shape),
-        np.asarray(logprobs, dtype=np.float32).reshape(shape),
+        np.asarray([row[:top_k] for row in ids], dtype=np.int64).reshape(shape),
+        np.asarray([row[:top_k] for row in logprobs], dtype=np.float32).reshape(shape),
     )
 
 

@@ -1,27 +1,50 @@
-"""Teacher: the served engine. Built from the configuration, waited for, and taken down."""
+"""Teacher: the served engine. Built from the configuration, waited for, asked, and taken down."""
 
+import asyncio
+import importlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import ProxyLocation
 
-from raykd import placement
-from raykd.config import Targets, Teacher
+from raykd import answers, placement, records, storage
+from raykd.completions import Request
 from raykd.demo import resolve_model
+from raykd.sections import Teacher
 
 MODEL_ID = "teacher"
+# How often a call is made again after the replica that had it died; Serve starts another meanwhile.
+INFRASTRUCTURE_RETRIES = 6
+# What `AskTeacher` is given: one row for each completion that is wanted.
+QUESTION = pa.schema(
+    [
+        *(records.COMPLETION.field(name) for name in ("completion_id", "problem_id", "strategy", "sample_index")),
+        pa.field("reference_answer", pa.string()),
+        # Of the request that the row belongs to.
+        pa.field("folder", pa.string()),
+        pa.field("prompt_token_ids", pa.list_(pa.int32())),
+        # What the teacher is to score; empty where it is to answer.
+        pa.field("given_token_ids", pa.list_(pa.int32())),
+        pa.field("given_text", pa.string()),
+        pa.field("given_finish_reason", pa.string()),
+    ]
+)
 
 
-def llm_config(teacher: Teacher, targets: Targets | None, kind: placement.Accelerator) -> Any:
+def llm_config(teacher: Teacher, top_k: int, kind: placement.Accelerator) -> Any:
     """The Serve LLM configuration of the teacher.
 
     Args:
         teacher: the configuration's section.
-        targets: with kind `top_k`, the engine is told to allow that many log-probabilities.
+        top_k: the engine is told to allow that many log-probabilities; 0 for none.
         kind: what the engine runs on.
     """
     # Loads vLLM, which takes seconds that a run without anything to ask should not pay.
@@ -30,8 +53,10 @@ def llm_config(teacher: Teacher, targets: Targets | None, kind: placement.Accele
     kwargs, env = placement.engine_settings(teacher.engine, kind)
     if teacher.revision:
         kwargs["revision"] = teacher.revision
-    if targets and targets.kind == "top_k":
-        kwargs.setdefault("max_logprobs", max(targets.top_k, 20))
+    if top_k:
+        kwargs.setdefault("max_logprobs", max(top_k, 20))
+        # vLLM's default, and the only mode that gives the model's own distribution whatever the sampling.
+        kwargs.setdefault("logprobs_mode", "raw_logprobs")
     deployment: dict[str, Any] = {
         # Serve LLM's own default lets one replica take everything, and then never scales.
         "max_ongoing_requests": 2 * teacher.concurrency,
@@ -122,3 +147,153 @@ def failure(app: str) -> str:
         return ""
     messages = [status.message, *(deployment.message for deployment in status.deployments.values())]
     return f"the teacher did not start: {' '.join(message for message in messages if message)}"
+
+
+class AskTeacher:
+    """Asks the served teacher one batch a call, writes what it answered, and passes on the counts.
+
+    A row with `given_token_ids` is not answered but scored: the teacher's k best log-probabilities at each of those
+    tokens, as if it had written them.
+    """
+
+    def __init__(self, app: str, teacher: Teacher, requests: list[Request], in_flight: int) -> None:
+        self._app, self._handle = app, serve.get_app_handle(app)
+        self._teacher = teacher
+        self._requests = {request.folder: request for request in requests}
+        self._room = asyncio.Semaphore(in_flight)
+        self._up = asyncio.Lock()
+        self._is_up = False
+
+    async def __call__(self, batch: dict[str, np.ndarray]) -> AsyncIterator[dict[str, list[int]]]:
+        await self._wait_until_up()
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        # All prompts of a call share a seed, so a problem's samples, which must differ, go into different calls.
+        for folder, sample_index in dict.fromkeys((row["folder"], row["sample_index"]) for row in rows):
+            group = [row for row in rows if (row["folder"], row["sample_index"]) == (folder, sample_index)]
+            request = self._requests[Path(folder)]
+            async with self._room:
+                completions = await self._ask(group, request.top_k)
+            table = pa.Table.from_pylist(completions, schema=records.COMPLETION)
+            await asyncio.to_thread(storage.write_part, request.folder, table, "completion_id")
+            yield {
+                "rows": [len(completions)],
+                "tokens": [sum(len(row["completion_token_ids"]) for row in completions)],
+            }
+
+    async def _wait_until_up(self) -> None:
+        """Loads what a request is made of while the engine loads, and waits for that."""
+        async with self._up:
+            if not self._is_up:
+                importlib.import_module("ray.serve.llm.openai_api_models")
+                await asyncio.to_thread(wait_until_up, self._app, self._teacher.start_timeout_s)
+                self._is_up = True
+
+    async def _ask(self, rows: list[dict[str, Any]], top_k: int) -> list[dict[str, Any]]:
+        """Completions of the rows, in their order; rows that cannot be answered carry an error."""
+        reply = await self._call(rows, top_k)
+        if isinstance(reply, str) and len(rows) > 1:
+            # One bad row makes the engine refuse all of a call: find it, and answer the others.
+            return [answer for row in rows for answer in await self._ask([row], top_k)]
+        if isinstance(reply, str):
+            return [_failed(rows[0], reply)]
+        return [_completion(row, choice, top_k) for row, choice in zip(rows, reply, strict=True)]
+
+    async def _call(self, rows: list[dict[str, Any]], top_k: int) -> list[Any] | str:
+        """The choices for the rows, or why there are none."""
+        request, failure = self._request(rows, top_k), ""
+        for attempt in range(INFRASTRUCTURE_RETRIES):
+            try:
+                async with asyncio.timeout(self._teacher.timeout_s):
+                    replies: Any = self._handle.options(stream=True).completions.remote(request)
+                    async for reply in replies:
+                        if hasattr(reply, "choices"):
+                            return sorted(reply.choices, key=lambda choice: choice.index)
+                        return f"refused: {reply.error.message}"
+                return "the teacher sent no answer"
+            except TimeoutError:
+                return f"no answer within {self._teacher.timeout_s:g} s (teacher.timeout_s)"
+            except RayError as error:
+                failure = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+                await asyncio.sleep(2**attempt)
+        return failure
+
+    def _request(self, rows: list[dict[str, Any]], top_k: int) -> Any:
+        # Not before a worker needs it: it loads vLLM.
+        from ray.serve.llm.openai_api_models import CompletionRequest
+
+        prompt = [row["prompt_token_ids"].tolist() + row["given_token_ids"].tolist() for row in rows]
+        if len(rows[0]["given_token_ids"]):
+            # The engine cannot but write a token of its own; it is thrown away.
+            return CompletionRequest(
+                model=MODEL_ID, prompt=prompt, max_tokens=1, temperature=0.0, prompt_logprobs=top_k
+            )
+        sampling = self._teacher.sampling
+        return CompletionRequest(
+            model=MODEL_ID,
+            prompt=prompt,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed + int(rows[0]["sample_index"]) if sampling.temperature else None,
+            logprobs=top_k or None,
+            return_token_ids=True,
+            return_tokens_as_token_ids=True if top_k else None,
+        )
+
+
+def _completion(row: Mapping[str, Any], choice: Any, top_k: int) -> dict[str, Any]:
+    """A row of `records.COMPLETION` from one choice of the engine's reply."""
+    given = row["given_token_ids"].tolist()
+    if given:
+        text, tokens, finish = row["given_text"], given, row["given_finish_reason"]
+        positions = [
+            {int(token): each.logprob for token, each in position.items()}
+            for position in choice.prompt_logprobs[-len(given) :]
+        ]
+    else:
+        text, tokens, finish = choice.text, list(choice.token_ids), choice.finish_reason
+        positions = [
+            {int(token.removeprefix("token_id:")): logprob for token, logprob in position.items()}
+            for position in (choice.logprobs.top_logprobs if top_k else [])
+        ]
+    # The token itself comes along even where it is none of the k best; the k best are wanted.
+    best = [sorted(position.items(), key=lambda item: -item[1])[:top_k] for position in positions]
+    assert len(best) == (len(tokens) if top_k else 0), "a log-probability for every completion token"
+    strict = answers.strict_match(text)
+    return {
+        **_identity(row),
+        "completion": text,
+        "completion_token_ids": tokens,
+        "finish_reason": finish,
+        "answer_strict": strict,
+        "answer_flexible": answers.flexible_extract(text),
+        "is_correct": answers.is_correct(strict, row["reference_answer"]),
+        "topk_ids": [[token for token, _ in position] for position in best],
+        "topk_logprobs": [[logprob for _, logprob in position] for position in best],
+        "error": "",
+    }
+
+
+def _failed(row: Mapping[str, Any], error: str) -> dict[str, Any]:
+    """A row of `records.COMPLETION` that says why there is no completion."""
+    return {
+        **_identity(row),
+        "completion": "",
+        "completion_token_ids": [],
+        "finish_reason": "error",
+        "answer_strict": None,
+        "answer_flexible": None,
+        "is_correct": False,
+        "topk_ids": [],
+        "topk_logprobs": [],
+        "error": error,
+    }
+
+
+def _identity(row: Mapping[str, Any]) -> dict[str, Any]:
+    identity = {name: row[name] for name in ("completion_id", "problem_id", "strategy")}
+    return {
+        **identity,
+        "sample_index": int(row["sample_index"]),
+        "prompt_token_ids": row["prompt_token_ids"].tolist(),
+    }

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from raykd import placement, storage
-from raykd.config import Arm, Train
+from raykd.config import Arm
+from raykd.sections import Train
 
 Report = Callable[[dict[str, Any], Path | None], None]
 # About how many points a loss curve has, and how many times a trial tells Ray how far it is: a report waits for
@@ -105,7 +106,7 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
     if train.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
-    model = student.Distillation(student.add_lora(base, job.arm.student, job.seed), job.arm.loss)
+    model = student.Distillation(student.add_lora(base, job.arm.student, job.seed), job.arm)
     # DeepSpeed's annotations name the types that it documents for other arguments.
     initialize: Any = deepspeed.initialize
     engine, _, _, _ = initialize(
@@ -135,7 +136,7 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
         # Dropout repeats itself when a step is done again after a failure.
         torch.manual_seed((job.seed << 40) + (step << 16) + worker)
         for part in targets.share(batch, worker, num_workers, train.batch_size // num_workers, micro):
-            inputs = student.collate([rows[row] for row in part], tokenizer.pad_token_id or 0)
+            inputs = student.collate([rows[row] for row in part], tokenizer.pad_token_id or 0, train.packing)
             loss_sum = engine({key: tensor.to(engine.device) for key, tensor in inputs.items()})
             # DeepSpeed averages over workers and accumulation steps; this turns its mean into the sum over
             # all of the step's tokens, divided by their number.

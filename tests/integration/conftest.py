@@ -29,7 +29,7 @@ def gsm8k() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def experiment_file(gsm8k: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small enough for minutes: hard and soft targets, the gold solutions, and every ZeRO stage but one."""
+    """Small enough for minutes: hard and soft targets, gold solutions plain and scored, all ZeRO stages but one."""
     engine = {"engine_kwargs": {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 32}}
     tree = {
         "name": "gsm8k",
@@ -37,7 +37,8 @@ def experiment_file(gsm8k: dict[str, str], tmp_path_factory: pytest.TempPathFact
         "teacher": {
             "model": "raykd/demo-teacher",
             "engine": engine,
-            "sampling": {"max_tokens": MAX_TOKENS},
+            "sampling": {"max_tokens": MAX_TOKENS, "temperature": 0.7},
+            "samples": 2,
             "batch_size": 5,
             "concurrency": 2,
         },
@@ -54,13 +55,18 @@ def experiment_file(gsm8k: dict[str, str], tmp_path_factory: pytest.TempPathFact
         },
         "evaluate": {"engine": engine, "sampling": {"max_tokens": MAX_TOKENS}, "batch_size": 8},
         "arms": {
-            "none": {"train.zero_stage": 1},
-            "soft": {"prompt.strategy": "teacher", "targets.kind": "top_k", "targets.top_k": 6},
+            "none": {"targets.keep": "best", "train.zero_stage": 1},
+            "soft": {"prompt.strategy": "teacher", "targets.kind": "top_k", "targets.top_k": 6, "train.packing": True},
+            "scored": {
+                "prompt.strategy": "ground_truth",
+                "targets": {"sequence": "reference", "kind": "top_k", "top_k": 6},
+                "loss": {"divergence": "jensen_shannon", "tail": "renormalise", "temperature": 2.0},
+            },
             "reference": {"targets.sequence": "reference", "train.zero_stage": 3},
         },
     }
     file = tmp_path_factory.mktemp("experiment") / "gsm8k.yaml"
-    file.write_text(yaml.safe_dump(tree))
+    file.write_text(yaml.safe_dump(tree, sort_keys=False))
     return file
 
 

@@ -38,7 +38,7 @@ def killed(ran: Ran, experiment_file: Path, tmp_path_factory: pytest.TempPathFac
     checkpoints = plan.folder / "checkpoints" / first.trial_id
     family += kill_when(lambda: any(checkpoints.glob("checkpoint_*/checkpoint/*.pt")), arguments, root)
     assert {name: time for name, time in parts(answered).items() if name in kept} == kept, "nothing is asked twice"
-    assert sum(storage.read_manifest(request.folder)["rows"] for request in plan.requests) == 80  # type: ignore[index]
+    assert sum(storage.read_manifest(request.folder)["rows"] for request in plan.requests) == 200  # type: ignore[index]
     assert not (first.folder / "trial.json").exists(), "killed too late to test anything"
 
     family += kill_when(lambda: len(parts(plan.folder / "predictions")) >= 1, arguments, root)
@@ -62,7 +62,7 @@ def test_completions_are_those_of_an_undisturbed_run(ran: Ran, killed: Ran):
 def test_training_went_on_from_its_checkpoint_to_the_same_adapter(ran: Ran, killed: Ran):
     for whole, resumed in zip(ran.plan.jobs, killed.plan.jobs, strict=True):
         curves = [(job.folder / "metrics.jsonl").read_text().splitlines() for job in (whole, resumed)]
-        assert len(curves[0]) == len(curves[1]) == 10
+        assert len(curves[0]) == len(curves[1]) == storage.read_json(whole.folder / "trial.json")["steps"]
         weights = [
             safetensors.torch.load_file(job.folder / "adapter" / "adapter_model.safetensors")
             for job in (whole, resumed)

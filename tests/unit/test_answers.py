@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raykd.answers import flexible_extract, is_correct, reference_answer, strict_match
+from raykd.answers import flexible_extract, is_correct, reference_answer, states_answer_first, strict_match
 
 
 @pytest.mark.parametrize(
@@ -106,3 +106,22 @@ def test_every_problem_of_gsm8k(split: str, count: int, negatives: int, with_com
     for solution, answer in zip(solutions, answers, strict=True):
         assert strict_match(solution) == flexible_extract(solution) == answer
         assert is_correct(answer, solution)
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("#### 18", True),
+        ("The answer is 18. 3 * 6 = 18.\n#### 18", True),
+        ("3 * 6 = 18. The answer is 18.\n#### 18", False),
+        ("Sure! \\boxed{18}", True),
+        ("There are 3 x 6 = 18 apples.\n#### 18", False),
+        ("Answer: $1,200, since 3 × 400 = 1200", True),
+        ("He pays 3×$400 = $1200. #### 1200", False),
+        ("She has 18 apples and says nothing more", False),
+        ("The answer will follow. 20 - 2 = 18. #### 18", False),
+        ("", False),
+    ],
+)
+def test_an_answer_before_any_calculation_is_noticed(text: str, first: bool):
+    assert states_answer_first(text) == first

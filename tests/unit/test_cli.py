@@ -1,5 +1,6 @@
 """The command line: mistakes end in one line and status 2, before anything heavy is loaded."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,32 @@ def test_help_is_there(arguments, capsys):
         cli.main(arguments)
     assert ended.value.code == 0
     assert "FILE" in capsys.readouterr().out
+
+
+def test_plan_shows_in_what_arms_differ_and_nothing_else(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arms = "arms={plain: {}, soft: {prompt.strategy: teacher, targets.kind: top_k}, own: {targets.sequence: student}}"
+    assert cli.main(["plan", "configs/quickstart.yaml", arms]) == 0
+    shown = capsys.readouterr().out
+    for word in ("prompt.strategy", "targets.kind", "targets.sequence", "loss.divergence", "reverse_kl", "top_k"):
+        assert word in shown
+    assert "train.epochs" not in shown
+
+
+def test_prompts_shows_what_teacher_and_student_are_sent(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    arguments = ["prompts", "configs/quickstart.yaml", f"storage={tmp_path}", "prompt.instruction=State the number."]
+    assert cli.main([*arguments, "--problem", "3"]) == 0
+    shown = capsys.readouterr().out
+    prime = "smaller models will learn from your answer"
+    teacher, student = shown.split("--- student")
+    assert prime in teacher
+    assert prime not in student
+    assert "strategy ground_truth (arms: ground_truth)" in teacher
+    assert student.count("State the number.") == 1
+    assert re.search(r"every arm: \d+ tokens", student)
+    assert cli.main([*arguments, "--problem", "100000"]) == 2
+    assert "no training problem '100000'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["run", "generate", "train", "evaluate", "report"])

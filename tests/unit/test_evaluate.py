@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from raykd import evaluate, models, records, storage
-from raykd.config import Sampling
+from raykd.sections import Sampling
 
 END = 1
 

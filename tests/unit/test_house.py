@@ -11,10 +11,32 @@ import raykd
 
 SOURCE = Path(raykd.__file__).parent
 FLOORS = [
-    {"config", "mistakes", "records", "storage", "strategies", "demo"},
-    {"prompts", "answers", "statistics", "placement", "progress", "targets", "losses", "comparison", "completions"},
+    {"config", "sections", "mistakes", "records", "storage", "strategies", "demo"},
+    {
+        "prompts",
+        "answers",
+        "statistics",
+        "placement",
+        "progress",
+        "targets",
+        "losses",
+        "comparison",
+        "completions",
+        "selection",
+    },
     {"models", "problems", "teacher", "generate", "student", "train", "evaluate", "cluster"},
-    {"sweep", "results", "report_plots", "report_tables", "report_text", "report", "journal", "pipeline", "cli"},
+    {
+        "sweep",
+        "results",
+        "report_plots",
+        "report_tables",
+        "report_text",
+        "report",
+        "journal",
+        "preview",
+        "pipeline",
+        "cli",
+    },
 ]
 # Sideways on the floor of the heavy libraries: to the modules that others build on.
 SIDEWAYS = {"student", "teacher", "models", "generate"}

@@ -7,6 +7,8 @@ import torch
 from raykd import losses
 
 N, V = 40, 23
+KINDS = sorted(losses.DIVERGENCES)
+TAILS = ["one_bucket", "renormalise"]
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -26,67 +28,119 @@ def top_k(teacher: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return ids, np.take_along_axis(log_p, ids, -1)
 
 
-def oracle(student: np.ndarray, ids: np.ndarray, log_p: np.ndarray) -> float:
-    """KL over the k best and one bucket for the rest, row by row, by its definition."""
-    log_q, total = log_softmax(student), 0.0
+def kl(p: np.ndarray, q: np.ndarray) -> float:
+    """By its definition, outcome by outcome."""
+    return sum(a * np.log(a / b) for a, b in zip(p, q, strict=True) if a > 1e-12)
+
+
+def by_definition(kind: str, p: np.ndarray, q: np.ndarray) -> float:
+    if kind == "forward_kl":
+        return kl(p, q)
+    if kind == "reverse_kl":
+        return kl(q, p)
+    middle = (p + q) / 2
+    return kl(p, middle) / 2 + kl(q, middle) / 2
+
+
+def oracle(
+    kind: str, student: np.ndarray, ids: np.ndarray, log_p: np.ndarray, tail: str, temperature: float = 1.0
+) -> float:
+    """From the student's whole distribution: merge what is not among the k, or leave it out; row by row."""
+    total = 0.0
     for row in range(len(student)):
-        p = [float(np.exp(value)) for value in log_p[row]]
-        q = [float(np.exp(log_q[row, token])) for token in ids[row]]
-        p.append(max(1 - sum(p), 0.0))
-        q.append(1 - sum(q))
-        total += sum(a * np.log(a / b) for a, b in zip(p, q, strict=True) if a > 1e-12)
-    return total
+        p = np.exp(log_p[row]) ** (1 / temperature)
+        q = np.exp(log_softmax(student[row] / temperature))
+        if tail == "one_bucket" and len(p) < V:
+            others = [token for token in range(V) if token not in ids[row]]
+            p, q = np.append(p, 1 - p.sum()), np.append(q[ids[row]], q[others].sum())
+        else:
+            p, q = p / p.sum(), q[ids[row]] / q[ids[row]].sum()
+        total += by_definition(kind, p, q)
+    return total * temperature**2
 
 
-def kl(student: np.ndarray, ids: np.ndarray, log_p: np.ndarray) -> torch.Tensor:
+def ours(
+    kind: str, student: np.ndarray, ids: np.ndarray, log_p: np.ndarray, tail: str, temperature: float = 1.0
+) -> tuple[float, np.ndarray]:
+    """The value, and its gradient to the logits."""
     logits = torch.tensor(student, dtype=torch.float32, requires_grad=True)
-    return losses.forward_kl(logits, torch.tensor(ids), torch.tensor(log_p, dtype=torch.float32))
+    log_p32 = torch.tensor(log_p, dtype=torch.float32)
+    value = losses.divergence(kind, logits, torch.tensor(ids), log_p32, tail, temperature)  # type: ignore[arg-type]
+    value.backward()
+    assert logits.grad is not None
+    return float(value.detach()), logits.grad.numpy()
 
 
-@pytest.mark.parametrize("k", [1, 4, 16])
-def test_forward_kl_over_the_top_k_and_the_rest(student_and_teacher, k: int):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("k", [2, 4, 16, V])
+def test_a_divergence_is_what_its_definition_says(student_and_teacher, kind: str, tail: str, k: int):
     student, teacher = student_and_teacher
     ids, log_p = top_k(teacher, k)
-    assert float(kl(student, ids, log_p)) == pytest.approx(oracle(student, ids, log_p), rel=1e-4)
+    assert ours(kind, student, ids, log_p, tail)[0] == pytest.approx(oracle(kind, student, ids, log_p, tail), rel=1e-4)
 
 
-def test_with_every_token_it_is_the_dense_divergence(student_and_teacher):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.9])
+def test_with_every_token_it_is_the_dense_divergence(student_and_teacher, kind: str, tail: str, temperature: float):
     student, teacher = student_and_teacher
-    ids, log_p = top_k(teacher, V)
-    log_p_dense, log_q_dense = log_softmax(teacher), log_softmax(student)
-    dense = (np.exp(log_p_dense) * (log_p_dense - log_q_dense)).sum()
-    assert float(kl(student, ids, log_p)) == pytest.approx(dense, rel=1e-4)
+    p, q = np.exp(log_softmax(teacher / temperature)), np.exp(log_softmax(student / temperature))
+    dense = sum(by_definition(kind, *row) for row in zip(p, q, strict=True)) * temperature**2
+    assert ours(kind, student, *top_k(teacher, V), tail, temperature)[0] == pytest.approx(dense, rel=1e-4)
 
 
-def test_fewer_tokens_never_raise_it(student_and_teacher):
+@pytest.mark.parametrize("kind", KINDS)
+def test_temperature_flattens_the_k_tokens(student_and_teacher, kind: str):
     student, teacher = student_and_teacher
-    values = [float(kl(student, *top_k(teacher, k))) for k in (1, 4, 16, V)]
+    ids, log_p = top_k(teacher, 6)
+    value, _ = ours(kind, student, ids, log_p, "renormalise", 3.0)
+    assert value == pytest.approx(oracle(kind, student, ids, log_p, "renormalise", 3.0), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_telling_fewer_tokens_apart_never_raises_it(student_and_teacher, kind: str):
+    student, teacher = student_and_teacher
+    values = [ours(kind, student, *top_k(teacher, k), "one_bucket")[0] for k in (1, 4, 16, V)]
     assert values == sorted(values)
 
 
-def test_it_is_zero_where_student_and_teacher_agree(student_and_teacher):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("k", [1, 4, V])
+def test_it_is_zero_and_at_its_minimum_where_student_and_teacher_agree(student_and_teacher, kind, tail, k):
     _, teacher = student_and_teacher
-    for k in (4, V):
-        value = kl(teacher, *top_k(teacher, k))
-        assert float(value) == pytest.approx(0, abs=1e-3)
+    value, gradient = ours(kind, teacher, *top_k(teacher, k), tail)
+    assert value == pytest.approx(0, abs=1e-4)
+    assert np.abs(gradient).max() < 1e-5
 
 
-def test_its_gradient_agrees_with_finite_differences(student_and_teacher):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("tail", "temperature"), [("one_bucket", 1.0), ("renormalise", 1.0), ("renormalise", 2.5)])
+def test_its_gradient_agrees_with_finite_differences(student_and_teacher, kind: str, tail: str, temperature: float):
     student, teacher = student_and_teacher
     ids, log_p = top_k(teacher, 4)
-    logits = torch.tensor(student, dtype=torch.float32, requires_grad=True)
-    losses.forward_kl(logits, torch.tensor(ids), torch.tensor(log_p, dtype=torch.float32)).backward()
-    assert logits.grad is not None
+    _, gradient = ours(kind, student, ids, log_p, tail, temperature)
     step = 1e-5
     for row, column in [(0, 0), (3, int(ids[3, 0])), (7, int(ids[7, 3])), (11, 22)]:
         up, down = student.copy(), student.copy()
         up[row, column] += step
         down[row, column] -= step
-        slope = (oracle(up, ids, log_p) - oracle(down, ids, log_p)) / (2 * step)
-        assert float(logits.grad[row, column]) == pytest.approx(slope, abs=1e-4)
+        slope = oracle(kind, up, ids, log_p, tail, temperature) - oracle(kind, down, ids, log_p, tail, temperature)
+        assert gradient[row, column] == pytest.approx(slope / (2 * step), abs=2e-4)
 
 
-def test_it_stays_finite_at_the_edges(student_and_teacher):
+def test_jensen_shannon_is_bounded_and_symmetric(student_and_teacher):
+    student, teacher = (30 * logits for logits in student_and_teacher)
+    value, _ = ours("jensen_shannon", student, *top_k(teacher, V), "one_bucket")
+    assert 0 < value <= N * np.log(2) * (1 + 1e-5)
+    assert value == pytest.approx(ours("jensen_shannon", teacher, *top_k(student, V), "one_bucket")[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_stays_finite_at_the_edges(student_and_teacher, kind: str, tail: str, dtype: torch.dtype):
     student, teacher = student_and_teacher
     ids, log_p = top_k(teacher, 4)
     log_p[0, 1:] = -np.inf
@@ -94,13 +148,32 @@ def test_it_stays_finite_at_the_edges(student_and_teacher):
     # All of the student's mass on the teacher's tokens, none left for the rest.
     student[1, :] = -1e4
     student[1, ids[1]] = 0
-    for dtype in (torch.float32, torch.bfloat16):
-        logits = torch.tensor(student, dtype=dtype, requires_grad=True)
-        value = losses.forward_kl(logits, torch.tensor(ids), torch.tensor(log_p, dtype=torch.float32))
-        value.backward()
-        assert torch.isfinite(value)
-        assert logits.grad is not None
-        assert torch.isfinite(logits.grad).all()
+    # None of it on the teacher's tokens, and tokens that it cannot say.
+    student[2, ids[2]] = -np.inf
+    student[3, :] = -np.inf
+    student[3, ids[3, 0]] = 0
+    logits = torch.tensor(student, dtype=dtype, requires_grad=True)
+    value = losses.divergence(kind, logits, torch.tensor(ids), torch.tensor(log_p, dtype=torch.float32), tail)  # type: ignore[arg-type]
+    value.backward()
+    assert torch.isfinite(value)
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_logits_cost_no_more_than_their_own_rounding(student_and_teacher, kind: str):
+    student, teacher = student_and_teacher
+    rounded = torch.tensor(student, dtype=torch.bfloat16)
+    ids, log_p = top_k(teacher, 4)
+    value = losses.divergence(kind, rounded, torch.tensor(ids), torch.tensor(log_p, dtype=torch.float32))
+    expected = oracle(kind, rounded.double().numpy(), ids, log_p, "one_bucket")
+    assert float(value) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_bucket_is_never_flattened(student_and_teacher):
+    student, teacher = student_and_teacher
+    with pytest.raises(AssertionError, match="bucket"):
+        ours("forward_kl", student, *top_k(teacher, 4), "one_bucket", 2.0)
 
 
 def test_cross_entropy_is_the_sum_of_minus_log_probability(student_and_teacher):
@@ -111,7 +184,9 @@ def test_cross_entropy_is_the_sum_of_minus_log_probability(student_and_teacher):
     assert float(value) == pytest.approx(expected, rel=1e-5)
 
 
-def test_nothing_to_train_on_is_worth_nothing():
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tail", TAILS)
+def test_nothing_to_train_on_is_worth_nothing(kind: str, tail: str):
+    assert ours(kind, np.zeros((0, V)), np.zeros((0, 4), dtype=int), np.zeros((0, 4)), tail)[0] == 0
     logits = torch.zeros((0, V), requires_grad=True)
-    assert float(losses.cross_entropy(logits, torch.zeros(0, dtype=torch.long))) == 0
-    assert float(losses.forward_kl(logits, torch.zeros((0, 4), dtype=torch.long), torch.zeros((0, 4)))) == 0
+    assert float(losses.cross_entropy(logits, torch.zeros(0, dtype=torch.long)).detach()) == 0

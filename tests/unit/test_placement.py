@@ -3,7 +3,7 @@
 import pytest
 
 from raykd import placement
-from raykd.config import Engine, Train
+from raykd.sections import Engine, Train
 
 
 def test_auto_takes_gpus_where_there_are_any():

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from raykd import problems, records, storage
-from raykd.config import Problems
+from raykd.sections import Problems
 
 
 @pytest.fixture
@@ -107,6 +107,22 @@ def test_the_built_in_problems_become_splits(tmp_path: Path):
     questions = [row["question"] for split in problems.SPLITS for row in read(folder, split)]
     assert len(set(questions)) == 80
     assert storage.read_manifest(folder)
+
+
+def test_source_gsm8k_is_read_with_datasets(tmp_path: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+    # `datasets` takes a folder of this name, where there is one, for what the hub has under it.
+    folder = tmp_path / "openai" / "gsm8k"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: main\n  data_files:\n"
+        "  - {split: train, path: train.jsonl}\n  - {split: test, path: test.jsonl}\n---\n"
+    )
+    for split in ("train", "test"):
+        Path(files[f"{split}_file"]).rename(folder / f"{split}.jsonl")
+    monkeypatch.chdir(tmp_path)
+    splits = problems.prepare(Problems(source="gsm8k", num_validation=4), tmp_path / "storage")
+    assert [problems.split_size(splits, split) for split in problems.SPLITS] == [16, 4, 5]
+    assert read(splits, "test")[1]["reference_answer"] == "2"
 
 
 def test_gsm8k_becomes_splits(tmp_path: Path):

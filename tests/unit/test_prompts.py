@@ -31,6 +31,17 @@ def test_each_place():
     assert contents("after") == [("user", f"{question}\n\nPrime.")]
 
 
+def test_exemplars_are_turns_before_the_question_and_carry_the_instruction():
+    strategy = Strategy(
+        place="system", text="Prime.", exemplars=({"question": "1 + 1?", "answer": "It is 2.\n#### 2"},)
+    )
+    messages = prompts.teacher_messages(PROBLEM, strategy, "State the number.")
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
+    assert messages[1]["content"] == "1 + 1?\n\nState the number."
+    assert messages[2]["content"] == "It is 2.\n#### 2"
+    assert messages[3] == prompts.student_messages(PROBLEM, "State the number.")[0]
+
+
 def test_hints_name_the_right_answer_and_another_problems():
     gold = prompts.teacher_messages(PROBLEM, BUILT_IN["gold_hint"])[-1]["content"]
     shuffled = prompts.teacher_messages(PROBLEM, BUILT_IN["shuffled_hint"])[-1]["content"]

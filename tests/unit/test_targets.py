@@ -32,7 +32,10 @@ def test_what_is_not_aligned_is_refused(field: str):
         targets.soft_targets(broken, 2)
 
 
-def test_another_k_is_refused():
+def test_of_more_than_k_the_k_best_are_taken_and_fewer_are_refused():
+    ids, logprobs = targets.soft_targets(completion(k=2), 1)
+    assert ids.tolist() == [[7]] * 3
+    assert logprobs.shape == (3, 1)
     with pytest.raises(ValueError, match="completion c1"):
         targets.soft_targets(completion(k=1), 2)
 

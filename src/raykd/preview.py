@@ -1,0 +1,83 @@
+"""Preview: what will be sent to whom, and in what arms differ, before anything is started."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from rich.table import Table
+from rich.text import Text
+
+from raykd import config, models, problems, prompts
+from raykd.config import Experiment
+from raykd.prompts import Messages
+
+
+def arms(experiment: Experiment) -> Table:
+    """The arms, each with every field in which not all of them agree."""
+    leaves = {name: _leaves(experiment, name) for name in experiment.arms}
+    paths = dict.fromkeys(path for each in leaves.values() for path in each)
+    differing = [path for path in paths if len({json.dumps(each.get(path)) for each in leaves.values()}) > 1]
+    table = Table(title=Text(f"{experiment.name}: arms differ in nothing but this"))
+    table.add_column("Arm")
+    for path in differing:
+        table.add_column(path)
+    for name, each in leaves.items():
+        table.add_row(Text(name), *(Text(_shown(each.get(path))) for path in differing))
+    return table
+
+
+def _leaves(experiment: Experiment, arm: str) -> dict[str, Any]:
+    resolved = experiment.arm(arm)
+    tree = json.loads(resolved.model_dump_json(exclude={"prompt": {"strategies"}}))
+    return dict(config.leaves(tree, "")) | {"loss.divergence": resolved.divergence}
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def prompts_of(experiment: Experiment, wanted: str) -> str:
+    """What teacher and student are sent for one training problem, by each model's own chat template.
+
+    Args:
+        experiment: the experiment; its problems are written below its storage folder.
+        wanted: the problem's number in the training split, or its id.
+
+    Raises:
+        ValueError: where there is no such problem.
+    """
+    problem = _problem(problems.prepare(experiment.problems, Path(experiment.storage).absolute()), wanted)
+    teacher = models.load_tokenizer(experiment.teacher.model, experiment.teacher.revision)
+    student = models.load_tokenizer(experiment.student.model, experiment.student.revision)
+    instruction = experiment.prompt.instruction
+    blocks = [f"problem {problem['problem_id']}, reference answer {problem['reference_answer']}"]
+    asking: dict[str, list[str]] = {}
+    for name in experiment.arms:
+        if (arm := experiment.arm(name)).needs_teacher:
+            asking.setdefault(arm.prompt.strategy, []).append(name)
+    for name, arms_of_it in asking.items():
+        title = f"teacher {experiment.teacher.model}, strategy {name} (arms: {', '.join(arms_of_it)})"
+        messages = prompts.teacher_messages(problem, experiment.strategies[name], instruction)
+        blocks.append(_rendered(title, teacher, messages))
+    messages = prompts.student_messages(problem, instruction)
+    blocks.append(_rendered(f"student {experiment.student.model}, every arm", student, messages))
+    return "\n\n".join(blocks)
+
+
+def _problem(folder: Path, wanted: str) -> dict[str, Any]:
+    rows = pq.read_table(folder / "train.parquet")
+    ids = rows["problem_id"].to_pylist()
+    if wanted in ids:
+        number = ids.index(wanted)
+    elif wanted.isdigit() and int(wanted) < len(ids):
+        number = int(wanted)
+    else:
+        raise ValueError(f"no training problem {wanted!r}: give a number below {len(ids)}, or an id such as {ids[0]!r}")
+    return rows.slice(number, 1).to_pylist()[0]
+
+
+def _rendered(title: str, tokenizer: Any, messages: Messages) -> str:
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    tokens = len(models.prompt_token_ids(tokenizer, messages))
+    return f"--- {title}: {tokens} tokens\n{text}"

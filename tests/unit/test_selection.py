@@ -1,0 +1,47 @@
+"""Selection: what is kept of a problem's completions, and what is counted of the rest."""
+
+import pytest
+
+from raykd.sections import Targets
+from raykd.selection import select
+
+
+def row(tokens: list[int], correct: bool = True, finish: str = "stop", error: str = "") -> dict:
+    return {"completion_token_ids": tokens, "is_correct": correct, "finish_reason": finish, "error": error}
+
+
+ROWS = [
+    row([1, 2, 3, 4], correct=True),
+    row([1, 2], correct=False),
+    row([], correct=False),
+    row([1, 2, 3, 4], correct=True),
+    row([9], correct=False, error="no answer"),
+    row([5, 6, 7], correct=True),
+    row([5], correct=True, finish="length"),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept", "dropped"),
+    [
+        ({}, [0, 1, 3, 5, 6], {"empty": 1, "error": 1}),
+        ({"deduplicate": True}, [0, 1, 5, 6], {"empty": 1, "error": 1, "duplicate": 1}),
+        ({"keep": "correct"}, [0, 3, 5, 6], {"empty": 1, "error": 1, "incorrect": 1}),
+        ({"keep": "correct", "deduplicate": True}, [0, 5, 6], {"empty": 1, "error": 1, "incorrect": 1, "duplicate": 1}),
+        ({"keep": "best"}, [5], {"empty": 1, "error": 1, "not_best": 4}),
+    ],
+)
+def test_what_is_kept_and_why_the_rest_is_not(settings: dict, kept: list[int], dropped: dict[str, int]):
+    found, reasons = select(ROWS, Targets(**settings))
+    assert [ROWS.index(each) if each is not ROWS[3] else 3 for each in found] == kept
+    assert dict(reasons) == dropped
+    assert len(found) + sum(reasons.values()) == len(ROWS), "every row is accounted for"
+
+
+def test_the_best_of_wrong_ones_is_the_shortest_that_ended():
+    rows = [row([1], False, "length"), row([1, 2, 3], False), row([1, 2], False)]
+    assert select(rows, Targets(keep="best"))[0] == [rows[2]]
+
+
+def test_a_problem_without_completions_gives_none():
+    assert select([], Targets(keep="best")) == ([], {})
