@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",$$/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu quickstart check test lock clean
+.PHONY: help install install-gpu quickstart check test test-all lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ check: install ## lint, format and types
 
 test: install ## unit and integration tests; GSM8K's files are looked for in $RAYKD_GSM8K_DIR
 	$(BIN)/pytest
+
+test-all: install ## the same, and the tests that take minutes each
+	$(BIN)/pytest -m "slow or not slow"
 
 lock: ## make both lock files anew
 	PYTHON=$(PYTHON) tools/lock.sh

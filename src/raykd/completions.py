@@ -36,7 +36,10 @@ class Request:
 
 
 def of_arms(experiment: Experiment, problems: Path, root: Path, model: Mapping[str, Any]) -> dict[str, Request | None]:
-    """For each arm the completions that it trains on; None where nothing is asked beforehand.
+    """For each arm the completions that it trains on; None where nothing is asked of the teacher.
+
+    What a student writes is not known beforehand: its request (`sequence` student) tells how it will be scored, and
+    each of its rounds has a folder of its own.
 
     The same question is not asked twice. A set with more log-probabilities than an arm needs serves it too, be it
     complete from an earlier run or about to be made for another arm.
@@ -51,8 +54,7 @@ def of_arms(experiment: Experiment, problems: Path, root: Path, model: Mapping[s
     contents = {}
     for name in experiment.arms:
         arm = experiment.arm(name)
-        asks = arm.needs_teacher and arm.targets.sequence != "student"
-        contents[name] = _content(experiment, arm, problems, model) if asks else None
+        contents[name] = _content(experiment, arm, problems, model) if arm.needs_teacher else None
     stored = _stored(root)
     found: dict[str, Request | None] = {}
     for name, content in contents.items():
@@ -97,8 +99,14 @@ def _content(experiment: Experiment, arm: Arm, problems: Path, model: Mapping[st
 
 def _stored(root: Path) -> list[dict[str, Any]]:
     """What determines each complete set that is there."""
-    manifests = [storage.read_manifest(folder) for folder in sorted((root / "completions").glob("*"))]
-    return [manifest["content"] for manifest in manifests if manifest]
+    found = []
+    for manifest in sorted((root / "completions").glob(f"*/{storage.MANIFEST}")):
+        try:
+            found.append(storage.read_json(manifest)["content"])
+        except ValueError:
+            # Whoever needs these rows is told so; for the others they are not there.
+            continue
+    return found
 
 
 def _but_k(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -99,7 +99,10 @@ class Experiment(Section):
     def arm(self, name: str) -> "Arm":
         """The experiment with the named arm's overrides in place."""
         tree: dict[str, Any] = {key: getattr(self, key).model_dump() for key in Arm.model_fields}
-        for path, value in self.arms[name].items():
+        # `targets: {kind: top_k}` says as much as `targets.kind: top_k`: what it does not name stays as it is.
+        for path, value in leaves(self.arms[name], ""):
+            if value == {}:
+                continue
             if not any(path == section or path.startswith(section + ".") for section in ARM_SECTIONS):
                 raise ValueError(
                     f"arm {name!r} overrides {path!r}; arms may differ in {', '.join(ARM_SECTIONS)} only, "

@@ -5,7 +5,7 @@ The stage that scores an answer also writes it, so a run that was killed goes on
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class Contestant:
     """Folder of the adapter, in peft's format; None for the untouched student."""
     rank: int = 0
     """Rank of the adapter; 0 for the untouched student."""
+    problem_ids: frozenset[str] | None = None
+    """The problems that it answers; None for all."""
 
 
 UNTOUCHED_STUDENT = Contestant(UNTOUCHED, UNTOUCHED, 0, None)
@@ -66,22 +68,16 @@ def evaluate(
     contestants = _with_null_adapter(contestants, folder / "null_adapter")
     with Meter("students", total, done=len(done), unit="answers") as meter:
         if len(done) < total:
-            questions = ray.data.read_parquet(str(problems / "test.parquet")).map_batches(
-                Ask,
-                batch_size=256,
-                batch_format="pyarrow",
-                fn_constructor_kwargs={
-                    "contestants": contestants,
-                    "student": student,
-                    "instruction": instruction,
-                    "done": done,
-                },
-                compute=ray.data.ActorPoolStrategy(size=1),
-                num_cpus=0,
-            )
-            questions = questions.repartition(target_num_rows_per_block=evaluation.batch_size)
-            answered = _processor(contestants, student, evaluation, kind)(questions)
-            scored = answered.map_batches(
+            scored = answered(
+                problems / "test.parquet",
+                contestants,
+                done,
+                student,
+                evaluation,
+                evaluation.sampling,
+                instruction,
+                kind,
+            ).map_batches(
                 Score,
                 batch_size=evaluation.batch_size,
                 fn_constructor_kwargs={
@@ -104,6 +100,47 @@ def evaluate(
             "problems": problems.name,
         },
     )
+
+
+def answered(
+    split: Path,
+    contestants: list[Contestant],
+    done: set[str],
+    student: Student,
+    evaluation: Evaluate,
+    sampling: Sampling,
+    instruction: str,
+    kind: placement.Accelerator,
+) -> ray.data.Dataset:
+    """The stream of all contestants' answers to a split's problems, from one engine.
+
+    Args:
+        split: the Parquet file of the problems.
+        contestants: who answers what; either all have an adapter or none has.
+        done: ids of answers that are there.
+        student: the base model.
+        evaluation: the engine's configuration.
+        sampling: how they answer; where it is random, the seed of an answer is that of sampling, contestant and
+            problem, whatever else is asked beside it.
+        instruction: what is said about the form of the answer, as in training.
+        kind: what the engine runs on.
+    """
+    questions = ray.data.read_parquet(str(split)).map_batches(
+        Ask,
+        batch_size=256,
+        batch_format="pyarrow",
+        fn_constructor_kwargs={
+            "contestants": contestants,
+            "student": student,
+            "instruction": instruction,
+            "done": done,
+            "seed": sampling.seed,
+        },
+        compute=ray.data.ActorPoolStrategy(size=1),
+        num_cpus=0,
+    )
+    questions = questions.repartition(target_num_rows_per_block=evaluation.batch_size)
+    return _processor(contestants, student, evaluation, sampling, kind)(questions)
 
 
 def _with_null_adapter(contestants: list[Contestant], folder: Path) -> list[Contestant]:
@@ -129,6 +166,7 @@ def _ids(problems: Path) -> list[str]:
 
 
 def _prediction_id(contestant: Contestant, problem_id: str) -> str:
+    """The name of an answer."""
     return f"{contestant.trial_id}/{problem_id}"
 
 
@@ -136,6 +174,7 @@ def _processor(
     contestants: list[Contestant],
     student: Student,
     evaluation: Evaluate,
+    sampling: Sampling,
     kind: placement.Accelerator,
 ) -> Any:
     """Ray Data's vLLM stage, with an adapter for each row."""
@@ -150,7 +189,6 @@ def _processor(
         }
     if student.revision:
         kwargs["revision"] = student.revision
-    sampling = sampling_params(evaluation.sampling)
     return build_processor(
         vLLMEngineProcessorConfig(
             model_source=resolve_model(student.model),
@@ -165,23 +203,25 @@ def _processor(
             detokenize_stage=False,
             placement_group_config={"bundles": placement.engine_bundles(evaluation.engine, kind)},
         ),
-        preprocess=lambda row: {**row, "sampling_params": sampling},
+        preprocess=lambda row: {**row, "sampling_params": sampling_params(sampling, int(row["answer_seed"]))},
     )
 
 
-def sampling_params(sampling: Sampling) -> dict[str, Any]:
+def sampling_params(sampling: Sampling, seed: int) -> dict[str, Any]:
     """vLLM's sampling parameters."""
     greedy = {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens, "top_p": sampling.top_p}
-    return greedy | ({"seed": sampling.seed} if sampling.temperature else {})
+    return greedy | ({"seed": seed} if sampling.temperature else {})
 
 
 class Ask:
-    """Turns test problems into one row for each contestant, leaving out what was answered before."""
+    """Turns problems into one row for each contestant, leaving out what was answered before."""
 
-    def __init__(self, contestants: list[Contestant], student: Student, instruction: str, done: set[str]) -> None:
+    def __init__(
+        self, contestants: list[Contestant], student: Student, instruction: str, done: set[str], seed: int = 0
+    ) -> None:
         self._tokenizer = models.load_tokenizer(student.model, student.revision)
         self._contestants, self._model = contestants, resolve_model(student.model)
-        self._instruction, self._done = instruction, done
+        self._instruction, self._done, self._seed = instruction, done, seed
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = []
@@ -190,7 +230,8 @@ class Ask:
             tokens = models.prompt_token_ids(self._tokenizer, messages)
             for each in self._contestants:
                 prediction_id = _prediction_id(each, problem["problem_id"])
-                if prediction_id not in self._done:
+                is_asked = each.problem_ids is None or problem["problem_id"] in each.problem_ids
+                if is_asked and prediction_id not in self._done:
                     rows.append(
                         {
                             "prediction_id": prediction_id,
@@ -202,6 +243,7 @@ class Ask:
                             "reference_answer": problem["reference_answer"],
                             "model": str(each.adapter or self._model),
                             "tokenized_prompt": tokens,
+                            "answer_seed": _answer_seed(self._seed, prediction_id),
                         }
                     )
         return pa.Table.from_pylist(rows, schema=_QUESTION)
@@ -214,8 +256,21 @@ _QUESTION = pa.schema(
         # Which adapter answers; the base model's own name stands for none.
         pa.field("model", pa.string()),
         pa.field("tokenized_prompt", pa.list_(pa.int32())),
+        pa.field("answer_seed", pa.int64()),
     ]
 )
+
+
+def _answer_seed(seed: int, prediction_id: str) -> int:
+    # vLLM takes seeds of up to 32 bits.
+    return int(storage.digest(f"{seed}/{prediction_id}")[:7], 16)
+
+
+def finish_reason(tokens: Sequence[int], max_tokens: int, ends: set[int], error: str) -> str:
+    """How an answer ended: `stop` by itself, `length` where it was cut, or `error`."""
+    if error:
+        return "error"
+    return "length" if len(tokens) >= max_tokens and int(tokens[-1]) not in ends else "stop"
 
 
 class Score:
@@ -234,15 +289,13 @@ class Score:
         text, error = row["generated_text"], row["__inference_error__"]
         strict, flexible = answers.strict_match(text), answers.flexible_extract(text)
         tokens = row["generated_tokens"]
-        is_cut = len(tokens) >= self._max_tokens and int(tokens[-1]) not in self._ends
-        finish = "error" if error else "length" if is_cut else "stop"
         keep = ("prediction_id", "trial_id", "arm", "seed", "problem_id", "question", "reference_answer")
         return {
             **{name: row[name] for name in keep},
             "seed": int(row["seed"]),
             "completion": text,
             "num_tokens": len(tokens),
-            "finish_reason": finish,
+            "finish_reason": finish_reason(tokens, self._max_tokens, self._ends, error),
             "answer_strict": strict,
             "answer_flexible": flexible,
             "is_correct_strict": answers.is_correct(strict, row["reference_answer"]),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import ray.data
 from ray.exceptions import RayError
@@ -46,7 +47,7 @@ def generate(
     started = time.monotonic()
     num_problems = pq.read_metadata(problems / "train.parquet").num_rows
     totals = {request.folder: num_problems * request.samples for request in wanted}
-    done = {request.folder: storage.done_ids(request.folder, records.COMPLETION, "completion_id") for request in wanted}
+    done = _done(wanted)
     questions = ray.data.read_parquet(str(problems / "train.parquet")).map_batches(
         Render,
         batch_size=256,
@@ -56,13 +57,70 @@ def generate(
         # The pipeline's actors wait far more than they work: they take no core from the engine, nor from Ray Data.
         num_cpus=0,
     )
-    ask(questions, wanted, sum(totals.values()), sum(map(len, done.values())), teacher, app)
+    _ask(questions, wanted, sum(totals.values()), sum(map(len, done.values())), teacher, app)
     seconds = time.monotonic() - started
     for request in wanted:
-        seal(request, totals[request.folder], teacher.max_error_rate, seconds / len(wanted), versions)
+        _seal(request, totals[request.folder], teacher.max_error_rate, seconds / len(wanted), versions)
 
 
-def ask(
+def score(
+    wanted: Mapping[Path, Request],
+    problems: Path,
+    teacher: Teacher,
+    instruction: str,
+    app: str,
+    versions: Mapping[str, str],
+) -> None:
+    """Has the served teacher score what students wrote, token by token and primed, and seals each folder.
+
+    Args:
+        wanted: the requests, by the folder of the answers that each is about (rows of `records.COMPLETION`).
+        problems: the folder of the splits that were answered.
+        teacher: the configuration's section.
+        instruction: what is said about the form of the answer.
+        app: the Serve application's name.
+        versions: of the packages that matter, for the manifest.
+
+    Raises:
+        RuntimeError: as `generate`.
+    """
+    started = time.monotonic()
+    requests = list(wanted.values())
+    done = _done(requests)
+    totals = {folder: len(_to_score(folder)) for folder in wanted}
+    files = [str(file) for folder in wanted for file in storage.parts(folder)]
+    questions = ray.data.read_parquet(files, include_paths=True).map_batches(
+        RenderAnswers,
+        batch_size=256,
+        batch_format="pyarrow",
+        fn_constructor_kwargs={
+            "wanted": dict(wanted),
+            "problems": problems,
+            "teacher": teacher,
+            "instruction": instruction,
+            "done": done,
+        },
+        compute=ray.data.ActorPoolStrategy(size=1),
+        num_cpus=0,
+    )
+    _ask(questions, requests, sum(totals.values()), sum(map(len, done.values())), teacher, app)
+    seconds = time.monotonic() - started
+    for folder, request in wanted.items():
+        _seal(request, totals[folder], teacher.max_error_rate, seconds / len(wanted), versions)
+
+
+def _done(wanted: list[Request]) -> dict[Path, set[str]]:
+    return {each.folder: storage.done_ids(each.folder, records.COMPLETION, "completion_id") for each in wanted}
+
+
+def _to_score(folder: Path) -> list[str]:
+    """The problems that have an answer with at least a token."""
+    rows = storage.open_rows(folder, records.COMPLETION)
+    table = rows.to_table(columns=["problem_id", "completion_token_ids"], filter=pyarrow.dataset.field("error") == "")
+    return [row["problem_id"] for row in table.to_pylist() if row["completion_token_ids"]]
+
+
+def _ask(
     questions: ray.data.Dataset, wanted: list[Request], total: int, already: int, teacher: Teacher, app: str
 ) -> None:
     """Streams questions through the served teacher; the completions are written on the way.
@@ -120,10 +178,44 @@ class Render:
         return pa.Table.from_pylist(rows, schema=QUESTION)
 
 
+class RenderAnswers:
+    """Turns students' answers into what the teacher is to score, under its own prompt and prime."""
+
+    def __init__(
+        self,
+        wanted: Mapping[Path, Request],
+        problems: Path,
+        teacher: Teacher,
+        instruction: str,
+        done: Mapping[Path, set[str]],
+    ) -> None:
+        self._tokenizer = models.load_tokenizer(teacher.model, teacher.revision)
+        self._wanted, self._instruction, self._done = wanted, instruction, done
+        rows = pq.read_table(problems / "train.parquet").to_pylist()
+        self._problems = {row["problem_id"]: row for row in rows}
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        rows = []
+        for answer in batch.to_pylist():
+            request = self._wanted[Path(answer["path"]).parent]
+            is_done = completion_id(request, answer["problem_id"], 0) in self._done[request.folder]
+            if answer["error"] or not answer["completion_token_ids"] or is_done:
+                continue
+            given = (answer["completion_token_ids"], answer["completion"], answer["finish_reason"])
+            problem = self._problems[answer["problem_id"]]
+            rows.append(question(self._tokenizer, problem, request, self._instruction, 0, given))
+        return pa.Table.from_pylist(rows, schema=QUESTION)
+
+
 def question(
-    tokenizer: Any, problem: Mapping[str, Any], request: Request, instruction: str, sample_index: int
+    tokenizer: Any,
+    problem: Mapping[str, Any],
+    request: Request,
+    instruction: str,
+    sample_index: int,
+    given: tuple[list[int], str, str] | None = None,
 ) -> dict[str, Any]:
-    """A row of `teacher.QUESTION`: to be answered, or with the reference solution to be scored.
+    """A row of `teacher.QUESTION`: to be answered, or to be scored.
 
     Args:
         tokenizer: the teacher's.
@@ -131,8 +223,13 @@ def question(
         request: what the row belongs to.
         instruction: what is said about the form of the answer.
         sample_index: which of the problem's completions it is.
+        given: tokens, text and finish reason of the answer to score; None for the reference solution where the
+            request is about that, and for nothing where it is not.
     """
-    solution = problem["reference_solution"] if request.sequence == "reference" else ""
+    if given is None and request.sequence == "reference":
+        solution = problem["reference_solution"]
+        given = (models.answer_token_ids(tokenizer, solution, is_whole=True), solution, "stop")
+    tokens, text, finish = given or ([], "", "")
     messages = prompts.teacher_messages(problem, request.strategy, instruction)
     return {
         "completion_id": completion_id(request, problem["problem_id"], sample_index),
@@ -142,13 +239,15 @@ def question(
         "sample_index": sample_index,
         "folder": str(request.folder),
         "prompt_token_ids": models.prompt_token_ids(tokenizer, messages),
-        "given_token_ids": models.answer_token_ids(tokenizer, solution, is_whole=True) if solution else [],
-        "given_text": solution,
-        "given_finish_reason": "stop" if solution else "",
+        "given_token_ids": tokens,
+        "given_text": text,
+        "given_finish_reason": finish,
     }
 
 
-def check_lengths(wanted: list[Request], problems: Path, teacher: Teacher, instruction: str) -> None:
+def check_lengths(
+    wanted: list[Request], problems: Path, teacher: Teacher, instruction: str, max_tokens: int | None = None
+) -> None:
     """Raises ValueError where more prompts than may fail leave the teacher no room to answer, naming some.
 
     Args:
@@ -156,25 +255,27 @@ def check_lengths(wanted: list[Request], problems: Path, teacher: Teacher, instr
         problems: the folder of the splits.
         teacher: the configuration's section.
         instruction: what is said about the form of the answer.
+        max_tokens: how long an answer may be; None for `teacher.sampling.max_tokens`.
     """
+    max_tokens = max_tokens or teacher.sampling.max_tokens
     limit = models.context_length(teacher.model, teacher.revision, teacher.engine.engine_kwargs)
     if limit is None:
         return
     total = pq.read_metadata(problems / "train.parquet").num_rows
     for request in wanted:
-        long = list(_too_long(request, problems, teacher, instruction, limit))
+        long = list(_too_long(request, problems, teacher, instruction, max_tokens, limit))
         if len(long) > teacher.max_error_rate * total:
-            answer = "the solution" if request.sequence == "reference" else f"{teacher.sampling.max_tokens} tokens"
+            answer = "the solution" if request.sequence == "reference" else f"{max_tokens} tokens"
             shown = ", ".join(f"{name} with {tokens}" for name, tokens in long[:3])
             raise ValueError(
                 f"strategy {request.strategy_name!r}: {len(long)} of {total} prompts and {answer} of answer do not "
                 f"fit into the teacher's {limit} tokens ({shown}); raise teacher.engine.engine_kwargs.max_model_len, "
-                "lower teacher.sampling.max_tokens, or shorten the strategy's text"
+                "lower max_tokens, or shorten the strategy's text"
             )
 
 
 def _too_long(
-    request: Request, problems: Path, teacher: Teacher, instruction: str, limit: int
+    request: Request, problems: Path, teacher: Teacher, instruction: str, max_tokens: int, limit: int
 ) -> Iterator[tuple[str, int]]:
     """The problems whose prompt and answer may need more than `limit` tokens, with the tokens they need."""
     tokenizer = models.load_tokenizer(teacher.model, teacher.revision)
@@ -182,12 +283,12 @@ def _too_long(
         for problem in batch.to_pylist():
             row = question(tokenizer, problem, request, instruction, 0)
             given = len(row["given_token_ids"])
-            tokens = len(row["prompt_token_ids"]) + (given + 1 if given else teacher.sampling.max_tokens)
+            tokens = len(row["prompt_token_ids"]) + (given + 1 if given else max_tokens)
             if tokens > limit:
                 yield problem["problem_id"], tokens
 
 
-def seal(request: Request, total: int, max_error_rate: float, seconds: float, versions: Mapping[str, str]) -> None:
+def _seal(request: Request, total: int, max_error_rate: float, seconds: float, versions: Mapping[str, str]) -> None:
     """Checks that all rows of a request are there, and writes the manifest with what they hold.
 
     Raises:

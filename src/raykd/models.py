@@ -9,6 +9,10 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from raykd import prompts, storage
 from raykd.demo import resolve_model
 
+# Some chat templates (Llama 3.2's) tell the model the date, by default that of the day: the same question would be
+# another one tomorrow. This is what Llama 3.1's template says.
+DATE_STRING = "26 Jul 2024"
+
 
 def identify(model: str, revision: str | None) -> dict[str, str]:
     """What identifies a model's weights and tokenizer: the folder's content, or the hub's commit.
@@ -79,5 +83,12 @@ def same_tokens(first: Any, second: Any) -> bool:
 
 def prompt_token_ids(tokenizer: Any, messages: prompts.Messages) -> list[int]:
     """The tokens of a conversation by the model's own chat template, up to where the assistant begins."""
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    encoded = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True, date_string=DATE_STRING
+    )
     return list(encoded["input_ids"])
+
+
+def prompt_text(tokenizer: Any, messages: prompts.Messages) -> str:
+    """What `prompt_token_ids` are the tokens of."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, date_string=DATE_STRING)

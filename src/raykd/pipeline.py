@@ -7,12 +7,25 @@ after whatever ended it.
 from dataclasses import dataclass
 from pathlib import Path
 
-from raykd import completions, config, evaluate, generate, journal, models, placement, problems, storage, sweep, teacher
+from raykd import (
+    completions,
+    config,
+    evaluate,
+    generate,
+    journal,
+    models,
+    placement,
+    problems,
+    rounds,
+    storage,
+    sweep,
+    teacher,
+)
 from raykd.cluster import connected
 from raykd.completions import Request
 from raykd.config import Experiment
 from raykd.progress import say
-from raykd.train import Job
+from raykd.train import Job, is_complete
 
 
 @dataclass(frozen=True)
@@ -36,8 +49,9 @@ class Plan:
 
     @property
     def requests(self) -> list[Request]:
-        """The distinct sets of completions that the arms need."""
-        return list({request.folder: request for request in self.asked.values() if request}.values())
+        """The distinct sets of completions that the arms need before they are trained."""
+        asked = [request for request in self.asked.values() if request and request.sequence != "student"]
+        return list({request.folder: request for request in asked}.values())
 
     @property
     def arms_by_request(self) -> list[tuple[Request, list[str]]]:
@@ -58,7 +72,7 @@ class Plan:
         adapters = [
             evaluate.Contestant(job.trial_id, job.arm_name, job.seed, job.folder / "adapter", job.arm.student.lora.rank)
             for job in self.jobs
-            if sweep.is_complete(job)
+            if is_complete(job)
         ]
         return [evaluate.UNTOUCHED_STUDENT, *adapters]
 
@@ -66,7 +80,7 @@ class Plan:
         """Whether nothing is left but to write the report."""
         return (
             not completions.missing(self.requests)
-            and all(sweep.is_complete(job) for job in self.jobs)
+            and all(is_complete(job) for job in self.jobs)
             and _are_predicted(self)
         )
 
@@ -145,10 +159,15 @@ def make_completions(plan: Plan, resources: dict[str, float]) -> None:
 
 def train_students(plan: Plan, resources: dict[str, float]) -> None:
     """Step 3: every arm with every seed becomes a LoRA student, a trial of Ray Tune each."""
-    pending = [job for job in plan.jobs if not sweep.is_complete(job)]
+    experiment = plan.experiment
+    pending = [job for job in plan.jobs if not is_complete(job)]
     if pending:
         say(f"training {len(pending)} students with DeepSpeed ({', '.join(job.trial_id for job in pending)})")
-        sweep.run(pending, plan.experiment.max_concurrent_trials, plan.folder, resources)
+    on_policy = [job for job in pending if job.arm.targets.sequence == "student"]
+    if given := [job for job in pending if job not in on_policy]:
+        sweep.run(given, experiment.max_concurrent_trials, plan.folder, resources)
+    if on_policy:
+        rounds.run(on_policy, plan.asked, experiment, plan.problems, plan.folder, resources, journal.versions())
 
 
 def make_predictions(plan: Plan, resources: dict[str, float]) -> None:

@@ -1,9 +1,10 @@
 """Placement: what an experiment needs against what a cluster has."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from raykd.sections import Engine, Train
+from raykd.config import Experiment
+from raykd.sections import Engine, Teacher, Train
 
 Accelerator = Literal["cpu", "gpu"]
 
@@ -62,6 +63,37 @@ def concurrent_trials(train: Train, kind: Accelerator, cluster: Mapping[str, flo
                 f"has {cluster.get(name, 0):g}; lower train.num_workers or add nodes"
             )
     return int(min(cluster[name] // amount for name, amount in need.items()))
+
+
+def engine_resources(engine: Engine, kind: Accelerator, replicas: int = 1) -> dict[str, float]:
+    """What so many replicas of an engine take."""
+    bundles = engine_bundles(engine, kind)
+    return {name: replicas * sum(bundle.get(name, 0) for bundle in bundles) for name in ("CPU", "GPU")}
+
+
+def hold_together(experiment: Experiment, trains: Iterable[Train], cluster: Mapping[str, float]) -> bool:
+    """Whether the teacher can stay up while students answer and train beside it.
+
+    Args:
+        experiment: the experiment.
+        trains: how its students are trained.
+        cluster: the cluster's resources as Ray names them.
+    """
+    free = beside_the_teacher(experiment.teacher, cluster)
+    students = experiment.evaluate.engine
+    needs = [engine_resources(students, accelerator(students.accelerator, cluster))]
+    for train in trains:
+        worker = worker_resources(accelerator(train.accelerator, cluster))
+        needs.append({name: amount * train.num_workers for name, amount in worker.items()})
+    # One core stays for the pipeline that feeds the engines.
+    return all(free.get(name, 0) - (name == "CPU") >= amount for need in needs for name, amount in need.items())
+
+
+def beside_the_teacher(teacher: Teacher, cluster: Mapping[str, float]) -> dict[str, float]:
+    """What a cluster has left while the teacher is served."""
+    kind = accelerator(teacher.engine.accelerator, cluster)
+    taken = engine_resources(teacher.engine, kind, teacher.replicas.max)
+    return {name: amount - taken.get(name, 0) for name, amount in cluster.items()}
 
 
 def check_engine(where: str, engine: Engine, kind: Accelerator, cluster: Mapping[str, float]) -> None:

@@ -78,6 +78,6 @@ def _problem(folder: Path, wanted: str) -> dict[str, Any]:
 
 
 def _rendered(title: str, tokenizer: Any, messages: Messages) -> str:
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text = models.prompt_text(tokenizer, messages)
     tokens = len(models.prompt_token_ids(tokenizer, messages))
     return f"--- {title}: {tokens} tokens\n{text}"

@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Self, TextIO
 
@@ -19,10 +19,10 @@ def say(message: str) -> None:
 
 @contextmanager
 def libraries_write_to(log: Path) -> Iterator[None]:
-    """Sends standard error to a file for a `with` block, but for what this module shows.
+    """Sends standard output and error to a file for a `with` block, but for what this module shows.
 
-    Loggers take hold of `sys.stderr` whenever they are made, and native code writes to the descriptor behind it:
-    this quiets all of them alike, and loses nothing.
+    Loggers take hold of `sys.stderr` whenever they are made, native code writes to the descriptor behind it, and Ray
+    prints what a node has to say to `sys.stdout`: this quiets all of them alike, and loses nothing.
     """
     global _screen
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,8 @@ def libraries_write_to(log: Path) -> Iterator[None]:
         os.dup2(file.fileno(), 2)
         _screen = shown
         try:
-            yield
+            with redirect_stdout(sys.stderr):
+                yield
         finally:
             _screen = None
             sys.stderr.flush()

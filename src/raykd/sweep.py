@@ -13,7 +13,7 @@ from raykd import completions, placement, storage
 from raykd.completions import Request
 from raykd.config import Experiment
 from raykd.progress import Meter
-from raykd.train import Job, describe, fit
+from raykd.train import Job, describe, fit, is_complete
 
 
 def jobs(
@@ -61,18 +61,12 @@ def jobs(
                     seed=seed,
                     overrides=dict(overrides),
                     problems=problems,
-                    completions=request.folder if request else None,
+                    completions=request.folder if request and request.sequence != "student" else None,
                     same_tokens=same_tokens,
                     folder=folder / "trials" / trial_id,
                 )
             )
     return made
-
-
-def is_complete(job: Job) -> bool:
-    """Whether a trial's adapter is there."""
-    record = job.folder / "trial.json"
-    return record.exists() and storage.read_json(record)["status"] == "complete"
 
 
 def run(pending: list[Job], max_concurrent: int | None, folder: Path, cluster: Mapping[str, float]) -> None:
@@ -120,8 +114,9 @@ def run(pending: list[Job], max_concurrent: int | None, folder: Path, cluster: M
         trial_id = (result.config or {})["trial_id"]
         job = by_id[trial_id]
         if is_complete(job):
-            # The adapter is there; the optimizer's state has served its purpose.
-            shutil.rmtree(folder / "checkpoints" / trial_id, ignore_errors=True)
+            # The adapter is there; the optimizer's state has served its purpose, but for a round to come.
+            if job.part == job.folder:
+                shutil.rmtree(folder / "checkpoints" / trial_id, ignore_errors=True)
         else:
             error = str(result.error or "ended without an adapter").strip().splitlines()
             storage.write_json(

@@ -70,6 +70,17 @@ def batches(num_rows: int, batch_size: int, epochs: int, seed: int) -> Iterator[
             yield epoch, order[start : start + batch_size]
 
 
+def segment(num_steps: int, number: int, rounds: int) -> range:
+    """The optimizer steps of one of so many rounds, which share them out as evenly as can be.
+
+    Args:
+        num_steps: steps of the whole training.
+        number: the round, from 0.
+        rounds: how many there are.
+    """
+    return range(number * num_steps // rounds, (number + 1) * num_steps // rounds)
+
+
 def share(
     rows: Sequence[int], worker: int, num_workers: int, rows_per_worker: int, micro_batch_size: int
 ) -> list[list[int]]:

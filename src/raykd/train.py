@@ -9,14 +9,18 @@ import json
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from raykd import placement, storage
 from raykd.config import Arm
 from raykd.sections import Train
+from raykd.targets import Target
 
 Report = Callable[[dict[str, Any], Path | None], None]
 # About how many points a loss curve has, and how many times a trial tells Ray how far it is: a report waits for
@@ -42,6 +46,23 @@ class Job:
     """Whether the teacher's token ids mean the same to the student."""
     folder: Path
     """The trial's folder."""
+    round: int | None = None
+    """Which round of a student that learns from its own answers; None for training in one go."""
+
+    @property
+    def rounds(self) -> int:
+        """In how many parts the training is done."""
+        return self.arm.targets.rounds if self.arm.targets.sequence == "student" else 1
+
+    @property
+    def part(self) -> Path:
+        """The folder of what this part of the training makes: the trial's own for the last part."""
+        is_last = self.round is None or self.round == self.rounds - 1
+        return self.folder if is_last else self.round_folder(self.round or 0)
+
+    def round_folder(self, number: int) -> Path:
+        """Where a round's answers, their scores and, but for the last round, its adapter are."""
+        return self.folder / "rounds" / str(number)
 
 
 def deepspeed_config(train: Train, micro_batch_size: int) -> dict[str, Any]:
@@ -98,10 +119,8 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
     zero3_marker = HfDeepSpeedConfig(config)
     deepspeed.init_distributed()
     tokenizer = models.load_tokenizer(job.arm.student.model, job.arm.student.revision)
-    rows, dropped = student.training_rows(job.arm, job.problems, job.completions, tokenizer, job.same_tokens)
-    if not rows:
-        raise ValueError(f"trial {job.trial_id}: no row is left to train on; dropped: {dropped}")
-    steps = list(targets.batches(len(rows), train.batch_size, train.epochs, job.seed))
+    lesson = _lesson(job, tokenizer)
+    steps, mine = lesson.steps, targets.segment(len(lesson.steps), job.round or 0, job.rounds)
     base = student.load_base(job.arm.student, getattr(torch, train.dtype))
     if train.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -119,40 +138,45 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
     )
     del zero3_marker
     worker, num_workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    first, seconds_before = 0, 0.0
+    first, tokens, seconds_before = 0, 0, 0.0
     if resume is not None:
         _, state = engine.load_checkpoint(
             str(resume), tag="checkpoint", load_module_strict=False, load_module_only=False
         )
-        first, seconds_before = state["step"], state["seconds"]
+        first, tokens, seconds_before = state["step"], state["target_tokens"], state["seconds"]
+    if first < mine.start:
+        raise RuntimeError(
+            f"trial {job.trial_id}: the checkpoint of step {mine.start}, which round {job.round} begins with, is gone; "
+            f"delete {job.folder} to train it anew"
+        )
     curve = _Curve(job.folder / "metrics.jsonl", first, write=worker == 0)
     every, told_every, told = max(1, len(steps) // CURVE_POINTS), max(1, len(steps) // REPORTS), first
-    tokens_before = sum(len(rows[row].completion_token_ids) for _, batch in steps[:first] for row in batch)
     totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    started, tokens = time.monotonic(), tokens_before
-    for step in range(first, len(steps)):
+    started = time.monotonic()
+    for step in range(first, mine.stop):
         epoch, batch = steps[step]
-        count = sum(len(rows[row].completion_token_ids) for row in batch)
+        count = lesson.tokens(batch)
         # Dropout repeats itself when a step is done again after a failure.
         torch.manual_seed((job.seed << 40) + (step << 16) + worker)
         for part in targets.share(batch, worker, num_workers, train.batch_size // num_workers, micro):
-            inputs = student.collate([rows[row] for row in part], tokenizer.pad_token_id or 0, train.packing)
+            inputs = student.collate(lesson.rows_of(part), tokenizer.pad_token_id or 0, train.packing)
             loss_sum = engine({key: tensor.to(engine.device) for key, tensor in inputs.items()})
             # DeepSpeed averages over workers and accumulation steps; this turns its mean into the sum over
             # all of the step's tokens, divided by their number.
-            scale = num_workers * config["gradient_accumulation_steps"] / count
+            scale = num_workers * config["gradient_accumulation_steps"] / max(count, 1)
             engine.backward(loss_sum * scale)
             engine.step()
             totals[0] += loss_sum.detach().double()
         totals[1] += count
         tokens += count
         done = step + 1
-        if done % every == 0 or done == len(steps) or done % train.checkpoint_every_steps == 0:
+        is_checkpoint = done < len(steps) and (done % train.checkpoint_every_steps == 0 or done == mine.stop)
+        if done % every == 0 or done == mine.stop or is_checkpoint:
             torch.distributed.all_reduce(totals[:1])
             metrics = {
                 "step": done,
                 "epoch": epoch,
-                "loss": float(totals[0] / totals[1]),
+                "loss": float(totals[0] / totals[1].clamp(min=1)),
                 "learning_rate": engine.get_lr()[0],
                 "target_tokens": tokens,
                 "seconds": round(seconds_before + time.monotonic() - started, 3),
@@ -160,17 +184,62 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
             }
             totals.zero_()
             curve.add(metrics)
-            if done % train.checkpoint_every_steps == 0 and done < len(steps):
+            if is_checkpoint:
                 _checkpoint(engine, metrics, report)
-            elif done // told_every > told // told_every or done == len(steps):
+            elif done // told_every > told // told_every or done == mine.stop:
                 report(metrics, None)
             else:
                 continue
             told = done
-    student.save_adapter(model.model, job.folder / "adapter", job.arm.student, write=worker == 0)
+    student.save_adapter(model.model, job.part / "adapter", job.arm.student, write=worker == 0)
     if worker == 0:
-        _finish(job, curve.points, len(rows), dropped)
+        _finish(job, curve.points, lesson)
     torch.distributed.barrier()
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """The rows of a part of the training, and the order in which all of it goes through them."""
+
+    rows: list[Target | None]
+    """None for a problem that has no answer to learn from in this round."""
+    dropped: dict[str, int]
+    steps: list[tuple[int, list[int]]]
+
+    def rows_of(self, numbers: list[int]) -> list[Target]:
+        return [row for number in numbers if (row := self.rows[number]) is not None]
+
+    def tokens(self, numbers: list[int]) -> int:
+        return sum(len(row.completion_token_ids) for row in self.rows_of(numbers))
+
+
+def _lesson(job: Job, tokenizer: Any) -> _Lesson:
+    from raykd import student, targets
+
+    found, dropped = student.training_rows(job.arm, job.problems, job.completions, tokenizer, job.same_tokens)
+    if not found:
+        raise ValueError(f"trial {job.trial_id}: no row is left to train on; dropped: {dropped}")
+    rows: list[Target | None] = list(found)
+    if job.round is not None:
+        # The order is that of all problems, whichever of them are answered in this round.
+        by_problem = {row.problem_id: row for row in found}
+        rows = [by_problem.get(problem_id) for problem_id in problem_ids(job)]
+    train = job.arm.train
+    return _Lesson(rows, dropped, list(targets.batches(len(rows), train.batch_size, train.epochs, job.seed)))
+
+
+def problem_ids(job: Job) -> list[str]:
+    """The training problems, in their order."""
+    return pq.read_table(job.problems / "train.parquet", columns=["problem_id"])["problem_id"].to_pylist()
+
+
+def problems_of_round(job: Job, number: int) -> frozenset[str]:
+    """The problems that the steps of a round go through, which a student answers at its beginning."""
+    from raykd import targets
+
+    ids, train = problem_ids(job), job.arm.train
+    steps = list(targets.batches(len(ids), train.batch_size, train.epochs, job.seed))
+    return frozenset(ids[row] for step in targets.segment(len(steps), number, job.rounds) for row in steps[step][1])
 
 
 def _checkpoint(engine: Any, metrics: dict[str, Any], report: Report) -> None:
@@ -179,7 +248,7 @@ def _checkpoint(engine: Any, metrics: dict[str, Any], report: Report) -> None:
         engine.save_checkpoint(
             folder,
             tag="checkpoint",
-            client_state={"step": metrics["step"], "seconds": metrics["seconds"]},
+            client_state={name: metrics[name] for name in ("step", "target_tokens", "seconds")},
             exclude_frozen_parameters=True,
         )
         report(metrics, Path(folder))
@@ -199,8 +268,16 @@ class _Curve:
             storage.write_text(self._path, "".join(json.dumps(each) + "\n" for each in self.points))
 
 
-def _finish(job: Job, curve: list[dict[str, Any]], rows: int, dropped: dict[str, int]) -> None:
-    """Declares the trial complete."""
+def _finish(job: Job, curve: list[dict[str, Any]], lesson: _Lesson) -> None:
+    """Declares the trial, or its round, complete."""
+    counts = {"rows": sum(row is not None for row in lesson.rows), "dropped": lesson.dropped}
+    if job.part != job.folder:
+        storage.write_json(job.part / "round.json", counts)
+        return
+    for number in range(job.round or 0):
+        earlier = storage.read_json(job.round_folder(number) / "round.json")
+        dropped = dict(Counter(counts["dropped"]) + Counter(earlier["dropped"]))
+        counts = {"rows": counts["rows"] + earlier["rows"], "dropped": dropped}
     last = curve[-1]
     storage.write_json(
         job.folder / "trial.json",
@@ -208,8 +285,7 @@ def _finish(job: Job, curve: list[dict[str, Any]], rows: int, dropped: dict[str,
             **describe(job),
             "status": "complete",
             "error": "",
-            "rows": rows,
-            "dropped": dropped,
+            **counts,
             "steps": last["step"],
             "target_tokens": last["target_tokens"],
             "seconds": last["seconds"],
@@ -220,6 +296,14 @@ def _finish(job: Job, curve: list[dict[str, Any]], rows: int, dropped: dict[str,
     )
 
 
+def is_complete(job: Job) -> bool:
+    """Whether a trial's adapter is there, or that of its round."""
+    if job.part != job.folder:
+        return (job.part / "round.json").exists()
+    record = job.folder / "trial.json"
+    return record.exists() and storage.read_json(record)["status"] == "complete"
+
+
 def describe(job: Job) -> dict[str, Any]:
     """What a trial is, for its `trial.json`."""
     return {
@@ -227,7 +311,7 @@ def describe(job: Job) -> dict[str, Any]:
         "arm": job.arm_name,
         "seed": job.seed,
         "overrides": job.overrides,
-        "strategy": job.arm.prompt.strategy if job.completions else "",
+        "strategy": job.arm.prompt.strategy if job.arm.needs_teacher else "",
     }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 
 from raykd import config, pipeline
@@ -136,3 +137,24 @@ def wait_for_end(family: list[psutil.Process], timeout_s: float = 120) -> None:
     for process in alive:
         process.kill()
     assert not alive, f"still running after {timeout_s:g} s: {alive}"
+
+
+def greedy(model, prompt: list[int], eos: int, max_tokens: int) -> list[int]:
+    """What a model answers, by transformers alone."""
+    with torch.no_grad():
+        out = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=max_tokens,
+            eos_token_id=eos,
+            pad_token_id=eos,
+        )
+    return out[0, len(prompt) :].tolist()
+
+
+def log_likelihoods(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """The model's own distribution at each token of an answer (T, V), float64, at temperature 1."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return torch.log_softmax(logits.double(), -1)

@@ -1,16 +1,27 @@
-"""Trains one student for each ZeRO stage, without Ray: `torchrun plain_loop.py FOLDER STAGE...`."""
+"""Trains one student for each variant, without Ray: `torchrun plain_loop.py FOLDER VARIANT...`.
+
+A variant is words such as `zero2-micro4-packed-killed`: the ZeRO stage, the rows of a forward pass, whether they are
+packed, and whether the loop is broken off after its first checkpoint and then goes on from there.
+"""
 
 import os
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from raykd import config, problems, train
 
 FOLDER = Path(sys.argv[1])
 
 
-def job(stage: int, workers: int) -> train.Job:
+class Killed(Exception):
+    """Stands for whatever ends a worker."""
+
+
+def job(variant: str, workers: int) -> train.Job:
     """A trial on reference solutions, which need no teacher."""
+    words = variant.split("-")
     experiment = config.Experiment.model_validate(
         {
             "name": "plain",
@@ -23,15 +34,17 @@ def job(stage: int, workers: int) -> train.Job:
             "train": {
                 "epochs": 2,
                 "batch_size": 8,
-                "micro_batch_size": 2,
+                "micro_batch_size": int(words[1].removeprefix("micro")),
                 "learning_rate": 5e-3,
                 "num_workers": workers,
-                "zero_stage": stage,
+                "zero_stage": int(words[0].removeprefix("zero")),
                 "dtype": "float32",
+                "packing": "packed" in words,
+                "checkpoint_every_steps": 3,
             },
         }
     )
-    name = f"zero{stage}-workers{workers}"
+    name = f"workers{workers}-{variant}"
     return train.Job(
         trial_id=name,
         arm_name="default",
@@ -45,7 +58,24 @@ def job(stage: int, workers: int) -> train.Job:
     )
 
 
-if __name__ == "__main__":
-    for number in map(int, sys.argv[2:]):
-        made = job(number, int(os.environ["WORLD_SIZE"]))
+def run(variant: str, workers: int) -> None:
+    made = job(variant, workers)
+    kept = FOLDER / f"checkpoint-of-{made.trial_id}-worker-{os.environ['RANK']}"
+
+    def break_off(metrics: dict[str, Any], checkpoint: Path | None) -> None:
+        if checkpoint:
+            shutil.copytree(checkpoint, kept)
+            raise Killed
+
+    if "killed" not in variant:
         train.loop(made, lambda metrics, checkpoint: None, None)
+        return
+    try:
+        train.loop(made, break_off, None)
+    except Killed:
+        train.loop(made, lambda metrics, checkpoint: None, kept)
+
+
+if __name__ == "__main__":
+    for each in sys.argv[2:]:
+        run(each, int(os.environ["WORLD_SIZE"]))

@@ -39,7 +39,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     environment.pop("RAY_ADDRESS", None)
-    command = [RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}"]
+    command = [RAY, "start", "--head", "--block", "--num-cpus=4", f"--port={port}", f"--dashboard-port={dashboard}"]
     log = token.parent / "head.log"
     with log.open("w") as stream:
         process = subprocess.Popen(
@@ -74,8 +74,9 @@ def submit(environment: dict[str, str], *arguments: str) -> subprocess.Completed
 
 
 def test_a_job_runs_the_whole_experiment(head: dict[str, str], tmp_path: Path):
-    small = ["problems.num_train=16", "problems.num_test=8", "teacher.sampling.max_tokens=24", "train.epochs=1"]
-    arms = "arms={teacher: {prompt.strategy: teacher}}"
+    small = ["problems.num_train=16", "problems.num_test=8", "train.batch_size=8", "train.epochs=1"]
+    own = "targets: {sequence: student, kind: top_k, rounds: 2, rollout: {max_tokens: 24}}"
+    arms = f"arms={{own: {{prompt.strategy: teacher, {own}}}}}"
     done = submit(
         head,
         *["rayjobs/run.py", "configs/quickstart.yaml", f"storage={tmp_path}", *small],
@@ -83,6 +84,9 @@ def test_a_job_runs_the_whole_experiment(head: dict[str, str], tmp_path: Path):
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert "succeeded" in done.stdout
+    # The teacher has room beside the students, so it stays up from round to round.
+    assert done.stdout.count("starting the engine for 1 students") == 2
+    assert done.stdout.count("starting the teacher") == 1
     report = re.search(r"report: (\S+)", done.stdout)
     assert report
     assert Path(report[1]).exists()

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import safetensors.torch
 import torch
-from conftest import MAX_TOKENS, Ran, finish
+from conftest import MAX_TOKENS, Ran, finish, greedy, log_likelihoods
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -45,19 +45,6 @@ def tokenizer():
     return models.load_tokenizer("raykd/demo-student", None)
 
 
-def greedy(model, prompt: list[int], eos: int) -> list[int]:
-    with torch.no_grad():
-        out = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            do_sample=False,
-            max_new_tokens=MAX_TOKENS,
-            eos_token_id=eos,
-            pad_token_id=eos,
-        )
-    return out[0, len(prompt) :].tolist()
-
-
 @pytest.mark.parametrize("arm", ["none", "soft"])
 def test_every_problem_has_its_samples_under_every_strategy(ran: Ran, arm: str):
     rows = completions(ran, arm)
@@ -70,13 +57,6 @@ def test_every_problem_has_its_samples_under_every_strategy(ran: Ran, arm: str):
     samples = {(row["problem_id"], row["sample_index"]): row["completion"] for row in rows}
     # Even a terse answer is a number of several digits, drawn anew.
     assert sum(samples[p, 0] != samples[p, 1] for p in problems) >= 20
-
-
-def log_likelihoods(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    """The model's own distribution at each token of an answer (T, V), float64, at temperature 1."""
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-    return torch.log_softmax(logits.double(), -1)
 
 
 @pytest.mark.parametrize("arm", ["none", "soft"])
@@ -167,7 +147,7 @@ def test_an_adapter_is_peft_s_and_vllm_answered_with_it(ran: Ran, tokenizer, arm
     agreed = []
     for row in [row for row in predictions(ran) if row["arm"] == arm][:6]:
         prompt = models.prompt_token_ids(tokenizer, prompts.student_messages(problems[row["problem_id"]]))
-        tokens = greedy(model, prompt, tokenizer.eos_token_id)
+        tokens = greedy(model, prompt, tokenizer.eos_token_id, MAX_TOKENS)
         agreed.append(tokenizer.decode(tokens, skip_special_tokens=True) == row["completion"])
     assert sum(agreed) >= 5, agreed
 
@@ -178,7 +158,7 @@ def test_the_untouched_student_answers_as_the_base_model_does(ran: Ran, tokenize
     agreed = []
     for row in [row for row in predictions(ran) if row["arm"] == "untouched"][:6]:
         prompt = models.prompt_token_ids(tokenizer, prompts.student_messages(problems[row["problem_id"]]))
-        tokens = greedy(base, prompt, tokenizer.eos_token_id)
+        tokens = greedy(base, prompt, tokenizer.eos_token_id, MAX_TOKENS)
         agreed.append(tokenizer.decode(tokens, skip_special_tokens=True) == row["completion"])
     assert sum(agreed) >= 5, agreed
 

@@ -97,6 +97,13 @@ def test_an_arm_changes_what_it_names_and_nothing_else(tmp_path: Path):
     assert soft.train.model_copy(update={"epochs": plain.train.epochs}) == plain.train
 
 
+def test_an_arms_nested_fields_are_set_one_by_one(tmp_path: Path):
+    arms = "arms={a: {targets: {sequence: student, rollout: {max_tokens: 9}}, loss: {}}}"
+    arm = load(tmp_path, SMALLEST, "targets.top_k=5", "targets.rollout.top_p=0.5", arms).arm("a")
+    assert (arm.targets.sequence, arm.targets.top_k) == ("student", 5)
+    assert (arm.targets.rollout.max_tokens, arm.targets.rollout.top_p) == (9, 0.5)
+
+
 def test_a_strategy_of_your_own_stands_beside_the_built_in_ones(tmp_path: Path):
     experiment = load(
         tmp_path,

@@ -52,5 +52,5 @@ def test_an_untouched_student_alone_needs_no_adapter(tmp_path: Path):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_greedy_answers_carry_no_seed(temperature: float):
-    params = evaluate.sampling_params(Sampling(temperature=temperature, seed=3))
+    params = evaluate.sampling_params(Sampling(temperature=temperature), seed=3)
     assert ("seed" in params) == (temperature > 0)

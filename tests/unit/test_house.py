@@ -24,9 +24,10 @@ FLOORS = [
         "completions",
         "selection",
     },
-    {"models", "problems", "teacher", "generate", "student", "train", "evaluate", "cluster"},
+    {"models", "problems", "teacher", "generate", "student", "train", "evaluate", "rollout", "cluster"},
     {
         "sweep",
+        "rounds",
         "results",
         "report_plots",
         "report_tables",
@@ -39,7 +40,7 @@ FLOORS = [
     },
 ]
 # Sideways on the floor of the heavy libraries: to the modules that others build on.
-SIDEWAYS = {"student", "teacher", "models", "generate"}
+SIDEWAYS = {"student", "teacher", "models", "generate", "evaluate"}
 HEAVY = ("torch", "transformers", "peft", "deepspeed", "ray", "vllm")
 LIGHT = [*sorted((FLOORS[0] | FLOORS[1]) - {"losses"}), "report", "cli"]
 

@@ -3,7 +3,8 @@
 import pytest
 
 from raykd import placement
-from raykd.sections import Engine, Train
+from raykd.config import Experiment
+from raykd.sections import Engine, Replicas, Teacher, Train
 
 
 def test_auto_takes_gpus_where_there_are_any():
@@ -53,3 +54,29 @@ def test_the_users_engine_arguments_come_before_ours():
     assert kwargs["enforce_eager"] is False
     assert kwargs["dtype"] == "float32"
     assert env["VLLM_CPU_KVCACHE_SPACE"] == "9"
+
+
+@pytest.mark.parametrize(
+    ("cluster", "together"),
+    [
+        ({"CPU": 2}, False),
+        ({"CPU": 3}, True),
+        ({"CPU": 64, "GPU": 8}, False),
+        ({"CPU": 64, "GPU": 9}, True),
+        ({"CPU": 64, "GPU": 10}, True),
+    ],
+)
+def test_the_teacher_stays_up_where_students_have_room_beside_it(cluster: dict, together: bool):
+    gpus = int(cluster.get("GPU", 0)) > 0
+    tree = {
+        "name": "room",
+        "teacher": {"model": "a", "engine": {"tensor_parallel_size": 8 if gpus else 1}},
+        "student": {"model": "b"},
+    }
+    experiment = Experiment.model_validate(tree)
+    assert placement.hold_together(experiment, [Train(num_workers=1)], cluster) == together
+
+
+def test_beside_the_teacher_is_what_its_replicas_leave():
+    teacher = Teacher(model="a", engine=Engine(tensor_parallel_size=4), replicas=Replicas(min=1, max=2))
+    assert placement.beside_the_teacher(teacher, {"CPU": 32, "GPU": 16}) == {"CPU": 24, "GPU": 8}

@@ -62,3 +62,10 @@ def test_workers_share_a_step_without_loss_and_keep_pace(rows: int, workers: int
     assert sorted(row for share in shares for part in share for row in part) == batch
     assert len({len(share) for share in shares}) == 1
     assert all(len(part) <= micro for share in shares for part in share)
+
+
+@given(steps=st.integers(0, 200), rounds=st.integers(1, 12))
+def test_rounds_share_out_the_steps_in_order_and_evenly(steps: int, rounds: int):
+    segments = [targets.segment(steps, number, rounds) for number in range(rounds)]
+    assert [step for segment in segments for step in segment] == list(range(steps))
+    assert max(map(len, segments)) - min(map(len, segments)) <= 1

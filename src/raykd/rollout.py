@@ -1,0 +1,98 @@
+"""Rollout: students answer training problems with their adapters as they are now, all in one engine."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+
+from raykd import answers, models, placement, records, storage
+from raykd.evaluate import Contestant, answered, finish_reason
+from raykd.progress import Meter
+from raykd.sections import Evaluate, Sampling, Student
+
+
+def rollout(
+    folders: Mapping[Contestant, Path],
+    problems: Path,
+    student: Student,
+    evaluation: Evaluate,
+    sampling: Sampling,
+    instruction: str,
+    kind: placement.Accelerator,
+) -> None:
+    """Has students answer the training problems that each is given, and seals a folder for each.
+
+    Args:
+        folders: who answers, and where the answers go, as rows of `records.COMPLETION` without log-probabilities.
+        problems: the folder of the splits; `train` is asked.
+        student: the base model.
+        evaluation: the engine's configuration.
+        sampling: how they answer.
+        instruction: what is said about the form of the answer.
+        kind: what the engine runs on.
+    """
+    done = {id_ for folder in folders.values() for id_ in storage.done_ids(folder, records.COMPLETION, "completion_id")}
+    total = sum(len(each.problem_ids or ()) for each in folders)
+    with Meter("rollouts", total, done=len(done), unit="answers") as meter:
+        if len(done) < total:
+            kept = answered(
+                problems / "train.parquet", list(folders), done, student, evaluation, sampling, instruction, kind
+            ).map_batches(
+                Keep,
+                batch_size=evaluation.batch_size,
+                fn_constructor_kwargs={
+                    "folders": {each.trial_id: folder for each, folder in folders.items()},
+                    "max_tokens": sampling.max_tokens,
+                    "ends": models.end_token_ids(student.model, student.revision),
+                },
+                compute=ray.data.ActorPoolStrategy(size=1),
+                num_cpus=0,
+            )
+            for row in kept.iter_rows():
+                meter.add(row["rows"], row["tokens"])
+    for contestant, folder in folders.items():
+        told = {
+            "trial": contestant.trial_id,
+            "sampling": sampling.model_dump(),
+            "adapter": str(contestant.adapter or ""),
+        }
+        storage.seal(folder, records.COMPLETION, "completion_id", told)
+
+
+class Keep:
+    """Writes answers as completions, each student's in its own folder, and passes on the counts."""
+
+    def __init__(self, folders: Mapping[str, Path], max_tokens: int, ends: set[int]) -> None:
+        self._folders, self._max_tokens, self._ends = folders, max_tokens, ends
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[int]]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        for trial_id in dict.fromkeys(row["trial_id"] for row in rows):
+            made = [self._completion(row) for row in rows if row["trial_id"] == trial_id]
+            table = pa.Table.from_pylist(made, schema=records.COMPLETION)
+            storage.write_part(self._folders[trial_id], table, "completion_id")
+        return {"rows": [len(rows)], "tokens": [sum(len(row["generated_tokens"]) for row in rows)]}
+
+    def _completion(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        text, error = row["generated_text"], row["__inference_error__"]
+        tokens = [int(token) for token in row["generated_tokens"]]
+        strict = answers.strict_match(text)
+        return {
+            "completion_id": row["prediction_id"],
+            "problem_id": row["problem_id"],
+            "strategy": "",
+            "sample_index": 0,
+            # An answer that failed has no tokens, of its prompt neither.
+            "prompt_token_ids": [] if error else [int(token) for token in row["prompt_token_ids"]],
+            "completion": text,
+            "completion_token_ids": tokens,
+            "finish_reason": finish_reason(tokens, self._max_tokens, self._ends, error),
+            "answer_strict": strict,
+            "answer_flexible": answers.flexible_extract(text),
+            "is_correct": answers.is_correct(strict, row["reference_answer"]),
+            "topk_ids": [],
+            "topk_logprobs": [],
+            "error": error,
+        }

@@ -1,0 +1,126 @@
+"""Rounds: students that learn from their own answers, scored by the primed teacher (on-policy distillation).
+
+In each round every such student answers the problems of its next steps with its adapter as it is, the teacher,
+primed, scores those answers token by token, and the student takes the steps (Agarwal et al., arXiv 2306.13649).
+A student's prime-free answer under the teacher's primed judgement is context distillation; where the prime holds the
+gold answer, the teacher judges with knowledge that the student will not have.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from raykd import generate, placement, storage, sweep, teacher
+from raykd.completions import Request
+from raykd.config import Experiment
+from raykd.evaluate import Contestant
+from raykd.progress import say
+from raykd.rollout import rollout
+from raykd.train import Job, is_complete, problems_of_round
+
+
+def run(
+    pending: list[Job],
+    asked: Mapping[str, Request | None],
+    experiment: Experiment,
+    problems: Path,
+    folder: Path,
+    cluster: Mapping[str, float],
+    versions: Mapping[str, str],
+) -> None:
+    """Trains students on their own answers, round by round, all of them in step.
+
+    Args:
+        pending: trials that are not complete.
+        asked: for each arm how its answers are scored; None where the tokens themselves are the targets.
+        experiment: the experiment.
+        problems: the folder of the splits.
+        folder: the experiment's folder.
+        cluster: the cluster's resources.
+        versions: of the packages that matter, for the manifests.
+    """
+    soft = [request for job in pending if (request := asked[job.arm_name])]
+    top_k = max((request.top_k for request in soft), default=0)
+    for job in pending:
+        if request := asked[job.arm_name]:
+            # The engine cannot score without writing a token of its own.
+            room = job.arm.targets.rollout.max_tokens + 1
+            generate.check_lengths([request], problems, experiment.teacher, experiment.prompt.instruction, room)
+    stays = bool(soft) and placement.hold_together(experiment, [job.arm.train for job in pending], cluster)
+    with _served(experiment, top_k, cluster) if stays else nullcontext():
+        for number in range(max(job.rounds for job in pending)):
+            parts = [dataclasses.replace(job, round=number) for job in pending if number < job.rounds]
+            parts = [part for part in parts if not is_complete(part) and _is_ready(part)]
+            if not parts:
+                continue
+            say(f"round {number + 1}: {len(parts)} students answer, are scored and learn from it")
+            _answer(parts, experiment, problems, cluster)
+            scored = {_answers(part): _request(part, asked[part.arm_name]) for part in parts if asked[part.arm_name]}
+            missing = {answers: each for answers, each in scored.items() if storage.read_manifest(each.folder) is None}
+            if missing:
+                with nullcontext() if stays else _served(experiment, top_k, cluster):
+                    generate.score(
+                        missing, problems, experiment.teacher, experiment.prompt.instruction, _app(experiment), versions
+                    )
+            parts = [
+                dataclasses.replace(part, completions=scored[_answers(part)].folder)
+                if _answers(part) in scored
+                else dataclasses.replace(part, completions=_answers(part))
+                for part in parts
+            ]
+            free = placement.beside_the_teacher(experiment.teacher, cluster) if stays else cluster
+            sweep.run(parts, experiment.max_concurrent_trials, folder, free)
+
+
+def _is_ready(part: Job) -> bool:
+    """Whether the round before went well; a trial that failed stays behind."""
+    return part.round == 0 or is_complete(dataclasses.replace(part, round=(part.round or 0) - 1))
+
+
+def _answers(part: Job) -> Path:
+    return part.round_folder(part.round or 0) / "answers"
+
+
+def _request(part: Job, request: Request | None) -> Request:
+    assert request is not None
+    return dataclasses.replace(request, folder=part.round_folder(part.round or 0) / "completions")
+
+
+def _answer(parts: list[Job], experiment: Experiment, problems: Path, cluster: Mapping[str, float]) -> None:
+    """Has the students answer what is missing, those with the same sampling in one engine."""
+    missing = [part for part in parts if storage.read_manifest(_answers(part)) is None]
+    kind = placement.accelerator(experiment.evaluate.engine.accelerator, cluster)
+    samplings = dict.fromkeys(part.arm.targets.rollout for part in missing)
+    for sampling in samplings:
+        say(f"starting the engine for {len(missing)} students ({kind})")
+        folders = {_contestant(part): _answers(part) for part in missing if part.arm.targets.rollout == sampling}
+        rollout(
+            folders,
+            problems,
+            experiment.student,
+            experiment.evaluate,
+            sampling,
+            experiment.prompt.instruction,
+            kind,
+        )
+
+
+def _contestant(part: Job) -> Contestant:
+    number = part.round or 0
+    adapter = part.round_folder(number - 1) / "adapter" if number else None
+    rank = part.arm.student.lora.rank if adapter else 0
+    return Contestant(part.trial_id, part.arm_name, part.seed, adapter, rank, problems_of_round(part, number))
+
+
+def _app(experiment: Experiment) -> str:
+    return f"raykd-{experiment.name}"
+
+
+@contextmanager
+def _served(experiment: Experiment, top_k: int, cluster: Mapping[str, float]) -> Iterator[None]:
+    kind = placement.accelerator(experiment.teacher.engine.accelerator, cluster)
+    placement.check_engine("teacher.engine", experiment.teacher.engine, kind, cluster)
+    say(f"starting the teacher {experiment.teacher.model} ({kind})")
+    with teacher.served(teacher.llm_config(experiment.teacher, top_k, kind), _app(experiment)):
+        yield

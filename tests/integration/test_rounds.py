@@ -1,0 +1,138 @@
+"""Students that learn from their own answers: what they wrote, how it was scored, and that a killed run goes on."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from conftest import Ran, finish, greedy, kill_when, log_likelihoods, plan_of, wait_for_end
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from raykd import models, prompts, records, storage, train
+from raykd.demo import resolve_model
+
+pytestmark = pytest.mark.timeout(1200)
+MAX_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def own_answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two rounds on 24 problems, three steps in all; greedy answers, so that anybody can tell what they should be."""
+    engine = {"engine_kwargs": {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 32}}
+    own = {"sequence": "student", "rounds": 2, "rollout": {"temperature": 0, "max_tokens": MAX_TOKENS}}
+    tree = {
+        "name": "rounds",
+        "problems": {"source": "demo", "num_train": 24, "num_test": 6},
+        "teacher": {"model": "raykd/demo-teacher", "engine": engine, "batch_size": 8},
+        "student": {"model": "raykd/demo-student"},
+        "prompt": {"instruction": ""},
+        "train": {"epochs": 1, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 5e-3, "dtype": "float32"},
+        "evaluate": {"engine": engine, "sampling": {"max_tokens": MAX_TOKENS}},
+        "arms": {
+            "soft": {"prompt.strategy": "ground_truth", "targets": {**own, "kind": "top_k", "top_k": 8}},
+            "hard": {"targets": own},
+        },
+    }
+    file = tmp_path_factory.mktemp("experiment") / "rounds.yaml"
+    file.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return file
+
+
+@pytest.fixture(scope="module")
+def taught(own_answers: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    folder = tmp_path_factory.mktemp("storage")
+    return finish(["run", str(own_answers), f"storage={folder}"], folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return models.load_tokenizer("raykd/demo-student", None)
+
+
+def rows(folder: Path) -> list[dict]:
+    return storage.open_rows(folder, records.COMPLETION).to_table().to_pylist()
+
+
+def job_of(ran: Ran, arm: str) -> train.Job:
+    return next(job for job in ran.plan.jobs if job.arm_name == arm)
+
+
+def problems_of(ran: Ran) -> dict[str, dict]:
+    table = pyarrow.parquet.read_table(ran.plan.problems / "train.parquet")
+    return {row["problem_id"]: row for row in table.to_pylist()}
+
+
+@pytest.mark.parametrize("arm", ["soft", "hard"])
+def test_the_rounds_share_out_the_problems_and_the_steps(taught: Ran, arm: str):
+    job = job_of(taught, arm)
+    answered = [{row["problem_id"] for row in rows(job.round_folder(number) / "answers")} for number in (0, 1)]
+    assert [len(each) for each in answered] == [8, 16]
+    assert answered[0] | answered[1] == set(problems_of(taught))
+    trial = storage.read_json(job.folder / "trial.json")
+    assert (trial["status"], trial["steps"]) == ("complete", 3)
+    assert trial["rows"] + sum(trial["dropped"].values()) == 24
+    steps = [json.loads(line)["step"] for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_round_begins_with_the_answers_of_the_adapter_of_the_round_before(taught: Ran, tokenizer, number: int):
+    job, problems = job_of(taught, "soft"), problems_of(taught)
+    model = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32)
+    if number:
+        model = PeftModel.from_pretrained(model, str(job.round_folder(0) / "adapter"))
+    model.eval()
+    agreed = []
+    for row in rows(job.round_folder(number) / "answers")[:8]:
+        prompt = models.prompt_token_ids(tokenizer, prompts.student_messages(problems[row["problem_id"]]))
+        assert row["prompt_token_ids"] == prompt, "a student is never shown a prime"
+        agreed.append(greedy(model, prompt, tokenizer.eos_token_id, MAX_TOKENS) == row["completion_token_ids"])
+    assert sum(agreed) >= 7, agreed
+
+
+def test_the_primed_teacher_scored_every_token(taught: Ran, tokenizer):
+    job = job_of(taught, "soft")
+    prime = taught.plan.experiment.strategies["ground_truth"].text
+    teacher = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-teacher"), dtype=torch.float32).eval()
+    for number in (0, 1):
+        written = {row["problem_id"]: row for row in rows(job.round_folder(number) / "answers")}
+        scored = {row["problem_id"]: row for row in rows(job.round_folder(number) / "completions")}
+        assert scored.keys() == written.keys()
+        for problem_id, row in list(scored.items())[:4]:
+            assert row["completion_token_ids"] == written[problem_id]["completion_token_ids"]
+            assert prime in tokenizer.decode(row["prompt_token_ids"])
+            expected = log_likelihoods(teacher, row["prompt_token_ids"], row["completion_token_ids"])
+            ids, logprobs = torch.tensor(row["topk_ids"]), torch.tensor(row["topk_logprobs"])
+            assert ids.shape == (len(row["completion_token_ids"]), 8)
+            assert torch.allclose(expected.gather(-1, ids), logprobs.double(), atol=2e-3)
+            assert torch.allclose(expected.topk(8, -1).values, logprobs.double(), atol=2e-3)
+
+
+def test_without_soft_targets_the_teacher_is_not_asked(taught: Ran):
+    job = job_of(taught, "hard")
+    assert not (job.round_folder(0) / "completions").exists()
+    assert storage.read_json(job.folder / "trial.json")["strategy"] == ""
+
+
+def test_the_same_command_again_does_nothing_again(taught: Ran, own_answers: Path):
+    again = finish(["run", str(own_answers), f"storage={taught.plan.root}"], taught.plan.root)
+    assert again.stdout == taught.stdout
+    assert "Ray" not in again.stderr
+
+
+@pytest.mark.slow
+def test_killed_in_its_second_round_it_ends_as_an_undisturbed_run(taught: Ran, own_answers: Path, tmp_path: Path):
+    arguments = ["run", str(own_answers), f"storage={tmp_path}"]
+    second = [job.round_folder(1) / "answers" for job in plan_of(arguments).jobs]
+    family = kill_when(lambda: any(any(folder.glob("part-*.parquet")) for folder in second), arguments, tmp_path)
+    done = finish(arguments, tmp_path)
+    wait_for_end(family)
+    for whole, resumed in zip(taught.plan.jobs, done.plan.jobs, strict=True):
+        files = [job.folder / "adapter" / "adapter_model.safetensors" for job in (whole, resumed)]
+        weights = [safetensors.torch.load_file(file) for file in files]
+        for name, tensor in weights[0].items():
+            assert torch.allclose(tensor, weights[1][name], atol=1e-5), name

@@ -1,0 +1,131 @@
+"""Generate: what the teacher is sent, and what does not fit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+
+from raykd import completions, generate, models, problems
+from raykd.completions import Request
+from raykd.config import Experiment
+from raykd.sections import Engine, Sampling, Teacher
+
+TREE: dict[str, Any] = {
+    "name": "small",
+    "problems": {"source": "demo", "num_train": 12, "num_test": 2},
+    "teacher": {"model": "raykd/demo-teacher"},
+    "student": {"model": "raykd/demo-student"},
+    "arms": {
+        "none": {},
+        "soft": {"prompt.strategy": "teacher", "targets.kind": "top_k", "targets.top_k": 8},
+        "hard": {"prompt.strategy": "teacher"},
+        "scored": {"prompt.strategy": "teacher", "targets": {"sequence": "reference", "kind": "top_k"}},
+        "own": {"prompt.strategy": "teacher", "targets": {"sequence": "student", "kind": "top_k"}},
+        "own_hard": {"targets": {"sequence": "student"}},
+        "reference": {"targets": {"sequence": "reference"}},
+    },
+}
+
+
+@pytest.fixture
+def experiment() -> Experiment:
+    return Experiment.model_validate(TREE)
+
+
+@pytest.fixture
+def folder(experiment: Experiment, tmp_path: Path) -> Path:
+    return problems.prepare(experiment.problems, tmp_path)
+
+
+def asked(experiment: Experiment, folder: Path, root: Path) -> dict[str, Request | None]:
+    return completions.of_arms(experiment, folder, root, {"model": "a", "revision": "1"})
+
+
+def test_each_arm_asks_what_it_needs_and_none_asks_twice(experiment: Experiment, folder: Path, tmp_path: Path):
+    found = asked(experiment, folder, tmp_path)
+    assert (found["reference"], found["own_hard"]) == (None, None)
+    requests = {name: request for name, request in found.items() if request}
+    assert requests["hard"].folder == requests["soft"].folder, "what has log-probabilities has the tokens too"
+    assert requests["hard"].top_k == 8
+    assert len({request.folder for request in requests.values()}) == 4
+    assert {name: request.sequence for name, request in requests.items()} == {
+        "none": "teacher",
+        "soft": "teacher",
+        "hard": "teacher",
+        "scored": "reference",
+        "own": "student",
+    }
+    # Alone, an arm asks for no more than it needs; it is the same trial all the same.
+    alone = experiment.model_copy(update={"arms": {"hard": experiment.arms["hard"]}})
+    request = asked(alone, folder, tmp_path)["hard"]
+    assert request is not None
+    assert request.top_k == 0
+    arm = experiment.arm("hard")
+    assert completions.identity(request, arm) == completions.identity(requests["hard"], arm)
+    assert completions.identity(requests["soft"], experiment.arm("soft")) != completions.identity(request, arm)
+
+
+def test_what_an_earlier_run_asked_serves_whoever_needs_no_more(experiment: Experiment, folder: Path, tmp_path: Path):
+    wide = Experiment.model_validate({**TREE, "arms": {"soft": {**TREE["arms"]["soft"], "targets.top_k": 32}}})
+    stored = asked(wide, folder, tmp_path)["soft"]
+    assert stored is not None
+    stored.folder.mkdir(parents=True)
+    (stored.folder / "manifest.json").write_text(json.dumps({"content": stored.content, "parts": {}}))
+    found = asked(experiment, folder, tmp_path)
+    for arm in ("soft", "hard"):
+        request = found[arm]
+        assert request is not None
+        assert request.folder == stored.folder
+    # A set that was damaged is nobody's, and stops nobody.
+    (stored.folder / "manifest.json").write_text("{")
+    request = asked(experiment, folder, tmp_path)["soft"]
+    assert request is not None
+    assert request.top_k == 8
+
+
+def test_what_is_scored_is_the_solution_and_its_end(experiment: Experiment, folder: Path, tmp_path: Path):
+    tokenizer = models.load_tokenizer("raykd/demo-teacher", None)
+    problem = pyarrow.parquet.read_table(folder / "train.parquet").to_pylist()[0]
+    found = asked(experiment, folder, tmp_path)
+    scored, written = (found[name] for name in ("scored", "soft"))
+    assert scored is not None and written is not None
+    row = generate.question(tokenizer, problem, scored, "", 0)
+    assert tokenizer.decode(row["given_token_ids"][:-1]) == row["given_text"] == problem["reference_solution"]
+    assert row["given_token_ids"][-1] == tokenizer.eos_token_id
+    again = generate.question(tokenizer, problem, written, "", 0)
+    assert (again["given_token_ids"], again["given_text"]) == ([], "")
+    assert again["prompt_token_ids"] == row["prompt_token_ids"]
+    assert again["completion_id"] != generate.question(tokenizer, problem, written, "", 1)["completion_id"]
+
+
+def teacher(max_model_len: int, max_tokens: int = 100, max_error_rate: float = 0.01) -> Teacher:
+    return Teacher(
+        model="raykd/demo-teacher",
+        engine=Engine(engine_kwargs={"max_model_len": max_model_len}),
+        sampling=Sampling(max_tokens=max_tokens),
+        max_error_rate=max_error_rate,
+    )
+
+
+def test_prompts_that_leave_no_room_are_counted_and_named(experiment: Experiment, folder: Path, tmp_path: Path):
+    wanted = [request for name in ("none", "soft") if (request := asked(experiment, folder, tmp_path)[name])]
+    tokenizer = models.load_tokenizer("raykd/demo-teacher", None)
+    rows = pyarrow.parquet.read_table(folder / "train.parquet").to_pylist()
+    lengths = [
+        [len(generate.question(tokenizer, row, request, "", 0)["prompt_token_ids"]) for row in rows]
+        for request in wanted
+    ]
+    # Room for the longest bare question, and not for all of the primed ones.
+    limit = max(lengths[0]) + 100
+    long = [row["problem_id"] for row, length in zip(rows, lengths[1], strict=True) if length + 100 > limit]
+    assert long
+    with pytest.raises(ValueError) as caught:
+        generate.check_lengths(wanted, folder, teacher(limit), "")
+    for words in ("strategy 'teacher'", f"{len(long)} of 12 prompts", f"{limit} tokens", long[0], "max_model_len"):
+        assert words in str(caught.value)
+    generate.check_lengths(wanted, folder, teacher(limit, max_error_rate=1.0), "")
+    generate.check_lengths(wanted, folder, teacher(max(lengths[1]) + 100), "")
+    with pytest.raises(ValueError, match="strategy 'none'"):
+        generate.check_lengths(wanted, folder, teacher(limit), "", max_tokens=limit)
