@@ -16,7 +16,7 @@ from conftest import wait_for_end
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1500)
 
 
 def free_port() -> int:
@@ -69,7 +69,7 @@ def submit(environment: dict[str, str], *arguments: str) -> subprocess.Completed
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=700,
+        timeout=1200,
     )
 
 

@@ -10,7 +10,7 @@ from test_run import predictions
 
 from raykd import records, storage
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = pytest.mark.timeout(3000)
 
 
 def parts(folder: Path) -> dict[str, int]:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from raykd import models, prompts, records, storage, train
 from raykd.demo import resolve_model
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(1800)
 MAX_TOKENS = 24
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from raykd import evaluate, models, prompts, records, storage, student
 from raykd.demo import MODELS, resolve_model
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 
 def completions(ran: Ran, arm: str) -> list[dict]:
