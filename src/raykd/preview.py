@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -17,11 +18,14 @@ def arms(experiment: Experiment) -> Table:
     """The arms, each with every field in which not all of them agree."""
     leaves = {name: _leaves(experiment, name) for name in experiment.arms}
     paths = dict.fromkeys(path for each in leaves.values() for path in each)
-    differing = [path for path in paths if len({json.dumps(each.get(path)) for each in leaves.values()}) > 1]
-    table = Table(title=Text(f"{experiment.name}: arms differ in nothing but this"))
-    table.add_column("Arm")
+    found = {path: {json.dumps(each[path]) for each in leaves.values() if path in each} for path in paths}
+    differing = [path for path in paths if len(found[path]) > 1]
+    title = Text(f"{experiment.name}: arms differ in nothing but this")
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    # Folded rather than cut: names and values are what the table is for.
+    table.add_column("Arm", overflow="fold")
     for path in differing:
-        table.add_column(path)
+        table.add_column(Text(path.replace(".", ".\n")), overflow="fold")
     for name, each in leaves.items():
         table.add_row(Text(name), *(Text(_shown(each.get(path))) for path in differing))
     return table
@@ -30,11 +34,21 @@ def arms(experiment: Experiment) -> Table:
 def _leaves(experiment: Experiment, arm: str) -> dict[str, Any]:
     resolved = experiment.arm(arm)
     tree = json.loads(resolved.model_dump_json(exclude={"prompt": {"strategies"}}))
-    return dict(config.leaves(tree, "")) | {"loss.divergence": resolved.divergence}
+    # What plays no part in an arm is no difference between arms.
+    if resolved.targets.kind == "hard":
+        tree["targets"].pop("top_k")
+        tree.pop("loss")
+    else:
+        tree["loss"]["divergence"] = resolved.divergence
+    if resolved.targets.sequence != "student":
+        tree["targets"] = {key: value for key, value in tree["targets"].items() if key not in ("rounds", "rollout")}
+    if not resolved.needs_teacher:
+        tree["prompt"].pop("strategy")
+    return dict(config.leaves(tree, ""))
 
 
 def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return "–" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def prompts_of(experiment: Experiment, wanted: str) -> str:
