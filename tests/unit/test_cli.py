@@ -48,7 +48,8 @@ def test_help_is_there(arguments, capsys):
 
 def test_plan_shows_in_what_arms_differ_and_nothing_else(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    arms = "arms={plain: {}, soft: {prompt.strategy: teacher, targets.kind: top_k}, own: {targets.sequence: student}}"
+    own = "{targets: {sequence: student, kind: top_k}}"
+    arms = f"arms={{plain: {{}}, soft: {{prompt.strategy: teacher, targets.kind: top_k}}, own: {own}}}"
     assert cli.main(["plan", "configs/quickstart.yaml", arms]) == 0
     shown = capsys.readouterr().out
     for word in ("strategy", "kind", "sequence", "divergence", "reverse_kl", "top_k", "student"):
