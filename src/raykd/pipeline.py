@@ -4,6 +4,7 @@ Each step is a function from folders to a folder. What is complete is skipped, s
 after whatever ended it.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,19 +121,20 @@ def prepare(experiment: Experiment, command: str) -> Plan:
     student_tokenizer = models.load_tokenizer(experiment.student.model, experiment.student.revision)
     same_tokens = models.same_tokens(teacher_tokenizer, student_tokenizer)
     for name in experiment.arms:
-        targets = experiment.arm(name).targets
-        if targets.kind == "top_k" and not same_tokens:
+        if experiment.arm(name).targets.kind == "top_k" and not same_tokens:
             raise ValueError(
                 f"arm {name!r}: soft targets need one tokenizer, but {experiment.teacher.model} and "
                 f"{experiment.student.model} have different ones; set targets.kind=hard"
             )
-        if targets.kind == "top_k" and targets.top_k > len(teacher_tokenizer):
-            raise ValueError(
-                f"arm {name!r}: targets.top_k={targets.top_k} is more than the {len(teacher_tokenizer)} tokens that "
-                f"{experiment.teacher.model} has"
-            )
     storage.write_text(folder / "experiment.yaml", config.dump(experiment))
     splits = problems.prepare(experiment.problems, root)
+    for name in experiment.arms:
+        arm = experiment.arm(name)
+        steps = arm.train.epochs * math.ceil(problems.split_size(splits, "train") / arm.train.batch_size)
+        if arm.targets.sequence == "student" and arm.targets.rounds > steps:
+            raise ValueError(
+                f"arm {name!r}: targets.rounds={arm.targets.rounds} is more than its {steps} optimizer steps"
+            )
     asked = completions.of_arms(experiment, splits, root, teacher_model)
     plan = Plan(experiment, root, folder, splits, teacher_model, student_model, same_tokens, asked)
     journal.begin(experiment, folder, plan.problems, {"teacher": teacher_model, "student": student_model}, command)

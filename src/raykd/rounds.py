@@ -91,6 +91,7 @@ def _answer(parts: list[Job], experiment: Experiment, problems: Path, cluster: M
     """Has the students answer what is missing, those with the same sampling in one engine."""
     missing = [part for part in parts if storage.read_manifest(_answers(part)) is None]
     kind = placement.accelerator(experiment.evaluate.engine.accelerator, cluster)
+    placement.check_engine("evaluate.engine", experiment.evaluate.engine, kind, cluster)
     samplings = dict.fromkeys(part.arm.targets.rollout for part in missing)
     for sampling in samplings:
         say(f"starting the engine for {len(missing)} students ({kind})")
