@@ -51,7 +51,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     finally:
         family = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=180)
         wait_for_end(family)
 
 
