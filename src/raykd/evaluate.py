@@ -262,7 +262,7 @@ _QUESTION = pa.schema(
 
 
 def _answer_seed(seed: int, prediction_id: str) -> int:
-    # vLLM takes seeds of up to 32 bits.
+    # 28 bits: small enough for whatever takes it as an integer on the way to the engine.
     return int(storage.digest(f"{seed}/{prediction_id}")[:7], 16)
 
 

@@ -87,7 +87,7 @@ def score(
     started = time.monotonic()
     requests = list(wanted.values())
     done = _done(requests)
-    totals = {folder: len(_to_score(folder)) for folder in wanted}
+    totals = {folder: _num_to_score(folder) for folder in wanted}
     files = [str(file) for folder in wanted for file in storage.parts(folder)]
     questions = ray.data.read_parquet(files, include_paths=True).map_batches(
         RenderAnswers,
@@ -113,11 +113,11 @@ def _done(wanted: list[Request]) -> dict[Path, set[str]]:
     return {each.folder: storage.done_ids(each.folder, records.COMPLETION, "completion_id") for each in wanted}
 
 
-def _to_score(folder: Path) -> list[str]:
-    """The problems that have an answer with at least a token."""
+def _num_to_score(folder: Path) -> int:
+    """How many answers have at least a token."""
     rows = storage.open_rows(folder, records.COMPLETION)
-    table = rows.to_table(columns=["problem_id", "completion_token_ids"], filter=pyarrow.dataset.field("error") == "")
-    return [row["problem_id"] for row in table.to_pylist() if row["completion_token_ids"]]
+    table = rows.to_table(columns=["completion_token_ids"], filter=pyarrow.dataset.field("error") == "")
+    return sum(bool(tokens) for tokens in table["completion_token_ids"].to_pylist())
 
 
 def _ask(

@@ -42,7 +42,8 @@ def run(
     """
     soft = [request for job in pending if (request := asked[job.arm_name])]
     top_k = max((request.top_k for request in soft), default=0)
-    for job in pending:
+    # Once for each arm: its seeds ask the same.
+    for job in {job.arm_name: job for job in pending}.values():
         if request := asked[job.arm_name]:
             # The engine cannot score without writing a token of its own.
             room = job.arm.targets.rollout.max_tokens + 1

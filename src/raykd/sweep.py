@@ -93,6 +93,7 @@ def run(pending: list[Job], max_concurrent: int | None, folder: Path, cluster: M
         trial_id = config["trial_id"]
         fit(by_id[trial_id], kinds[trial_id], [TuneReportCallback()], folder / "checkpoints")
 
+    progress = _Progress(len(pending))
     tuner = tune.Tuner(
         # The driver of a trial waits for its workers and needs no core itself, but Tune wants it to need something.
         tune.with_resources(trainable, {"CPU": 0, "memory": 1 << 20}),
@@ -106,10 +107,14 @@ def run(pending: list[Job], max_concurrent: int | None, folder: Path, cluster: M
             name="tune",
             storage_path=str(folder),
             verbose=0,
-            callbacks=[_Progress(len(pending))],
+            callbacks=[progress],
         ),
     )
-    results = tuner.fit()
+    try:
+        results = tuner.fit()
+    finally:
+        # Tune tells nobody of an end by Ctrl-C.
+        progress.close()
     for result in results:
         trial_id = (result.config or {})["trial_id"]
         job = by_id[trial_id]
@@ -132,6 +137,7 @@ class _Progress(tune.Callback):
         self._trials = trials
         self._seen: dict[str, tuple[int, int]] = {}
         self._steps: dict[str, int] = {}
+        self._meter: Meter | None = None
 
     def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
         # Not before Tune has pickled what it was given.
@@ -140,7 +146,7 @@ class _Progress(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        if "step" not in result:
+        if self._meter is None or "step" not in result:
             return
         # Until a trial reports, it is taken to have as many steps as those that did.
         self._steps[trial.trial_id] = result["steps"]
@@ -149,5 +155,6 @@ class _Progress(tune.Callback):
         self._meter.add(max(result["step"] - step, 0), max(result["target_tokens"] - tokens, 0))
         self._seen[trial.trial_id] = (result["step"], result["target_tokens"])
 
-    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        self._meter.__exit__()
+    def close(self) -> None:
+        if self._meter is not None:
+            self._meter.__exit__()

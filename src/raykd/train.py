@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from raykd import placement, storage
+from raykd import placement, storage, targets
 from raykd.config import Arm
 from raykd.sections import Train
 from raykd.targets import Target
@@ -110,7 +110,7 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
     from transformers import get_cosine_schedule_with_warmup
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    from raykd import models, student, targets
+    from raykd import models, student
 
     train = job.arm.train
     micro = student.micro_batch_size(train)
@@ -214,7 +214,7 @@ class _Lesson:
 
 
 def _lesson(job: Job, tokenizer: Any) -> _Lesson:
-    from raykd import student, targets
+    from raykd import student
 
     found, dropped = student.training_rows(job.arm, job.problems, job.completions, tokenizer, job.same_tokens)
     if not found:
@@ -235,8 +235,6 @@ def problem_ids(job: Job) -> list[str]:
 
 def problems_of_round(job: Job, number: int) -> frozenset[str]:
     """The problems that the steps of a round go through, which a student answers at its beginning."""
-    from raykd import targets
-
     ids, train = problem_ids(job), job.arm.train
     steps = list(targets.batches(len(ids), train.batch_size, train.epochs, job.seed))
     return frozenset(ids[row] for step in targets.segment(len(steps), number, job.rounds) for row in steps[step][1])
