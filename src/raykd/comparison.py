@@ -1,14 +1,14 @@
-"""Comparison: every arm against the arm without a prime, paired by problem and seed."""
+"""Comparison: every arm against the one that has no prime, paired by problem and seed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raykd.config import UNTOUCHED
+from raykd.config import UNTOUCHED, leaves
 from raykd.statistics import holm, mcnemar_exact, paired_bootstrap
 
 BASELINE = "none"
-"""The arm that every other is compared with: distillation without a prime."""
+"""The strategy without a prime, and the arm that others are compared with where they have no closer one."""
 
 Row = Mapping[str, Any]
 Trials = Sequence[tuple[int, Mapping[str, Row]]]
@@ -20,6 +20,7 @@ class Comparison:
     """An arm against the baseline, on the same problems with the same seed; differences as fractions."""
 
     arm: str
+    baseline: str
     num_problems: int
     num_pairs: int
     only_arm: int
@@ -37,22 +38,53 @@ class Comparison:
         return self.p_holm < 0.05 and (self.low > 0 or self.high < 0)
 
 
-def compare_arms(arms: Mapping[str, Trials], column: str) -> list[Comparison]:
-    """Each arm against the baseline, where both answered the same problems with the same seed.
+def baselines(arms: Mapping[str, Mapping[str, Any]], strategies: Mapping[str, str]) -> dict[str, str]:
+    """For each arm the one that it is compared with.
+
+    That is the arm that differs from it in the prime alone, and has none. What is itself without a prime is compared
+    with the experiment's own baseline: the arm `none`, or failing that the one that overrides nothing but the strategy.
+
+    Args:
+        arms: what each arm overrides, by dotted paths or nested.
+        strategies: how the teacher of each arm is primed; empty where none is asked.
+
+    Returns:
+        By the arm's name the other's; arms that have nothing to be compared with are left out.
+    """
+    flat = {
+        name: {path: value for path, value in leaves(dict(overrides), "") if path != "prompt.strategy"}
+        for name, overrides in arms.items()
+    }
+    bare = {name: each for name, each in flat.items() if strategies[name] in ("", BASELINE)}
+    own = BASELINE if BASELINE in arms else next((name for name, each in bare.items() if not each), None)
+    found = {}
+    for name, each in flat.items():
+        twin = next((other for other, theirs in bare.items() if theirs == each), own)
+        chosen = own if twin == name else twin
+        if chosen is not None and chosen != name:
+            found[name] = chosen
+    if own is not None:
+        found[UNTOUCHED] = own
+    return found
+
+
+def compare_arms(arms: Mapping[str, Trials], baselines: Mapping[str, str], column: str) -> list[Comparison]:
+    """Each arm against its baseline, where both answered the same problems with the same seed.
 
     Args:
         arms: the trials of each arm.
+        baselines: for each arm the one that it is compared with.
         column: `is_correct_strict` or `is_correct_flexible`.
 
     Returns:
-        One for each other arm that can be compared, in the order given; none without a baseline.
+        One for each arm that can be compared, in the order given.
     """
     pairs = {
-        name: _pairs(trials, arms[BASELINE], column, any_seed=name == UNTOUCHED)
+        name: _pairs(trials, arms[baselines[name]], column, any_seed=name == UNTOUCHED)
         for name, trials in arms.items()
-        if BASELINE in arms and name != BASELINE
+        if baselines.get(name) in arms
     }
-    found = [_compare(name, of_arm) for name, of_arm in pairs.items() if of_arm]
+    found = [_compare(name, baselines[name], of_arm) for name, of_arm in pairs.items() if of_arm]
     corrected = holm([comparison.p for comparison in found])
     return [replace(comparison, p_holm=p) for comparison, p in zip(found, corrected, strict=True)]
 
@@ -74,7 +106,7 @@ def _pairs(trials: Trials, baseline: Trials, column: str, any_seed: bool) -> dic
     return pairs
 
 
-def _compare(arm: str, pairs: Mapping[str, list[tuple[bool, bool]]]) -> Comparison:
+def _compare(arm: str, baseline: str, pairs: Mapping[str, list[tuple[bool, bool]]]) -> Comparison:
     every = [pair for of_problem in pairs.values() for pair in of_problem]
     only_arm, only_baseline = every.count((True, False)), every.count((False, True))
     # Whole problems are resampled, with all their seeds, for the seeds of one problem are not independent.
@@ -85,6 +117,7 @@ def _compare(arm: str, pairs: Mapping[str, list[tuple[bool, bool]]]) -> Comparis
     p = mcnemar_exact(only_arm, only_baseline)
     return Comparison(
         arm=arm,
+        baseline=baseline,
         num_problems=len(pairs),
         num_pairs=len(every),
         only_arm=only_arm,

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raykd.comparison import BASELINE
 from raykd.report_text import (
     NOTHING,
     amount,
@@ -15,7 +14,7 @@ from raykd.report_text import (
     points_interval,
     share_and_interval,
 )
-from raykd.results import Results, Share, finite
+from raykd.results import Measured, Results, Share, Trial, finite
 from raykd.statistics import wilson_interval
 
 
@@ -34,45 +33,65 @@ class Table:
 
 def tables(results: Results) -> list[Table]:
     """All tables that have rows, in the report's order."""
-    makers = (result, differences, form, teachers, training, cost, stages)
+    makers = (result, differences, form, teachers, trials, training, cost, stages)
     return [table for table in (make(results) for make in makers) if table.rows]
 
 
 def result(results: Results) -> Table:
-    """Every trial, failed ones too, with its accuracy."""
-    rows = []
-    for trial in results.trials:
-        m = trial.measured
-        status = trial.status if trial.status != "failed" else f"failed: {_first_line(trial.error)}"
-        rows.append(
-            [
-                trial.arm,
-                str(trial.seed),
-                share_and_interval(m.strict),
-                share_and_interval(m.flexible),
-                amount(m.n),
-                amount(m.errors),
-                status,
-            ]
-        )
-    return Table(
-        "Results",
-        ["Arm", "Seed", "Strict %", "Flexible %", "n", "Errors", "Status"],
-        rows,
+    """Every arm with its accuracy, its seeds pooled."""
+    rows = [
+        _accuracy(arm.name, ", ".join(str(trial.seed) for trial in arm.trials), arm.measured, _status(arm.trials))
+        for arm in results.arms
+    ]
+    note = (
         "Accuracy in percent with its 95 % Wilson interval. Strict: the number after “####”. Flexible: the "
         "last number. Both as lm-evaluation-harness scores gsm8k. Problems that got no completion (errors) "
-        "are not in n.",
-        text_columns=(0, 6),
+        "are not in n."
     )
+    if is_repeated(results):
+        note += " Seeds are pooled; an interval's n is the number of problems, which seeds only repeat."
+    return Table("Results", ["Arm", "Seed", *_ACCURACY], rows, note, text_columns=(0, 6))
+
+
+def trials(results: Results) -> Table:
+    """Every trial, failed ones too, with its accuracy, where arms have several."""
+    rows = [
+        _accuracy(trial.arm, str(trial.seed), trial.measured, _status([trial]))
+        for trial in results.trials
+        if is_repeated(results)
+    ]
+    return Table("Seed by seed", ["Arm", "Seed", *_ACCURACY], rows, text_columns=(0, 6))
+
+
+def is_repeated(results: Results) -> bool:
+    """Whether an arm has several seeds."""
+    return any(len(arm.trials) > 1 for arm in results.arms)
+
+
+_ACCURACY = ("Strict %", "Flexible %", "n", "Errors", "Status")
+
+
+def _accuracy(arm: str, seed: str, measured: Measured, status: str) -> list[str]:
+    scores = [share_and_interval(measured.strict), share_and_interval(measured.flexible)]
+    return [arm, seed, *scores, amount(measured.n), amount(measured.errors), status]
+
+
+def _status(trials: list[Trial]) -> str:
+    failed = [trial for trial in trials if trial.status == "failed"]
+    if not failed:
+        return trials[0].status
+    of = "" if len(trials) == 1 else f"{len(failed)} of {len(trials)} "
+    return f"{of}failed: {_first_line(failed[0].error)}"
 
 
 def differences(results: Results) -> Table:
-    """Every arm against the baseline, by paired tests."""
+    """Every arm against its baseline, by paired tests."""
     rows = []
     for strict, flexible in zip(results.strict, results.flexible, strict=True):
         rows.append(
             [
                 strict.arm,
+                strict.baseline,
                 f"{points(strict.difference)} ({points_interval(strict)})",
                 amount(strict.only_arm),
                 amount(strict.only_baseline),
@@ -83,20 +102,23 @@ def differences(results: Results) -> Table:
             ]
         )
     return Table(
-        f"Differences to arm “{BASELINE}”",
+        "Differences",
         [
             "Arm",
+            "Against",
             "Strict, points",
             "Only arm right",
-            f"Only “{BASELINE}” right",
+            "Only other right",
             "p",
             "p, corrected",
             "Flexible, points",
             "Problems",
         ],
         rows,
+        "Against: the arm that differs from it in the prime alone and has none, else the experiment's own baseline. "
         "Pairs are the same problem with the same seed. Intervals: 95 %, paired bootstrap over problems. p: "
         "exact McNemar test on strict match, by itself and by Holm's correction for all rows of this table.",
+        text_columns=(0, 1),
     )
 
 
@@ -195,6 +217,7 @@ def cost(results: Results) -> Table:
             [
                 str(made.get("strategy", "")),
                 str(made.get("teacher", "")),
+                str(made.get("sequence", "teacher")),
                 amount(made.get("rows")),
                 amount(made.get("errors")),
                 percent(cut / answered if cut is not None and answered else None),
@@ -206,10 +229,11 @@ def cost(results: Results) -> Table:
         )
     return Table(
         "Cost of the teacher",
-        ["Strategy", "Teacher", "Rows", "Errors", "Cut %", "Tokens", "Tokens a row", "Time", "Tokens a second"],
+        ["Strategy", "Teacher", "Text", "Rows", "Errors", "Cut %", "Tokens", "Tokens a row", "Time", "Tokens a second"],
         rows,
-        "Completions are kept by content: a strategy that an earlier run asked costs nothing again.",
-        text_columns=(0, 1),
+        "Text: whose it is; the teacher wrote its own, and scored the reference solutions and the students' answers "
+        "token by token. Completions are kept by content: a strategy that an earlier run asked costs nothing again.",
+        text_columns=(0, 1, 2),
     )
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from raykd.comparison import BASELINE, Comparison
 from raykd.config import UNTOUCHED
-from raykd.results import Arm, Results, Share
+from raykd.results import Results, Share
 
 NOTHING = "–"
 
@@ -69,40 +69,37 @@ def duration(seconds: float | None) -> str:
 
 def answer(results: Results) -> Answer:
     """The best primed arm against the unprimed one, worded no more strongly than the numbers bear."""
-    baseline = results.arm(BASELINE)
     primed = [arm for arm in results.arms if arm.kind == "primed" and arm.measured.n]
     if not primed:
-        return _answer_without_primed(results, baseline)
+        return _answer_without_primed(results)
     best = max(primed, key=lambda arm: arm.measured.strict.value or 0.0)
     strict_share, num_problems = best.measured.strict, amount(best.measured.num_problems)
     said = (
         f"Distilled from a teacher primed with “{best.strategy}”, the student answers "
         f"{percent(strict_share.value)} % of {num_problems} test problems correctly"
     )
-    if baseline is None:
+    strict = next((c for c in results.strict if c.arm == best.name), None)
+    baseline = results.arm(strict.baseline) if strict else None
+    if strict is None or baseline is None:
         return Answer(
             (
                 f"{said} (strict match, 95 % interval {interval(strict_share)}).",
-                f"What the prime is worth cannot be told: arm “{BASELINE}”, distilled without a prime, "
-                "has no predictions here to compare with.",
+                "What the prime is worth cannot be told: no arm that was distilled without a prime answered the same "
+                "problems with the same seed.",
             ),
             remarks=_untouched_remark(results),
         )
     said += f" (strict match); distilled without a prime, {percent(baseline.measured.strict.value)} %."
-    strict = next((c for c in results.strict if c.arm == best.name), None)
-    if strict is None:
-        second = "The two share no seed, so their difference has no paired test and is not given."
-        return Answer((said, second), remarks=_untouched_remark(results))
     return Answer(
         (said, _verdict(strict, len(results.strict))),
         figure=points(strict.difference),
-        figure_caption=f"points: “{best.name}” against “{BASELINE}”; 95 % interval {points_interval(strict)}",
+        figure_caption=f"points: “{best.name}” against “{baseline.name}”; 95 % interval {points_interval(strict)}",
         remarks=_remarks(results, strict, len(primed)),
     )
 
 
-def _answer_without_primed(results: Results, baseline: Arm | None) -> Answer:
-    arm = baseline or next((a for a in results.arms if a.measured.n and a.name != UNTOUCHED), None)
+def _answer_without_primed(results: Results) -> Answer:
+    arm = results.arm(BASELINE) or next((a for a in results.arms if a.measured.n and a.name != UNTOUCHED), None)
     arm = arm or results.arm(UNTOUCHED)
     if arm is None:
         return Answer(
@@ -163,10 +160,10 @@ def _remarks(results: Results, strict: Comparison, num_primed: int) -> list[str]
         )
     for arm in results.arms:
         comparison = next((c for c in results.strict if c.arm == arm.name), None)
-        if arm.kind == "control" and comparison:
+        if arm.kind == "control" and comparison and comparison.baseline == strict.baseline:
             remarks.append(
                 f"The control “{arm.name}”, whose teacher was given another problem's answer, differs from "
-                f"“{BASELINE}” by {points(comparison.difference)} points "
+                f"“{comparison.baseline}” by {points(comparison.difference)} points "
                 f"(95 % interval {points_interval(comparison)})."
             )
     if strict.num_pairs > strict.num_problems:

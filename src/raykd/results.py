@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from raykd.comparison import BASELINE, Comparison, Row, compare_arms
+from raykd.comparison import BASELINE, Comparison, Row, baselines, compare_arms
 from raykd.config import UNTOUCHED
 from raykd.records import PREDICTION
 from raykd.statistics import wilson_interval
@@ -74,7 +74,7 @@ class Arm:
 
     name: str
     kind: str
-    """`untouched`, `baseline`, `primed`, `control` (a shuffled hint) or `unprimed`."""
+    """`untouched`, `baseline` (others are compared with it), `primed`, `control` (a shuffled hint) or `unprimed`."""
     strategy: str
     trials: list[Trial]
     measured: Measured
@@ -99,7 +99,7 @@ class Results:
     trials: list[Trial]
     arms: list[Arm]
     strict: list[Comparison]
-    """Every arm against the baseline by strict match; empty without a baseline."""
+    """Every arm against its baseline by strict match; arms without one are left out."""
     flexible: list[Comparison]
     examples: list[Example]
     notes: list[str]
@@ -132,7 +132,11 @@ def read_results(folder: Path) -> Results:
         raise ValueError(f"{folder} holds neither trials nor predictions: there is nothing to report yet")
     order = [UNTOUCHED, *_arm_names(config)]
     trials.sort(key=lambda t: (_rank(t.arm, order), t.arm, t.seed, t.trial_id))
-    arms = [_arm(name, trials, rows) for name in dict.fromkeys(trial.arm for trial in trials)]
+    trained = {trial.arm: trial for trial in trials if trial.arm != UNTOUCHED}
+    overrides = {name: trial.overrides for name, trial in trained.items()}
+    against = baselines(overrides, {name: trial.strategy for name, trial in trained.items()})
+    names = dict.fromkeys(trial.arm for trial in trials)
+    arms = [_arm(name, name in against.values(), trials, rows) for name in names]
     by_seed = {arm.name: [(t.seed, rows.get(t.trial_id, {})) for t in arm.trials] for arm in arms}
     return Results(
         folder=folder,
@@ -140,8 +144,8 @@ def read_results(folder: Path) -> Results:
         config=config,
         trials=trials,
         arms=arms,
-        strict=compare_arms(by_seed, "is_correct_strict"),
-        flexible=compare_arms(by_seed, "is_correct_flexible"),
+        strict=compare_arms(by_seed, against, "is_correct_strict"),
+        flexible=compare_arms(by_seed, against, "is_correct_flexible"),
         examples=_examples(arms, rows),
         notes=_notes(folder, run, trials),
     )
@@ -252,12 +256,12 @@ def _losses(file: Path) -> list[tuple[int, float]]:
     return sorted(by_step.items())
 
 
-def _arm(name: str, trials: list[Trial], rows: Mapping[str, Mapping[str, Row]]) -> Arm:
+def _arm(name: str, is_baseline: bool, trials: list[Trial], rows: Mapping[str, Mapping[str, Row]]) -> Arm:
     own = [trial for trial in trials if trial.arm == name]
     strategy = own[0].strategy
-    if name in (UNTOUCHED, BASELINE):
+    if name == UNTOUCHED or is_baseline:
         kind = "untouched" if name == UNTOUCHED else "baseline"
-    elif strategy in ("", BASELINE) or own[0].overrides.get("targets.sequence") == "reference":
+    elif strategy in ("", BASELINE):
         kind = "unprimed"
     else:
         kind = "control" if strategy == CONTROL_STRATEGY else "primed"

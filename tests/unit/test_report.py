@@ -238,7 +238,7 @@ def test_one_arm_alone_claims_nothing(tmp_path: Path) -> None:
     found = answer(write_report(experiment.write()))
     assert "cannot be told from this experiment" in found.sentences[1]
     assert found.figure == ""
-    assert "There is no arm “none”" in Page((tmp_path / "report.html").read_text()).text
+    assert "No arm has one without a prime beside it" in Page((tmp_path / "report.html").read_text()).text
 
 
 def test_a_prime_without_the_unprimed_arm_claims_nothing(tmp_path: Path) -> None:
@@ -253,7 +253,8 @@ def test_arms_without_a_common_seed_are_not_compared(tmp_path: Path) -> None:
     experiment.trial("none", 0, drawn("none", 0, 0.5, 0.9))
     experiment.trial("teacher", 1, drawn("teacher", 1, 0.5, 0.9), "teacher")
     found = answer(write_report(experiment.write()))
-    assert "share no seed" in found.sentences[1]
+    assert "with the same seed" in found.sentences[1]
+    assert found.figure == ""
 
 
 def test_every_trial_failed_and_nothing_else(tmp_path: Path) -> None:

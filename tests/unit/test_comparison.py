@@ -1,0 +1,43 @@
+"""Comparison: which arm stands against which."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from raykd.comparison import baselines
+
+
+def against(arms: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
+    """Arms by name, each as its strategy and what it overrides besides."""
+    overrides = {name: {"prompt.strategy": strategy, **more} for name, (strategy, more) in arms.items()}
+    return baselines(overrides, {name: strategy for name, (strategy, _) in arms.items()})
+
+
+def test_an_arm_stands_against_the_one_that_differs_in_the_prime_alone():
+    arms = {
+        "none": ("none", {}),
+        "primed": ("teacher", {}),
+        "soft": ("teacher", {"targets.kind": "top_k"}),
+        # Nested or dotted, it says the same.
+        "bare_soft": ("none", {"targets": {"kind": "top_k"}}),
+        "slow": ("teacher", {"train.epochs": 3}),
+        # Nobody was asked, so nobody was primed.
+        "reference": ("", {"targets.sequence": "reference"}),
+    }
+    assert against(arms) == {
+        "primed": "none",
+        "soft": "bare_soft",
+        "bare_soft": "none",
+        "slow": "none",
+        "reference": "none",
+        "untouched": "none",
+    }
+
+
+def test_the_experiments_own_baseline_needs_no_name():
+    more = {"train.epochs": 3}
+    assert against({"a": ("none", {}), "b": ("teacher", {}), "c": ("none", more)}) == {
+        "b": "a",
+        "c": "a",
+        "untouched": "a",
+    }
+    assert against({"a": ("teacher", {}), "b": ("teacher", more)}) == {}
