@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raykd import records, storage
+from raykd import answers, records, storage
 from raykd.config import Arm, Experiment
 from raykd.strategies import Strategy
 
@@ -36,7 +36,7 @@ class Request:
 
 
 def of_arms(experiment: Experiment, problems: Path, root: Path, model: Mapping[str, Any]) -> dict[str, Request | None]:
-    """For each arm the completions that it trains on; None where nothing is asked of the teacher.
+    """For each of `experiment.lessons` the completions that it is about; None where nothing is asked of the teacher.
 
     What a student writes is not known beforehand: its request (`sequence` student) tells how it will be scored, and
     each of its rounds has a folder of its own.
@@ -51,10 +51,10 @@ def of_arms(experiment: Experiment, problems: Path, root: Path, model: Mapping[s
             that asks the same of the same teacher.
         model: what identifies the teacher's weights and tokenizer.
     """
-    contents = {}
-    for name in experiment.arms:
-        arm = experiment.arm(name)
-        contents[name] = _content(experiment, arm, problems, model) if arm.needs_teacher else None
+    lessons = experiment.lessons
+    contents = {
+        name: _content(experiment, arm, problems, model) if arm.needs_teacher else None for name, arm in lessons.items()
+    }
     stored = _stored(root)
     found: dict[str, Request | None] = {}
     for name, content in contents.items():
@@ -64,7 +64,7 @@ def of_arms(experiment: Experiment, problems: Path, root: Path, model: Mapping[s
         others = [each for each in contents.values() if each and _but_k(each) == _but_k(content)]
         there = [each for each in stored if _but_k(each) == _but_k(content) and each["top_k"] >= content["top_k"]]
         chosen = min(there, key=_top_k) if there else max(others, key=_top_k)
-        strategy = experiment.arm(name).prompt.strategy
+        strategy = lessons[name].prompt.strategy
         folder = root / "completions" / storage.content_key(chosen)
         found[name] = Request(strategy, experiment.strategies[strategy], folder, chosen)
     return found
@@ -125,3 +125,13 @@ def missing(wanted: list[Request]) -> list[Request]:
 def completion_id(request: Request, problem_id: str, sample_index: int) -> str:
     """The name of one completion: the same for the same question, in every experiment."""
     return storage.content_key({"key": request.folder.name, "problem_id": problem_id, "sample_index": sample_index})
+
+
+def answers_of(text: str, reference_answer: str) -> dict[str, Any]:
+    """The columns of `records.COMPLETION` that say what a completion answers, and whether that is right."""
+    strict = answers.strict_match(text)
+    return {
+        "answer_strict": strict,
+        "answer_flexible": answers.flexible_extract(text),
+        "is_correct": answers.is_correct(strict, reference_answer),
+    }

@@ -114,6 +114,13 @@ class Experiment(Section):
         except ValidationError as error:
             raise ValueError(f"arm {name!r}: {explain(error, Arm)}") from None
 
+    @property
+    def lessons(self) -> dict[str, "Arm"]:
+        """All that is trained on: the arms by name, and as `<name>/warmup` what those have first that begin so."""
+        arms = {name: self.arm(name) for name in self.arms}
+        begun = {f"{name}/warmup": arm.warmup for name, arm in arms.items() if arm.warmup}
+        return {**arms, **begun}
+
 
 class Arm(Section):
     """What a trial is made from: the sections that arms share or override."""
@@ -130,6 +137,13 @@ class Arm(Section):
         return self.targets.sequence == "teacher" or self.targets.kind == "top_k"
 
     @property
+    def warmup(self) -> "Arm | None":
+        """The arm in its warm-up rounds, on the reference solutions; None where it has none."""
+        if self.targets.sequence != "student" or not self.targets.warmup_rounds:
+            return None
+        return self.model_copy(update={"targets": self.targets.model_copy(update={"sequence": "reference"})})
+
+    @property
     def divergence(self) -> str:
         """The divergence that is trained with."""
         return self.loss.divergence or ("reverse_kl" if self.targets.sequence == "student" else "forward_kl")
@@ -142,7 +156,7 @@ _CARRIED_OUT: Any = {
     "max_concurrent_trials": True,
     "teacher": {"replicas", "batch_size", "concurrency", "timeout_s", "start_timeout_s", "max_error_rate"},
     "train": {"accelerator", "checkpoint_every_steps", "max_failures"},
-    "evaluate": {"batch_size", "max_loras"},
+    "evaluate": {"batch_size", "max_loras", "max_error_rate"},
 }
 
 

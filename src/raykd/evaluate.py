@@ -60,6 +60,9 @@ def evaluate(
         instruction: what is said about the form of the answer, as in training.
         kind: what the engine runs on.
         folder: where `records.PREDICTION` rows go.
+
+    Raises:
+        RuntimeError: where more than `evaluation.max_error_rate` of the rows failed, naming some.
     """
     total = pq.read_metadata(problems / "test.parquet").num_rows * len(contestants)
     done = storage.done_ids(folder, records.PREDICTION, "prediction_id")
@@ -90,6 +93,8 @@ def evaluate(
             )
             for row in scored.iter_rows():
                 meter.add(row["rows"], row["tokens"])
+    option = "evaluate.max_error_rate"
+    storage.check_failures(folder, records.PREDICTION, "prediction_id", "students", option, evaluation.max_error_rate)
     storage.seal(
         folder,
         records.PREDICTION,

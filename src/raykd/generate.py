@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.dataset
 import pyarrow.parquet as pq
 import ray.data
 from ray.exceptions import RayError
@@ -106,7 +105,8 @@ def score(
     _ask(questions, requests, sum(totals.values()), sum(map(len, done.values())), teacher, app)
     seconds = time.monotonic() - started
     for folder, request in wanted.items():
-        _seal(request, totals[folder], teacher.max_error_rate, seconds / len(wanted), versions)
+        total = totals[folder] + _keep_what_has_no_token(folder, request)
+        _seal(request, total, teacher.max_error_rate, seconds / len(wanted), versions)
 
 
 def _done(wanted: list[Request]) -> dict[Path, set[str]]:
@@ -116,8 +116,25 @@ def _done(wanted: list[Request]) -> dict[Path, set[str]]:
 def _num_to_score(folder: Path) -> int:
     """How many answers have at least a token."""
     rows = storage.open_rows(folder, records.COMPLETION)
-    table = rows.to_table(columns=["completion_token_ids"], filter=pyarrow.dataset.field("error") == "")
-    return sum(bool(tokens) for tokens in table["completion_token_ids"].to_pylist())
+    return sum(bool(tokens) for tokens in rows.to_table()["completion_token_ids"].to_pylist())
+
+
+def _keep_what_has_no_token(folder: Path, request: Request) -> int:
+    """Adds the answers that cannot be scored to those that were, so that they are counted where rows are chosen."""
+    rows = storage.open_rows(folder, records.COMPLETION).to_table().to_pylist()
+    nothing = [
+        {
+            **row,
+            "completion_id": completion_id(request, row["problem_id"], 0),
+            "strategy": request.strategy_name,
+        }
+        for row in rows
+        if not row["completion_token_ids"]
+    ]
+    if nothing:
+        table = pa.Table.from_pylist(nothing, schema=records.COMPLETION)
+        storage.write_part(request.folder, table, "completion_id")
+    return len(nothing)
 
 
 def _ask(
@@ -145,7 +162,7 @@ def _ask(
         num_cpus=0,
     )
     with Meter("teacher", total, done=already) as meter:
-        if already == total:
+        if already >= total:
             return
         try:
             for row in counts.iter_rows():
@@ -199,7 +216,7 @@ class RenderAnswers:
         for answer in batch.to_pylist():
             request = self._wanted[Path(answer["path"]).parent]
             is_done = completion_id(request, answer["problem_id"], 0) in self._done[request.folder]
-            if answer["error"] or not answer["completion_token_ids"] or is_done:
+            if not answer["completion_token_ids"] or is_done:
                 continue
             given = (answer["completion_token_ids"], answer["completion"], answer["finish_reason"])
             problem = self._problems[answer["problem_id"]]
@@ -303,30 +320,22 @@ def _seal(request: Request, total: int, max_error_rate: float, seconds: float, v
         "completion_tokens": 0,
         "prompt_tokens": 0,
     }
-    failed: dict[str, str] = {}
-    answered: set[str] = set()
-    columns = ["completion_id", "problem_id", "is_correct", "completion", "completion_token_ids", "prompt_token_ids"]
-    for batch in rows.to_batches(columns=[*columns, "finish_reason", "error"]):
+    whose = f"strategy {request.strategy_name!r}"
+    errors = storage.check_failures(
+        request.folder, records.COMPLETION, "completion_id", whose, "teacher.max_error_rate", max_error_rate
+    )
+    columns = ["is_correct", "completion", "completion_token_ids", "prompt_token_ids", "finish_reason", "error"]
+    for batch in rows.to_batches(columns=columns):
         for row in batch.to_pylist():
             if row["error"]:
-                failed[row["completion_id"]] = f"{row['problem_id']}: {row['error']}"
                 continue
-            answered.add(row["completion_id"])
             counts["answered"] += 1
             counts["correct"] += row["is_correct"]
             counts["answer_first"] += answers.states_answer_first(row["completion"])
             counts["completion_tokens"] += len(row["completion_token_ids"])
             counts["prompt_tokens"] += len(row["prompt_token_ids"])
             counts["truncated"] += row["finish_reason"] == "length"
-    errors = sorted(set(failed) - answered)
-    assert counts["answered"] + len(errors) == total, "each question has one completion or one error"
-    if len(errors) > max_error_rate * total:
-        shown = "; ".join(failed[each] for each in errors[:3])
-        raise RuntimeError(
-            f"strategy {request.strategy_name!r}: {len(errors)} of {total} rows failed, more than "
-            f"teacher.max_error_rate={max_error_rate:g} allows ({shown}); the others are kept in "
-            f"{request.folder}, and the same command asks the failed ones again"
-        )
+    assert counts["answered"] + errors == total, "each question has one completion or one error"
     storage.seal(
         request.folder,
         records.COMPLETION,
@@ -335,7 +344,7 @@ def _seal(request: Request, total: int, max_error_rate: float, seconds: float, v
             "strategy": request.strategy_name,
             "content": request.content,
             **counts,
-            "errors": len(errors),
+            "errors": errors,
             "seconds": round(seconds, 1),
             "versions": dict(versions),
         },

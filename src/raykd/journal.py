@@ -5,6 +5,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -96,23 +97,33 @@ def begin(
     )
 
 
-def note_completions(folder: Path, teacher: str, arms_by_request: list[tuple[Request, list[str]]]) -> None:
+@dataclass(frozen=True)
+class Teaching:
+    """What the teacher did under one strategy for some arms."""
+
+    request: Request
+    arms: list[str]
+    folders: list[Path]
+    """Where the rows are: more than one for students that learn from their own answers."""
+
+
+def note_completions(folder: Path, teacher: str, teachings: list[Teaching]) -> None:
     """Adds what the teacher did under each strategy.
 
     Args:
         folder: the experiment's folder.
         teacher: the teacher's name.
-        arms_by_request: the sets of completions, each with the arms that train on it.
+        teachings: what it did.
     """
     keep = ("rows", "errors", "correct", "completion_tokens", "truncated", "answer_first", "seconds")
     entries = []
-    for request, arms in arms_by_request:
-        manifest = storage.read_manifest(request.folder)
-        if manifest:
-            counts = {key: manifest[key] for key in keep}
-            named = {"strategy": request.strategy_name, "content_key": request.folder.name, "teacher": teacher}
-            named["sequence"] = request.sequence
-            entries.append({**named, "arms": arms, **counts})
+    for each in teachings:
+        manifests = [manifest for path in each.folders if (manifest := storage.read_manifest(path))]
+        if manifests:
+            counts = {key: sum(manifest[key] for manifest in manifests) for key in keep}
+            named = {"strategy": each.request.strategy_name, "sequence": each.request.sequence, "teacher": teacher}
+            keys = [path.name for path in each.folders] if each.request.sequence != "student" else []
+            entries.append({**named, "content_keys": keys, "arms": each.arms, **counts})
     file = folder / "run.json"
     storage.write_json(file, {**storage.read_json(file), "completions": entries})
 

@@ -28,6 +28,9 @@ from raykd.config import Experiment
 from raykd.progress import say
 from raykd.train import Job, is_complete
 
+# How many trials are named on one line.
+NAMED = 8
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -41,7 +44,7 @@ class Plan:
     student_model: dict[str, str]
     same_tokens: bool
     asked: dict[str, Request | None]
-    """For each arm the completions it trains on; None where nothing is asked of the teacher beforehand."""
+    """For each of `experiment.lessons` the completions it is about; None where nothing is asked of the teacher."""
 
     @property
     def log(self) -> Path:
@@ -55,11 +58,19 @@ class Plan:
         return list({request.folder: request for request in asked}.values())
 
     @property
-    def arms_by_request(self) -> list[tuple[Request, list[str]]]:
-        """The same, each with the names of the arms that train on it."""
-        return [
+    def teachings(self) -> list[journal.Teaching]:
+        """All that the teacher wrote or scored, and for which arms."""
+        given = [
             (request, [arm for arm, each in self.asked.items() if each and each.folder == request.folder])
             for request in self.requests
+        ]
+        own = [
+            (request, arm, [folder for job in self.jobs if job.arm_name == arm for folder in rounds.scored(job)])
+            for arm, request in self.asked.items()
+            if request and request.sequence == "student"
+        ]
+        return [journal.Teaching(request, arms, [request.folder]) for request, arms in given] + [
+            journal.Teaching(request, [arm], folders) for request, arm, folders in own
         ]
 
     @property
@@ -147,13 +158,9 @@ def make_completions(plan: Plan, resources: dict[str, float]) -> None:
     if not missing:
         return
     experiment = plan.experiment
-    kind = placement.accelerator(experiment.teacher.engine.accelerator, resources)
-    placement.check_engine("teacher.engine", experiment.teacher.engine, kind, resources)
     generate.check_lengths(missing, plan.problems, experiment.teacher, experiment.prompt.instruction)
-    settings = teacher.llm_config(experiment.teacher, max(request.top_k for request in missing), kind)
-    say(f"starting the teacher {experiment.teacher.model} ({kind})")
     app = f"raykd-{experiment.name}"
-    with teacher.served(settings, app):
+    with teacher.served(experiment.teacher, max(request.top_k for request in missing), app, resources):
         generate.generate(
             missing, plan.problems, experiment.teacher, experiment.prompt.instruction, app, journal.versions()
         )
@@ -164,7 +171,8 @@ def train_students(plan: Plan, resources: dict[str, float]) -> None:
     experiment = plan.experiment
     pending = [job for job in plan.jobs if not is_complete(job)]
     if pending:
-        say(f"training {len(pending)} students with DeepSpeed ({', '.join(job.trial_id for job in pending)})")
+        named = ", ".join(job.trial_id for job in pending[:NAMED]) + (", …" if len(pending) > NAMED else "")
+        say(f"training {len(pending)} students with DeepSpeed ({named})")
     on_policy = [job for job in pending if job.arm.targets.sequence == "student"]
     if given := [job for job in pending if job not in on_policy]:
         sweep.run(given, experiment.max_concurrent_trials, plan.folder, resources)
@@ -196,7 +204,7 @@ def write_report(plan: Plan) -> None:
     # Not before there is something to draw.
     from raykd.report import write_report as write
 
-    journal.note_completions(plan.folder, plan.experiment.teacher.model, plan.arms_by_request)
+    journal.note_completions(plan.folder, plan.experiment.teacher.model, plan.teachings)
     write(plan.folder)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 
-from raykd import answers, models, placement, records, storage
+from raykd import completions, models, placement, records, storage
 from raykd.evaluate import Contestant, answered, finish_reason
 from raykd.progress import Meter
 from raykd.sections import Evaluate, Sampling, Student
@@ -32,6 +32,9 @@ def rollout(
         sampling: how they answer.
         instruction: what is said about the form of the answer.
         kind: what the engine runs on.
+
+    Raises:
+        RuntimeError: where more than `evaluation.max_error_rate` of a student's answers failed, naming some.
     """
     done = {id_ for folder in folders.values() for id_ in storage.done_ids(folder, records.COMPLETION, "completion_id")}
     total = sum(len(each.problem_ids or ()) for each in folders)
@@ -53,6 +56,8 @@ def rollout(
             for row in kept.iter_rows():
                 meter.add(row["rows"], row["tokens"])
     for contestant, folder in folders.items():
+        whose, option = f"trial {contestant.trial_id}, its own answers", "evaluate.max_error_rate"
+        storage.check_failures(folder, records.COMPLETION, "completion_id", whose, option, evaluation.max_error_rate)
         told = {
             "trial": contestant.trial_id,
             "sampling": sampling.model_dump(),
@@ -78,7 +83,6 @@ class Keep:
     def _completion(self, row: Mapping[str, Any]) -> dict[str, Any]:
         text, error = row["generated_text"], row["__inference_error__"]
         tokens = [int(token) for token in row["generated_tokens"]]
-        strict = answers.strict_match(text)
         return {
             "completion_id": row["prediction_id"],
             "problem_id": row["problem_id"],
@@ -89,9 +93,7 @@ class Keep:
             "completion": text,
             "completion_token_ids": tokens,
             "finish_reason": finish_reason(tokens, self._max_tokens, self._ends, error),
-            "answer_strict": strict,
-            "answer_flexible": answers.flexible_extract(text),
-            "is_correct": answers.is_correct(strict, row["reference_answer"]),
+            **completions.answers_of(text, row["reference_answer"]),
             "topk_ids": [],
             "topk_logprobs": [],
             "error": error,

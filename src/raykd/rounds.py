@@ -7,8 +7,8 @@ gold answer, the teacher judges with knowledge that the student will not have.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from raykd import generate, placement, storage, sweep, teacher
@@ -41,7 +41,7 @@ def run(
         versions: of the packages that matter, for the manifests.
     """
     soft = [request for job in pending if (request := asked[job.arm_name])]
-    top_k = max((request.top_k for request in soft), default=0)
+    top_k, app = max((request.top_k for request in soft), default=0), _app(experiment)
     # Once for each arm: its seeds ask the same.
     for job in {job.arm_name: job for job in pending}.values():
         if request := asked[job.arm_name]:
@@ -49,29 +49,48 @@ def run(
             room = job.arm.targets.rollout.max_tokens + 1
             generate.check_lengths([request], problems, experiment.teacher, experiment.prompt.instruction, room)
     stays = bool(soft) and placement.hold_together(experiment, [job.arm.train for job in pending], cluster)
-    with _served(experiment, top_k, cluster) if stays else nullcontext():
+    with teacher.served(experiment.teacher, top_k, app, cluster) if stays else nullcontext():
         for number in range(max(job.rounds for job in pending)):
             parts = [dataclasses.replace(job, round=number) for job in pending if number < job.rounds]
             parts = [part for part in parts if not is_complete(part) and _is_ready(part)]
             if not parts:
                 continue
-            say(f"round {number + 1}: {len(parts)} students answer, are scored and learn from it")
-            _answer(parts, experiment, problems, cluster)
-            scored = {_answers(part): _request(part, asked[part.arm_name]) for part in parts if asked[part.arm_name]}
-            missing = {answers: each for answers, each in scored.items() if storage.read_manifest(each.folder) is None}
-            if missing:
-                with nullcontext() if stays else _served(experiment, top_k, cluster):
-                    generate.score(
-                        missing, problems, experiment.teacher, experiment.prompt.instruction, _app(experiment), versions
-                    )
-            parts = [
-                dataclasses.replace(part, completions=scored[_answers(part)].folder)
-                if _answers(part) in scored
-                else dataclasses.replace(part, completions=_answers(part))
-                for part in parts
-            ]
+            own = [part for part in parts if number >= part.arm.targets.warmup_rounds]
+            # What a student begins with is given: see `Job.completions`.
+            begun = [part for part in parts if part not in own]
+            if begun:
+                say(f"round {number + 1}: {len(begun)} students learn from the reference solutions")
+            if own:
+                say(f"round {number + 1}: {len(own)} students answer, are scored and learn from it")
+                serving = nullcontext() if stays else teacher.served(experiment.teacher, top_k, app, cluster)
+                own = _answered(own, asked, experiment, problems, cluster, versions, serving)
             free = placement.beside_the_teacher(experiment.teacher, cluster) if stays else cluster
-            sweep.run(parts, experiment.max_concurrent_trials, folder, free)
+            sweep.run(begun + own, experiment.max_concurrent_trials, folder, free)
+
+
+def _answered(
+    parts: list[Job],
+    asked: Mapping[str, Request | None],
+    experiment: Experiment,
+    problems: Path,
+    cluster: Mapping[str, float],
+    versions: Mapping[str, str],
+    serving: AbstractContextManager[None],
+) -> list[Job]:
+    """The parts, each with the student's answers to learn from, scored where the arm's targets are soft."""
+    _answer(parts, experiment, problems, cluster)
+    scored = {_answers(part): _request(part, request) for part in parts if (request := asked[part.arm_name])}
+    missing = {answers: each for answers, each in scored.items() if storage.read_manifest(each.folder) is None}
+    if missing:
+        with serving:
+            instruction, app = experiment.prompt.instruction, _app(experiment)
+            generate.score(missing, problems, experiment.teacher, instruction, app, versions)
+    folders = {_answers(part): _answers(part) for part in parts} | {path: each.folder for path, each in scored.items()}
+    return [dataclasses.replace(part, completions=folders[_answers(part)]) for part in parts]
+
+
+def _app(experiment: Experiment) -> str:
+    return f"raykd-{experiment.name}"
 
 
 def _is_ready(part: Job) -> bool:
@@ -83,9 +102,17 @@ def _answers(part: Job) -> Path:
     return part.round_folder(part.round or 0) / "answers"
 
 
-def _request(part: Job, request: Request | None) -> Request:
-    assert request is not None
-    return dataclasses.replace(request, folder=part.round_folder(part.round or 0) / "completions")
+def _request(part: Job, request: Request) -> Request:
+    return dataclasses.replace(request, folder=_scores(part, part.round or 0))
+
+
+def _scores(job: Job, number: int) -> Path:
+    return job.round_folder(number) / "completions"
+
+
+def scored(job: Job) -> list[Path]:
+    """Where the scores of a trial's own answers are, round by round."""
+    return [_scores(job, number) for number in range(job.arm.targets.warmup_rounds, job.rounds)]
 
 
 def _answer(parts: list[Job], experiment: Experiment, problems: Path, cluster: Mapping[str, float]) -> None:
@@ -113,16 +140,3 @@ def _contestant(part: Job) -> Contestant:
     adapter = part.round_folder(number - 1) / "adapter" if number else None
     rank = part.arm.student.lora.rank if adapter else 0
     return Contestant(part.trial_id, part.arm_name, part.seed, adapter, rank, problems_of_round(part, number))
-
-
-def _app(experiment: Experiment) -> str:
-    return f"raykd-{experiment.name}"
-
-
-@contextmanager
-def _served(experiment: Experiment, top_k: int, cluster: Mapping[str, float]) -> Iterator[None]:
-    kind = placement.accelerator(experiment.teacher.engine.accelerator, cluster)
-    placement.check_engine("teacher.engine", experiment.teacher.engine, kind, cluster)
-    say(f"starting the teacher {experiment.teacher.model} ({kind})")
-    with teacher.served(teacher.llm_config(experiment.teacher, top_k, kind), _app(experiment)):
-        yield

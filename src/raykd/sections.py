@@ -177,8 +177,19 @@ class Targets(Section):
     rounds: int = Field(default=4, ge=1)
     """How often the student answers anew with its adapter as it is then (sequence student); its answers of a round
     are trained on for that share of the steps."""
+    warmup_rounds: int = Field(default=0, ge=0)
+    """How many of the rounds, the first ones, are on the reference solutions instead: for a student whose own answers
+    are not yet worth scoring."""
     rollout: Sampling = Sampling(temperature=1.0)
     """How the student answers (sequence student)."""
+
+    @model_validator(mode="after")
+    def _rounds_of_its_own(self) -> Self:
+        if self.warmup_rounds >= self.rounds:
+            raise ValueError(
+                f"warmup_rounds {self.warmup_rounds} leaves none of {self.rounds} rounds to the student's own answers"
+            )
+        return self
 
 
 class Loss(Section):
@@ -251,3 +262,5 @@ class Evaluate(Section):
     """Adapters that the engine holds at a time; more are cycled."""
     batch_size: int = Field(default=64, ge=1)
     """Rows in one batch of the pipeline; also what is written at once."""
+    max_error_rate: float = Field(default=0.01, ge=0, le=1)
+    """The share of rows that may fail before the stage does; those of a student's own answers in training too."""

@@ -122,6 +122,39 @@ def done_ids(folder: Path, schema: pa.Schema, id_column: str) -> set[str]:
     return set(done[id_column].to_pylist())
 
 
+def check_failures(folder: Path, schema: pa.Schema, id_column: str, whose: str, option: str, limit: float) -> int:
+    """How many rows of a folder failed and were not answered later.
+
+    Args:
+        folder: of rows.
+        schema: theirs.
+        id_column: the column that names a row.
+        whose: how the message begins.
+        option: what sets the limit.
+        limit: the share of the rows that may fail.
+
+    Raises:
+        RuntimeError: where more failed, naming some, and why.
+    """
+    columns = [id_column, "problem_id", "error"]
+    failed: dict[str, str] = {}
+    answered: set[str] = set()
+    for batch in open_rows(folder, schema).to_batches(columns=columns):
+        for row_id, problem_id, error in zip(*(batch[name].to_pylist() for name in columns), strict=True):
+            if error:
+                failed[row_id] = f"{problem_id}: {error}"
+            else:
+                answered.add(row_id)
+    errors, total = sorted(failed.keys() - answered), len(failed.keys() | answered)
+    if len(errors) > limit * total:
+        shown = "; ".join(failed[each] for each in errors[:3])
+        raise RuntimeError(
+            f"{whose}: {len(errors)} of {total} rows failed, more than {option}={limit:g} allows ({shown}); the others "
+            f"are kept in {folder}, and the same command asks the failed ones again"
+        )
+    return len(errors)
+
+
 def seal(folder: Path, schema: pa.Schema, id_column: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Declares a folder of rows complete, and writes its manifest.
 

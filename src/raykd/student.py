@@ -57,7 +57,12 @@ def add_lora(model: Any, student: Student, seed: int) -> PeftModel:
 
 
 def training_rows(
-    arm: Arm, problems: Path, completions: Path | None, tokenizer: Any, same_as_teacher: bool
+    arm: Arm,
+    problems: Path,
+    completions: Path | None,
+    tokenizer: Any,
+    same_as_teacher: bool,
+    wanted: frozenset[str] | None = None,
 ) -> tuple[list[Target], dict[str, int]]:
     """The rows that an arm trains on, in the order of the problems and their samples, and what was dropped and why.
 
@@ -67,11 +72,14 @@ def training_rows(
         completions: the folder of the completions; None where targets are the reference solutions.
         tokenizer: the student's.
         same_as_teacher: whether the teacher's token ids are the student's.
+        wanted: ids of the problems whose rows are wanted; None for all.
     """
     dropped: Counter[str] = Counter()
     by_problem = _by_problem(arm, completions) if completions else {}
     targets = []
     for problem in pyarrow.parquet.read_table(problems / "train.parquet").to_pylist():
+        if wanted is not None and problem["problem_id"] not in wanted:
+            continue
         prompt = models.prompt_token_ids(tokenizer, prompts.student_messages(problem, arm.prompt.instruction))
         if completions is None:
             tokens = models.answer_token_ids(tokenizer, problem["reference_solution"], is_whole=True)

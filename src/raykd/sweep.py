@@ -31,7 +31,7 @@ def jobs(
     Args:
         experiment: the experiment.
         problems: the folder of the splits.
-        asked: for each arm the completions it trains on; None where it trains on the reference solutions.
+        asked: for each of `experiment.lessons` the completions it is about; None where the teacher is not asked.
         student: what identifies the student's weights.
         same_tokens: whether the teacher's token ids are the student's.
         folder: the experiment's folder.
@@ -39,6 +39,8 @@ def jobs(
     made = []
     for arm_name, overrides in experiment.arms.items():
         arm, request = experiment.arm(arm_name), asked[arm_name]
+        # A student's own answers are not there yet: what is given is what it begins with.
+        given = asked.get(f"{arm_name}/warmup") if arm.targets.sequence == "student" else request
         for seed in experiment.seeds:
             identity = {
                 "student": dict(student),
@@ -61,7 +63,7 @@ def jobs(
                     seed=seed,
                     overrides=dict(overrides),
                     problems=problems,
-                    completions=request.folder if request and request.sequence != "student" else None,
+                    completions=given.folder if given else None,
                     same_tokens=same_tokens,
                     folder=folder / "trials" / trial_id,
                 )

@@ -15,9 +15,10 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import ProxyLocation
 
-from raykd import answers, placement, records, storage
+from raykd import completions, placement, records, storage
 from raykd.completions import Request
 from raykd.demo import resolve_model
+from raykd.progress import say
 from raykd.sections import Teacher
 
 MODEL_ID = "teacher"
@@ -88,19 +89,29 @@ def llm_config(teacher: Teacher, top_k: int, kind: placement.Accelerator) -> Any
 
 
 @contextmanager
-def served(config: Any, app: str) -> Iterator[None]:
+def served(teacher: Teacher, top_k: int, app: str, cluster: Mapping[str, float]) -> Iterator[None]:
     """Serves the teacher inside this cluster, on no network port, for the time of a `with` block.
 
     The block begins while the engine still loads, so that whatever asks it can get ready meanwhile;
     `wait_until_up` waits for it.
 
     Args:
-        config: from `llm_config`.
+        teacher: the configuration's section.
+        top_k: the most log-probabilities that will be asked for at a token; 0 for none.
         app: the Serve application's name, by which any process of the cluster gets a handle; experiments that
             share a cluster need names of their own.
+        cluster: the cluster's resources.
+
+    Raises:
+        ValueError: where the engine does not fit into the cluster.
     """
+    kind = placement.accelerator(teacher.engine.accelerator, cluster)
+    placement.check_engine("teacher.engine", teacher.engine, kind, cluster)
+    say(f"starting the teacher {teacher.model} ({kind})")
+    # Loads vLLM, which takes seconds.
     from ray.serve.llm import build_llm_deployment
 
+    config = llm_config(teacher, top_k, kind)
     quiet = logging.getLogger("ray.serve")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
@@ -172,12 +183,12 @@ class AskTeacher:
             group = [row for row in rows if (row["folder"], row["sample_index"]) == (folder, sample_index)]
             request = self._requests[Path(folder)]
             async with self._room:
-                completions = await self._ask(group, request.top_k)
-            table = pa.Table.from_pylist(completions, schema=records.COMPLETION)
+                answered = await self._ask(group, request.top_k)
+            table = pa.Table.from_pylist(answered, schema=records.COMPLETION)
             await asyncio.to_thread(storage.write_part, request.folder, table, "completion_id")
             yield {
-                "rows": [len(completions)],
-                "tokens": [sum(len(row["completion_token_ids"]) for row in completions)],
+                "rows": [len(answered)],
+                "tokens": [sum(len(row["completion_token_ids"]) for row in answered)],
             }
 
     async def _wait_until_up(self) -> None:
@@ -259,15 +270,12 @@ def _completion(row: Mapping[str, Any], choice: Any, top_k: int) -> dict[str, An
     # The token itself comes along even where it is none of the k best; the k best are wanted.
     best = [sorted(position.items(), key=lambda item: -item[1])[:top_k] for position in positions]
     assert len(best) == (len(tokens) if top_k else 0), "a log-probability for every completion token"
-    strict = answers.strict_match(text)
     return {
         **_identity(row),
         "completion": text,
         "completion_token_ids": tokens,
         "finish_reason": finish,
-        "answer_strict": strict,
-        "answer_flexible": answers.flexible_extract(text),
-        "is_correct": answers.is_correct(strict, row["reference_answer"]),
+        **completions.answers_of(text, row["reference_answer"]),
         "topk_ids": [[token for token, _ in position] for position in best],
         "topk_logprobs": [[logprob for _, logprob in position] for position in best],
         "error": "",

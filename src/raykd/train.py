@@ -41,7 +41,8 @@ class Job:
     overrides: dict[str, Any]
     problems: Path
     completions: Path | None
-    """Folder of the teacher's completions; None where targets are the reference solutions."""
+    """Folder of the completions to train on, for a student that learns from its own answers those that it begins with;
+    None where targets are the tokens of the reference solutions."""
     same_tokens: bool
     """Whether the teacher's token ids mean the same to the student."""
     folder: Path
@@ -216,12 +217,13 @@ class _Lesson:
 def _lesson(job: Job, tokenizer: Any) -> _Lesson:
     from raykd import student
 
-    found, dropped = student.training_rows(job.arm, job.problems, job.completions, tokenizer, job.same_tokens)
+    mine = None if job.round is None else problems_of_round(job, job.round)
+    found, dropped = student.training_rows(job.arm, job.problems, job.completions, tokenizer, job.same_tokens, mine)
     if not found:
         raise ValueError(f"trial {job.trial_id}: no row is left to train on; dropped: {dropped}")
     rows: list[Target | None] = list(found)
     if job.round is not None:
-        # The order is that of all problems, whichever of them are answered in this round.
+        # The order is that of all problems, whichever of them are this round's.
         by_problem = {row.problem_id: row for row in found}
         rows = [by_problem.get(problem_id) for problem_id in problem_ids(job)]
     train = job.arm.train
@@ -268,7 +270,7 @@ class _Curve:
 
 def _finish(job: Job, curve: list[dict[str, Any]], lesson: _Lesson) -> None:
     """Declares the trial, or its round, complete."""
-    counts = {"rows": sum(row is not None for row in lesson.rows), "dropped": lesson.dropped}
+    counts = {"rows": len(lesson.rows) - lesson.rows.count(None), "dropped": lesson.dropped}
     if job.part != job.folder:
         storage.write_json(job.part / "round.json", counts)
         return

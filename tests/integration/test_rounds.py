@@ -12,7 +12,7 @@ from conftest import Ran, finish, greedy, kill_when, log_likelihoods, plan_of, w
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from raykd import models, prompts, records, storage, train
+from raykd import models, prompts, records, storage, student, train
 from raykd.demo import resolve_model
 
 pytestmark = pytest.mark.timeout(1800)
@@ -24,6 +24,7 @@ def own_answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two rounds on 24 problems, three steps in all; greedy answers, so that anybody can tell what they should be."""
     engine = {"engine_kwargs": {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 32}}
     own = {"sequence": "student", "rounds": 2, "rollout": {"temperature": 0, "max_tokens": MAX_TOKENS}}
+    soft = {**own, "kind": "top_k", "top_k": 8}
     tree = {
         "name": "rounds",
         "problems": {"source": "demo", "num_train": 24, "num_test": 6},
@@ -33,8 +34,10 @@ def own_answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train": {"epochs": 1, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 5e-3, "dtype": "float32"},
         "evaluate": {"engine": engine, "sampling": {"max_tokens": MAX_TOKENS}},
         "arms": {
-            "soft": {"prompt.strategy": "ground_truth", "targets": {**own, "kind": "top_k", "top_k": 8}},
+            "soft": {"prompt.strategy": "ground_truth", "targets": soft},
             "hard": {"targets": own},
+            "begun": {"prompt.strategy": "ground_truth", "targets": {**soft, "warmup_rounds": 1}},
+            "begun_hard": {"targets": {**own, "warmup_rounds": 1}},
         },
     }
     file = tmp_path_factory.mktemp("experiment") / "rounds.yaml"
@@ -110,6 +113,42 @@ def test_the_primed_teacher_scored_every_token(taught: Ran, tokenizer):
             assert ids.shape == (len(row["completion_token_ids"]), 8)
             assert torch.allclose(expected.gather(-1, ids), logprobs.double(), atol=2e-3)
             assert torch.allclose(expected.topk(8, -1).values, logprobs.double(), atol=2e-3)
+
+
+@pytest.mark.parametrize("arm", ["begun", "begun_hard"])
+def test_a_warmed_up_student_begins_with_the_reference_solutions(taught: Ran, tokenizer, arm: str):
+    job, problems = job_of(taught, arm), problems_of(taught)
+    assert not (job.round_folder(0) / "answers").exists()
+    begun = storage.read_json(job.round_folder(0) / "round.json")
+    assert (begun["rows"], begun["dropped"]) == (8, {})
+    assert len(rows(job.round_folder(1) / "answers")) == 16
+    trial = storage.read_json(job.folder / "trial.json")
+    assert (trial["status"], trial["rows"] + sum(trial["dropped"].values())) == ("complete", 24)
+    # The loss of the first step is that of the reference solutions, under the base model's weights.
+    chosen = train.problems_of_round(job, 0)
+    lesson, _ = student.training_rows(job.arm, job.problems, job.completions, tokenizer, True, chosen)
+    assert {row.problem_id for row in lesson} == chosen
+    for row in lesson:
+        solution = problems[row.problem_id]["reference_solution"]
+        assert tokenizer.decode(row.completion_token_ids, skip_special_tokens=True) == solution
+        assert (row.topk_ids_TK is not None) == (arm == "begun")
+    if arm == "begun_hard":
+        model = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32).eval()
+        nats = [
+            -log_likelihoods(model, row.prompt_token_ids, row.completion_token_ids)
+            .gather(-1, torch.tensor(row.completion_token_ids)[:, None])
+            .sum()
+            for row in lesson
+        ]
+        expected = sum(nats) / sum(len(row.completion_token_ids) for row in lesson)
+        first = json.loads((job.folder / "metrics.jsonl").read_text().splitlines()[0])
+        assert first["loss"] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_what_the_teacher_scored_is_in_the_report(taught: Ran):
+    made = storage.read_json(taught.plan.folder / "run.json")["completions"]
+    counts = {(each["sequence"], *each["arms"]): each["rows"] for each in made}
+    assert counts == {("reference", "begun/warmup"): 24, ("student", "soft"): 24, ("student", "begun"): 16}
 
 
 def test_without_soft_targets_the_teacher_is_not_asked(taught: Ran):

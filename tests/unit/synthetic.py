@@ -101,7 +101,7 @@ class Experiment:
         self.run["completions"].append(
             {
                 "strategy": strategy,
-                "content_key": f"key-{strategy}",
+                "content_keys": [f"key-{strategy}"],
                 "rows": 500,
                 "errors": 2,
                 "correct": correct,

@@ -63,6 +63,7 @@ def test_every_file_of_the_package_loads_and_survives_a_round_trip(file: Path, t
             ["targets.kind=top_k", "teacher.engine.engine_kwargs={logprobs_mode: processed_logprobs}"],
             ["raw_logprobs", "'processed_logprobs'"],
         ),
+        (SMALLEST, ["targets={rounds: 2, warmup_rounds: 2}"], ["warmup_rounds 2 leaves none of 2 rounds"]),
         (SMALLEST, ["teacher.samples=4"], ["samples=4", "temperature above 0"]),
         (SMALLEST, ["teacher.replicas={min: 3, max: 2}"], ["min (3) is above max (2)"]),
         ("- a list", [], ["mapping of keys"]),

@@ -7,10 +7,11 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 
-from raykd import completions, generate, models, problems
+from raykd import completions, generate, models, problems, records, storage
 from raykd.completions import Request
 from raykd.config import Experiment
 from raykd.sections import Engine, Sampling, Teacher
+from raykd.selection import select
 
 TREE: dict[str, Any] = {
     "name": "small",
@@ -24,6 +25,11 @@ TREE: dict[str, Any] = {
         "scored": {"prompt.strategy": "teacher", "targets": {"sequence": "reference", "kind": "top_k"}},
         "own": {"prompt.strategy": "teacher", "targets": {"sequence": "student", "kind": "top_k"}},
         "own_hard": {"targets": {"sequence": "student"}},
+        "begun": {
+            "prompt.strategy": "teacher",
+            "targets": {"sequence": "student", "kind": "top_k", "warmup_rounds": 1},
+        },
+        "begun_hard": {"targets": {"sequence": "student", "warmup_rounds": 1}},
         "reference": {"targets": {"sequence": "reference"}},
     },
 }
@@ -56,7 +62,11 @@ def test_each_arm_asks_what_it_needs_and_none_asks_twice(experiment: Experiment,
         "hard": "teacher",
         "scored": "reference",
         "own": "student",
+        "begun": "student",
+        "begun/warmup": "reference",
     }
+    assert found["begun_hard/warmup"] is None
+    assert requests["begun/warmup"].folder == requests["scored"].folder, "what a student begins with is not asked twice"
     # Alone, an arm asks for no more than it needs; it is the same trial all the same.
     alone = experiment.model_copy(update={"arms": {"hard": experiment.arms["hard"]}})
     request = asked(alone, folder, tmp_path)["hard"]
@@ -129,3 +139,33 @@ def test_prompts_that_leave_no_room_are_counted_and_named(experiment: Experiment
     generate.check_lengths(wanted, folder, teacher(max(lengths[1]) + 100), "")
     with pytest.raises(ValueError, match="strategy 'none'"):
         generate.check_lengths(wanted, folder, teacher(limit), "", max_tokens=limit)
+
+
+def test_answers_without_a_token_are_kept_and_counted_when_rows_are_chosen(
+    experiment: Experiment, folder: Path, tmp_path: Path
+):
+    request = asked(experiment, folder, tmp_path)["own"]
+    assert request is not None
+    nothing = {
+        **dict.fromkeys(records.COMPLETION.names, ""),
+        "sample_index": 0,
+        "prompt_token_ids": [],
+        "completion_token_ids": [],
+        "is_correct": False,
+        "topk_ids": [],
+        "topk_logprobs": [],
+    }
+    answers = [
+        {**nothing, "completion_id": "a", "problem_id": "1", "error": "ValueError: too long"},
+        {**nothing, "completion_id": "b", "problem_id": "2"},
+        {**nothing, "completion_id": "c", "problem_id": "3", "completion_token_ids": [7]},
+    ]
+    written = tmp_path / "answers"
+    storage.write_part(written, pyarrow.Table.from_pylist(answers, schema=records.COMPLETION), "completion_id")
+    assert generate._num_to_score(written) == 1
+    for _ in range(2):  # the second time changes nothing
+        assert generate._keep_what_has_no_token(written, request) == 2
+    kept = storage.open_rows(request.folder, records.COMPLETION).to_table().to_pylist()
+    assert [(row["problem_id"], row["strategy"]) for row in kept] == [("1", "teacher"), ("2", "teacher")]
+    reasons = [select([row], experiment.arm("own").targets)[1] for row in kept]
+    assert reasons == [{"error": 1}, {"empty": 1}]

@@ -39,6 +39,21 @@ def test_failed_rows_are_not_done_and_give_way_to_their_answers(tmp_path: Path):
     assert storage.read_manifest(tmp_path) == manifest
 
 
+def test_more_failures_than_allowed_are_named_with_the_way_out(tmp_path: Path):
+    schema = SCHEMA.append(pa.field("problem_id", pa.string()))
+    made = rows(("a", 1, ""), ("b", 0, "timeout"), ("c", 0, "refused"), ("d", 1, ""))
+    table = made.append_column("problem_id", pa.array(["p1", "p2", "p3", "p4"]))
+    storage.write_part(tmp_path, table, "row_id")
+    assert storage.check_failures(tmp_path, schema, "row_id", "students", "evaluate.max_error_rate", 0.5) == 2
+    with pytest.raises(RuntimeError) as caught:
+        storage.check_failures(tmp_path, schema, "row_id", "students", "evaluate.max_error_rate", 0.4)
+    for words in ("students: 2 of 4 rows", "evaluate.max_error_rate=0.4", "p2: timeout", "p3: refused", str(tmp_path)):
+        assert words in str(caught.value)
+    # What was answered later did not fail.
+    storage.write_part(tmp_path, table.slice(1, 1).set_column(2, "error", pa.array([""])), "row_id")
+    assert storage.check_failures(tmp_path, schema, "row_id", "students", "evaluate.max_error_rate", 0.4) == 1
+
+
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "file.json"
     storage.write_json(file, {"old": True})
