@@ -25,8 +25,8 @@ from raykd.sections import Student, Train
 from raykd.selection import select
 from raykd.targets import Target, soft_targets
 
-# Logits that exist at a time, over all target tokens: half a GiB in float32.
-CHUNK_ELEMENTS = 1 << 27
+# Logits that exist at a time, over all target tokens: a quarter of a GiB in float32.
+CHUNK_ELEMENTS = 1 << 26
 
 
 def load_base(student: Student, dtype: torch.dtype) -> Any:
@@ -155,9 +155,9 @@ def collate(rows: list[Target], pad_token_id: int, packing: bool) -> dict[str, T
 class Distillation(nn.Module):
     """A student whose forward pass is the sum of its losses over a micro-batch.
 
-    Of the logits only those that predict target tokens are made, and no more than `chunk_elements` of them at a time:
-    beside the bfloat16 logits of a chunk there is one float32 copy and its gradient, so three times 4 bytes for each
-    element bound what the loss needs, whatever the batch.
+    Of the logits only those that predict target tokens are made, and no more than `chunk_elements` of them at a time.
+    At its peak, whatever the batch, the loss needs as much as 3 float32 copies of a chunk where there is but one, and
+    4.6 where the logits of several are made again in the backward pass: 1.2 GiB by default.
 
     Args:
         model: the student.
