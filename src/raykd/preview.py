@@ -13,6 +13,9 @@ from raykd import config, models, problems, prompts
 from raykd.config import Experiment
 from raykd.prompts import Messages
 
+# What plays a part for a student that learns from its own answers only.
+_OWN = ("rounds", "warmup_rounds", "rollout")
+
 
 def arms(experiment: Experiment) -> Table:
     """The arms, each with every field in which not all of them agree."""
@@ -41,7 +44,7 @@ def _leaves(experiment: Experiment, arm: str) -> dict[str, Any]:
     else:
         tree["loss"]["divergence"] = resolved.divergence
     if resolved.targets.sequence != "student":
-        tree["targets"] = {key: value for key, value in tree["targets"].items() if key not in ("rounds", "rollout")}
+        tree["targets"] = {key: value for key, value in tree["targets"].items() if key not in _OWN}
     if not resolved.needs_teacher:
         tree["prompt"].pop("strategy")
     return dict(config.leaves(tree, ""))
