@@ -56,6 +56,23 @@ def add_lora(model: Any, student: Student, seed: int) -> PeftModel:
     return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
 
 
+def learner(arm: Arm, seed: int) -> "Distillation":
+    """A base model with LoRA, ready to be trained.
+
+    Args:
+        arm: how.
+        seed: of the LoRA layers.
+    """
+    base = load_base(arm.student, getattr(torch, arm.train.dtype))
+    if arm.train.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
+    learner = Distillation(add_lora(base, arm.student, seed), arm)
+    # Models are loaded for inference, and then neither checkpoint activations nor drop out.
+    learner.train()
+    return learner
+
+
 def training_rows(
     arm: Arm,
     problems: Path,

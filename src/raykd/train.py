@@ -122,11 +122,7 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
     tokenizer = models.load_tokenizer(job.arm.student.model, job.arm.student.revision)
     lesson = _lesson(job, tokenizer)
     steps, mine = lesson.steps, targets.segment(len(lesson.steps), job.round or 0, job.rounds)
-    base = student.load_base(job.arm.student, getattr(torch, train.dtype))
-    if train.gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
-        base.enable_input_require_grads()
-    model = student.Distillation(student.add_lora(base, job.arm.student, job.seed), job.arm)
+    model = student.learner(job.arm, job.seed)
     # DeepSpeed's annotations name the types that it documents for other arguments.
     initialize: Any = deepspeed.initialize
     engine, _, _, _ = initialize(

@@ -1,7 +1,8 @@
 """Trains one student for each variant, without Ray: `torchrun plain_loop.py FOLDER VARIANT...`.
 
 A variant is words such as `zero2-micro4-packed-killed`: the ZeRO stage, the rows of a forward pass, whether they are
-packed, and whether the loop is broken off after its first checkpoint and then goes on from there.
+packed, whether activations are checkpointed, and whether the loop is broken off after its first checkpoint and then
+goes on from there.
 """
 
 import os
@@ -40,6 +41,7 @@ def job(variant: str, workers: int) -> train.Job:
                 "zero_stage": int(words[0].removeprefix("zero")),
                 "dtype": "float32",
                 "packing": "packed" in words,
+                "gradient_checkpointing": "checkpointed" in words,
                 "checkpoint_every_steps": 3,
             },
         }

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from raykd import student
 from raykd.config import Arm
-from raykd.sections import Loss, Prompt, Student, Targets, Train
+from raykd.sections import Lora, Loss, Prompt, Student, Targets, Train
 from raykd.targets import Target
 
 V, K = 61, 5
@@ -140,3 +140,51 @@ def test_packed_rows_do_not_see_each_other(model):
 
     assert loss_of(first, second) == pytest.approx(loss_of(first) + loss_of(second), rel=1e-5)
     assert loss_of(second, first) == pytest.approx(loss_of(first, second), rel=1e-5)
+
+
+def _saved_elements(learner: student.Distillation, batch: dict[str, torch.Tensor]) -> tuple[int, torch.Tensor]:
+    """How many elements a forward pass keeps for the backward pass, and the loss."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = learner(batch)
+    return sum(kept.values()), loss
+
+
+def test_activation_checkpointing_keeps_less_and_changes_nothing():
+    made = {}
+    for checkpointing in (False, True):
+        chosen = arm().model_copy(
+            update={
+                "student": Student(model="raykd/demo-student"),
+                "train": Train(dtype="float32", gradient_checkpointing=checkpointing),
+            }
+        )
+        learner = student.learner(chosen, seed=0)
+        assert all(module.training for module in learner.modules())
+        batch = student.collate([Target("p", [5] * 60, list(range(5, 65)))], pad_token_id=0, packing=False)
+        kept, loss = _saved_elements(learner, batch)
+        loss.backward()
+        made[checkpointing] = kept, float(loss.detach()), gradients(learner)
+    weights = sum(parameter.numel() for parameter in learner.parameters())
+    assert made[True][0] - weights < 0.5 * (made[False][0] - weights)
+    assert made[True][1] == pytest.approx(made[False][1], rel=1e-6)
+    assert any(gradient.any() for gradient in made[True][2].values())
+    for name, gradient in made[True][2].items():
+        assert torch.allclose(gradient, made[False][2][name], atol=1e-5), name
+
+
+def test_dropout_is_on_while_it_learns():
+    lora = Lora(dropout=0.5)
+    chosen = arm().model_copy(update={"student": Student(model="raykd/demo-student", lora=lora)})
+    learner = student.learner(chosen.model_copy(update={"train": Train(dtype="float32")}), seed=0)
+    for name, parameter in learner.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    batch = student.collate([Target("p", [5] * 6, list(range(5, 15)))], pad_token_id=0, packing=False)
+    losses = {float(learner(batch).detach()) for _ in range(3)}
+    assert len(losses) == 3
