@@ -36,6 +36,9 @@ def engine_settings(engine: Engine, kind: Accelerator) -> tuple[dict[str, Any], 
     kwargs = {
         "tensor_parallel_size": engine.tensor_parallel_size,
         "pipeline_parallel_size": engine.pipeline_parallel_size,
+        # Sampling is what the experiment says; by default vLLM takes what it leaves open (top_k, a repetition penalty)
+        # from the model's generation_config.json. The tokens that end an answer are read from there all the same.
+        "generation_config": "vllm",
     }
     env = {"VLLM_LOGGING_LEVEL": "INFO"}
     if kind == "cpu":

@@ -1,6 +1,8 @@
 """One experiment on real GSM8K rows, run once by the command line, for all tests that look at what it wrote."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ import torch
 import yaml
 
 from raykd import config, pipeline
+from raykd.demo import resolve_model
 
 RAYKD = str(Path(sys.executable).parent / "raykd")
 MAX_TOKENS = 32
@@ -29,14 +32,24 @@ def gsm8k() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def experiment_file(gsm8k: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in teacher with ideas of its own about sampling, as models from the hub have them."""
+    folder = tmp_path_factory.mktemp("models") / "teacher"
+    shutil.copytree(resolve_model("raykd/demo-teacher"), folder)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 1.5, "top_k": 1, "top_p": 0.5}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def experiment_file(gsm8k: dict[str, str], teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small enough for minutes: hard and soft targets, gold solutions plain and scored, all ZeRO stages but one."""
     engine = {"engine_kwargs": {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 32}}
     tree = {
         "name": "gsm8k",
         "problems": {"source": "jsonl", **gsm8k, "num_train": 40, "num_validation": 8, "num_test": 10},
         "teacher": {
-            "model": "raykd/demo-teacher",
+            "model": str(teacher_folder),
             "engine": engine,
             "sampling": {"max_tokens": MAX_TOKENS, "temperature": 0.7},
             "samples": 2,

@@ -53,6 +53,7 @@ def test_the_users_engine_arguments_come_before_ours():
     )
     assert kwargs["enforce_eager"] is False
     assert kwargs["dtype"] == "float32"
+    assert kwargs["generation_config"] == "vllm"
     assert env["VLLM_CPU_KVCACHE_SPACE"] == "9"
 
 
