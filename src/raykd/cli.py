@@ -97,6 +97,7 @@ def _run_stage(stage: str, experiment: config.Experiment, command: str) -> int:
         }
         if stage in steps:
             with connected(plan.log) as resources:
+                pipeline.check(plan, resources, [stage])
                 steps[stage](plan, resources)
             print(f"{stage}: done; {plan.folder}", file=sys.stderr)
             return 0

@@ -16,11 +16,20 @@ Trials = Sequence[tuple[int, Mapping[str, Row]]]
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """An arm against the baseline, on the same problems with the same seed; differences as fractions."""
+class Baseline:
+    """What an arm is compared with."""
 
     arm: str
-    baseline: str
+    prime_alone: bool
+    """Whether the two differ in the prime alone; else their difference is not the prime's worth."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An arm against its baseline, on the same problems with the same seed; differences as fractions."""
+
+    arm: str
+    baseline: Baseline
     num_problems: int
     num_pairs: int
     only_arm: int
@@ -38,18 +47,18 @@ class Comparison:
         return self.p_holm < 0.05 and (self.low > 0 or self.high < 0)
 
 
-def baselines(arms: Mapping[str, Mapping[str, Any]], strategies: Mapping[str, str]) -> dict[str, str]:
+def baselines(arms: Mapping[str, Mapping[str, Any]], strategies: Mapping[str, str]) -> dict[str, Baseline]:
     """For each arm the one that it is compared with.
 
-    That is the arm that differs from it in the prime alone, and has none. What is itself without a prime is compared
-    with the experiment's own baseline: the arm `none`, or failing that the one that overrides nothing but the strategy.
+    That is the arm that differs from it in the prime alone, and has none. Failing that, and for what is itself without
+    a prime, it is the experiment's own baseline: the arm `none`, or else one that overrides nothing but the strategy.
 
     Args:
         arms: what each arm overrides, by dotted paths or nested.
         strategies: how the teacher of each arm is primed; empty where none is asked.
 
     Returns:
-        By the arm's name the other's; arms that have nothing to be compared with are left out.
+        By the arm's name; arms that have nothing to be compared with are left out.
     """
     flat = {
         name: {path: value for path, value in leaves(dict(overrides), "") if path != "prompt.strategy"}
@@ -59,16 +68,17 @@ def baselines(arms: Mapping[str, Mapping[str, Any]], strategies: Mapping[str, st
     own = BASELINE if BASELINE in arms else next((name for name, each in bare.items() if not each), None)
     found = {}
     for name, each in flat.items():
-        twin = next((other for other, theirs in bare.items() if theirs == each), own)
-        chosen = own if twin == name else twin
-        if chosen is not None and chosen != name:
-            found[name] = chosen
+        twin = next((other for other, theirs in bare.items() if theirs == each), None)
+        if name not in bare and twin is not None:
+            found[name] = Baseline(twin, prime_alone=True)
+        elif own is not None and own != name:
+            found[name] = Baseline(own, prime_alone=False)
     if own is not None:
-        found[UNTOUCHED] = own
+        found[UNTOUCHED] = Baseline(own, prime_alone=False)
     return found
 
 
-def compare_arms(arms: Mapping[str, Trials], baselines: Mapping[str, str], column: str) -> list[Comparison]:
+def compare_arms(arms: Mapping[str, Trials], baselines: Mapping[str, Baseline], column: str) -> list[Comparison]:
     """Each arm against its baseline, where both answered the same problems with the same seed.
 
     Args:
@@ -80,9 +90,9 @@ def compare_arms(arms: Mapping[str, Trials], baselines: Mapping[str, str], colum
         One for each arm that can be compared, in the order given.
     """
     pairs = {
-        name: _pairs(trials, arms[baselines[name]], column, any_seed=name == UNTOUCHED)
+        name: _pairs(trials, arms[baselines[name].arm], column, any_seed=name == UNTOUCHED)
         for name, trials in arms.items()
-        if baselines.get(name) in arms
+        if name in baselines and baselines[name].arm in arms
     }
     found = [_compare(name, baselines[name], of_arm) for name, of_arm in pairs.items() if of_arm]
     corrected = holm([comparison.p for comparison in found])
@@ -106,7 +116,7 @@ def _pairs(trials: Trials, baseline: Trials, column: str, any_seed: bool) -> dic
     return pairs
 
 
-def _compare(arm: str, baseline: str, pairs: Mapping[str, list[tuple[bool, bool]]]) -> Comparison:
+def _compare(arm: str, baseline: Baseline, pairs: Mapping[str, list[tuple[bool, bool]]]) -> Comparison:
     every = [pair for of_problem in pairs.values() for pair in of_problem]
     only_arm, only_baseline = every.count((True, False)), every.count((False, True))
     # Whole problems are resampled, with all their seeds, for the seeds of one problem are not independent.

@@ -70,6 +70,8 @@ class Experiment(Section):
         """Raises ValueError where the engine is told not to give an arm's soft targets."""
         told = self.teacher.engine.engine_kwargs
         limit, mode = told.get("max_logprobs", top_k), told.get("logprobs_mode", "raw_logprobs")
+        if not isinstance(limit, int):
+            raise ValueError(f"teacher.engine.engine_kwargs.max_logprobs: should be a whole number, not {limit!r}")
         if limit != -1 and limit < top_k:
             raise ValueError(
                 f"arm {arm!r}: targets.top_k={top_k} is above teacher.engine.engine_kwargs.max_logprobs={limit}; "

@@ -85,7 +85,6 @@ def evaluate(
                 batch_size=evaluation.batch_size,
                 fn_constructor_kwargs={
                     "folder": folder,
-                    "max_tokens": evaluation.sampling.max_tokens,
                     "ends": models.end_token_ids(student.model, student.revision),
                 },
                 compute=ray.data.ActorPoolStrategy(size=1),
@@ -105,6 +104,32 @@ def evaluate(
             "problems": problems.name,
         },
     )
+
+
+def check_lengths(
+    split: Path, student: Student, evaluation: Evaluate, max_tokens: int, instruction: str, whose: str
+) -> None:
+    """Raises ValueError where more prompts than may fail leave the student no room to answer, naming some.
+
+    Args:
+        split: the Parquet file of the problems.
+        student: the base model.
+        evaluation: the configuration's section.
+        max_tokens: how long an answer may be.
+        instruction: what is said about the form of the answer.
+        whose: who answers what, for the message.
+    """
+    limit = models.context_length(student.model, student.revision, evaluation.engine.engine_kwargs)
+    if limit is None:
+        return
+    tokenizer = models.load_tokenizer(student.model, student.revision)
+    rows = pq.read_table(split, columns=["problem_id", "question"]).to_pylist()
+    needs = (
+        (row["problem_id"], max_tokens + len(models.prompt_token_ids(tokenizer, messages)))
+        for row in rows
+        if (messages := prompts.student_messages(row, instruction))
+    )
+    models.check_room(needs, len(rows), limit, evaluation.max_error_rate, whose, "evaluate.engine", "max_tokens")
 
 
 def answered(
@@ -271,18 +296,19 @@ def _answer_seed(seed: int, prediction_id: str) -> int:
     return int(storage.digest(f"{seed}/{prediction_id}")[:7], 16)
 
 
-def finish_reason(tokens: Sequence[int], max_tokens: int, ends: set[int], error: str) -> str:
+def finish_reason(tokens: Sequence[int], ends: set[int], error: str) -> str:
     """How an answer ended: `stop` by itself, `length` where it was cut, or `error`."""
     if error:
         return "error"
-    return "length" if len(tokens) >= max_tokens and int(tokens[-1]) not in ends else "stop"
+    # Whatever does not end in an end token was cut: at `max_tokens`, or where the engine's context ended.
+    return "stop" if len(tokens) and int(tokens[-1]) in ends else "length"
 
 
 class Score:
     """Scores answers, writes them, and passes on the counts."""
 
-    def __init__(self, folder: Path, max_tokens: int, ends: set[int]) -> None:
-        self._folder, self._max_tokens, self._ends = folder, max_tokens, ends
+    def __init__(self, folder: Path, ends: set[int]) -> None:
+        self._folder, self._ends = folder, ends
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[int]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -300,7 +326,7 @@ class Score:
             "seed": int(row["seed"]),
             "completion": text,
             "num_tokens": len(tokens),
-            "finish_reason": finish_reason(tokens, self._max_tokens, self._ends, error),
+            "finish_reason": finish_reason(tokens, self._ends, error),
             "answer_strict": strict,
             "answer_flexible": flexible,
             "is_correct_strict": answers.is_correct(strict, row["reference_answer"]),

@@ -262,9 +262,7 @@ def question(
     }
 
 
-def check_lengths(
-    wanted: list[Request], problems: Path, teacher: Teacher, instruction: str, max_tokens: int | None = None
-) -> None:
+def check_lengths(wanted: list[Request], problems: Path, teacher: Teacher, instruction: str, max_tokens: int) -> None:
     """Raises ValueError where more prompts than may fail leave the teacher no room to answer, naming some.
 
     Args:
@@ -272,37 +270,31 @@ def check_lengths(
         problems: the folder of the splits.
         teacher: the configuration's section.
         instruction: what is said about the form of the answer.
-        max_tokens: how long an answer may be; None for `teacher.sampling.max_tokens`.
+        max_tokens: how long an answer may be that is not there yet.
     """
-    max_tokens = max_tokens or teacher.sampling.max_tokens
     limit = models.context_length(teacher.model, teacher.revision, teacher.engine.engine_kwargs)
     if limit is None:
         return
+    tokenizer = models.load_tokenizer(teacher.model, teacher.revision)
     total = pq.read_metadata(problems / "train.parquet").num_rows
     for request in wanted:
-        long = list(_too_long(request, problems, teacher, instruction, max_tokens, limit))
-        if len(long) > teacher.max_error_rate * total:
-            answer = "the solution" if request.sequence == "reference" else f"{max_tokens} tokens"
-            shown = ", ".join(f"{name} with {tokens}" for name, tokens in long[:3])
-            raise ValueError(
-                f"strategy {request.strategy_name!r}: {len(long)} of {total} prompts and {answer} of answer do not "
-                f"fit into the teacher's {limit} tokens ({shown}); raise teacher.engine.engine_kwargs.max_model_len, "
-                "lower max_tokens, or shorten the strategy's text"
-            )
+        whose = f"teacher, strategy {request.strategy_name!r}"
+        needs = _lengths(request, problems, tokenizer, instruction, max_tokens)
+        also = "max_tokens, or the strategy's text" if request.sequence != "reference" else "the strategy's text"
+        models.check_room(needs, total, limit, teacher.max_error_rate, whose, "teacher.engine", also)
 
 
-def _too_long(
-    request: Request, problems: Path, teacher: Teacher, instruction: str, max_tokens: int, limit: int
+def _lengths(
+    request: Request, problems: Path, tokenizer: Any, instruction: str, max_tokens: int
 ) -> Iterator[tuple[str, int]]:
-    """The problems whose prompt and answer may need more than `limit` tokens, with the tokens they need."""
-    tokenizer = models.load_tokenizer(teacher.model, teacher.revision)
+    """Each problem, with the tokens that its prompt and its answer may take."""
     for batch in pq.ParquetFile(problems / "train.parquet").iter_batches():
         for problem in batch.to_pylist():
             row = question(tokenizer, problem, request, instruction, 0)
             given = len(row["given_token_ids"])
-            tokens = len(row["prompt_token_ids"]) + (given + 1 if given else max_tokens)
-            if tokens > limit:
-                yield problem["problem_id"], tokens
+            # The engine cannot score without writing a token of its own.
+            room = max_tokens + (request.sequence == "student")
+            yield problem["problem_id"], len(row["prompt_token_ids"]) + (given + 1 if given else room)
 
 
 def _seal(request: Request, total: int, max_error_rate: float, seconds: float, versions: Mapping[str, str]) -> None:

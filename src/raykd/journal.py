@@ -59,7 +59,12 @@ def versions() -> dict[str, str]:
 
 
 def begin(
-    experiment: Experiment, folder: Path, problems: Path, found: Mapping[str, Mapping[str, str]], command: str
+    experiment: Experiment,
+    folder: Path,
+    problems: Path,
+    found: Mapping[str, Mapping[str, str]],
+    trials: list[str],
+    command: str,
 ) -> None:
     """Notes, before any work, what is about to be done and with what.
 
@@ -68,10 +73,23 @@ def begin(
         folder: its folder.
         problems: the folder of the splits.
         found: what identifies the teacher's and the student's weights.
+        trials: their ids; what else lies in the folder is of an earlier configuration.
         command: what was typed.
+
+    Raises:
+        ValueError: where the folder was begun with other weights or problems under the same names.
     """
     file = folder / "run.json"
     earlier = storage.read_json(file) if file.exists() else {}
+    models, key = earlier.get("models") or {}, (earlier.get("problems") or {}).get("key")
+    contents = [(f"the {role}", models.get(role), dict(each)) for role, each in found.items()]
+    for what, was, now in [*contents, ("the problems' key", key, problems.name)]:
+        # The same words may name another thing by now: a branch of the hub that moved, a file that was edited.
+        if was is not None and was != now:
+            raise ValueError(
+                f"{folder} was begun with other content: {what} was {was}, is {now}. Give this experiment a name of "
+                "its own (name=...), or name the revision that it was begun with"
+            )
     built_in = {experiment.teacher.model, experiment.student.model} & set(MODELS)
     storage.write_json(
         file,
@@ -84,6 +102,7 @@ def begin(
             "python": platform.python_version(),
             "platform": platform.platform(),
             "seeds": list(experiment.seeds),
+            "trials": trials,
             "demonstration": bool(built_in) or experiment.problems.source == "demo",
             "models": {role: dict(identity) for role, identity in found.items()},
             "problems": {

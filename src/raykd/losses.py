@@ -61,8 +61,14 @@ def divergence(
     picked_NK = logits_NV.gather(-1, topk_ids_NK).float().clamp(min=_NEVER)
     log_p_NM = topk_logprobs_NK.float().clamp(min=_LOG_ZERO)
     if has_bucket:
-        log_q_NK = picked_NK - torch.logsumexp(logits_NV.float(), dim=-1, keepdim=True)
-        log_p_NM, log_q_NM = _with_bucket(log_p_NM), _with_bucket(log_q_NK)
+        # By itself, for as 1 minus the others it would lose its gradient to rounding.
+        rest_N1 = torch.logsumexp(logits_NV.float().scatter(-1, topk_ids_NK, _NEVER), dim=-1, keepdim=True)
+        total_N1 = torch.logaddexp(torch.logsumexp(picked_NK, dim=-1, keepdim=True), rest_N1)
+        p_rest_N1 = 1 - log_p_NM.exp().sum(-1, keepdim=True)
+        # What the teacher's rounding hides is not asked of the student.
+        floor_N1 = torch.where(p_rest_N1 > _SMALLEST_TAIL, _LOG_ZERO, math.log(_SMALLEST_TAIL))
+        log_p_NM = torch.cat([log_p_NM, p_rest_N1.clamp(min=_SMALLEST_TAIL).log()], dim=-1)
+        log_q_NM = torch.cat([picked_NK - total_N1, (rest_N1 - total_N1).maximum(floor_N1)], dim=-1)
     else:
         log_p_NM = torch.log_softmax(log_p_NM / temperature, dim=-1)
         log_q_NM = torch.log_softmax(picked_NK / temperature, dim=-1)
@@ -90,9 +96,3 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "reverse_kl": reverse_kl,
     "jensen_shannon": jensen_shannon,
 }
-
-
-def _with_bucket(log_p_NK: Tensor) -> Tensor:
-    """One more outcome: all tokens that are not among the k."""
-    rest_N1 = (1 - log_p_NK.exp().sum(-1, keepdim=True)).clamp(min=_SMALLEST_TAIL).log()
-    return torch.cat([log_p_NK, rest_N1], dim=-1)

@@ -1,6 +1,6 @@
 """Models: found on disk or on the hub, identified, and their tokenizers compared."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,29 @@ def context_length(model: str, revision: str | None, engine_kwargs: Mapping[str,
         return int(told)
     config = AutoConfig.from_pretrained(resolve_model(model), revision=revision)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_room(
+    needs: Iterable[tuple[str, int]], total: int, limit: int, max_error_rate: float, whose: str, engine: str, also: str
+) -> None:
+    """Raises ValueError where more prompts than may fail leave a model no room to answer, naming some.
+
+    Args:
+        needs: what may need more than the model's context: the problem, and how many tokens prompt and answer take.
+        total: how many prompts there are.
+        limit: the context's tokens.
+        max_error_rate: the share of them that may be too long.
+        whose: what is asked, for the message.
+        engine: the section of the engine that answers.
+        also: what else can be shortened.
+    """
+    long = [(name, tokens) for name, tokens in needs if tokens > limit]
+    if len(long) > max_error_rate * total:
+        shown = ", ".join(f"{name} with {tokens}" for name, tokens in long[:3])
+        raise ValueError(
+            f"{whose}: {len(long)} of {total} prompts with their answers do not fit into {limit} tokens ({shown}); "
+            f"raise {engine}.engine_kwargs.max_model_len, or lower {also}"
+        )
 
 
 def same_tokens(first: Any, second: Any) -> bool:

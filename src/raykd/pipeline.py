@@ -5,6 +5,7 @@ after whatever ended it.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,6 +108,7 @@ def run(experiment: Experiment, command: str) -> Path:
     plan = prepare(experiment, command)
     if not plan.is_complete():
         with connected(plan.log) as resources:
+            check(plan, resources)
             with journal.timed(plan.folder, "completions"):
                 make_completions(plan, resources)
             with journal.timed(plan.folder, "students"):
@@ -137,7 +139,6 @@ def prepare(experiment: Experiment, command: str) -> Plan:
                 f"arm {name!r}: soft targets need one tokenizer, but {experiment.teacher.model} and "
                 f"{experiment.student.model} have different ones; set targets.kind=hard"
             )
-    storage.write_text(folder / "experiment.yaml", config.dump(experiment))
     splits = problems.prepare(experiment.problems, root)
     for name in experiment.arms:
         arm = experiment.arm(name)
@@ -148,8 +149,52 @@ def prepare(experiment: Experiment, command: str) -> Plan:
             )
     asked = completions.of_arms(experiment, splits, root, teacher_model)
     plan = Plan(experiment, root, folder, splits, teacher_model, student_model, same_tokens, asked)
-    journal.begin(experiment, folder, plan.problems, {"teacher": teacher_model, "student": student_model}, command)
+    found = {"teacher": teacher_model, "student": student_model}
+    journal.begin(experiment, folder, plan.problems, found, [job.trial_id for job in plan.jobs], command)
+    storage.write_text(folder / "experiment.yaml", config.dump(experiment))
     return plan
+
+
+def check(plan: Plan, resources: dict[str, float], stages: Sequence[str] = ("generate", "train", "evaluate")) -> None:
+    """Before anything is started: what is still to be done must fit into the cluster, and prompts into the models.
+
+    Args:
+        plan: the experiment.
+        resources: the cluster's, as Ray names them.
+        stages: those that will run.
+
+    Raises:
+        ValueError: with what does not fit, and the way out.
+    """
+    experiment, instruction = plan.experiment, plan.experiment.prompt.instruction
+    pending = [job for job in plan.jobs if not is_complete(job)] if "train" in stages else []
+    # Seeds of an arm ask the same.
+    own = {job.arm_name: job for job in pending if job.arm.targets.sequence == "student"}
+    to_score = [(request, job.arm.targets.rollout) for name, job in own.items() if (request := plan.asked[name])]
+    missing = completions.missing(plan.requests) if "generate" in stages else []
+    will_predict = "evaluate" in stages and not _are_predicted(plan)
+    for name, engine, is_needed in (
+        ("teacher", experiment.teacher.engine, bool(missing or to_score)),
+        ("evaluate", experiment.evaluate.engine, bool(own) or will_predict),
+    ):
+        if is_needed:
+            kind = placement.accelerator(engine.accelerator, resources)
+            placement.check_engine(f"{name}.engine", engine, kind, resources)
+    for job in pending:
+        train = job.arm.train
+        placement.concurrent_trials(train, placement.accelerator(train.accelerator, resources), resources)
+    max_tokens = experiment.teacher.sampling.max_tokens
+    for requests, room in [
+        (missing, max_tokens),
+        *([[request], sampling.max_tokens] for request, sampling in to_score),
+    ]:
+        generate.check_lengths(requests, plan.problems, experiment.teacher, instruction, room)
+    answering = [(f"student of arm {name!r}", "train", job.arm.targets.rollout) for name, job in own.items()]
+    if will_predict:
+        answering.append(("students", "test", experiment.evaluate.sampling))
+    for whose, split, sampling in answering:
+        file = plan.problems / f"{split}.parquet"
+        evaluate.check_lengths(file, experiment.student, experiment.evaluate, sampling.max_tokens, instruction, whose)
 
 
 def make_completions(plan: Plan, resources: dict[str, float]) -> None:
@@ -158,7 +203,6 @@ def make_completions(plan: Plan, resources: dict[str, float]) -> None:
     if not missing:
         return
     experiment = plan.experiment
-    generate.check_lengths(missing, plan.problems, experiment.teacher, experiment.prompt.instruction)
     app = f"raykd-{experiment.name}"
     with teacher.served(experiment.teacher, max(request.top_k for request in missing), app, resources):
         generate.generate(
@@ -186,7 +230,6 @@ def make_predictions(plan: Plan, resources: dict[str, float]) -> None:
         return
     experiment = plan.experiment
     kind = placement.accelerator(experiment.evaluate.engine.accelerator, resources)
-    placement.check_engine("evaluate.engine", experiment.evaluate.engine, kind, resources)
     say(f"starting the engine for {len(plan.contestants)} students ({kind})")
     evaluate.evaluate(
         plan.contestants,

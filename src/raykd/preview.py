@@ -18,11 +18,12 @@ _OWN = ("rounds", "warmup_rounds", "rollout")
 
 
 def arms(experiment: Experiment) -> Table:
-    """The arms, each with every field in which not all of them agree."""
+    """The arms, each with every field in which not all of them agree, or that one of them names."""
     leaves = {name: _leaves(experiment, name) for name in experiment.arms}
     paths = dict.fromkeys(path for each in leaves.values() for path in each)
     found = {path: {json.dumps(each[path]) for each in leaves.values() if path in each} for path in paths}
-    differing = [path for path in paths if len(found[path]) > 1]
+    named = {path for overrides in experiment.arms.values() for path, _ in config.leaves(overrides, "")}
+    differing = [path for path in paths if len(found[path]) > 1 or path in named]
     title = Text(f"{experiment.name}: arms differ in nothing but this")
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     # Folded rather than cut: names and values are what the table is for.

@@ -84,6 +84,9 @@ def _status(trials: list[Trial]) -> str:
     return f"{of}failed: {_first_line(failed[0].error)}"
 
 
+_MORE = " †"
+
+
 def differences(results: Results) -> Table:
     """Every arm against its baseline, by paired tests."""
     rows = []
@@ -91,7 +94,7 @@ def differences(results: Results) -> Table:
         rows.append(
             [
                 strict.arm,
-                strict.baseline,
+                strict.baseline.arm + ("" if strict.baseline.prime_alone else _MORE),
                 f"{points(strict.difference)} ({points_interval(strict)})",
                 amount(strict.only_arm),
                 amount(strict.only_baseline),
@@ -115,7 +118,8 @@ def differences(results: Results) -> Table:
             "Problems",
         ],
         rows,
-        "Against: the arm that differs from it in the prime alone and has none, else the experiment's own baseline. "
+        f"Against: the arm that differs from it in the prime alone, and has none;{_MORE} where there is none, one that "
+        "differs in more. "
         "Pairs are the same problem with the same seed. Intervals: 95 %, paired bootstrap over problems. p: "
         "exact McNemar test on strict match, by itself and by Holm's correction for all rows of this table.",
         text_columns=(0, 1),

@@ -72,20 +72,22 @@ def answer(results: Results) -> Answer:
     primed = [arm for arm in results.arms if arm.kind == "primed" and arm.measured.n]
     if not primed:
         return _answer_without_primed(results)
-    best = max(primed, key=lambda arm: arm.measured.strict.value or 0.0)
+    # What a prime is worth is told by an arm that differs from another in nothing else.
+    told = {c.arm: c for c in results.strict if c.baseline.prime_alone}
+    best = max([arm for arm in primed if arm.name in told] or primed, key=lambda arm: arm.measured.strict.value or 0.0)
     strict_share, num_problems = best.measured.strict, amount(best.measured.num_problems)
     said = (
         f"Distilled from a teacher primed with “{best.strategy}”, the student answers "
         f"{percent(strict_share.value)} % of {num_problems} test problems correctly"
     )
-    strict = next((c for c in results.strict if c.arm == best.name), None)
-    baseline = results.arm(strict.baseline) if strict else None
+    strict = told.get(best.name)
+    baseline = results.arm(strict.baseline.arm) if strict else None
     if strict is None or baseline is None:
         return Answer(
             (
                 f"{said} (strict match, 95 % interval {interval(strict_share)}).",
-                "What the prime is worth cannot be told: no arm that was distilled without a prime answered the same "
-                "problems with the same seed.",
+                "What the prime is worth cannot be told: no arm that differs from it in the prime alone answered the "
+                "same problems with the same seed.",
             ),
             remarks=_untouched_remark(results),
         )
@@ -163,7 +165,7 @@ def _remarks(results: Results, strict: Comparison, num_primed: int) -> list[str]
         if arm.kind == "control" and comparison and comparison.baseline == strict.baseline:
             remarks.append(
                 f"The control “{arm.name}”, whose teacher was given another problem's answer, differs from "
-                f"“{comparison.baseline}” by {points(comparison.difference)} points "
+                f"“{comparison.baseline.arm}” by {points(comparison.difference)} points "
                 f"(95 % interval {points_interval(comparison)})."
             )
     if strict.num_pairs > strict.num_problems:

@@ -128,6 +128,10 @@ def read_results(folder: Path) -> Results:
     config = (folder / "experiment.yaml").read_text(encoding="utf-8")
     rows = _predictions(folder / "predictions")
     trials = _trials(folder / "trials", rows)
+    # What an earlier configuration of the experiment made, or an arm that was taken out, is none of its results.
+    current = {UNTOUCHED, *run["trials"]} if run.get("trials") else {trial.trial_id for trial in trials}
+    earlier = [trial.trial_id for trial in trials if trial.trial_id not in current]
+    trials = [trial for trial in trials if trial.trial_id in current]
     if not trials:
         raise ValueError(f"{folder} holds neither trials nor predictions: there is nothing to report yet")
     order = [UNTOUCHED, *_arm_names(config)]
@@ -136,7 +140,8 @@ def read_results(folder: Path) -> Results:
     overrides = {name: trial.overrides for name, trial in trained.items()}
     against = baselines(overrides, {name: trial.strategy for name, trial in trained.items()})
     names = dict.fromkeys(trial.arm for trial in trials)
-    arms = [_arm(name, name in against.values(), trials, rows) for name in names]
+    compared = {baseline.arm for baseline in against.values()}
+    arms = [_arm(name, name in compared, trials, rows) for name in names]
     by_seed = {arm.name: [(t.seed, rows.get(t.trial_id, {})) for t in arm.trials] for arm in arms}
     return Results(
         folder=folder,
@@ -147,7 +152,7 @@ def read_results(folder: Path) -> Results:
         strict=compare_arms(by_seed, against, "is_correct_strict"),
         flexible=compare_arms(by_seed, against, "is_correct_flexible"),
         examples=_examples(arms, rows),
-        notes=_notes(folder, run, trials),
+        notes=_notes(folder, run, trials, earlier),
     )
 
 
@@ -294,8 +299,11 @@ def _examples(arms: list[Arm], rows: Mapping[str, Mapping[str, Row]]) -> list[Ex
     return examples
 
 
-def _notes(folder: Path, run: Mapping[str, Any], trials: list[Trial]) -> list[str]:
+def _notes(folder: Path, run: Mapping[str, Any], trials: list[Trial], earlier: list[str]) -> list[str]:
     notes = []
+    if earlier:
+        shown = ", ".join(earlier[:3]) + (", …" if len(earlier) > 3 else "")
+        notes.append(f"Left out: {len(earlier)} of an earlier configuration of this experiment ({shown})")
     expected = (run.get("problems") or {}).get("num_test")
     for trial in trials:
         name = f"Arm {trial.arm}, seed {trial.seed}"
@@ -309,7 +317,8 @@ def _notes(folder: Path, run: Mapping[str, Any], trials: list[Trial]) -> list[st
         if trial.measured.errors:
             notes.append(f"{name}: {trial.measured.errors} of {total} problems got no answer and are left out of n")
     for unfinished in sorted(folder.glob("trials/*/")):
-        if not (unfinished / "trial.json").is_file():
+        is_current = unfinished.name in (run.get("trials") or [unfinished.name])
+        if is_current and not (unfinished / "trial.json").is_file():
             notes.append(f"Trial {unfinished.name} was begun and not finished: it is in no table")
     return notes
 

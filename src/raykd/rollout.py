@@ -47,7 +47,6 @@ def rollout(
                 batch_size=evaluation.batch_size,
                 fn_constructor_kwargs={
                     "folders": {each.trial_id: folder for each, folder in folders.items()},
-                    "max_tokens": sampling.max_tokens,
                     "ends": models.end_token_ids(student.model, student.revision),
                 },
                 compute=ray.data.ActorPoolStrategy(size=1),
@@ -69,8 +68,8 @@ def rollout(
 class Keep:
     """Writes answers as completions, each student's in its own folder, and passes on the counts."""
 
-    def __init__(self, folders: Mapping[str, Path], max_tokens: int, ends: set[int]) -> None:
-        self._folders, self._max_tokens, self._ends = folders, max_tokens, ends
+    def __init__(self, folders: Mapping[str, Path], ends: set[int]) -> None:
+        self._folders, self._ends = folders, ends
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[int]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -92,7 +91,7 @@ class Keep:
             "prompt_token_ids": [] if error else [int(token) for token in row["prompt_token_ids"]],
             "completion": text,
             "completion_token_ids": tokens,
-            "finish_reason": finish_reason(tokens, self._max_tokens, self._ends, error),
+            "finish_reason": finish_reason(tokens, self._ends, error),
             **completions.answers_of(text, row["reference_answer"]),
             "topk_ids": [],
             "topk_logprobs": [],

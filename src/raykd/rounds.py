@@ -42,12 +42,6 @@ def run(
     """
     soft = [request for job in pending if (request := asked[job.arm_name])]
     top_k, app = max((request.top_k for request in soft), default=0), _app(experiment)
-    # Once for each arm: its seeds ask the same.
-    for job in {job.arm_name: job for job in pending}.values():
-        if request := asked[job.arm_name]:
-            # The engine cannot score without writing a token of its own.
-            room = job.arm.targets.rollout.max_tokens + 1
-            generate.check_lengths([request], problems, experiment.teacher, experiment.prompt.instruction, room)
     stays = bool(soft) and placement.hold_together(experiment, [job.arm.train for job in pending], cluster)
     with teacher.served(experiment.teacher, top_k, app, cluster) if stays else nullcontext():
         for number in range(max(job.rounds for job in pending)):
@@ -119,7 +113,6 @@ def _answer(parts: list[Job], experiment: Experiment, problems: Path, cluster: M
     """Has the students answer what is missing, those with the same sampling in one engine."""
     missing = [part for part in parts if storage.read_manifest(_answers(part)) is None]
     kind = placement.accelerator(experiment.evaluate.engine.accelerator, cluster)
-    placement.check_engine("evaluate.engine", experiment.evaluate.engine, kind, cluster)
     samplings = dict.fromkeys(part.arm.targets.rollout for part in missing)
     for sampling in samplings:
         say(f"starting the engine for {len(missing)} students ({kind})")

@@ -155,6 +155,10 @@ class Prompt(Section):
         for name, strategy in self.strategies.items():
             if not re.match(NAME_PATTERN, name):
                 raise ValueError(f"strategy name {name!r}: letters, digits, '.', '_' and '-' only")
+            if name == "none" and (strategy.text.strip() or strategy.exemplars):
+                raise ValueError(
+                    "strategy 'none' is the one without a prime, which others are compared with; name yours otherwise"
+                )
             if not strategy.text.strip() and not strategy.exemplars and name != "none":
                 raise ValueError(
                     f"strategy {name!r} has neither text nor exemplars; `none` is the strategy without a prime"
@@ -241,6 +245,15 @@ class Train(Section):
     checkpoint_every_steps: int = Field(default=50, ge=1)
     max_failures: int = Field(default=3, ge=0)
     """How often a trial resumes from its last checkpoint after a worker was lost."""
+
+    @model_validator(mode="after")
+    def _accumulates_in_float32(self) -> Self:
+        if self.dtype == "bfloat16" and not self.zero_stage:
+            raise ValueError(
+                "zero_stage 0 with dtype bfloat16: DeepSpeed sums gradients in float32 from stage 1 on only; set "
+                "train.zero_stage=2, on one GPU too, or train.dtype=float32"
+            )
+        return self
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

@@ -7,7 +7,7 @@ The meanings follow "Enhancing Knowledge Distillation for LLMs with Response-Pri
 from string import Formatter
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 PLACEHOLDERS = {"reference_answer", "other_answer"}
 
@@ -17,8 +17,8 @@ class Exemplar(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    question: str
-    answer: str
+    question: str = Field(min_length=1)
+    answer: str = Field(min_length=1)
     """As the teacher should answer, in the form that `prompt.instruction` asks for."""
 
 

@@ -223,7 +223,7 @@ class Distillation(nn.Module):
         return total
 
 
-def save_adapter(model: PeftModel, folder: Path, student: Student, write: bool) -> None:
+def save_adapter(model: PeftModel, folder: Path, student: Student, write: bool, moved: bool = True) -> None:
     """Saves the adapter in peft's format, whole or not at all, and checks what was saved.
 
     Every worker calls it, since under ZeRO stage 3 each holds only a part of the weights.
@@ -233,9 +233,10 @@ def save_adapter(model: PeftModel, folder: Path, student: Student, write: bool) 
         folder: where the adapter goes.
         student: for the name of the base model in the adapter's configuration.
         write: whether this worker writes.
+        moved: whether a step was taken, so that the weights must have moved.
 
     Raises:
-        RuntimeError: where the saved weights are empty or have not moved from their initial values.
+        RuntimeError: where the saved weights are empty or should have moved from their initial values and have not.
     """
     import deepspeed
 
@@ -256,8 +257,8 @@ def save_adapter(model: PeftModel, folder: Path, student: Student, write: bool) 
     model.peft_config["default"].save_pretrained(str(temporary))
     safetensors.torch.save_file(weights, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
     saved = safetensors.torch.load_file(temporary / "adapter_model.safetensors")
-    moved = [name for name, tensor in saved.items() if "lora_B" in name and tensor.abs().sum() > 0]
-    if not moved or any(not tensor.numel() or not tensor.isfinite().all() for tensor in saved.values()):
+    stayed = not any("lora_B" in name and tensor.abs().sum() > 0 for name, tensor in saved.items())
+    if (moved and stayed) or any(not tensor.numel() or not tensor.isfinite().all() for tensor in saved.values()):
         raise RuntimeError(f"{temporary}: the adapter as saved is empty, untrained or not finite")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

@@ -101,12 +101,8 @@ def served(teacher: Teacher, top_k: int, app: str, cluster: Mapping[str, float])
         app: the Serve application's name, by which any process of the cluster gets a handle; experiments that
             share a cluster need names of their own.
         cluster: the cluster's resources.
-
-    Raises:
-        ValueError: where the engine does not fit into the cluster.
     """
     kind = placement.accelerator(teacher.engine.accelerator, cluster)
-    placement.check_engine("teacher.engine", teacher.engine, kind, cluster)
     say(f"starting the teacher {teacher.model} ({kind})")
     # Loads vLLM, which takes seconds.
     from ray.serve.llm import build_llm_deployment

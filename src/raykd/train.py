@@ -155,12 +155,17 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
         count = lesson.tokens(batch)
         # Dropout repeats itself when a step is done again after a failure.
         torch.manual_seed((job.seed << 40) + (step << 16) + worker)
-        for part in targets.share(batch, worker, num_workers, train.batch_size // num_workers, micro):
+        shares = targets.share(batch, worker, num_workers, train.batch_size // num_workers, micro)
+        if not count:
+            # Nothing to learn from: no step, for the optimizer's momentum alone would move the weights.
+            engine.lr_scheduler.step()
+            shares = []
+        for part in shares:
             inputs = student.collate(lesson.rows_of(part), tokenizer.pad_token_id or 0, train.packing)
             loss_sum = engine({key: tensor.to(engine.device) for key, tensor in inputs.items()})
             # DeepSpeed averages over workers and accumulation steps; this turns its mean into the sum over
             # all of the step's tokens, divided by their number.
-            scale = num_workers * config["gradient_accumulation_steps"] / max(count, 1)
+            scale = num_workers * config["gradient_accumulation_steps"] / count
             engine.backward(loss_sum * scale)
             engine.step()
             totals[0] += loss_sum.detach().double()
@@ -173,7 +178,7 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
             metrics = {
                 "step": done,
                 "epoch": epoch,
-                "loss": float(totals[0] / totals[1].clamp(min=1)),
+                "loss": float(totals[0] / totals[1]) if totals[1] else None,
                 "learning_rate": engine.get_lr()[0],
                 "target_tokens": tokens,
                 "seconds": round(seconds_before + time.monotonic() - started, 3),
@@ -188,7 +193,9 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
             else:
                 continue
             told = done
-    student.save_adapter(model.model, job.part / "adapter", job.arm.student, write=worker == 0)
+    if not tokens and mine.stop == len(steps):
+        raise ValueError(f"trial {job.trial_id}: no round left a row to train on; in the last: {lesson.dropped}")
+    student.save_adapter(model.model, job.part / "adapter", job.arm.student, write=worker == 0, moved=tokens > 0)
     if worker == 0:
         _finish(job, curve.points, lesson)
     torch.distributed.barrier()
@@ -215,7 +222,8 @@ def _lesson(job: Job, tokenizer: Any) -> _Lesson:
 
     mine = None if job.round is None else problems_of_round(job, job.round)
     found, dropped = student.training_rows(job.arm, job.problems, job.completions, tokenizer, job.same_tokens, mine)
-    if not found:
+    # A round may bring nothing; the training as a whole may not.
+    if not found and job.round is None:
         raise ValueError(f"trial {job.trial_id}: no row is left to train on; dropped: {dropped}")
     rows: list[Target | None] = list(found)
     if job.round is not None:

@@ -37,7 +37,8 @@ def own_answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "soft": {"prompt.strategy": "ground_truth", "targets": soft},
             "hard": {"targets": own},
             "begun": {"prompt.strategy": "ground_truth", "targets": {**soft, "warmup_rounds": 1}},
-            "begun_hard": {"targets": {**own, "warmup_rounds": 1}},
+            # None of its answers will be right: a round may leave nothing to learn.
+            "begun_hard": {"targets": {**own, "warmup_rounds": 1, "keep": "correct"}},
         },
     }
     file = tmp_path_factory.mktemp("experiment") / "rounds.yaml"
@@ -143,6 +144,19 @@ def test_a_warmed_up_student_begins_with_the_reference_solutions(taught: Ran, to
         expected = sum(nats) / sum(len(row.completion_token_ids) for row in lesson)
         first = json.loads((job.folder / "metrics.jsonl").read_text().splitlines()[0])
         assert first["loss"] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_a_round_that_leaves_nothing_moves_nothing(taught: Ran):
+    job = job_of(taught, "begun_hard")
+    trial = storage.read_json(job.folder / "trial.json")
+    assert (trial["rows"], trial["dropped"]) == (8, {"incorrect": 16})
+    first, *others = (json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines())
+    assert first["loss"] > 0
+    assert [each["loss"] for each in others] == [None, None]
+    assert [each["learning_rate"] for each in others] == sorted((e["learning_rate"] for e in others), reverse=True)
+    files = [folder / "adapter" / "adapter_model.safetensors" for folder in (job.round_folder(0), job.folder)]
+    before, after = (safetensors.torch.load_file(file) for file in files)
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 
 
 def test_what_the_teacher_scored_is_in_the_report(taught: Ran):

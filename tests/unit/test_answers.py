@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,9 @@ def test_every_problem_of_gsm8k(split: str, count: int, negatives: int, with_com
     for solution, answer in zip(solutions, answers, strict=True):
         assert strict_match(solution) == flexible_extract(solution) == answer
         assert is_correct(answer, solution)
+    # Each of them works before it answers, whether or not the calculator's marks are there.
+    for written in (solutions, [re.sub(r"<<.*?>>", "", solution) for solution in solutions]):
+        assert sum(map(states_answer_first, written)) < 0.01 * count
 
 
 @pytest.mark.parametrize(
@@ -120,6 +124,12 @@ def test_every_problem_of_gsm8k(split: str, count: int, negatives: int, with_com
         ("He pays 3×$400 = $1200. #### 1200", False),
         ("She has 18 apples and says nothing more", False),
         ("The answer will follow. 20 - 2 = 18. #### 18", False),
+        ("5 apples + 3 apples = 8 apples\n#### 8", False),
+        ("$5 \\times 3 = 15$\n\\boxed{15}", False),
+        ("**20** + **30** = **50**\n#### 50", False),
+        ("To find the answer, we need to add 5 and 3.\n5 + 3 = 8\n#### 8", False),
+        ("12 times 12 equals 144.\n#### 144", False),
+        ("**Answer:** **18**\nHere is why: 3 * 6 = 18", True),
         ("", False),
     ],
 )

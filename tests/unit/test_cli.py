@@ -60,6 +60,18 @@ def test_plan_shows_in_what_arms_differ_and_nothing_else(capsys, monkeypatch):
     assert "kl" not in plain
 
 
+def test_plan_shows_what_a_single_arm_names(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    soft = "{targets: {kind: top_k, top_k: 64}, loss: {tail: renormalise, temperature: 3}}"
+    own = "{targets: {sequence: student, rounds: 9, warmup_rounds: 2}}"
+    assert cli.main(["plan", "configs/quickstart.yaml", f"arms={{plain: {{}}, soft: {soft}, own: {own}}}"]) == 0
+    shown = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in shown.splitlines() if line.split()[:1] in (["soft"], ["own"])}
+    assert {"64", "3.0"} <= set(rows["soft"])
+    assert "renorm" in shown, "folded where the terminal is narrow"
+    assert {"9", "2"} <= set(rows["own"])
+
+
 def test_prompts_shows_what_teacher_and_student_are_sent(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     arguments = ["prompts", "configs/quickstart.yaml", f"storage={tmp_path}", "prompt.instruction=State the number."]

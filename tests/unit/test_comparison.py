@@ -7,9 +7,10 @@ from raykd.comparison import baselines
 
 
 def against(arms: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
-    """Arms by name, each as its strategy and what it overrides besides."""
+    """Arms by name, each as its strategy and what it overrides besides; + where they differ in more than the prime."""
     overrides = {name: {"prompt.strategy": strategy, **more} for name, (strategy, more) in arms.items()}
-    return baselines(overrides, {name: strategy for name, (strategy, _) in arms.items()})
+    found = baselines(overrides, {name: strategy for name, (strategy, _) in arms.items()})
+    return {name: baseline.arm + ("" if baseline.prime_alone else "+") for name, baseline in found.items()}
 
 
 def test_an_arm_stands_against_the_one_that_differs_in_the_prime_alone():
@@ -26,10 +27,10 @@ def test_an_arm_stands_against_the_one_that_differs_in_the_prime_alone():
     assert against(arms) == {
         "primed": "none",
         "soft": "bare_soft",
-        "bare_soft": "none",
-        "slow": "none",
-        "reference": "none",
-        "untouched": "none",
+        "bare_soft": "none+",
+        "slow": "none+",
+        "reference": "none+",
+        "untouched": "none+",
     }
 
 
@@ -37,7 +38,7 @@ def test_the_experiments_own_baseline_needs_no_name():
     more = {"train.epochs": 3}
     assert against({"a": ("none", {}), "b": ("teacher", {}), "c": ("none", more)}) == {
         "b": "a",
-        "c": "a",
-        "untouched": "a",
+        "c": "a+",
+        "untouched": "a+",
     }
     assert against({"a": ("teacher", {}), "b": ("teacher", more)}) == {}

@@ -15,7 +15,7 @@ def scored(folder: Path, rows: list[dict]) -> list[dict]:
     shared = {"trial_id": "t", "arm": "a", "seed": 0, "question": "?", "reference_answer": "42"}
     rows = [{"prediction_id": f"t/{n}", "problem_id": str(n), **shared, **row} for n, row in enumerate(rows)]
     batch = {name: np.array([row[name] for row in rows], dtype=object) for name in rows[0]}
-    counts = evaluate.Score(folder, max_tokens=3, ends={END})(batch)
+    counts = evaluate.Score(folder, ends={END})(batch)
     assert counts["rows"] == [len(rows)]
     return storage.open_rows(folder, records.PREDICTION).to_table().sort_by("prediction_id").to_pylist()
 
@@ -29,13 +29,14 @@ def test_an_answer_is_cut_only_where_it_did_not_end_by_itself(tmp_path: Path):
         tmp_path,
         [
             answer("#### 42", [5, END]),
-            answer("#### 42", [5, 6, END]),
+            # Shorter than another that was not cut: the engine's context ended.
+            answer("#### 42", [5]),
             answer("and then 42", [5, 6, 7]),
             answer("", [], "ValueError: too long"),
         ],
     )
-    assert [row["finish_reason"] for row in rows] == ["stop", "stop", "length", "error"]
-    assert [row["num_tokens"] for row in rows] == [2, 3, 3, 0]
+    assert [row["finish_reason"] for row in rows] == ["stop", "length", "length", "error"]
+    assert [row["num_tokens"] for row in rows] == [2, 1, 3, 0]
     assert [row["is_correct_strict"] for row in rows] == [True, True, False, False]
     assert [row["is_correct_flexible"] for row in rows] == [True, True, True, False]
     assert rows[3]["error"] == "ValueError: too long"

@@ -10,7 +10,7 @@ import pytest
 from raykd import completions, generate, models, problems, records, storage
 from raykd.completions import Request
 from raykd.config import Experiment
-from raykd.sections import Engine, Sampling, Teacher
+from raykd.sections import Engine, Teacher
 from raykd.selection import select
 
 TREE: dict[str, Any] = {
@@ -110,13 +110,9 @@ def test_what_is_scored_is_the_solution_and_its_end(experiment: Experiment, fold
     assert again["completion_id"] != generate.question(tokenizer, problem, written, "", 1)["completion_id"]
 
 
-def teacher(max_model_len: int, max_tokens: int = 100, max_error_rate: float = 0.01) -> Teacher:
-    return Teacher(
-        model="raykd/demo-teacher",
-        engine=Engine(engine_kwargs={"max_model_len": max_model_len}),
-        sampling=Sampling(max_tokens=max_tokens),
-        max_error_rate=max_error_rate,
-    )
+def teacher(max_model_len: int, max_error_rate: float = 0.01) -> Teacher:
+    engine = Engine(engine_kwargs={"max_model_len": max_model_len})
+    return Teacher(model="raykd/demo-teacher", engine=engine, max_error_rate=max_error_rate)
 
 
 def test_prompts_that_leave_no_room_are_counted_and_named(experiment: Experiment, folder: Path, tmp_path: Path):
@@ -132,13 +128,19 @@ def test_prompts_that_leave_no_room_are_counted_and_named(experiment: Experiment
     long = [row["problem_id"] for row, length in zip(rows, lengths[1], strict=True) if length + 100 > limit]
     assert long
     with pytest.raises(ValueError) as caught:
-        generate.check_lengths(wanted, folder, teacher(limit), "")
+        generate.check_lengths(wanted, folder, teacher(limit), "", 100)
     for words in ("strategy 'teacher'", f"{len(long)} of 12 prompts", f"{limit} tokens", long[0], "max_model_len"):
         assert words in str(caught.value)
-    generate.check_lengths(wanted, folder, teacher(limit, max_error_rate=1.0), "")
-    generate.check_lengths(wanted, folder, teacher(max(lengths[1]) + 100), "")
+    generate.check_lengths(wanted, folder, teacher(limit, max_error_rate=1.0), "", 100)
+    generate.check_lengths(wanted, folder, teacher(max(lengths[1]) + 100), "", 100)
     with pytest.raises(ValueError, match="strategy 'none'"):
-        generate.check_lengths(wanted, folder, teacher(limit), "", max_tokens=limit)
+        generate.check_lengths(wanted, folder, teacher(limit), "", limit)
+    # What a student wrote is scored with a token of the engine's own behind it.
+    own = asked(experiment, folder, tmp_path)["own"]
+    assert own is not None
+    generate.check_lengths([own], folder, teacher(max(lengths[1]) + 101), "", 100)
+    with pytest.raises(ValueError, match="strategy 'teacher'"):
+        generate.check_lengths([own], folder, teacher(max(lengths[1]) + 100), "", 100)
 
 
 def test_answers_without_a_token_are_kept_and_counted_when_rows_are_chosen(

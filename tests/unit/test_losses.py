@@ -130,6 +130,17 @@ def test_its_gradient_agrees_with_finite_differences(student_and_teacher, kind: 
         assert gradient[row, column] == pytest.approx(slope / (2 * step), abs=2e-4)
 
 
+@pytest.mark.parametrize("rest", [1e-4, 1e-6, 1e-8, 1e-12])
+def test_a_student_that_is_too_sure_is_still_told(rest: float):
+    """Forward KL's gradient to the bucket is the student's share of it minus the teacher's, however small the first."""
+    ids = np.arange(3)[None]
+    q = np.concatenate([np.full(3, (1 - rest) / 3), np.full(V - 3, rest / (V - 3))])
+    p = np.array([0.5, 0.3, 0.199])
+    _, gradient = ours("forward_kl", np.log(q)[None], ids, np.log(p)[None], "one_bucket")
+    assert gradient[0, 3:].sum() == pytest.approx(rest - (1 - p.sum()), rel=1e-3)
+    assert gradient[0, :3] == pytest.approx(q[:3] - p, rel=1e-3)
+
+
 def test_jensen_shannon_is_bounded_and_symmetric(student_and_teacher):
     student, teacher = (30 * logits for logits in student_and_teacher)
     value, _ = ours("jensen_shannon", student, *top_k(teacher, V), "one_bucket")

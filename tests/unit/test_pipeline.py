@@ -1,5 +1,6 @@
 """Pipeline: what does not go together is told before anything is started."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,71 @@ def test_soft_targets_need_one_tokenizer(tmp_path: Path):
     with pytest.raises(ValueError, match=r"arm 'default': soft targets need one tokenizer.*targets\.kind=hard"):
         prepare(tmp_path, student=student, targets={"kind": "top_k"})
     assert not prepare(tmp_path, student=student, name="hard").same_tokens
+
+
+ON_POLICY = {"targets": {"sequence": "student", "kind": "top_k", "rounds": 2}, "train": {"batch_size": 5}}
+
+
+@pytest.mark.parametrize(
+    ("tree", "resources", "words"),
+    [
+        ({"train": {"num_workers": 4, "batch_size": 8}}, {"CPU": 3}, ["a trial needs 4 CPU", "the cluster has 3"]),
+        ({}, {"CPU": 1}, ["teacher.engine", "2 CPU"]),
+        (
+            {"teacher": {"model": "raykd/demo-teacher", "engine": {"engine_kwargs": {"max_model_len": 520}}}},
+            {"CPU": 2},
+            ["teacher, strategy 'none'", "of 20 prompts", "520 tokens", "raise teacher.engine"],
+        ),
+        # What comes long after the teacher has answered is told before it is asked.
+        (
+            {"evaluate": {"engine": {"engine_kwargs": {"max_model_len": 520}}}},
+            {"CPU": 2},
+            ["students: ", "of 2 prompts", "520 tokens", "raise evaluate.engine"],
+        ),
+        (
+            {
+                **ON_POLICY,
+                "teacher": {"model": "raykd/demo-teacher", "engine": {"engine_kwargs": {"max_model_len": 520}}},
+            },
+            {"CPU": 2},
+            ["teacher, strategy 'none'", "520 tokens"],
+        ),
+        (
+            {**ON_POLICY, "evaluate": {"engine": {"engine_kwargs": {"max_model_len": 520}}}},
+            {"CPU": 2},
+            ["student of arm 'default'", "of 20 prompts", "520 tokens"],
+        ),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anything_is_started(
+    tmp_path: Path, tree: dict[str, Any], resources: dict[str, float], words: list[str]
+):
+    plan = prepare(tmp_path, **tree)
+    with pytest.raises(ValueError) as caught:
+        pipeline.check(plan, resources)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_what_fits_is_not_refused_for_a_stage_that_does_not_run(tmp_path: Path):
+    plan = prepare(tmp_path, train={"num_workers": 4, "batch_size": 8})
+    pipeline.check(plan, {"CPU": 4})
+    pipeline.check(plan, {"CPU": 3}, ["generate"])
+    pipeline.check(plan, {"CPU": 3}, ["evaluate"])
+
+
+def test_a_mistake_can_be_mended_under_the_same_name(tmp_path: Path):
+    with pytest.raises(ValueError, match="rounds=3"):
+        prepare(tmp_path, targets={"sequence": "student", "rounds": 3}, train={"batch_size": 40})
+    prepare(tmp_path, targets={"sequence": "student", "rounds": 2}, train={"batch_size": 40})
+
+
+def test_other_content_under_the_same_names_is_refused(tmp_path: Path):
+    model = tmp_path / "model"
+    shutil.copytree(resolve_model("raykd/demo-student"), model)
+    prepare(tmp_path, student={"model": str(model)})
+    prepare(tmp_path, student={"model": str(model)})
+    settings = model / "config.json"
+    settings.write_text(settings.read_text() + "\n")
+    with pytest.raises(ValueError, match=r"begun with other content: the student was .* name of its own"):
+        prepare(tmp_path, student={"model": str(model)})

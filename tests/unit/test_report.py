@@ -248,6 +248,33 @@ def test_a_prime_without_the_unprimed_arm_claims_nothing(tmp_path: Path) -> None
     assert "What the prime is worth cannot be told" in found.sentences[1]
 
 
+def test_a_prime_is_not_credited_with_what_the_targets_did(tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path)
+    soft = {"targets.kind": "top_k"}
+    experiment.trial("none", 0, drawn("none", 0, 0.2, 1.0))
+    experiment.trial("soft", 0, drawn("soft", 0, 0.9, 1.0), "teacher", overrides={"prompt.strategy": "teacher", **soft})
+    found = answer(write_report(experiment.write()))
+    assert "cannot be told: no arm that differs from it in the prime alone" in found.sentences[1]
+    assert found.figure == ""
+    assert "| soft | none † | +" in (tmp_path / "report.md").read_text()
+    # With its unprimed twin beside it, or another primed arm that has one, it can.
+    experiment.trial("bare_soft", 0, drawn("bare_soft", 0, 0.7, 1.0), overrides={"prompt.strategy": "none", **soft})
+    found = answer(write_report(experiment.write()))
+    assert "“soft” against “bare_soft”" in found.figure_caption
+    assert "| soft | bare\\_soft | +" in (tmp_path / "report.md").read_text()
+
+
+def test_trials_of_an_earlier_configuration_are_left_out(tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path, trials=["none-0"])
+    experiment.trial("none", 0, drawn("none", 0, 0.5, 0.9))
+    experiment.trial("none", 7, drawn("none", 7, 0.9, 0.9))
+    (tmp_path / "trials" / "teacher-3").mkdir()
+    results = write_report(experiment.write())
+    assert [trial.trial_id for trial in results.trials] == ["none-0"]
+    assert results.arms[0].measured.n == 60
+    assert results.notes == ["Left out: 1 of an earlier configuration of this experiment (none-7)"]
+
+
 def test_arms_without_a_common_seed_are_not_compared(tmp_path: Path) -> None:
     experiment = Experiment(tmp_path)
     experiment.trial("none", 0, drawn("none", 0, 0.5, 0.9))
