@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet
 import safetensors.torch
 import torch
+import torch.distributed
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -128,7 +129,7 @@ def _by_problem(arm: Arm, completions: Path) -> dict[str, list[dict[str, Any]]]:
 def _target(arm: Arm, prompt: list[int], completion: Mapping[str, Any], tokenizer: Any, same: bool) -> Target:
     problem_id, tokens = completion["problem_id"], completion["completion_token_ids"]
     if arm.targets.kind == "top_k":
-        return Target(problem_id, prompt, tokens, *soft_targets(completion, arm.targets.top_k))
+        return Target(problem_id, prompt, tokens, *soft_targets(completion, arm.targets.top_k, len(tokenizer)))
     if not same:
         is_whole = completion["finish_reason"] == "stop"
         tokens = models.answer_token_ids(tokenizer, completion["completion"], is_whole)
@@ -179,14 +180,14 @@ class Distillation(nn.Module):
     Args:
         model: the student.
         arm: what it is trained toward.
-        chunk_elements: target tokens times vocabulary in a chunk.
+        chunk_elements: target tokens times vocabulary in a chunk; `CHUNK_ELEMENTS` where not given.
     """
 
-    def __init__(self, model: PeftModel, arm: Arm, chunk_elements: int = CHUNK_ELEMENTS) -> None:
+    def __init__(self, model: PeftModel, arm: Arm, chunk_elements: int | None = None) -> None:
         super().__init__()
         self.model = model
         self._arm = arm
-        self._chunk_elements = chunk_elements
+        self._chunk_elements = chunk_elements or CHUNK_ELEMENTS
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """The summed loss of a micro-batch from `collate`, in nats."""
@@ -194,19 +195,34 @@ class Distillation(nn.Module):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
         hidden_BTD = base.model(**inputs, use_cache=False).last_hidden_state
         hidden_ND = hidden_BTD.flatten(0, 1)[batch["positions"]]
-        if not len(hidden_ND):
+        size = max(1, self._chunk_elements // base.config.get_text_config().vocab_size)
+        count = self._num_chunks(-(-len(hidden_ND) // size))
+        if not count:
             return hidden_BTD.sum() * 0.0
         total = hidden_ND.new_zeros((), dtype=torch.float32)
-        size = max(1, self._chunk_elements // base.config.get_text_config().vocab_size)
-        for start in range(0, len(hidden_ND), size):
-            chunk = slice(start, start + size)
+        for number in range(count):
+            # Past the end a chunk is empty, and worth nothing.
+            chunk = slice(number * size, (number + 1) * size)
             part = {key: batch[key][chunk] for key in ("token_ids", "topk_ids", "topk_logprobs") if key in batch}
-            if len(hidden_ND) > size:
+            if count > 1:
                 # The logits of a chunk are made again in the backward pass rather than kept for all chunks.
                 total = total + checkpoint(self._chunk_loss, hidden_ND[chunk], part, use_reentrant=False)
             else:
                 total = total + self._chunk_loss(hidden_ND[chunk], part)
         return total
+
+    def _num_chunks(self, own: int) -> int:
+        """How many chunks this worker makes that needs `own`.
+
+        Under ZeRO stage 3 the output layer lies in parts with all workers, who gather it together for every chunk:
+        each must make as many as the one that needs most.
+        """
+        base: Any = self.model.get_base_model()
+        if not hasattr(base.lm_head.weight, "ds_id"):
+            return own
+        count = torch.tensor(own, device=next(self.parameters()).device)
+        torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
+        return int(count)
 
     def _chunk_loss(self, hidden_ND: Tensor, part: dict[str, Tensor]) -> Tensor:
         base: Any = self.model.get_base_model()

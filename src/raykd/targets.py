@@ -27,18 +27,19 @@ class Target:
         return len(self.prompt_token_ids) + len(self.completion_token_ids)
 
 
-def soft_targets(completion: Mapping[str, Any], top_k: int) -> tuple[np.ndarray, np.ndarray]:
+def soft_targets(completion: Mapping[str, Any], top_k: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
     """The teacher's top-k of one completion as arrays.
 
     Args:
         completion: a row of `records.COMPLETION`, with K log-probabilities for each token or more.
         top_k: K.
+        vocabulary: how many tokens there are.
 
     Returns:
         ids (T, K) int64 and log-probabilities (T, K) float32.
 
     Raises:
-        ValueError: where tokens, ids and log-probabilities are not aligned.
+        ValueError: where tokens, ids and log-probabilities are not aligned, or an id is none of the tokens'.
     """
     tokens = completion["completion_token_ids"]
     ids, logprobs = completion["topk_ids"], completion["topk_logprobs"]
@@ -49,8 +50,15 @@ def soft_targets(completion: Mapping[str, Any], top_k: int) -> tuple[np.ndarray,
             f"of targets, which should be as many, of {top_k} or more each; delete its folder, and it is asked again"
         )
     shape = (len(tokens), top_k)
+    ids_TK = np.asarray([row[:top_k] for row in ids], dtype=np.int64).reshape(shape)
+    # A teacher may have more outputs than there are tokens, for padding, and a student fewer of those.
+    if ids_TK.size and ids_TK.max() >= vocabulary:
+        raise ValueError(
+            f"completion {completion['completion_id']}: among the teacher's {top_k} best is token {ids_TK.max()}, and "
+            f"the tokenizer has {vocabulary}; lower targets.top_k, or set targets.kind=hard"
+        )
     return (
-        np.asarray([row[:top_k] for row in ids], dtype=np.int64).reshape(shape),
+        ids_TK,
         np.asarray([row[:top_k] for row in logprobs], dtype=np.float32).reshape(shape),
     )
 

@@ -1,8 +1,9 @@
 """Trains one student for each variant, without Ray: `torchrun plain_loop.py FOLDER VARIANT...`.
 
-A variant is words such as `zero2-micro4-packed-killed`: the ZeRO stage, the rows of a forward pass, whether they are
-packed, whether activations are checkpointed, and whether the loop is broken off after its first checkpoint and then
-goes on from there.
+A variant is words such as `zero2-micro4-packed-killed`: the ZeRO stage, the rows of a forward pass, whether targets are
+soft, whether computed with in bfloat16, whether rows are packed, whether activations are checkpointed, whether the loss
+is made in many chunks, and whether the loop is broken off after its first checkpoint: the whole process ends there, and
+goes on when it is started for the same variant again.
 """
 
 import os
@@ -11,17 +12,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from raykd import config, problems, train
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch.distributed
+
+from raykd import config, models, problems, records, storage, student, train
 
 FOLDER = Path(sys.argv[1])
 
 
-class Killed(Exception):
-    """Stands for whatever ends a worker."""
-
-
 def job(variant: str, workers: int) -> train.Job:
-    """A trial on reference solutions, which need no teacher."""
+    """A trial on reference solutions, with the targets of a teacher that is drawn from a seed where they are soft."""
     words = variant.split("-")
     experiment = config.Experiment.model_validate(
         {
@@ -31,7 +33,7 @@ def job(variant: str, workers: int) -> train.Job:
             "teacher": {"model": "raykd/demo-teacher"},
             "student": {"model": "raykd/demo-student", "lora": {"rank": 4, "alpha": 8}},
             "prompt": {"instruction": ""},
-            "targets": {"sequence": "reference"},
+            "targets": {"sequence": "reference", "kind": "top_k" if "soft" in words else "hard", "top_k": 6},
             "train": {
                 "epochs": 2,
                 "batch_size": 8,
@@ -39,7 +41,7 @@ def job(variant: str, workers: int) -> train.Job:
                 "learning_rate": 5e-3,
                 "num_workers": workers,
                 "zero_stage": int(words[0].removeprefix("zero")),
-                "dtype": "float32",
+                "dtype": "bfloat16" if "bf16" in words else "float32",
                 "packing": "packed" in words,
                 "gradient_checkpointing": "checkpointed" in words,
                 "checkpoint_every_steps": 3,
@@ -47,35 +49,58 @@ def job(variant: str, workers: int) -> train.Job:
         }
     )
     name = f"workers{workers}-{variant}"
+    splits = problems.prepare(experiment.problems, FOLDER)
     return train.Job(
         trial_id=name,
         arm_name="default",
         arm=experiment.arm("default"),
         seed=0,
         overrides={},
-        problems=problems.prepare(experiment.problems, FOLDER),
-        completions=None,
+        problems=splits,
+        completions=scored(splits) if "soft" in words else None,
         same_tokens=True,
         folder=FOLDER / name,
     )
 
 
+def scored(splits: Path) -> Path:
+    """The reference solutions with six log-probabilities for each of their tokens."""
+    draw, tokenizer = np.random.default_rng(0), models.load_tokenizer("raykd/demo-student", None)
+    rows = []
+    for problem in pyarrow.parquet.read_table(splits / "train.parquet").to_pylist():
+        tokens = models.answer_token_ids(tokenizer, problem["reference_solution"], is_whole=True)
+        ids = [draw.choice(len(tokenizer), 6, replace=False).tolist() for _ in tokens]
+        row = {
+            **dict.fromkeys(records.COMPLETION.names, ""),
+            "problem_id": problem["problem_id"],
+            "completion_id": problem["problem_id"],
+            "sample_index": 0,
+            "prompt_token_ids": [],
+            "completion_token_ids": tokens,
+            "is_correct": True,
+            "topk_ids": ids,
+            "topk_logprobs": np.log(draw.dirichlet(np.ones(7), len(tokens))[:, :6]).tolist(),
+        }
+        rows.append(row)
+    folder = FOLDER / "scored"
+    storage.write_part(folder, pa.Table.from_pylist(rows, schema=records.COMPLETION), "completion_id")
+    return folder
+
+
 def run(variant: str, workers: int) -> None:
     made = job(variant, workers)
-    kept = FOLDER / f"checkpoint-of-{made.trial_id}-worker-{os.environ['RANK']}"
+    student.CHUNK_ELEMENTS = 1 << (13 if "chunked" in variant else 26)
+    kept = FOLDER / f"checkpoint-of-{made.trial_id}"
 
     def break_off(metrics: dict[str, Any], checkpoint: Path | None) -> None:
         if checkpoint:
-            shutil.copytree(checkpoint, kept)
-            raise Killed
+            # As Ray Train does it, every worker's part goes into one folder.
+            shutil.copytree(checkpoint, kept, dirs_exist_ok=True)
+            torch.distributed.barrier()
+            os._exit(0)
 
-    if "killed" not in variant:
-        train.loop(made, lambda metrics, checkpoint: None, None)
-        return
-    try:
-        train.loop(made, break_off, None)
-    except Killed:
-        train.loop(made, lambda metrics, checkpoint: None, kept)
+    is_first = "killed" in variant and not kept.exists()
+    train.loop(made, break_off if is_first else lambda metrics, checkpoint: None, kept if kept.exists() else None)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def completion(tokens: int = 3, k: int = 2) -> dict:
 
 
 def test_soft_targets_become_arrays():
-    ids, logprobs = targets.soft_targets(completion(), 2)
+    ids, logprobs = targets.soft_targets(completion(), 2, 100)
     assert ids.shape == logprobs.shape == (3, 2)
     assert (ids.dtype, logprobs.dtype) == (np.int64, np.float32)
     assert logprobs[1].tolist() == pytest.approx([-0.1, -3.0])
@@ -29,15 +29,22 @@ def test_what_is_not_aligned_is_refused(field: str):
     broken = completion()
     broken[field] = broken[field][:-1]
     with pytest.raises(ValueError, match="completion c1"):
-        targets.soft_targets(broken, 2)
+        targets.soft_targets(broken, 2, 100)
 
 
 def test_of_more_than_k_the_k_best_are_taken_and_fewer_are_refused():
-    ids, logprobs = targets.soft_targets(completion(k=2), 1)
+    ids, logprobs = targets.soft_targets(completion(k=2), 1, 100)
     assert ids.tolist() == [[7]] * 3
     assert logprobs.shape == (3, 1)
     with pytest.raises(ValueError, match="completion c1"):
-        targets.soft_targets(completion(k=1), 2)
+        targets.soft_targets(completion(k=1), 2, 100)
+
+
+def test_an_id_that_is_no_token_is_refused():
+    best = max(max(row) for row in completion()["topk_ids"])
+    targets.soft_targets(completion(), 2, best + 1)
+    with pytest.raises(ValueError, match=rf"completion c1: .* token {best}, and the tokenizer has {best};"):
+        targets.soft_targets(completion(), 2, best)
 
 
 def test_every_epoch_sees_every_row_once_in_an_order_of_its_own():
