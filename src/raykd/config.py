@@ -150,6 +150,19 @@ class Arm(Section):
         """The divergence that is trained with."""
         return self.loss.divergence or ("reverse_kl" if self.targets.sequence == "student" else "forward_kl")
 
+    def bearing(self) -> dict[str, Any]:
+        """The sections without what plays no part in this arm, as JSON values."""
+        tree = json.loads(self.model_dump_json(exclude={"prompt": {"strategies"}}))
+        if self.targets.kind == "hard":
+            del tree["targets"]["top_k"], tree["loss"]
+        else:
+            tree["loss"]["divergence"] = self.divergence
+        if self.targets.sequence != "student":
+            del tree["targets"]["rounds"], tree["targets"]["warmup_rounds"], tree["targets"]["rollout"]
+        if not self.needs_teacher:
+            del tree["prompt"]["strategy"]
+        return tree
+
 
 _CARRIED_OUT: Any = {
     "storage": True,

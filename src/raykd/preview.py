@@ -13,13 +13,10 @@ from raykd import config, models, problems, prompts
 from raykd.config import Experiment
 from raykd.prompts import Messages
 
-# What plays a part for a student that learns from its own answers only.
-_OWN = ("rounds", "warmup_rounds", "rollout")
-
 
 def arms(experiment: Experiment) -> Table:
     """The arms, each with every field in which not all of them agree, or that one of them names."""
-    leaves = {name: _leaves(experiment, name) for name in experiment.arms}
+    leaves = {name: dict(config.leaves(experiment.arm(name).bearing(), "")) for name in experiment.arms}
     paths = dict.fromkeys(path for each in leaves.values() for path in each)
     found = {path: {json.dumps(each[path]) for each in leaves.values() if path in each} for path in paths}
     named = {path for overrides in experiment.arms.values() for path, _ in config.leaves(overrides, "")}
@@ -33,22 +30,6 @@ def arms(experiment: Experiment) -> Table:
     for name, each in leaves.items():
         table.add_row(Text(name), *(Text(_shown(each.get(path))) for path in differing))
     return table
-
-
-def _leaves(experiment: Experiment, arm: str) -> dict[str, Any]:
-    resolved = experiment.arm(arm)
-    tree = json.loads(resolved.model_dump_json(exclude={"prompt": {"strategies"}}))
-    # What plays no part in an arm is no difference between arms.
-    if resolved.targets.kind == "hard":
-        tree["targets"].pop("top_k")
-        tree.pop("loss")
-    else:
-        tree["loss"]["divergence"] = resolved.divergence
-    if resolved.targets.sequence != "student":
-        tree["targets"] = {key: value for key, value in tree["targets"].items() if key not in _OWN}
-    if not resolved.needs_teacher:
-        tree["prompt"].pop("strategy")
-    return dict(config.leaves(tree, ""))
 
 
 def _shown(value: Any) -> str:

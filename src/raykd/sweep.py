@@ -39,14 +39,14 @@ def jobs(
     made = []
     for arm_name, overrides in experiment.arms.items():
         arm, request = experiment.arm(arm_name), asked[arm_name]
+        # The teacher and how it was primed are in what identifies the rows.
+        bearing = {name: value for name, value in arm.bearing().items() if name in ("student", "targets", "loss")}
         # A student's own answers are not there yet: what is given is what it begins with.
         given = asked.get(f"{arm_name}/warmup") if arm.targets.sequence == "student" else request
         for seed in experiment.seeds:
             identity = {
-                "student": dict(student),
-                "lora": arm.student.lora.model_dump(),
-                "targets": arm.targets.model_dump(),
-                "loss": arm.loss.model_dump(),
+                **bearing,
+                "weights": dict(student),
                 # How a trial is carried out changes nothing of what it is.
                 "train": arm.train.model_dump(exclude={"accelerator", "checkpoint_every_steps", "max_failures"}),
                 "instruction": arm.prompt.instruction,

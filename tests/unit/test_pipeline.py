@@ -120,3 +120,23 @@ def test_other_content_under_the_same_names_is_refused(tmp_path: Path):
     settings.write_text(settings.read_text() + "\n")
     with pytest.raises(ValueError, match=r"begun with other content: the student was .* name of its own"):
         prepare(tmp_path, student={"model": str(model)})
+
+
+def test_a_trial_is_another_one_only_where_something_bears_on_it(tmp_path: Path):
+    def ids(**tree: Any) -> set[str]:
+        arms = {
+            "hard": {},
+            "soft": {"targets.kind": "top_k"},
+            "own": {"targets": {"sequence": "student", "kind": "top_k"}, "train": {"batch_size": 5}},
+        }
+        return {job.trial_id for job in prepare(tmp_path, **{"arms": arms, **tree}).jobs}
+
+    def changed(name: str, **tree: Any) -> set[str]:
+        return {trial_id.split("-")[0] for trial_id in ids(name=name, **tree) - ids()}
+
+    assert changed("same") == set()
+    assert changed("rounds", targets={"rounds": 2}) == {"own"}
+    assert changed("top_k", targets={"top_k": 8}) == {"soft", "own"}
+    assert changed("loss", loss={"divergence": "reverse_kl"}) == {"soft"}, "of its own answers it is the default"
+    assert changed("carried_out", train={"checkpoint_every_steps": 7}) == set()
+    assert changed("epochs", train={"epochs": 3}) == {"hard", "soft", "own"}
