@@ -254,28 +254,29 @@ class Ask:
         self._instruction, self._done, self._seed = instruction, done, seed
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = []
-        for problem in batch.to_pylist():
-            messages = prompts.student_messages(problem, self._instruction)
-            tokens = models.prompt_token_ids(self._tokenizer, messages)
-            for each in self._contestants:
-                prediction_id = _prediction_id(each, problem["problem_id"])
-                is_asked = each.problem_ids is None or problem["problem_id"] in each.problem_ids
-                if is_asked and prediction_id not in self._done:
-                    rows.append(
-                        {
-                            "prediction_id": prediction_id,
-                            "trial_id": each.trial_id,
-                            "arm": each.arm,
-                            "seed": each.seed,
-                            "problem_id": problem["problem_id"],
-                            "question": problem["question"],
-                            "reference_answer": problem["reference_answer"],
-                            "model": str(each.adapter or self._model),
-                            "tokenized_prompt": tokens,
-                            "answer_seed": _answer_seed(self._seed, prediction_id),
-                        }
-                    )
+        problems = batch.to_pylist()
+        prompted = [prompts.student_messages(problem, self._instruction) for problem in problems]
+        tokens = [models.prompt_token_ids(self._tokenizer, messages) for messages in prompted]
+        # One after the other: the engine then changes adapters now and then only, and an answer's neighbours, with
+        # which it is written, are its student's.
+        rows = [
+            {
+                "prediction_id": prediction_id,
+                "trial_id": each.trial_id,
+                "arm": each.arm,
+                "seed": each.seed,
+                "problem_id": problem["problem_id"],
+                "question": problem["question"],
+                "reference_answer": problem["reference_answer"],
+                "model": str(each.adapter or self._model),
+                "tokenized_prompt": prompt,
+                "answer_seed": _answer_seed(self._seed, prediction_id),
+            }
+            for each in self._contestants
+            for problem, prompt in zip(problems, tokens, strict=True)
+            if (each.problem_ids is None or problem["problem_id"] in each.problem_ids)
+            and (prediction_id := _prediction_id(each, problem["problem_id"])) not in self._done
+        ]
         return pa.Table.from_pylist(rows, schema=_QUESTION)
 
 

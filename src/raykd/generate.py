@@ -87,11 +87,10 @@ def score(
     requests = list(wanted.values())
     done = _done(requests)
     totals = {folder: _num_to_score(folder) for folder in wanted}
-    files = [str(file) for folder in wanted for file in storage.parts(folder)]
-    questions = ray.data.read_parquet(files, include_paths=True).map_batches(
+    # A row a folder: each may hold many small parts, and Ray Data would open all of them at once.
+    questions = ray.data.from_items([{"answers": str(folder)} for folder in wanted]).map_batches(
         RenderAnswers,
-        batch_size=256,
-        batch_format="pyarrow",
+        batch_size=1,
         fn_constructor_kwargs={
             "wanted": dict(wanted),
             "problems": problems,
@@ -211,17 +210,20 @@ class RenderAnswers:
         rows = pq.read_table(problems / "train.parquet").to_pylist()
         self._problems = {row["problem_id"]: row for row in rows}
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = []
-        for answer in batch.to_pylist():
-            request = self._wanted[Path(answer["path"]).parent]
+    def __call__(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
+        for folder in map(Path, batch["answers"]):
+            request = self._wanted[folder]
+            for part in storage.open_rows(folder, records.COMPLETION).to_batches(batch_size=256):
+                yield pa.Table.from_pylist(list(self._rows(part.to_pylist(), request)), schema=QUESTION)
+
+    def _rows(self, answers: list[dict[str, Any]], request: Request) -> Iterator[dict[str, Any]]:
+        for answer in answers:
             is_done = completion_id(request, answer["problem_id"], 0) in self._done[request.folder]
             if not answer["completion_token_ids"] or is_done:
                 continue
             given = (answer["completion_token_ids"], answer["completion"], answer["finish_reason"])
             problem = self._problems[answer["problem_id"]]
-            rows.append(question(self._tokenizer, problem, request, self._instruction, 0, given))
-        return pa.Table.from_pylist(rows, schema=QUESTION)
+            yield question(self._tokenizer, problem, request, self._instruction, 0, given)
 
 
 def question(

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from raykd import evaluate, models, records, storage
-from raykd.sections import Sampling
+from raykd.sections import Sampling, Student
 
 END = 1
 
@@ -55,3 +56,22 @@ def test_an_untouched_student_alone_needs_no_adapter(tmp_path: Path):
 def test_greedy_answers_carry_no_seed(temperature: float):
     params = evaluate.sampling_params(Sampling(temperature=temperature), seed=3)
     assert ("seed" in params) == (temperature > 0)
+
+
+def test_each_student_is_asked_its_own_problems_one_student_after_the_other():
+    problems = [
+        {**dict.fromkeys(records.PROBLEM.names, ""), "problem_id": str(n), "question": f"What is {n} + 1?"}
+        for n in range(4)
+    ]
+    contestants = [
+        evaluate.Contestant("a", "a", 0, Path("a")),
+        evaluate.Contestant("b", "b", 0, Path("b"), problem_ids=frozenset({"1", "3"})),
+    ]
+    ask = evaluate.Ask(contestants, Student(model="raykd/demo-student"), "", done={"a/2"})
+    asked = ask(pa.Table.from_pylist(problems, schema=records.PROBLEM)).to_pylist()
+    assert [row["prediction_id"] for row in asked] == ["a/0", "a/1", "a/3", "b/1", "b/3"]
+    assert [row["model"] for row in asked] == ["a"] * 3 + ["b"] * 2
+    tokenizer = models.load_tokenizer("raykd/demo-student", None)
+    for row in asked:
+        assert f"What is {row['problem_id']} + 1?" in tokenizer.decode(row["tokenized_prompt"])
+    assert len({row["answer_seed"] for row in asked}) == 5
