@@ -302,8 +302,7 @@ def _examples(arms: list[Arm], rows: Mapping[str, Mapping[str, Row]]) -> list[Ex
 def _notes(folder: Path, run: Mapping[str, Any], trials: list[Trial], earlier: list[str]) -> list[str]:
     notes = []
     if earlier:
-        shown = ", ".join(earlier[:3]) + (", …" if len(earlier) > 3 else "")
-        notes.append(f"Left out: {len(earlier)} of an earlier configuration of this experiment ({shown})")
+        notes.append(f"Left out: {len(earlier)} of an earlier configuration of this experiment ({_some(earlier)})")
     expected = (run.get("problems") or {}).get("num_test")
     for trial in trials:
         name = f"Arm {trial.arm}, seed {trial.seed}"
@@ -316,10 +315,11 @@ def _notes(folder: Path, run: Mapping[str, Any], trials: list[Trial], earlier: l
             notes.append(f"{name} has {total} of {expected} predictions: its evaluation is not complete")
         if trial.measured.errors:
             notes.append(f"{name}: {trial.measured.errors} of {total} problems got no answer and are left out of n")
-    for unfinished in sorted(folder.glob("trials/*/")):
-        is_current = unfinished.name in (run.get("trials") or [unfinished.name])
-        if is_current and not (unfinished / "trial.json").is_file():
-            notes.append(f"Trial {unfinished.name} was begun and not finished: it is in no table")
+    begun = [path.name for path in sorted(folder.glob("trials/*/")) if not (path / "trial.json").is_file()]
+    unfinished = [name for name in begun if name in (run.get("trials") or begun)]
+    if unfinished:
+        what = f"Trial {unfinished[0]}" if len(unfinished) == 1 else f"{len(unfinished)} trials ({_some(unfinished)})"
+        notes.append(f"Begun and not finished, so in no table: {what}")
     return notes
 
 
@@ -330,6 +330,10 @@ def _arm_names(config: str) -> list[str]:
     except (yaml.YAMLError, AttributeError):
         return []
     return [str(name) for name in arms]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _rank(name: str, order: list[str]) -> int:

@@ -300,7 +300,11 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     notes = " / ".join(write_report(experiment.write()).notes)
     assert "Arm none, seed 0 has 40 of 60 predictions" in notes
     assert "Arm teacher, seed 0 has no predictions" in notes
-    assert "killed-0 was begun and not finished" in notes
+    assert "Begun and not finished, so in no table: Trial killed-0" in notes
+    for number in range(1, 5):
+        (tmp_path / "trials" / f"killed-{number}").mkdir()
+    (note,) = (note for note in write_report(tmp_path).notes if note.startswith("Begun"))
+    assert note.endswith("5 trials (killed-0, killed-1, killed-2, …)")
 
 
 def test_run_json_may_lack_what_it_does_not_know(tmp_path: Path) -> None:
