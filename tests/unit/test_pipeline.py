@@ -98,11 +98,23 @@ def test_what_does_not_fit_is_told_before_anything_is_started(
         assert word in str(caught.value)
 
 
+def refused(plan: pipeline.Plan, resources: dict[str, float]) -> list[str]:
+    """The stages that do not fit."""
+    found = []
+    for stage in ("generate", "train", "evaluate"):
+        try:
+            pipeline.check(plan, resources, [stage])
+        except ValueError:
+            found.append(stage)
+    return found
+
+
 def test_what_fits_is_not_refused_for_a_stage_that_does_not_run(tmp_path: Path):
     plan = prepare(tmp_path, train={"num_workers": 4, "batch_size": 8})
-    pipeline.check(plan, {"CPU": 4})
-    pipeline.check(plan, {"CPU": 3}, ["generate"])
-    pipeline.check(plan, {"CPU": 3}, ["evaluate"])
+    assert refused(plan, {"CPU": 4}) == []
+    assert refused(plan, {"CPU": 3}) == ["train"]
+    # An engine needs a core and the pipeline another.
+    assert refused(plan, {"CPU": 1}) == ["generate", "train", "evaluate"]
 
 
 def test_a_mistake_can_be_mended_under_the_same_name(tmp_path: Path):
