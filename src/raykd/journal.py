@@ -142,7 +142,9 @@ def note_completions(folder: Path, teacher: str, teachings: list[Teaching]) -> N
             counts = {key: sum(manifest[key] for manifest in manifests) for key in keep}
             named = {"strategy": each.request.strategy_name, "sequence": each.request.sequence, "teacher": teacher}
             keys = [path.name for path in each.folders] if each.request.sequence != "student" else []
-            entries.append({**named, "content_keys": keys, "arms": each.arms, **counts})
+            entries.append(
+                {**named, "content_keys": keys, "arms": each.arms, "samples": each.request.samples, **counts}
+            )
     file = folder / "run.json"
     storage.write_json(file, {**storage.read_json(file), "completions": entries})
 

@@ -175,8 +175,9 @@ def teachers(results: Results) -> Table:
         "Teacher beside student",
         ["Strategy", "Teacher %", "Teacher n", "Answer first %", "Arm", "Student %"],
         rows,
-        "Strict accuracy. The teacher answered training problems, primed; the student test problems, "
-        "unprimed: not one scale. A teacher that was told the answer is right more often for that alone. Answer "
+        "Strict accuracy; an interval's n is the number of problems. The teacher answered training problems, primed; "
+        "the student test problems, unprimed: not one scale. A teacher that was told the answer is right more often "
+        "for that alone. Answer "
         "first: completions that state an answer before any calculation, or without one, as a teacher does that "
         "repeats what it was told.",
         text_columns=(0, 4),
@@ -254,11 +255,15 @@ def written_by_the_teacher(results: Results) -> list[Mapping[str, Any]]:
 
 
 def teacher_share(made: Mapping[str, Any]) -> Share:
-    """The teacher's own strict accuracy over the completions of one content key, errors left out."""
+    """The teacher's own strict accuracy over the completions of one content key, errors left out.
+
+    The interval's n is the number of problems, which several samples of each only repeat.
+    """
     answered, correct = _answered(made), made.get("correct")
     if not answered or correct is None:
         return Share()
-    return Share(correct / answered, *wilson_interval(correct, answered))
+    problems = max(1, answered // (made.get("samples") or 1))
+    return Share(correct / answered, *wilson_interval(correct / answered * problems, problems))
 
 
 def _answered(made: Mapping[str, Any]) -> int:

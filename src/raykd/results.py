@@ -14,8 +14,8 @@ from raykd.config import UNTOUCHED
 from raykd.records import PREDICTION
 from raykd.statistics import wilson_interval
 from raykd.storage import open_rows, read_json
+from raykd.strategies import BUILT_IN, Strategy
 
-CONTROL_STRATEGY = "shuffled_hint"
 NUM_EXAMPLES = 5
 
 
@@ -74,7 +74,8 @@ class Arm:
 
     name: str
     kind: str
-    """`untouched`, `baseline` (others are compared with it), `primed`, `control` (a shuffled hint) or `unprimed`."""
+    """`untouched`, `baseline` (others are compared with it), `primed`, `control` (its teacher was told another
+    problem's answer) or `unprimed`."""
     strategy: str
     trials: list[Trial]
     measured: Measured
@@ -134,14 +135,17 @@ def read_results(folder: Path) -> Results:
     trials = [trial for trial in trials if trial.trial_id in current]
     if not trials:
         raise ValueError(f"{folder} holds neither trials nor predictions: there is nothing to report yet")
-    order = [UNTOUCHED, *_arm_names(config)]
+    tree = _tree(config)
+    # As their author thinks of them.
+    order = [UNTOUCHED, *(str(name) for name in tree.get("arms") or ())]
     trials.sort(key=lambda t: (_rank(t.arm, order), t.arm, t.seed, t.trial_id))
     trained = {trial.arm: trial for trial in trials if trial.arm != UNTOUCHED}
     overrides = {name: trial.overrides for name, trial in trained.items()}
     against = baselines(overrides, {name: trial.strategy for name, trial in trained.items()})
     names = dict.fromkeys(trial.arm for trial in trials)
     compared = {baseline.arm for baseline in against.values()}
-    arms = [_arm(name, name in compared, trials, rows) for name in names]
+    controls = _controls(tree)
+    arms = [_arm(name, name in compared, controls, trials, rows) for name in names]
     by_seed = {arm.name: [(t.seed, rows.get(t.trial_id, {})) for t in arm.trials] for arm in arms}
     return Results(
         folder=folder,
@@ -261,7 +265,9 @@ def _losses(file: Path) -> list[tuple[int, float]]:
     return sorted(by_step.items())
 
 
-def _arm(name: str, is_baseline: bool, trials: list[Trial], rows: Mapping[str, Mapping[str, Row]]) -> Arm:
+def _arm(
+    name: str, is_baseline: bool, controls: set[str], trials: list[Trial], rows: Mapping[str, Mapping[str, Row]]
+) -> Arm:
     own = [trial for trial in trials if trial.arm == name]
     strategy = own[0].strategy
     if name == UNTOUCHED or is_baseline:
@@ -269,7 +275,7 @@ def _arm(name: str, is_baseline: bool, trials: list[Trial], rows: Mapping[str, M
     elif strategy in ("", BASELINE):
         kind = "unprimed"
     else:
-        kind = "control" if strategy == CONTROL_STRATEGY else "primed"
+        kind = "control" if strategy in controls else "primed"
     pooled = [row for trial in own for row in rows.get(trial.trial_id, {}).values()]
     return Arm(name, kind, strategy, own, measure(pooled))
 
@@ -323,13 +329,19 @@ def _notes(folder: Path, run: Mapping[str, Any], trials: list[Trial], earlier: l
     return notes
 
 
-def _arm_names(config: str) -> list[str]:
-    """The arms in the order of the configuration, which is how its author thinks of them."""
+def _tree(config: str) -> Mapping[str, Any]:
     try:
-        arms = (yaml.safe_load(config) or {}).get("arms") or {}
-    except (yaml.YAMLError, AttributeError):
-        return []
-    return [str(name) for name in arms]
+        tree = yaml.safe_load(config)
+    except yaml.YAMLError:
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _controls(config: Mapping[str, Any]) -> set[str]:
+    """The strategies that tell the teacher another problem's answer."""
+    own = (config.get("prompt") or {}).get("strategies") or {}
+    known = BUILT_IN | {name: Strategy.model_validate(each) for name, each in own.items()}
+    return {name for name, strategy in known.items() if strategy.is_control}
 
 
 def _some(names: list[str]) -> str:

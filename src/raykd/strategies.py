@@ -36,16 +36,24 @@ class Strategy(BaseModel):
     version: int = 1
     """Raise it when the text changes its meaning; text and version are part of the content key."""
 
+    @property
+    def is_control(self) -> bool:
+        """Whether it tells the teacher another problem's answer: what it is worth is not the worth of a hint."""
+        return "other_answer" in _placeholders(self.text)
+
     @field_validator("text")
     @classmethod
     def _known_placeholders(cls, text: str) -> str:
-        names = {name for _, name, _, _ in Formatter().parse(text) if name is not None}
-        if names - PLACEHOLDERS:
+        if unknown := _placeholders(text) - PLACEHOLDERS:
             raise ValueError(
-                f"unknown placeholder {sorted(names - PLACEHOLDERS)} in a strategy's text; "
+                f"unknown placeholder {sorted(unknown)} in a strategy's text; "
                 f"known: {sorted(PLACEHOLDERS)}; write {{{{ and }}}} for plain braces"
             )
         return text
+
+
+def _placeholders(text: str) -> set[str]:
+    return {name for _, name, _, _ in Formatter().parse(text) if name is not None}
 
 
 _HINT = "Its correct answer is {answer}. Show the steps that lead to it, as if you had found it yourself."

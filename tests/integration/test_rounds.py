@@ -116,6 +116,25 @@ def test_the_primed_teacher_scored_every_token(taught: Ran, tokenizer):
             assert torch.allclose(expected.topk(8, -1).values, logprobs.double(), atol=2e-3)
 
 
+def test_its_own_answers_are_learnt_from_by_reverse_kl(taught: Ran, tokenizer):
+    job = job_of(taught, "soft")
+    base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32).eval()
+    written = {row["problem_id"]: row["prompt_token_ids"] for row in rows(job.round_folder(0) / "answers")}
+    nats, tokens = 0.0, 0
+    for row in rows(job.round_folder(0) / "completions"):
+        answer = row["completion_token_ids"]
+        log_q = log_likelihoods(base, written[row["problem_id"]], answer)
+        ids = torch.tensor(row["topk_ids"])
+        p, q = torch.tensor(row["topk_logprobs"]).double().exp(), log_q.exp().gather(-1, ids)
+        # The k tokens and all others as one: KL(student || teacher).
+        p, q = (torch.cat([each, 1 - each.sum(-1, keepdim=True)], -1).clamp(min=1e-7) for each in (p, q))
+        nats += (q * (q / p).log()).sum().item()
+        tokens += len(answer)
+    first = json.loads((job.folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["target_tokens"] == tokens
+    assert first["loss"] == pytest.approx(nats / tokens, rel=1e-3)
+
+
 @pytest.mark.parametrize("arm", ["begun", "begun_hard"])
 def test_a_warmed_up_student_begins_with_the_reference_solutions(taught: Ran, tokenizer, arm: str):
     job, problems = job_of(taught, arm), problems_of(taught)

@@ -264,6 +264,27 @@ def test_a_prime_is_not_credited_with_what_the_targets_did(tmp_path: Path) -> No
     assert "| soft | bare\\_soft | +" in (tmp_path / "report.md").read_text()
 
 
+def test_a_hint_of_another_problem_is_a_control_whatever_its_name(tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path)
+    experiment.trial("none", 0, drawn("none", 0, 0.2, 1.0))
+    experiment.trial("mine", 0, drawn("mine", 0, 0.9, 1.0), "lure", overrides={"prompt.strategy": "lure"})
+    experiment.write()
+    with (tmp_path / "experiment.yaml").open("a") as file:
+        file.write("prompt: {strategies: {lure: {text: 'It is {other_answer}.'}}}\n")
+    results = write_report(tmp_path)
+    assert {arm.name: arm.kind for arm in results.arms} == {"none": "baseline", "mine": "control"}
+    assert "no arm with a primed teacher" in answer(results).sentences[1]
+
+
+def test_samples_of_a_problem_do_not_narrow_the_teachers_interval(tmp_path: Path) -> None:
+    experiment = two_arms(tmp_path, 3, 2, 5, 5)
+    experiment.completions("none", 249, ["none"])
+    experiment.run["completions"][0] |= {"samples": 5, "errors": 0}
+    low, high = (round(100 * bound, 1) for bound in wilson_by_bisection(249 / 500, 100))
+    write_report(experiment.write())
+    assert f"| none | 49.8 ({low}–{high}) | 500 |" in (tmp_path / "report.md").read_text()
+
+
 def test_trials_of_an_earlier_configuration_are_left_out(tmp_path: Path) -> None:
     experiment = Experiment(tmp_path, trials=["none-0"])
     experiment.trial("none", 0, drawn("none", 0, 0.5, 0.9))
