@@ -1,4 +1,4 @@
-"""Command line: raykd plan | prompts | run | generate | train | evaluate | report."""
+"""Command line: raykd plan | prompts | run | sweep | generate | train | evaluate | report."""
 
 import argparse
 import os
@@ -23,6 +23,7 @@ _STAGES = {
     "plan": "in what the arms differ, before anything is started",
     "prompts": "what teacher and student are sent for a problem, by their own chat templates, with token counts",
     "run": "the whole experiment, from problems to report",
+    "sweep": "the same with a section `sweep`: search hyper-parameters, choose by validation, test what was chosen",
     "generate": "have the primed teacher answer the training problems",
     "train": "train the students, a Ray Tune trial for each arm and seed",
     "evaluate": "have all students answer the test problems in one engine",
@@ -41,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         experiment = config.load(options.file, options.overrides)
         if options.stage in ("plan", "prompts"):
             return _preview(options, experiment)
-        return _run_stage(options.stage, experiment, command)
+        if options.stage == "sweep" and experiment.sweep is None:
+            raise ValueError(f"{options.file}: has no section `sweep`; write one, or use `raykd run`")
+        return _run_stage(options.stage, experiment, command, getattr(options, "retry_failed", False))
     except ValueError as error:
         # What a user can mend; everything else is a fault, and keeps its traceback.
         print(f"raykd: {error}", file=sys.stderr)
@@ -65,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         stage.add_argument("file", metavar="FILE", help="the experiment's YAML file")
         if name == "prompts":
             stage.add_argument("--problem", default="0", metavar="N", help="number or id of a training problem (0)")
+        if name == "sweep":
+            stage.add_argument("--retry-failed", action="store_true", help="try trials that failed once more")
         stage.add_argument("overrides", nargs="*", metavar="key.path=value", help="fields to set, values as YAML")
     return parser
 
@@ -75,19 +80,21 @@ def _preview(options: argparse.Namespace, experiment: config.Experiment) -> int:
     from raykd import preview
 
     if options.stage == "plan":
+        found = preview.search(experiment)
         Console().print(preview.arms(experiment))
+        print(found, end="\n" if found else "")
     else:
         print(preview.prompts_of(experiment, options.problem))
     return 0
 
 
-def _run_stage(stage: str, experiment: config.Experiment, command: str) -> int:
+def _run_stage(stage: str, experiment: config.Experiment, command: str, retry_failed: bool) -> int:
     # Not before the experiment was read: torch and Ray take seconds, a typing error should not.
     from raykd import pipeline
     from raykd.cluster import connected
 
-    if stage == "run":
-        pipeline.run(experiment, command)
+    if stage in ("run", "sweep"):
+        pipeline.run(experiment, command, retry_failed)
     else:
         plan = pipeline.prepare(experiment, command)
         steps: dict[str, Callable[..., Any]] = {
@@ -109,12 +116,13 @@ def _show_results(experiment: config.Experiment) -> int:
     """Prints the result table, and tells whether a trial failed."""
     from rich.console import Console
 
-    from raykd.report import result_table
+    from raykd.report import result_tables
     from raykd.results import read_results
 
     folder = Path(experiment.storage).absolute() / "experiments" / experiment.name
     results = read_results(folder)
     console = Console()
-    console.print(result_table(results))
+    for table in result_tables(results):
+        console.print(table)
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
     return 1 if any(trial.status == "failed" for trial in results.trials) else 0

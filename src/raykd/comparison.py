@@ -1,7 +1,7 @@
 """Comparison: every arm against the one that has no prime, paired by problem and seed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raykd.config import UNTOUCHED, leaves
@@ -11,8 +11,24 @@ BASELINE = "none"
 """The strategy without a prime, and the arm that others are compared with where they have no closer one."""
 
 Row = Mapping[str, Any]
-Trials = Sequence[tuple[int, Mapping[str, Row]]]
-"""An arm's trials: the seed, and the prediction rows by problem."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What two trials must have in common to be compared."""
+
+    seed: int
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """The searched fields that bear on the trial; empty where arms are compared whatever these are."""
+
+    def equals(self, other: "Setting") -> bool:
+        """Whether both have one seed, and one value in every field that bears on both."""
+        common = self.values.keys() & other.values.keys()
+        return self.seed == other.seed and all(self.values[path] == other.values[path] for path in common)
+
+
+Trials = Sequence[tuple[Setting, Mapping[str, Row]]]
+"""An arm's trials: their setting, and the prediction rows by problem."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +95,7 @@ def baselines(arms: Mapping[str, Mapping[str, Any]], strategies: Mapping[str, st
 
 
 def compare_arms(arms: Mapping[str, Trials], baselines: Mapping[str, Baseline], column: str) -> list[Comparison]:
-    """Each arm against its baseline, where both answered the same problems with the same seed.
+    """Each arm against its baseline, where both answered the same problems in the same setting.
 
     Args:
         arms: the trials of each arm.
@@ -90,7 +106,7 @@ def compare_arms(arms: Mapping[str, Trials], baselines: Mapping[str, Baseline], 
         One for each arm that can be compared, in the order given.
     """
     pairs = {
-        name: _pairs(trials, arms[baselines[name].arm], column, any_seed=name == UNTOUCHED)
+        name: _pairs(trials, arms[baselines[name].arm], column, any_setting=name == UNTOUCHED)
         for name, trials in arms.items()
         if name in baselines and baselines[name].arm in arms
     }
@@ -99,15 +115,15 @@ def compare_arms(arms: Mapping[str, Trials], baselines: Mapping[str, Baseline], 
     return [replace(comparison, p_holm=p) for comparison, p in zip(found, corrected, strict=True)]
 
 
-def _pairs(trials: Trials, baseline: Trials, column: str, any_seed: bool) -> dict[str, list[tuple[bool, bool]]]:
-    """By problem: (arm is right, baseline is right) for each seed with which both answered it.
+def _pairs(trials: Trials, baseline: Trials, column: str, any_setting: bool) -> dict[str, list[tuple[bool, bool]]]:
+    """By problem: (arm is right, baseline is right) for each setting in which both answered it.
 
-    The untouched student has no seed of its own (`any_seed`): it stands beside every seed of the baseline.
+    The untouched student has no setting of its own (`any_setting`): it stands beside every one of the baseline.
     """
     pairs: dict[str, list[tuple[bool, bool]]] = {}
-    for seed, rows in trials:
-        for their_seed, theirs in baseline:
-            if seed != their_seed and not any_seed:
+    for setting, rows in trials:
+        for other, theirs in baseline:
+            if not (any_setting or setting.equals(other)):
                 continue
             for problem_id in sorted(rows.keys() & theirs.keys()):
                 row, their_row = rows[problem_id], theirs[problem_id]

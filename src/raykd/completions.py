@@ -1,6 +1,6 @@
 """Completions: what determines a set of them, and so its key and its folder."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,10 @@ class Request:
         return self.content["samples"]
 
 
-def of_arms(experiment: Experiment, problems: Path, root: Path, model: Mapping[str, Any]) -> dict[str, Request | None]:
-    """For each of `experiment.lessons` the completions that it is about; None where nothing is asked of the teacher.
+def of_arms(
+    experiment: Experiment, arms: Mapping[str, Arm], problems: Path, root: Path, model: Mapping[str, Any]
+) -> dict[str, Request | None]:
+    """For each arm the completions that it is about; None where nothing is asked of the teacher.
 
     What a student writes is not known beforehand: its request (`sequence` student) tells how it will be scored, and
     each of its rounds has a folder of its own.
@@ -46,25 +48,20 @@ def of_arms(experiment: Experiment, problems: Path, root: Path, model: Mapping[s
 
     Args:
         experiment: the experiment.
+        arms: what is trained on, by name.
         problems: the folder of the splits.
         root: the storage folder; the rows lie in `root/completions/<content key>`, for every experiment
             that asks the same of the same teacher.
         model: what identifies the teacher's weights and tokenizer.
     """
-    lessons = experiment.lessons
-    contents = {
-        name: _content(experiment, arm, problems, model) if arm.needs_teacher else None for name, arm in lessons.items()
-    }
-    stored = _stored(root)
-    found: dict[str, Request | None] = {}
+    contents = {name: _content(experiment, arm, problems, model) for name, arm in arms.items() if arm.needs_teacher}
+    stored, wanted = _by_question(_stored(root)), _by_question(contents.values())
+    found: dict[str, Request | None] = dict.fromkeys(arms)
     for name, content in contents.items():
-        if content is None:
-            found[name] = None
-            continue
-        others = [each for each in contents.values() if each and _but_k(each) == _but_k(content)]
-        there = [each for each in stored if _but_k(each) == _but_k(content) and each["top_k"] >= content["top_k"]]
-        chosen = min(there, key=_top_k) if there else max(others, key=_top_k)
-        strategy = lessons[name].prompt.strategy
+        question = _question(content)
+        there = [each for each in stored.get(question, []) if each["top_k"] >= content["top_k"]]
+        chosen = min(there, key=_top_k) if there else max(wanted[question], key=_top_k)
+        strategy = arms[name].prompt.strategy
         folder = root / "completions" / storage.content_key(chosen)
         found[name] = Request(strategy, experiment.strategies[strategy], folder, chosen)
     return found
@@ -109,8 +106,16 @@ def _stored(root: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _but_k(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in content.items() if name != "top_k"}
+def _by_question(contents: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for each in contents:
+        found.setdefault(_question(each), []).append(each)
+    return found
+
+
+def _question(content: Mapping[str, Any]) -> str:
+    """All that determines a set of completions, but for how many log-probabilities it has."""
+    return storage.content_key({name: value for name, value in content.items() if name != "top_k"})
 
 
 def _top_k(content: Mapping[str, Any]) -> int:

@@ -2,15 +2,29 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from raykd.mistakes import did_you_mean, explain
-from raykd.sections import NAME_PATTERN, Evaluate, Loss, Problems, Prompt, Section, Student, Targets, Teacher, Train
+from raykd.sections import (
+    NAME_PATTERN,
+    Evaluate,
+    Loss,
+    Problems,
+    Prompt,
+    Section,
+    Student,
+    Sweep,
+    Targets,
+    Teacher,
+    Train,
+)
+from raykd.space import Axis
 from raykd.strategies import BUILT_IN, Strategy
 
 UNTOUCHED = "untouched"
@@ -39,6 +53,8 @@ class Experiment(Section):
     """Every arm is trained once with each."""
     max_concurrent_trials: int | None = Field(default=None, ge=1)
     """Trials at a time; null for as many as the cluster's free resources hold."""
+    sweep: Sweep | None = None
+    """What is searched for every arm; null where arms are trained as they stand."""
 
     @model_validator(mode="after")
     def _arms(self) -> Self:
@@ -55,16 +71,50 @@ class Experiment(Section):
                     "which is the student without an adapter and always there"
                 )
         for name in self.arms:
-            arm = self.arm(name)
-            if arm.prompt.strategy not in self.strategies:
-                raise ValueError(
-                    f"arm {name!r}: unknown strategy {arm.prompt.strategy!r}"
-                    f"{did_you_mean(arm.prompt.strategy, self.strategies)}; known: "
-                    f"{', '.join(sorted(self.strategies))}; add your own under prompt.strategies"
-                )
-            if arm.targets.kind == "top_k":
-                self._engine_gives(name, arm.targets.top_k)
+            self.arm(name)
         return self
+
+    @model_validator(mode="after")
+    def _swept(self) -> Self:
+        if self.sweep is None:
+            return self
+        if not self.problems.num_validation:
+            raise ValueError(
+                "sweep: points are chosen by validation problems, which are cut from train: set problems.num_validation"
+            )
+        for path, axis in self.sweep.space.items():
+            for name, overrides in self.arms.items():
+                self._check_axis(path, axis, name, overrides)
+        for name in self.arms:
+            if self.arm(name).targets.sequence == "student" and self.sweep.scheduler != "none":
+                raise ValueError(
+                    f"arm {name!r} learns from its own answers, in rounds that all students take in step, so none of "
+                    "them can be stopped before the others: set sweep.scheduler=none"
+                )
+        return self
+
+    def _check_axis(self, path: str, axis: Axis, name: str, overrides: Mapping[str, Any]) -> None:
+        """Raises ValueError where a field cannot be searched, or not for an arm."""
+        where = f"sweep.space.{path}"
+        known = _paths(json.loads(self.arm(name).model_dump_json()), "")
+        if path not in known or not _may_differ(path):
+            can = [each for each in known if _may_differ(each)]
+            raise ValueError(
+                f"{where}: no field in which arms may differ{did_you_mean(path, can)}; those are below "
+                f"{', '.join(ARM_SECTIONS)}"
+            )
+        if path == "targets.sequence" and "student" in axis.extremes:
+            raise ValueError(f"{where}: a student's own answers are trained on in rounds; make it an arm of its own")
+        for named, _ in leaves(overrides, ""):
+            if f"{named}.".startswith(f"{path}.") or f"{path}.".startswith(f"{named}."):
+                raise ValueError(f"{where}: arm {name!r} sets {named}; what is searched is not set by an arm")
+        for value in axis.extremes:
+            try:
+                self._arm(name, {path: value})
+            except ValidationError as error:
+                # What does not go with other fields may go with other values of those.
+                if any(each["loc"] and _is_below(each["loc"], path) for each in error.errors()):
+                    raise ValueError(f"{where}: {explain(error, Arm)}") from None
 
     def _engine_gives(self, arm: str, top_k: int) -> None:
         """Raises ValueError where the engine is told not to give an arm's soft targets."""
@@ -98,30 +148,40 @@ class Experiment(Section):
         """The built-in strategies and the experiment's own, by name."""
         return BUILT_IN | self.prompt.strategies
 
-    def arm(self, name: str) -> "Arm":
-        """The experiment with the named arm's overrides in place."""
-        tree: dict[str, Any] = {key: getattr(self, key).model_dump() for key in Arm.model_fields}
-        # `targets: {kind: top_k}` says as much as `targets.kind: top_k`: what it does not name stays as it is.
+    def arm(self, name: str, point: Mapping[str, Any] = MappingProxyType({})) -> "Arm":
+        """The experiment with the named arm's overrides in place, and the values of a point of the sweep.
+
+        Raises:
+            ValueError: where they do not go together.
+        """
+        whose = f"arm {name!r}" + (f" at {shown(point)}" if point else "")
         for path, value in leaves(self.arms[name], ""):
-            if value == {}:
-                continue
-            if not any(path == section or path.startswith(section + ".") for section in ARM_SECTIONS):
+            if value != {} and not _may_differ(path):
                 raise ValueError(
                     f"arm {name!r} overrides {path!r}; arms may differ in {', '.join(ARM_SECTIONS)} only, "
                     "for they share problems, teacher and evaluation"
                 )
-            set_path(tree, path, value)
         try:
-            return Arm.model_validate(tree)
+            arm = self._arm(name, point)
         except ValidationError as error:
-            raise ValueError(f"arm {name!r}: {explain(error, Arm)}") from None
+            raise ValueError(f"{whose}: {explain(error, Arm)}") from None
+        if arm.prompt.strategy not in self.strategies:
+            raise ValueError(
+                f"{whose}: unknown strategy {arm.prompt.strategy!r}"
+                f"{did_you_mean(arm.prompt.strategy, self.strategies)}; known: "
+                f"{', '.join(sorted(self.strategies))}; add your own under prompt.strategies"
+            )
+        if arm.targets.kind == "top_k":
+            self._engine_gives(name, arm.targets.top_k)
+        return arm
 
-    @property
-    def lessons(self) -> dict[str, "Arm"]:
-        """All that is trained on: the arms by name, and as `<name>/warmup` what those have first that begin so."""
-        arms = {name: self.arm(name) for name in self.arms}
-        begun = {f"{name}/warmup": arm.warmup for name, arm in arms.items() if arm.warmup}
-        return {**arms, **begun}
+    def _arm(self, name: str, point: Mapping[str, Any]) -> "Arm":
+        tree: dict[str, Any] = {key: getattr(self, key).model_dump() for key in Arm.model_fields}
+        # `targets: {kind: top_k}` says as much as `targets.kind: top_k`: what it does not name stays as it is.
+        for path, value in [*leaves(self.arms[name], ""), *leaves(dict(point), "")]:
+            if value != {}:
+                set_path(tree, path, value)
+        return Arm.model_validate(tree)
 
 
 class Arm(Section):
@@ -169,6 +229,7 @@ _CARRIED_OUT: Any = {
     "arms": True,
     "seeds": True,
     "max_concurrent_trials": True,
+    "sweep": True,
     "teacher": {"replicas", "batch_size", "concurrency", "timeout_s", "start_timeout_s", "max_error_rate"},
     "train": {"accelerator", "checkpoint_every_steps", "max_failures"},
     "evaluate": {"batch_size", "max_loras", "max_error_rate"},
@@ -182,6 +243,30 @@ def leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{path}.{key}" if path else key)
     else:
         yield path, tree
+
+
+def shown(point: Mapping[str, Any]) -> str:
+    """A point of a sweep on one line."""
+    return ", ".join(
+        f"{path}={value:.4g}" if isinstance(value, float) else f"{path}={value}" for path, value in point.items()
+    )
+
+
+def _may_differ(path: str) -> bool:
+    """Whether arms may differ in a field."""
+    return any(path == section or path.startswith(section + ".") for section in ARM_SECTIONS)
+
+
+def _paths(tree: Any, path: str) -> list[str]:
+    """The dotted paths of all fields and sections of a tree."""
+    found = [path] if path else []
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        found += _paths(value, f"{path}.{key}" if path else key)
+    return found
+
+
+def _is_below(location: tuple[int | str, ...], path: str) -> bool:
+    return ".".join(map(str, location)).startswith(path)
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:

@@ -2,11 +2,9 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
-
-from raykd.strategies import Strategy
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
@@ -29,11 +27,10 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 def _keys_beside(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """The keys that stand where an unknown one was found."""
     for part in location[:-1]:
-        field = model.model_fields.get(str(part))
-        if field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            model = field.annotation
-        elif str(part) == "strategies":
-            model = Strategy
+        if field := model.model_fields.get(str(part)):
+            # The section itself, or what an optional one, a tuple or a mapping holds.
+            types = [field.annotation, *get_args(field.annotation)]
+            model = next((each for each in types if isinstance(each, type) and issubclass(each, BaseModel)), model)
     return sorted(model.model_fields)
 
 

@@ -7,12 +7,14 @@ after whatever ended it.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from raykd import (
     completions,
     config,
     evaluate,
+    finalists,
     generate,
     journal,
     models,
@@ -26,8 +28,9 @@ from raykd import (
 from raykd.cluster import connected
 from raykd.completions import Request
 from raykd.config import Experiment
+from raykd.job import Job
 from raykd.progress import say
-from raykd.train import Job, is_complete
+from raykd.variants import Variant, arm_of, lessons, variants
 
 # How many trials are named on one line.
 NAMED = 8
@@ -44,8 +47,12 @@ class Plan:
     teacher_model: dict[str, str]
     student_model: dict[str, str]
     same_tokens: bool
+    variants: list[Variant]
+    """What is trained on."""
     asked: dict[str, Request | None]
-    """For each of `experiment.lessons` the completions it is about; None where nothing is asked of the teacher."""
+    """For each of `variants.lessons` the completions it is about; None where nothing is asked of the teacher."""
+    retry_failed: bool
+    """Whether trials of a sweep that failed are tried again."""
 
     @property
     def log(self) -> Path:
@@ -61,51 +68,56 @@ class Plan:
     @property
     def teachings(self) -> list[journal.Teaching]:
         """All that the teacher wrote or scored, and for which arms."""
-        given = [
-            (request, [arm for arm, each in self.asked.items() if each and each.folder == request.folder])
-            for request in self.requests
-        ]
+        arms: dict[Path, dict[str, None]] = {}
+        for lesson, request in self.asked.items():
+            if request:
+                arms.setdefault(request.folder, {})[arm_of(lesson)] = None
+        given = [journal.Teaching(each, list(arms[each.folder]), [each.folder]) for each in self.requests]
+        scored: dict[str, list[Path]] = {}
+        for job in self.jobs:
+            if job.arm.targets.sequence == "student":
+                scored.setdefault(job.lesson, []).extend(rounds.scored(job))
         own = [
-            (request, arm, [folder for job in self.jobs if job.arm_name == arm for folder in rounds.scored(job)])
-            for arm, request in self.asked.items()
-            if request and request.sequence == "student"
+            journal.Teaching(request, [arm_of(lesson)], folders)
+            for lesson, folders in scored.items()
+            if (request := self.asked[lesson])
         ]
-        return [journal.Teaching(request, arms, [request.folder]) for request, arms in given] + [
-            journal.Teaching(request, [arm], folders) for request, arm, folders in own
-        ]
+        return given + own
 
-    @property
+    @cached_property
     def jobs(self) -> list[Job]:
         """The trials."""
-        return sweep.jobs(self.experiment, self.problems, self.asked, self.student_model, self.same_tokens, self.folder)
+        found = (self.problems, self.asked, self.student_model, self.same_tokens, self.folder)
+        return sweep.jobs(self.experiment, self.variants, *found)
+
+    @property
+    def pending(self) -> list[Job]:
+        """The trials that have not come to their end."""
+        return sweep.pending(self.jobs, self.retry_failed)
 
     @property
     def contestants(self) -> list[evaluate.Contestant]:
-        """Who answers the test problems: the untouched student, and every adapter that is there."""
+        """Who answers the test problems: the untouched student, and every adapter that is there and goes so far."""
         adapters = [
             evaluate.Contestant(job.trial_id, job.arm_name, job.seed, job.folder / "adapter", job.arm.student.lora.rank)
-            for job in self.jobs
-            if is_complete(job)
+            for job in finalists.of(self.jobs, self.experiment.sweep)
         ]
         return [evaluate.UNTOUCHED_STUDENT, *adapters]
 
     def is_complete(self) -> bool:
         """Whether nothing is left but to write the report."""
-        return (
-            not completions.missing(self.requests)
-            and all(is_complete(job) for job in self.jobs)
-            and _are_predicted(self)
-        )
+        return not completions.missing(self.requests) and not self.pending and _are_predicted(self)
 
 
-def run(experiment: Experiment, command: str) -> Path:
+def run(experiment: Experiment, command: str, retry_failed: bool = False) -> Path:
     """Runs an experiment from problems to report, and returns its folder.
 
     Args:
         experiment: the experiment.
         command: what was typed, for the report.
+        retry_failed: whether trials of a sweep that failed are tried again.
     """
-    plan = prepare(experiment, command)
+    plan = prepare(experiment, command, retry_failed)
     if not plan.is_complete():
         with connected(plan.log) as resources:
             check(plan, resources)
@@ -119,7 +131,7 @@ def run(experiment: Experiment, command: str) -> Path:
     return plan.folder
 
 
-def prepare(experiment: Experiment, command: str) -> Plan:
+def prepare(experiment: Experiment, command: str, retry_failed: bool = False) -> Plan:
     """Step 1: finds the models, writes the problems, and claims the experiment's folder.
 
     Raises:
@@ -133,24 +145,27 @@ def prepare(experiment: Experiment, command: str) -> Plan:
     teacher_tokenizer = models.load_tokenizer(experiment.teacher.model, experiment.teacher.revision)
     student_tokenizer = models.load_tokenizer(experiment.student.model, experiment.student.revision)
     same_tokens = models.same_tokens(teacher_tokenizer, student_tokenizer)
-    for name in experiment.arms:
-        if experiment.arm(name).targets.kind == "top_k" and not same_tokens:
+    trained = variants(experiment)
+    for variant in trained:
+        if variant.arm.targets.kind == "top_k" and not same_tokens:
             raise ValueError(
-                f"arm {name!r}: soft targets need one tokenizer, but {experiment.teacher.model} and "
+                f"arm {variant.arm_name!r}: soft targets need one tokenizer, but {experiment.teacher.model} and "
                 f"{experiment.student.model} have different ones; set targets.kind=hard"
             )
     splits = problems.prepare(experiment.problems, root)
-    for name in experiment.arms:
-        arm = experiment.arm(name)
+    for variant in trained:
+        arm = variant.arm
         steps = arm.train.epochs * math.ceil(problems.split_size(splits, "train") / arm.train.batch_size)
         if arm.targets.sequence == "student" and arm.targets.rounds > steps:
             raise ValueError(
-                f"arm {name!r}: targets.rounds={arm.targets.rounds} is more than its {steps} optimizer steps"
+                f"arm {variant.arm_name!r}: targets.rounds={arm.targets.rounds} is more than its {steps} optimizer "
+                "steps"
             )
-    asked = completions.of_arms(experiment, splits, root, teacher_model)
-    plan = Plan(experiment, root, folder, splits, teacher_model, student_model, same_tokens, asked)
-    found = {"teacher": teacher_model, "student": student_model}
-    journal.begin(experiment, folder, plan.problems, found, [job.trial_id for job in plan.jobs], command)
+    asked = completions.of_arms(experiment, lessons(trained), splits, root, teacher_model)
+    found = (splits, teacher_model, student_model, same_tokens, trained, asked)
+    plan = Plan(experiment, root, folder, *found, retry_failed)
+    identities = {"teacher": teacher_model, "student": student_model}
+    journal.begin(experiment, folder, plan.problems, identities, [job.trial_id for job in plan.jobs], command)
     storage.write_text(folder / "experiment.yaml", config.dump(experiment))
     return plan
 
@@ -167,9 +182,9 @@ def check(plan: Plan, resources: dict[str, float], stages: Sequence[str] = ("gen
         ValueError: with what does not fit, and the way out.
     """
     experiment, instruction = plan.experiment, plan.experiment.prompt.instruction
-    pending = [job for job in plan.jobs if not is_complete(job)] if "train" in stages else []
+    pending = plan.pending if "train" in stages else []
     # Seeds of an arm ask the same.
-    own = {job.arm_name: job for job in pending if job.arm.targets.sequence == "student"}
+    own = {job.lesson: job for job in pending if job.arm.targets.sequence == "student"}
     to_score = [(request, job.arm.targets.rollout) for name, job in own.items() if (request := plan.asked[name])]
     missing = completions.missing(plan.requests) if "generate" in stages else []
     will_predict = "evaluate" in stages and not _are_predicted(plan)
@@ -189,7 +204,9 @@ def check(plan: Plan, resources: dict[str, float], stages: Sequence[str] = ("gen
         *([[request], sampling.max_tokens] for request, sampling in to_score),
     ]:
         generate.check_lengths(requests, plan.problems, experiment.teacher, instruction, room)
-    answering = [(f"student of arm {name!r}", "train", job.arm.targets.rollout) for name, job in own.items()]
+    answering = [(f"student of arm {job.arm_name!r}", "train", job.arm.targets.rollout) for job in own.values()]
+    if pending and experiment.sweep and experiment.sweep.metric == "accuracy":
+        answering.append(("students", "validation", experiment.evaluate.sampling))
     if will_predict:
         answering.append(("students", "test", experiment.evaluate.sampling))
     for whose, split, sampling in answering:
@@ -212,14 +229,14 @@ def make_completions(plan: Plan, resources: dict[str, float]) -> None:
 
 def train_students(plan: Plan, resources: dict[str, float]) -> None:
     """Step 3: every arm with every seed becomes a LoRA student, a trial of Ray Tune each."""
-    experiment = plan.experiment
-    pending = [job for job in plan.jobs if not is_complete(job)]
+    experiment, pending = plan.experiment, plan.pending
     if pending:
         named = ", ".join(job.trial_id for job in pending[:NAMED]) + (", …" if len(pending) > NAMED else "")
         say(f"training {len(pending)} students with DeepSpeed ({named})")
     on_policy = [job for job in pending if job.arm.targets.sequence == "student"]
-    if given := [job for job in pending if job not in on_policy]:
-        sweep.run(given, experiment.max_concurrent_trials, plan.folder, resources)
+    if given := [job for job in pending if job.arm.targets.sequence != "student"]:
+        over = [job for job in plan.jobs if job.trial_id not in {each.trial_id for each in pending}]
+        sweep.run(given, experiment.max_concurrent_trials, plan.folder, resources, over)
     if on_policy:
         rounds.run(on_policy, plan.asked, experiment, plan.problems, plan.folder, resources, journal.versions())
 

@@ -32,6 +32,33 @@ def arms(experiment: Experiment) -> Table:
     return table
 
 
+def search(experiment: Experiment) -> str:
+    """What a sweep would train and ask, in a few lines; empty where the experiment has none.
+
+    Raises:
+        ValueError: where an arm and a point do not go together.
+    """
+    if experiment.sweep is None:
+        return ""
+    # Loads Ray Tune, which takes seconds.
+    from raykd.variants import variants
+
+    found = variants(experiment)
+    told, seeds = experiment.sweep, len(experiment.seeds)
+    lines = [f"sweep: {told.num_samples} points drawn, stopped early by {told.scheduler}"]
+    for path, axis in told.space.items():
+        ((way, values),) = axis.model_dump(exclude_defaults=True).items()
+        lines.append(f"  {path}: {way} {json.dumps(values)}")
+    for name in experiment.arms:
+        points = sum(each.arm_name == name for each in found)
+        lines.append(f"  arm {name}: {points} points x {seeds} seeds = {points * seeds} trials")
+    measured = f"{told.metric} on {experiment.problems.num_validation} validation problems"
+    lines.append(f"  each is measured {told.validations} times: {measured}")
+    tested = "all that are trained to the end" if told.finalists is None else f"the best {told.finalists} of each arm"
+    lines.append(f"  asked the test problems: {tested}, and the untouched student")
+    return "\n".join(lines)
+
+
 def _shown(value: Any) -> str:
     return "–" if value is None else value if isinstance(value, str) else json.dumps(value)
 

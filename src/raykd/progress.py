@@ -14,7 +14,12 @@ _screen: TextIO | None = None
 
 def say(message: str) -> None:
     """Shows a line to the user."""
-    print(message, file=_screen or sys.stderr, flush=True)
+    print(message, file=screen(), flush=True)
+
+
+def screen() -> TextIO:
+    """Where the user looks."""
+    return _screen or sys.stderr
 
 
 @contextmanager
@@ -67,7 +72,7 @@ class Meter:
         self._label, self.total, self._unit = label, total, unit
         self._done = done
         self._tokens = 0
-        self._stream = stream or _screen or sys.stderr
+        self._stream = stream or screen()
         self._terminal = self._stream.isatty()
         self._every_s = 0.2 if self._terminal else log_every_s
         self._start = time.monotonic()
@@ -101,6 +106,12 @@ class Meter:
         self._tokens += tokens
         if time.monotonic() - self._shown >= self._every_s:
             self._show()
+
+    def note(self, line: str) -> None:
+        """Shows a line of its own above."""
+        with self._writing:
+            self._stream.write(("\r\x1b[2K" if self._terminal else "") + line + "\n")
+            self._stream.flush()
 
     def text(self) -> str:
         """The line as it stands now."""

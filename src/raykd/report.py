@@ -2,7 +2,9 @@
 
 import csv
 import io
+import json
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from rich.table import Table as RichTable
@@ -10,9 +12,11 @@ from rich.text import Text
 
 from raykd import report_plots as plots
 from raykd import report_tables as tables
+from raykd.report_sweep import validation_share
 from raykd.report_text import answer
 from raykd.results import Results, read_results
 from raykd.storage import write_text
+from raykd.trial import Trial
 
 CSV_COLUMNS = (
     "arm",
@@ -36,6 +40,17 @@ CSV_COLUMNS = (
     "loss_last",
     "trial_id",
     "status",
+)
+# In a sweep's table also, and each searched field by its path.
+SWEEP_COLUMNS = (
+    "validation_accuracy",
+    "validation_accuracy_low",
+    "validation_accuracy_high",
+    "validation_loss",
+    "validation_n",
+    "validation_number",
+    "gpu_seconds",
+    "adapter",
 )
 DEMONSTRATION = (
     "This run uses the built-in toy models or generated problems. It shows that every stage works and how a "
@@ -62,14 +77,19 @@ def write_report(folder: Path) -> Results:
     return results
 
 
-def result_table(results: Results) -> RichTable:
-    """Arm, seed, strict and flexible accuracy in percent with its 95 % interval, and n, for the terminal."""
-    shown = tables.result(results)
+def result_tables(results: Results) -> list[RichTable]:
+    """For the terminal: of a sweep its trials and each arm's best point; of each arm accuracy in percent with its 95 %
+    interval, and n."""
+    found = [each for each in (tables.all_trials(results), tables.best_points(results)) if each.rows]
+    return [*(_for_terminal(each, each.title) for each in found), _for_terminal(tables.result(results), results.name)]
+
+
+def _for_terminal(shown: tables.Table, title: str) -> RichTable:
     # Errors are worth a column where there are any.
     kept = [
         n for n, column in enumerate(shown.columns) if column != "Errors" or any(row[n] != "0" for row in shown.rows)
     ]
-    table = RichTable(title=Text(results.name))
+    table = RichTable(title=Text(title))
     for number in kept:
         table.add_column(shown.columns[number], justify="left" if number in shown.text_columns else "right")
     for row in shown.rows:
@@ -80,7 +100,9 @@ def result_table(results: Results) -> RichTable:
 
 def _csv(results: Results) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list[str](CSV_COLUMNS), lineterminator="\n")
+    paths = results.sweep.paths if results.sweep else []
+    columns = [*CSV_COLUMNS[:2], *paths, *CSV_COLUMNS[2:], *(SWEEP_COLUMNS if results.sweep else ())]
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for trial in results.trials:
         measured = trial.measured
@@ -90,8 +112,30 @@ def _csv(results: Results) -> str:
             share = getattr(measured, score)
             row |= {f"accuracy_{score}": share.value}
             row |= {f"accuracy_{score}_low": share.low, f"accuracy_{score}_high": share.high}
+        if results.sweep:
+            row |= {path: _cell(trial.values.get(path)) for path in paths} | _validated(trial)
         writer.writerow(row)
     return text.getvalue()
+
+
+def _validated(trial: Trial) -> dict[str, Any]:
+    """The columns of a trial of a sweep."""
+    measured, share = trial.validation or {}, validation_share(trial)
+    return {
+        "validation_accuracy": share.value,
+        "validation_accuracy_low": share.low,
+        "validation_accuracy_high": share.high,
+        "validation_loss": measured.get("loss"),
+        "validation_n": measured.get("n"),
+        "validation_number": measured.get("number"),
+        "gpu_seconds": trial.gpu_seconds,
+        "adapter": trial.adapter,
+    }
+
+
+def _cell(value: Any) -> Any:
+    """A value of the configuration in one cell."""
+    return json.dumps(value) if isinstance(value, list | dict | bool) else value
 
 
 def _markdown(results: Results) -> str:

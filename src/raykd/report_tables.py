@@ -1,9 +1,9 @@
 """Report tables: the report's tables as text cells, the same for Markdown, HTML and the terminal."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from raykd.report_sweep import all_trials, at_equal_points, best_points
 from raykd.report_text import (
     NOTHING,
     amount,
@@ -14,26 +14,16 @@ from raykd.report_text import (
     points_interval,
     share_and_interval,
 )
-from raykd.results import Measured, Results, Share, Trial, finite
+from raykd.results import Results
 from raykd.statistics import wilson_interval
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of text cells. Numbers are set to the right, the columns of `text_columns` to the left."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    note: str = ""
-    text_columns: tuple[int, ...] = (0,)
-    share_columns: tuple[int, ...] = ()
-    """Columns of percentages, which the page underlines with a bar."""
+from raykd.table import Table
+from raykd.trial import Measured, Share, Trial, finite
 
 
 def tables(results: Results) -> list[Table]:
     """All tables that have rows, in the report's order."""
-    makers = (result, differences, form, teachers, trials, training, cost, stages)
+    of_sweep = (best_points, at_equal_points, all_trials) if results.sweep else ()
+    makers = (result, differences, *of_sweep, form, teachers, trials, training, cost, stages)
     return [table for table in (make(results) for make in makers) if table.rows]
 
 
@@ -48,6 +38,8 @@ def result(results: Results) -> Table:
         "last number. Both as lm-evaluation-harness scores gsm8k. Problems that got no completion (errors) "
         "are not in n."
     )
+    if results.sweep:
+        note += " Each arm is at its best point of the sweep, chosen by validation problems."
     if is_repeated(results):
         note += " Seeds are pooled; an interval's n is the number of problems, which seeds only repeat."
     return Table("Results", ["Arm", "Seed", *_ACCURACY], rows, note, text_columns=(0, 6))
@@ -57,10 +49,15 @@ def trials(results: Results) -> Table:
     """Every trial, failed ones too, with its accuracy, where arms have several."""
     rows = [
         _accuracy(trial.arm, str(trial.seed), trial.measured, _status([trial]))
-        for trial in results.trials
+        for trial in _shown(results)
         if is_repeated(results)
     ]
     return Table("Seed by seed", ["Arm", "Seed", *_ACCURACY], rows, text_columns=(0, 6))
+
+
+def _shown(results: Results) -> list[Trial]:
+    """The trials of the arms as they are shown: of a sweep those at the best points, for all have their own table."""
+    return [trial for arm in results.arms for trial in arm.trials]
 
 
 def is_repeated(results: Results) -> bool:
@@ -187,7 +184,7 @@ def teachers(results: Results) -> Table:
 def training(results: Results) -> Table:
     """What each trial was trained on, and how its loss went."""
     rows = []
-    for trial in results.trials:
+    for trial in _shown(results):
         if trial.train_steps is None and trial.train_rows is None:
             continue
         dropped = ", ".join(f"{count} {reason}" for reason, count in trial.dropped.items() if count)

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from raykd.comparison import BASELINE, Comparison
 from raykd.config import UNTOUCHED
-from raykd.results import Results, Share
+from raykd.results import Results
+from raykd.trial import Share
 
 NOTHING = "–"
 

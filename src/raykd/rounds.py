@@ -15,9 +15,9 @@ from raykd import generate, placement, storage, sweep, teacher
 from raykd.completions import Request
 from raykd.config import Experiment
 from raykd.evaluate import Contestant
+from raykd.job import Job, is_complete, problems_of_round
 from raykd.progress import say
 from raykd.rollout import rollout
-from raykd.train import Job, is_complete, problems_of_round
 
 
 def run(
@@ -33,14 +33,14 @@ def run(
 
     Args:
         pending: trials that are not complete.
-        asked: for each arm how its answers are scored; None where the tokens themselves are the targets.
+        asked: for each lesson how its answers are scored; None where the tokens themselves are the targets.
         experiment: the experiment.
         problems: the folder of the splits.
         folder: the experiment's folder.
         cluster: the cluster's resources.
         versions: of the packages that matter, for the manifests.
     """
-    soft = [request for job in pending if (request := asked[job.arm_name])]
+    soft = [request for job in pending if (request := asked[job.lesson])]
     top_k, app = max((request.top_k for request in soft), default=0), _app(experiment)
     stays = bool(soft) and placement.hold_together(experiment, [job.arm.train for job in pending], cluster)
     with teacher.served(experiment.teacher, top_k, app, cluster) if stays else nullcontext():
@@ -73,7 +73,7 @@ def _answered(
 ) -> list[Job]:
     """The parts, each with the student's answers to learn from, scored where the arm's targets are soft."""
     _answer(parts, experiment, problems, cluster)
-    scored = {_answers(part): _request(part, request) for part in parts if (request := asked[part.arm_name])}
+    scored = {_answers(part): _request(part, request) for part in parts if (request := asked[part.lesson])}
     missing = {answers: each for answers, each in scored.items() if storage.read_manifest(each.folder) is None}
     if missing:
         with serving:

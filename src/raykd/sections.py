@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from raykd.space import Axis
 from raykd.strategies import Strategy
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -277,3 +278,39 @@ class Evaluate(Section):
     """Rows in one batch of the pipeline; also what is written at once."""
     max_error_rate: float = Field(default=0.01, ge=0, le=1)
     """The share of rows that may fail before the stage does; those of a student's own answers in training too."""
+
+
+class Sweep(Section):
+    """A search for hyper-parameters. Every arm is searched by itself, with as many points as the others; whatever is
+    chosen is chosen by validation problems, which nobody trains on (`problems.num_validation`)."""
+
+    space: dict[str, Axis] = {}
+    """What is searched: fields in which arms may differ, by dotted path, such as `train.learning_rate: {loguniform:
+    [1.0e-4, 1.0e-2]}`."""
+    num_samples: int = Field(default=8, ge=1)
+    """Points that are drawn, each of which is trained for every arm and seed, with every combination of the grids."""
+    scheduler: Literal["asha", "median", "none"] = "asha"
+    """Which trials are stopped early, compared with others of their arm: successive halving (Li et al., arXiv
+    1810.05934), those below the median of the others, or none."""
+    reduction_factor: float = Field(default=2, gt=1)
+    """ASHA lets one in so many go on, each time that so many times as much is trained."""
+    metric: Literal["accuracy", "loss"] = "accuracy"
+    """Strict match of greedy answers to the validation problems; or nats a token of their reference solutions."""
+    validations: int = Field(default=4, ge=1)
+    """How often a trial is measured, at even distances, the last time at its end."""
+    validation_batch_size: int = Field(default=32, ge=1)
+    """Validation problems that one worker answers at once."""
+    finalists: int | None = Field(default=None, ge=1)
+    """How many points of each arm, the best by validation, are asked the test problems; null for all that were trained
+    to the end."""
+    seed: int = 0
+    """Of the draws."""
+
+    @model_validator(mode="after")
+    def _stops_before_the_end(self) -> Self:
+        if self.scheduler != "none" and self.validations < 2:
+            raise ValueError(
+                f"validations={self.validations}: scheduler {self.scheduler} stops trials by what they reach before "
+                "their end; set validations to 2 or more, or scheduler to none"
+            )
+        return self

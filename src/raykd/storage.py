@@ -79,6 +79,21 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is damaged ({error}); delete it, and the stage is done again") from None
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """Reads JSON, a value a line.
+
+    Raises:
+        ValueError: where a line is cut or altered, with its place and what to do.
+    """
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is damaged ({error}); delete the file's folder") from None
+    return found
+
+
 def write_table(path: Path, table: pa.Table) -> None:
     """Writes a Parquet file that is there whole or not at all."""
     # Small row groups, so that a reader can stream and can split one file over several tasks.

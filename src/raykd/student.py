@@ -98,11 +98,10 @@ def training_rows(
     for problem in pyarrow.parquet.read_table(problems / "train.parquet").to_pylist():
         if wanted is not None and problem["problem_id"] not in wanted:
             continue
-        prompt = models.prompt_token_ids(tokenizer, prompts.student_messages(problem, arm.prompt.instruction))
         if completions is None:
-            tokens = models.answer_token_ids(tokenizer, problem["reference_solution"], is_whole=True)
-            found = [Target(problem["problem_id"], prompt, tokens)]
+            found = [reference_target(problem, tokenizer, arm.prompt.instruction)]
         else:
+            prompt = models.prompt_token_ids(tokenizer, prompts.student_messages(problem, arm.prompt.instruction))
             kept, reasons = select(by_problem.get(problem["problem_id"], []), arm.targets)
             dropped += reasons
             found = [_target(arm, prompt, row, tokenizer, same_as_teacher) for row in kept]
@@ -110,6 +109,19 @@ def training_rows(
         dropped["too_long"] += len(found) - len(fitting)
         targets += fitting
     return targets, {reason: count for reason, count in dropped.items() if count}
+
+
+def reference_target(problem: Mapping[str, Any], tokenizer: Any, instruction: str) -> Target:
+    """The tokens of a problem's reference solution as targets.
+
+    Args:
+        problem: a row of `records.PROBLEM`.
+        tokenizer: the student's.
+        instruction: what is said about the form of the answer.
+    """
+    prompt = models.prompt_token_ids(tokenizer, prompts.student_messages(problem, instruction))
+    tokens = models.answer_token_ids(tokenizer, problem["reference_solution"], is_whole=True)
+    return Target(problem["problem_id"], prompt, tokens)
 
 
 def _by_problem(arm: Arm, completions: Path) -> dict[str, list[dict[str, Any]]]:

@@ -1,48 +1,59 @@
-"""Sweep: arms x seeds as trials of Ray Tune, each of which trains one student."""
+"""Sweep: arms x points x seeds as trials of Ray Tune, each of which trains one student."""
 
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
 from raykd import completions, placement, storage
 from raykd.completions import Request
 from raykd.config import Experiment
-from raykd.progress import Meter
-from raykd.train import Job, describe, fit, is_complete
+from raykd.job import COMPLETE, FAILED, STOPPED, Job, is_complete, outcome, read_curve, record, validations
+from raykd.scoreboard import Scoreboard
+from raykd.sections import Sweep
+from raykd.train import fit
+from raykd.variants import Variant
+
+# What schedulers and searchers look at, as Tune flattens what a trial reports: how often it was measured, and what
+# came of it.
+TIME = "validation/number"
 
 
 def jobs(
     experiment: Experiment,
+    variants: Sequence[Variant],
     problems: Path,
     asked: Mapping[str, Request | None],
     student: Mapping[str, str],
     same_tokens: bool,
     folder: Path,
 ) -> list[Job]:
-    """The trials of an experiment: every arm with every seed.
+    """The trials of an experiment: every arm at every point with every seed.
 
     A trial's id ends in a hash of all that determines its adapter, so a changed setting is another trial.
 
     Args:
         experiment: the experiment.
+        variants: what is trained on.
         problems: the folder of the splits.
-        asked: for each of `experiment.lessons` the completions it is about; None where the teacher is not asked.
+        asked: for each of `variants.lessons` the completions it is about; None where the teacher is not asked.
         student: what identifies the student's weights.
         same_tokens: whether the teacher's token ids are the student's.
         folder: the experiment's folder.
     """
     made = []
-    for arm_name, overrides in experiment.arms.items():
-        arm, request = experiment.arm(arm_name), asked[arm_name]
+    for variant in variants:
+        arm, request, sweep = variant.arm, asked[variant.lesson], experiment.sweep
         # The teacher and how it was primed are in what identifies the rows.
         bearing = {name: value for name, value in arm.bearing().items() if name in ("student", "targets", "loss")}
         # A student's own answers are not there yet: what is given is what it begins with.
-        given = asked.get(f"{arm_name}/warmup") if arm.targets.sequence == "student" else request
+        given = asked.get(f"{variant.lesson}/warmup") if arm.targets.sequence == "student" else request
         for seed in experiment.seeds:
             identity = {
                 **bearing,
@@ -54,53 +65,85 @@ def jobs(
                 "problems": problems.name,
                 "seed": seed,
             }
-            trial_id = f"{arm_name}-s{seed}-{storage.content_key(identity)[:8]}"
+            if sweep:
+                # It is measured on the way, which is part of what it gives.
+                measured = {"metric": sweep.metric, "validations": sweep.validations}
+                identity |= {"measured": measured, "max_tokens": experiment.evaluate.sampling.max_tokens}
+            trial_id = f"{variant.arm_name}-s{seed}-{storage.content_key(identity)[:8]}"
             made.append(
                 Job(
                     trial_id=trial_id,
-                    arm_name=arm_name,
+                    arm_name=variant.arm_name,
                     arm=arm,
                     seed=seed,
-                    overrides=dict(overrides),
+                    overrides=dict(experiment.arms[variant.arm_name]),
                     problems=problems,
                     completions=given.folder if given else None,
                     same_tokens=same_tokens,
                     folder=folder / "trials" / trial_id,
+                    lesson=variant.lesson,
+                    values=variant.values,
+                    sweep=sweep,
+                    max_tokens=experiment.evaluate.sampling.max_tokens,
                 )
             )
     return made
 
 
-def run(pending: list[Job], max_concurrent: int | None, folder: Path, cluster: Mapping[str, float]) -> None:
-    """Trains the students of the given trials under Ray Tune; those that fail are recorded as failed.
+def pending(jobs: Sequence[Job], retry_failed: bool = False) -> list[Job]:
+    """The trials that have not come to their end.
 
     Args:
-        pending: trials that are not complete.
+        jobs: trials.
+        retry_failed: whether those that failed are tried again; outside a sweep they always are.
+    """
+    over = {COMPLETE, STOPPED} | (set() if retry_failed else {FAILED})
+    return [job for job in jobs if (outcome(job) not in over if job.sweep else not is_complete(job))]
+
+
+def run(
+    pending: Sequence[Job],
+    max_concurrent: int | None,
+    folder: Path,
+    cluster: Mapping[str, float],
+    earlier: Sequence[Job] = (),
+) -> None:
+    """Trains the students of the given trials under Ray Tune; how each of them ends is recorded as it ends.
+
+    Args:
+        pending: trials that have not come to their end.
         max_concurrent: trials at a time; None for as many as the cluster holds.
         folder: the experiment's folder.
         cluster: the cluster's resources, from which the number of trials at a time is computed: Tune sees only
             a trial's driver, and more trials than there are workers for would wait on each other for ever.
+        earlier: trials of the same sweep that have come to their end; they tell again what they reached, so that others
+            are compared with them.
     """
-    by_id = {job.trial_id: job for job in pending}
+    sweep = pending[0].sweep
+    again = [job for job in earlier if outcome(job) != FAILED] if sweep and sweep.scheduler != "none" else []
+    by_id = {job.trial_id: job for job in [*again, *pending]}
+    replayed = {job.trial_id for job in again}
     kinds: dict[str, placement.Accelerator] = {
         job.trial_id: placement.accelerator(job.arm.train.accelerator, cluster) for job in pending
     }
     fitting = min(placement.concurrent_trials(job.arm.train, kinds[job.trial_id], cluster) for job in pending)
-    # Tune's older reporter is the one that can be told to say nothing; the trials' progress is shown below.
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    # Else Tune takes Ctrl-C for a wish to end early with what there is, and the run goes on to the next stage.
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    _quiet()
 
     def trainable(config: dict[str, Any]) -> None:
-        trial_id = config["trial_id"]
-        fit(by_id[trial_id], kinds[trial_id], [TuneReportCallback()], folder / "checkpoints")
+        job = by_id[config["trial_id"]]
+        if job.trial_id in replayed:
+            for measured in validations(read_curve(job.folder / "metrics.jsonl")):
+                tune.report({"validation": measured})
+        else:
+            fit(job, kinds[job.trial_id], [TuneReportCallback()], folder / "checkpoints")
 
-    progress = _Progress(len(pending))
+    scoreboard = Scoreboard(list(pending))
     tuner = tune.Tuner(
         # The driver of a trial waits for its workers and needs no core itself, but Tune wants it to need something.
         tune.with_resources(trainable, {"CPU": 0, "memory": 1 << 20}),
         param_space={"trial_id": tune.grid_search(list(by_id))},
         tune_config=tune.TuneConfig(
+            scheduler=_OfEachArm(sweep, {trial_id: job.arm_name for trial_id, job in by_id.items()}) if sweep else None,
             max_concurrent_trials=min(fitting, max_concurrent or fitting),
             trial_name_creator=lambda trial: trial.config["trial_id"],
             trial_dirname_creator=lambda trial: trial.config["trial_id"],
@@ -109,54 +152,104 @@ def run(pending: list[Job], max_concurrent: int | None, folder: Path, cluster: M
             name="tune",
             storage_path=str(folder),
             verbose=0,
-            callbacks=[progress],
+            callbacks=[_Records({job.trial_id: job for job in pending}, folder), scoreboard],
         ),
     )
+    for job in pending:
+        if outcome(job) == FAILED:
+            # It is under way again; should it be broken off, it goes on.
+            (job.folder / "trial.json").unlink()
     try:
-        results = tuner.fit()
+        tuner.fit()
     finally:
         # Tune tells nobody of an end by Ctrl-C.
-        progress.close()
-    for result in results:
-        trial_id = (result.config or {})["trial_id"]
-        job = by_id[trial_id]
-        if is_complete(job):
-            # The adapter is there; the optimizer's state has served its purpose, but for a round to come.
-            if job.part == job.folder:
-                shutil.rmtree(folder / "checkpoints" / trial_id, ignore_errors=True)
-        else:
-            error = str(result.error or "ended without an adapter").strip().splitlines()
-            storage.write_json(
-                job.folder / "trial.json",
-                {**describe(job), "status": "failed", "error": error[-1] if error else "", "adapter": None},
-            )
+        scoreboard.close()
+    for job in pending:
+        # A worker may have been writing one when its trial was stopped.
+        _clear(job, folder)
 
 
-class _Progress(tune.Callback):
-    """Shows all trials' steps on one line."""
+def _quiet() -> None:
+    # Tune's older reporter is the one that can be told to say nothing; the trials' progress is shown otherwise.
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    # Else Tune takes Ctrl-C for a wish to end early with what there is, and the run goes on to the next stage.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    # A trial tells its steps more often than it is measured.
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
 
-    def __init__(self, trials: int) -> None:
-        self._trials = trials
-        self._seen: dict[str, tuple[int, int]] = {}
-        self._steps: dict[str, int] = {}
-        self._meter: Meter | None = None
 
-    def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
-        # Not before Tune has pickled what it was given.
-        self._meter = Meter("training", None, unit="steps").__enter__()
+class _OfEachArm(FIFOScheduler):
+    """Stops trials early by comparing each with those of its own arm.
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        if self._meter is None or "step" not in result:
+    One scheduler for all would stop the arms that are worse, the one without a prime above all, and leave nothing to
+    compare the others with.
+    """
+
+    def __init__(self, sweep: Sweep, arms: Mapping[str, str]) -> None:
+        super().__init__()
+        self._arms = arms
+        self._by_arm = {arm: _scheduler(sweep) for arm in dict.fromkeys(arms.values())}
+
+    def _of(self, trial: Any) -> Any:
+        return self._by_arm[self._arms[trial.config["trial_id"]]]
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self._of(trial).on_trial_add(tune_controller, trial)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        self._of(trial).on_trial_error(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        return self._of(trial).on_trial_result(tune_controller, trial, result)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        self._of(trial).on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        self._of(trial).on_trial_remove(tune_controller, trial)
+
+
+def _scheduler(sweep: Sweep) -> FIFOScheduler:
+    told: dict[str, Any] = {
+        "time_attr": TIME,
+        "metric": f"validation/{sweep.metric}",
+        "mode": "max" if sweep.metric == "accuracy" else "min",
+    }
+    if sweep.scheduler == "asha":
+        # What is measured at its end needs no stopping any more.
+        max_t = sweep.validations - 1
+        return ASHAScheduler(**told, max_t=max_t, reduction_factor=sweep.reduction_factor, stop_last_trials=False)
+    if sweep.scheduler == "median":
+        # It would rather pause a trial than judge it by too few, and what is paused loses its workers.
+        told["min_time_slice"] = math.inf
+        return MedianStoppingRule(**told, grace_period=1, min_samples_required=2)
+    return FIFOScheduler()
+
+
+class _Records(tune.Callback):
+    """Records how a trial ends, as it ends."""
+
+    def __init__(self, jobs: Mapping[str, Job], folder: Path) -> None:
+        self._jobs, self._folder = jobs, folder
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        job = self._jobs.get(trial.config["trial_id"])
+        if job is None:
             return
-        # Until a trial reports, it is taken to have as many steps as those that did.
-        self._steps[trial.trial_id] = result["steps"]
-        self._meter.total = round(sum(self._steps.values()) / len(self._steps) * self._trials)
-        step, tokens = self._seen.get(trial.trial_id, (0, 0))
-        self._meter.add(max(result["step"] - step, 0), max(result["target_tokens"] - tokens, 0))
-        self._seen[trial.trial_id] = (result["step"], result["target_tokens"])
+        if not is_complete(job):
+            # A scheduler ended it, or it ended by itself without an adapter, which it should not.
+            by_scheduler = job.sweep is not None and job.sweep.scheduler != "none"
+            record(job, STOPPED) if by_scheduler else record(job, FAILED, "ended without an adapter")
+        _clear(job, self._folder)
 
-    def close(self) -> None:
-        if self._meter is not None:
-            self._meter.__exit__()
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        job = self._jobs.get(trial.config["trial_id"])
+        if job is not None and not is_complete(job):
+            lines = str(trial.get_error() or "ended without an adapter").strip().splitlines()
+            record(job, FAILED, lines[-1] if lines else "")
+
+
+def _clear(job: Job, folder: Path) -> None:
+    """Removes the optimizer's state of a trial that has come to its end, but for a round to come."""
+    if job.part == job.folder and outcome(job) in (COMPLETE, STOPPED):
+        shutil.rmtree(folder / "checkpoints" / job.trial_id, ignore_errors=True)

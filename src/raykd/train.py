@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from raykd import placement, storage, targets
-from raykd.config import Arm
+from raykd.job import COMPLETE, Job, problem_ids, problems_of_round, read_curve, record
 from raykd.sections import Train
 from raykd.targets import Target
 
@@ -28,42 +26,6 @@ Report = Callable[[dict[str, Any], Path | None], None]
 CURVE_POINTS = 60
 REPORTS = 20
 CONTROLLER_LOOKS_EVERY_S = 0.25
-
-
-@dataclass(frozen=True)
-class Job:
-    """One trial: all that a training worker needs."""
-
-    trial_id: str
-    arm_name: str
-    arm: Arm
-    seed: int
-    overrides: dict[str, Any]
-    problems: Path
-    completions: Path | None
-    """Folder of the completions to train on, for a student that learns from its own answers those that it begins with;
-    None where targets are the tokens of the reference solutions."""
-    same_tokens: bool
-    """Whether the teacher's token ids mean the same to the student."""
-    folder: Path
-    """The trial's folder."""
-    round: int | None = None
-    """Which round of a student that learns from its own answers; None for training in one go."""
-
-    @property
-    def rounds(self) -> int:
-        """In how many parts the training is done."""
-        return self.arm.targets.rounds if self.arm.targets.sequence == "student" else 1
-
-    @property
-    def part(self) -> Path:
-        """The folder of what this part of the training makes: the trial's own for the last part."""
-        is_last = self.round is None or self.round == self.rounds - 1
-        return self.folder if is_last else self.round_folder(self.round or 0)
-
-    def round_folder(self, number: int) -> Path:
-        """Where a round's answers, their scores and, but for the last round, its adapter are."""
-        return self.folder / "rounds" / str(number)
 
 
 def deepspeed_config(train: Train, micro_batch_size: int) -> dict[str, Any]:
@@ -111,7 +73,7 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
     from transformers import get_cosine_schedule_with_warmup
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    from raykd import models, student
+    from raykd import models, student, validation
 
     train = job.arm.train
     micro = student.micro_batch_size(train)
@@ -149,6 +111,8 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
     curve = _Curve(job.folder / "metrics.jsonl", first, write=worker == 0)
     every, told_every, told = max(1, len(steps) // CURVE_POINTS), max(1, len(steps) // REPORTS), first
     totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    marks = validation.marks(len(steps), job.sweep.validations) if job.sweep else {}
+    last: dict[str, Any] = {}
     started = time.monotonic()
     for step in range(first, mine.stop):
         epoch, batch = steps[step]
@@ -173,8 +137,9 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
         tokens += count
         done = step + 1
         is_checkpoint = done < len(steps) and (done % train.checkpoint_every_steps == 0 or done == mine.stop)
-        if done % every == 0 or done == mine.stop or is_checkpoint:
+        if done % every == 0 or done == mine.stop or is_checkpoint or done in marks:
             torch.distributed.all_reduce(totals[:1])
+            measured = validation.measure(engine, model.model, tokenizer, job, marks[done]) if done in marks else None
             metrics = {
                 "step": done,
                 "epoch": epoch,
@@ -183,12 +148,17 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
                 "target_tokens": tokens,
                 "seconds": round(seconds_before + time.monotonic() - started, 3),
                 "steps": len(steps),
+                "accelerator": "gpu" if engine.device.type == "cuda" else engine.device.type,
+                **({"validation": measured} if measured else {}),
             }
             totals.zero_()
             curve.add(metrics)
             if is_checkpoint:
                 _checkpoint(engine, metrics, report)
-            elif done // told_every > told // told_every or done == mine.stop:
+            elif done == len(steps):
+                # Not before the adapter is there: whoever is told may end the trial.
+                last = metrics
+            elif done in marks or done // told_every > told // told_every:
                 report(metrics, None)
             else:
                 continue
@@ -197,8 +167,10 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
         raise ValueError(f"trial {job.trial_id}: no round left a row to train on; in the last: {lesson.dropped}")
     student.save_adapter(model.model, job.part / "adapter", job.arm.student, write=worker == 0, moved=tokens > 0)
     if worker == 0:
-        _finish(job, curve.points, lesson)
+        _finish(job, lesson)
     torch.distributed.barrier()
+    if last:
+        report(last, None)
 
 
 @dataclass(frozen=True)
@@ -234,18 +206,6 @@ def _lesson(job: Job, tokenizer: Any) -> _Lesson:
     return _Lesson(rows, dropped, list(targets.batches(len(rows), train.batch_size, train.epochs, job.seed)))
 
 
-def problem_ids(job: Job) -> list[str]:
-    """The training problems, in their order."""
-    return pq.read_table(job.problems / "train.parquet", columns=["problem_id"])["problem_id"].to_pylist()
-
-
-def problems_of_round(job: Job, number: int) -> frozenset[str]:
-    """The problems that the steps of a round go through, which a student answers at its beginning."""
-    ids, train = problem_ids(job), job.arm.train
-    steps = list(targets.batches(len(ids), train.batch_size, train.epochs, job.seed))
-    return frozenset(ids[row] for step in targets.segment(len(steps), number, job.rounds) for row in steps[step][1])
-
-
 def _checkpoint(engine: Any, metrics: dict[str, Any], report: Report) -> None:
     """Saves every worker's part of the optimizer and the adapter, and hands it to `report`."""
     with tempfile.TemporaryDirectory() as folder:
@@ -263,16 +223,15 @@ class _Curve:
 
     def __init__(self, path: Path, first: int, write: bool) -> None:
         self._path, self._write = path, write
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.points = [point for line in lines if (point := json.loads(line))["step"] <= first]
+        self._points = [point for point in read_curve(path) if point["step"] <= first]
 
     def add(self, point: dict[str, Any]) -> None:
-        self.points.append(point)
+        self._points.append(point)
         if self._write:
-            storage.write_text(self._path, "".join(json.dumps(each) + "\n" for each in self.points))
+            storage.write_text(self._path, "".join(json.dumps(each) + "\n" for each in self._points))
 
 
-def _finish(job: Job, curve: list[dict[str, Any]], lesson: _Lesson) -> None:
+def _finish(job: Job, lesson: _Lesson) -> None:
     """Declares the trial, or its round, complete."""
     counts = {"rows": len(lesson.rows) - lesson.rows.count(None), "dropped": lesson.dropped}
     if job.part != job.folder:
@@ -282,41 +241,7 @@ def _finish(job: Job, curve: list[dict[str, Any]], lesson: _Lesson) -> None:
         earlier = storage.read_json(job.round_folder(number) / "round.json")
         dropped = dict(Counter(counts["dropped"]) + Counter(earlier["dropped"]))
         counts = {"rows": counts["rows"] + earlier["rows"], "dropped": dropped}
-    last = curve[-1]
-    storage.write_json(
-        job.folder / "trial.json",
-        {
-            **describe(job),
-            "status": "complete",
-            "error": "",
-            **counts,
-            "steps": last["step"],
-            "target_tokens": last["target_tokens"],
-            "seconds": last["seconds"],
-            "loss_first": curve[0]["loss"],
-            "loss_last": last["loss"],
-            "adapter": str(job.folder / "adapter"),
-        },
-    )
-
-
-def is_complete(job: Job) -> bool:
-    """Whether a trial's adapter is there, or that of its round."""
-    if job.part != job.folder:
-        return (job.part / "round.json").exists()
-    record = job.folder / "trial.json"
-    return record.exists() and storage.read_json(record)["status"] == "complete"
-
-
-def describe(job: Job) -> dict[str, Any]:
-    """What a trial is, for its `trial.json`."""
-    return {
-        "trial_id": job.trial_id,
-        "arm": job.arm_name,
-        "seed": job.seed,
-        "overrides": job.overrides,
-        "strategy": job.arm.prompt.strategy if job.arm.needs_teacher else "",
-    }
+    record(job, COMPLETE, **counts)
 
 
 def fit(job: Job, kind: placement.Accelerator, callbacks: list[Any], storage_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 A variant is words such as `zero2-micro4-packed-killed`: the ZeRO stage, the rows of a forward pass, whether targets are
 soft, whether computed with in bfloat16, whether rows are packed, whether activations are checkpointed, whether the loss
-is made in many chunks, and whether the loop is broken off after its first checkpoint: the whole process ends there, and
-goes on when it is started for the same variant again.
+is made in many chunks, whether the student is measured on validation problems on the way (by its loss, or by what it
+answers), and whether the loop is broken off after its first checkpoint: the whole process ends there, and goes on when
+it is started for the same variant again.
 """
 
 import os
@@ -18,18 +19,19 @@ import pyarrow.parquet
 import torch.distributed
 
 from raykd import config, models, problems, records, storage, student, train
+from raykd.job import Job
 
 FOLDER = Path(sys.argv[1])
 
 
-def job(variant: str, workers: int) -> train.Job:
+def job(variant: str, workers: int) -> Job:
     """A trial on reference solutions, with the targets of a teacher that is drawn from a seed where they are soft."""
     words = variant.split("-")
     experiment = config.Experiment.model_validate(
         {
             "name": "plain",
             "storage": str(FOLDER),
-            "problems": {"source": "demo", "num_train": 20, "num_test": 2},
+            "problems": {"source": "demo", "num_train": 20, "num_validation": 5, "num_test": 2},
             "teacher": {"model": "raykd/demo-teacher"},
             "student": {"model": "raykd/demo-student", "lora": {"rank": 4, "alpha": 8}},
             "prompt": {"instruction": ""},
@@ -46,11 +48,16 @@ def job(variant: str, workers: int) -> train.Job:
                 "gradient_checkpointing": "checkpointed" in words,
                 "checkpoint_every_steps": 3,
             },
+            "sweep": {
+                "metric": "loss" if "loss" in words else "accuracy",
+                "validations": 2,
+                "validation_batch_size": 2,
+            },
         }
     )
     name = f"workers{workers}-{variant}"
     splits = problems.prepare(experiment.problems, FOLDER)
-    return train.Job(
+    return Job(
         trial_id=name,
         arm_name="default",
         arm=experiment.arm("default"),
@@ -60,6 +67,9 @@ def job(variant: str, workers: int) -> train.Job:
         completions=scored(splits) if "soft" in words else None,
         same_tokens=True,
         folder=FOLDER / name,
+        lesson="default",
+        sweep=experiment.sweep if {"loss", "answers"} & set(words) else None,
+        max_tokens=16,
     )
 
 

@@ -12,8 +12,9 @@ from conftest import Ran, finish, greedy, kill_when, log_likelihoods, plan_of, w
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from raykd import models, prompts, records, storage, student, train
+from raykd import models, prompts, records, storage, student
 from raykd.demo import resolve_model
+from raykd.job import Job, problems_of_round
 
 pytestmark = pytest.mark.timeout(1800)
 MAX_TOKENS = 24
@@ -61,7 +62,7 @@ def rows(folder: Path) -> list[dict]:
     return storage.open_rows(folder, records.COMPLETION).to_table().to_pylist()
 
 
-def job_of(ran: Ran, arm: str) -> train.Job:
+def job_of(ran: Ran, arm: str) -> Job:
     return next(job for job in ran.plan.jobs if job.arm_name == arm)
 
 
@@ -145,7 +146,7 @@ def test_a_warmed_up_student_begins_with_the_reference_solutions(taught: Ran, to
     trial = storage.read_json(job.folder / "trial.json")
     assert (trial["status"], trial["rows"] + sum(trial["dropped"].values())) == ("complete", 24)
     # The loss of the first step is that of the reference solutions, under the base model's weights.
-    chosen = train.problems_of_round(job, 0)
+    chosen = problems_of_round(job, 0)
     lesson, _ = student.training_rows(job.arm, job.problems, job.completions, tokenizer, True, chosen)
     assert {row.problem_id for row in lesson} == chosen
     for row in lesson:

@@ -6,9 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import safetensors.torch
 import torch
+from conftest import log_likelihoods
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from raykd import models, prompts
+from raykd.demo import resolve_model
 
 pytestmark = pytest.mark.timeout(900)
 SCRIPT = Path(__file__).parent / "plain_loop.py"
@@ -16,8 +23,14 @@ SCRIPT = Path(__file__).parent / "plain_loop.py"
 
 # The first of each list is what the others must agree with.
 HARD = {
-    1: ["zero0-micro8", "zero0-micro1", "zero0-micro8-packed", "zero0-micro4-killed"],
-    2: ["zero0-micro4", "zero1-micro2", "zero2-micro4-packed", "zero3-micro2", "zero3-micro2-checkpointed-killed"],
+    1: ["zero0-micro8", "zero0-micro1", "zero0-micro8-packed-loss", "zero0-micro4-killed"],
+    2: [
+        "zero0-micro4-answers",
+        "zero1-micro2",
+        "zero2-micro4-packed-loss",
+        "zero3-micro2-loss",
+        "zero3-micro2-checkpointed-answers-killed",
+    ],
 }
 SOFT = {1: ["zero0-micro8-soft", "zero2-micro4-soft-packed-chunked"], 2: ["zero3-micro2-soft-chunked"]}
 BFLOAT16 = {1: ["zero2-micro8-bf16", "zero1-micro4-bf16"], 2: ["zero2-micro4-bf16-checkpointed", "zero3-micro4-bf16"]}
@@ -71,6 +84,42 @@ def test_how_it_is_carried_out_changes_nothing_but_rounding(trained: Path, first
     for key, tensor in theirs.items():
         # Adam divides by small second moments, which makes much of little rounding.
         assert torch.allclose(ours[key], tensor, atol=2e-3), key
+
+
+def measured(folder: Path) -> list[dict]:
+    points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(point["step"], point["validation"]) for point in points if "validation" in point]
+
+
+@pytest.mark.parametrize("name", [name for name in names(HARD) if "loss" in name])
+def test_the_loss_on_validation_problems_is_that_of_the_saved_adapter(trained: Path, name: str):
+    (middle, first), (end, last) = measured(trained / name)
+    assert (middle, end) == (3, 6)
+    assert [{key: each[key] for key in ("number", "n")} for each in (first, last)] == [
+        {"number": 1, "n": 5},
+        {"number": 2, "n": 5},
+    ]
+    base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(trained / name / "adapter")).eval()
+    tokenizer = models.load_tokenizer("raykd/demo-student", None)
+    (file,) = trained.glob("problems/*/validation.parquet")
+    nats, tokens = 0.0, 0
+    for problem in pyarrow.parquet.read_table(file).to_pylist():
+        prompt = models.prompt_token_ids(tokenizer, prompts.student_messages(problem))
+        answer = [*tokenizer(problem["reference_solution"])["input_ids"], tokenizer.eos_token_id]
+        nats -= log_likelihoods(model, prompt, answer).gather(-1, torch.tensor(answer)[:, None]).sum().item()
+        tokens += len(answer)
+    assert last["loss"] == pytest.approx(nats / tokens, rel=1e-4)
+    assert last["loss"] < first["loss"]
+
+
+def test_every_worker_answers_its_share_of_the_validation_problems(trained: Path):
+    found = [measured(trained / name) for name in names(HARD) if "answers" in name]
+    assert len(found) == 2
+    for (middle, first), (end, last) in found:
+        assert (middle, first["number"], end, last["number"]) == (3, 1, 6, 2)
+        assert first["n"] == last["n"] == 5
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("name", names(BFLOAT16))

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 
-from raykd import completions, generate, models, problems, records, storage
+from raykd import completions, generate, models, problems, records, storage, variants
 from raykd.completions import Request
 from raykd.config import Experiment
 from raykd.sections import Engine, Teacher
@@ -46,7 +46,8 @@ def folder(experiment: Experiment, tmp_path: Path) -> Path:
 
 
 def asked(experiment: Experiment, folder: Path, root: Path) -> dict[str, Request | None]:
-    return completions.of_arms(experiment, folder, root, {"model": "a", "revision": "1"})
+    lessons = variants.lessons(variants.variants(experiment))
+    return completions.of_arms(experiment, lessons, folder, root, {"model": "a", "revision": "1"})
 
 
 def test_each_arm_asks_what_it_needs_and_none_asks_twice(experiment: Experiment, folder: Path, tmp_path: Path):

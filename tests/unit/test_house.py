@@ -11,7 +11,7 @@ import raykd
 
 SOURCE = Path(raykd.__file__).parent
 FLOORS = [
-    {"config", "sections", "mistakes", "records", "storage", "strategies", "demo"},
+    {"config", "sections", "space", "mistakes", "records", "storage", "strategies", "demo"},
     {
         "prompts",
         "answers",
@@ -23,13 +23,20 @@ FLOORS = [
         "comparison",
         "completions",
         "selection",
+        "job",
+        "finalists",
+        "table",
     },
-    {"models", "problems", "teacher", "generate", "student", "train", "evaluate", "rollout", "cluster"},
+    {"models", "problems", "teacher", "generate", "student", "train", "evaluate", "rollout", "validation", "cluster"},
     {
+        "variants",
         "sweep",
+        "scoreboard",
         "rounds",
+        "trial",
         "results",
         "report_plots",
+        "report_sweep",
         "report_tables",
         "report_text",
         "report",
@@ -40,7 +47,7 @@ FLOORS = [
     },
 ]
 # Sideways on the floor of the heavy libraries: to the modules that others build on.
-SIDEWAYS = {"student", "teacher", "models", "generate", "evaluate"}
+SIDEWAYS = {"student", "teacher", "models", "generate", "evaluate", "validation"}
 HEAVY = ("torch", "transformers", "peft", "deepspeed", "ray", "vllm")
 LIGHT = [*sorted((FLOORS[0] | FLOORS[1]) - {"losses"}), "report", "cli"]
 

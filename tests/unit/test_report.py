@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from synthetic import NUM_TEST, Experiment, drawn, full_experiment, prediction
 
-from raykd.report import CSV_COLUMNS, result_table, write_report
+from raykd.report import CSV_COLUMNS, result_tables, write_report
 from raykd.report_text import answer, duration, p_value, points
 
 SCRIPT = "<script>alert('x')</script>"
@@ -107,7 +107,7 @@ def test_a_failed_trial_is_listed_with_its_error(tmp_path: Path) -> None:
     for name in ("report.md", "report.html"):
         assert "CUDA out of memory" in (tmp_path / name).read_text()
     console = Console(width=200, record=True)
-    console.print(result_table(results))
+    console.print(*result_tables(results))
     # Brackets are shown, not taken for markup.
     assert "CUDA out of memory [rank 3]" in console.export_text()
 

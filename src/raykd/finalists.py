@@ -1,0 +1,50 @@
+"""Finalists: which trials of a sweep are asked the test problems, chosen by the validation problems."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from raykd.job import Job, is_complete, read_curve, validations
+from raykd.sections import Sweep
+
+
+def of(jobs: Sequence[Job], sweep: Sweep | None) -> list[Job]:
+    """The trials that answer the test problems: all that have an adapter, or those at each arm's best points.
+
+    Args:
+        jobs: all trials.
+        sweep: how many points of an arm go so far.
+    """
+    complete = [job for job in jobs if is_complete(job)]
+    if sweep is None or sweep.finalists is None:
+        return complete
+    by_arm: dict[str, list[Job]] = {}
+    for job in complete:
+        by_arm.setdefault(job.arm_name, []).append(job)
+    chosen = {lesson for own in by_arm.values() for lesson in _best_first(own, sweep)[: sweep.finalists]}
+    return [job for job in complete if job.lesson in chosen]
+
+
+def _best_first(jobs: Sequence[Job], sweep: Sweep) -> list[str]:
+    reached: dict[str, list[float]] = {}
+    for job in jobs:
+        last = validations(read_curve(job.folder / "metrics.jsonl"))[-1]
+        reached.setdefault(job.lesson, []).append(last[sweep.metric])
+    return ranked(reached, sweep.metric)
+
+
+def ranked(reached: Mapping[str, Iterable[float]], metric: str) -> list[str]:
+    """Points by what their seeds reached in the mean, the best first; those of more seeds before those of fewer.
+
+    A point that lost a seed on the way was stopped there for being worse.
+
+    Args:
+        reached: what each seed reached when it was last measured.
+        metric: `accuracy` or `loss`.
+    """
+    sign = -1 if metric == "accuracy" else 1
+
+    def key(point: str) -> tuple[Any, ...]:
+        values = list(reached[point])
+        return -len(values), sign * sum(values) / len(values), point
+
+    return sorted(reached, key=key)

@@ -1,0 +1,126 @@
+"""Job: one trial: all that its workers need, where it lies, and what is known of it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from raykd import storage, targets
+from raykd.config import Arm
+from raykd.sections import Sweep
+
+# What a trial may come to. Only the first has an adapter.
+COMPLETE, STOPPED, FAILED = "complete", "stopped", "failed"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One trial."""
+
+    trial_id: str
+    arm_name: str
+    arm: Arm
+    seed: int
+    overrides: dict[str, Any]
+    problems: Path
+    completions: Path | None
+    """Folder of the completions to train on, for a student that learns from its own answers those that it begins with;
+    None where targets are the tokens of the reference solutions."""
+    same_tokens: bool
+    """Whether the teacher's token ids mean the same to the student."""
+    folder: Path
+    """The trial's folder."""
+    lesson: str
+    """What it learns: the arm, and the point of the sweep where there is one (`raykd.variants`)."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """The searched fields by dotted path, those that bear on the arm."""
+    sweep: Sweep | None = None
+    """How it is measured on the validation problems while it learns; None where it is not."""
+    max_tokens: int = 0
+    """How long an answer to a validation problem may be."""
+    round: int | None = None
+    """Which round of a student that learns from its own answers; None for training in one go."""
+
+    @property
+    def rounds(self) -> int:
+        """In how many parts the training is done."""
+        return self.arm.targets.rounds if self.arm.targets.sequence == "student" else 1
+
+    @property
+    def part(self) -> Path:
+        """The folder of what this part of the training makes: the trial's own for the last part."""
+        is_last = self.round is None or self.round == self.rounds - 1
+        return self.folder if is_last else self.round_folder(self.round or 0)
+
+    def round_folder(self, number: int) -> Path:
+        """Where a round's answers, their scores and, but for the last round, its adapter are."""
+        return self.folder / "rounds" / str(number)
+
+
+def problem_ids(job: Job) -> list[str]:
+    """The training problems, in their order."""
+    return pq.read_table(job.problems / "train.parquet", columns=["problem_id"])["problem_id"].to_pylist()
+
+
+def problems_of_round(job: Job, number: int) -> frozenset[str]:
+    """The problems that the steps of a round go through, which a student answers at its beginning."""
+    ids, train = problem_ids(job), job.arm.train
+    steps = list(targets.batches(len(ids), train.batch_size, train.epochs, job.seed))
+    return frozenset(ids[row] for step in targets.segment(len(steps), number, job.rounds) for row in steps[step][1])
+
+
+def outcome(job: Job) -> str:
+    """What a trial has come to; empty where it goes on."""
+    record = job.folder / "trial.json"
+    return storage.read_json(record)["status"] if record.exists() else ""
+
+
+def is_complete(job: Job) -> bool:
+    """Whether a trial's adapter is there, or that of its round."""
+    if job.part != job.folder:
+        return (job.part / "round.json").exists()
+    return outcome(job) == COMPLETE
+
+
+def record(job: Job, status: str, error: str = "", **more: Any) -> None:
+    """Writes what a trial has come to, with how far its loss curve goes."""
+    curve = read_curve(job.folder / "metrics.jsonl")
+    measured = validations(curve)
+    last = curve[-1] if curve else {}
+    storage.write_json(
+        job.folder / "trial.json",
+        {
+            "trial_id": job.trial_id,
+            "arm": job.arm_name,
+            "seed": job.seed,
+            "overrides": job.overrides,
+            "values": job.values,
+            "strategy": job.arm.prompt.strategy if job.arm.needs_teacher else "",
+            "status": status,
+            "error": error,
+            **more,
+            "num_workers": job.arm.train.num_workers,
+            "accelerator": last.get("accelerator", ""),
+            **{name: last.get(name, 0) for name in ("target_tokens", "seconds")},
+            "steps": last.get("step", 0),
+            "loss_first": curve[0]["loss"] if curve else None,
+            "loss_last": last.get("loss"),
+            "validation": measured[-1] if measured else None,
+            "adapter": str(job.folder / "adapter") if status == COMPLETE else None,
+        },
+    )
+
+
+def read_curve(file: Path) -> list[dict[str, Any]]:
+    """The points of a trial's loss curve, as far as it has come.
+
+    Raises:
+        ValueError: where a line is no point.
+    """
+    return storage.read_json_lines(file) if file.exists() else []
+
+
+def validations(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was measured on the validation problems, from the first time to the last."""
+    return [point["validation"] for point in curve if point.get("validation")]

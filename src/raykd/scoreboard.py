@@ -1,0 +1,137 @@
+"""Scoreboard: what the user sees while trials are trained: how far they are, and in a sweep what each has reached."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ray import tune
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from raykd import progress
+from raykd.config import shown
+from raykd.job import FAILED, Job, outcome
+from raykd.progress import Meter
+from raykd.sections import Sweep
+
+# Lines of a terminal that a live table leaves free.
+MARGIN = 6
+
+
+class Scoreboard(tune.Callback):
+    """Shows all trials' steps on one line, and of a sweep how each trial ends.
+
+    On a terminal that is a table which changes; in a log a line is added whenever a trial ends.
+
+    Args:
+        jobs: the trials.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._jobs = {job.trial_id: job for job in jobs}
+        self._seen: dict[str, dict[str, Any]] = {}
+        self._measured: dict[str, dict[str, Any]] = {}
+        self._states: dict[str, str] = {}
+        self._meter: Meter | None = None
+        self._live: Live | None = None
+
+    def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
+        # Not before Tune has pickled what it was given.
+        self._meter = Meter("training", None, unit="steps")
+        stream = progress.screen()
+        if self._is_sweep and stream.isatty():
+            self._live = Live(get_renderable=self._rendered, console=Console(file=stream), refresh_per_second=2)
+            self._live.start()
+        else:
+            self._meter.__enter__()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._states[trial.config["trial_id"]] = "training"
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        trial_id = trial.config["trial_id"]
+        if trial_id not in self._jobs or self._meter is None:
+            return
+        if "validation" in result:
+            self._measured[trial_id] = result["validation"]
+        if "step" not in result:
+            return
+        before, self._seen[trial_id] = self._seen.get(trial_id, {"step": 0, "target_tokens": 0}), result
+        self._meter.total = self._total()
+        gone = (max(result[name] - before[name], 0) for name in ("step", "target_tokens"))
+        self._meter.add(*gone)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._ended(trial.config["trial_id"])
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._ended(trial.config["trial_id"])
+
+    def close(self) -> None:
+        """Takes the table or the line off the screen, as it stands."""
+        if self._live is not None:
+            self._live.stop()
+        elif self._meter is not None:
+            self._meter.__exit__()
+
+    @property
+    def _is_sweep(self) -> bool:
+        return any(job.sweep for job in self._jobs.values())
+
+    def _ended(self, trial_id: str) -> None:
+        job = self._jobs.get(trial_id)
+        if job is None:
+            return
+        self._states[trial_id] = outcome(job)
+        if self._meter is not None and (seen := self._seen.get(trial_id)):
+            # What a trial leaves undone is not waited for.
+            self._seen[trial_id] = {**seen, "steps": seen["step"]}
+            self._meter.total = self._total()
+        if job.sweep and self._live is None and self._meter is not None:
+            over = sum(state not in ("", "training") for state in self._states.values())
+            at = f" at {shown(job.values)}" if job.values else ""
+            reached = score(job.sweep, self._measured.get(trial_id))
+            self._meter.note(
+                f"{over}/{len(self._jobs)} {job.arm_name}, seed {job.seed}{at}: {self._states[trial_id]}, {reached}"
+            )
+
+    def _total(self) -> int:
+        """Steps of all trials; until one reports, it is taken to have as many as those that did."""
+        steps = [each["steps"] for each in self._seen.values()]
+        return round(sum(steps) / len(steps) * len(self._jobs))
+
+    def _rendered(self) -> Group:
+        assert self._meter is not None and self._live is not None
+        table = Table(box=None, pad_edge=False)
+        for column in ("Arm", "Seed", "At", "State", "Step", "Validation"):
+            table.add_column(column, justify="right" if column in ("Seed", "Step") else "left")
+        room = max(self._live.console.height - MARGIN, 4)
+        # What is under way first, then what has come furthest.
+        order = {"training": 0, FAILED: 2, "": 3}
+        ids = sorted(self._jobs, key=lambda each: (order.get(self._states.get(each, ""), 1), self._rank(each)))
+        for trial_id in ids[:room]:
+            job, seen = self._jobs[trial_id], self._seen.get(trial_id)
+            steps = f"{seen['step']}/{seen['steps']}" if seen else ""
+            reached = score(job.sweep, self._measured.get(trial_id)) if job.sweep else ""
+            state = self._states.get(trial_id, "") or "waiting"
+            cells = (job.arm_name, str(job.seed), shown(job.values), state, steps, reached)
+            table.add_row(*(Text(cell) for cell in cells))
+        rest = [Text(f"and {len(ids) - room} more")] if len(ids) > room else []
+        return Group(table, *rest, Text(self._meter.text()))
+
+    def _rank(self, trial_id: str) -> float:
+        measured, sweep = self._measured.get(trial_id), self._jobs[trial_id].sweep
+        if not measured or not sweep:
+            return float("inf")
+        return -measured["accuracy"] if sweep.metric == "accuracy" else measured["loss"]
+
+
+def score(sweep: Sweep, measured: dict[str, Any] | None) -> str:
+    """What a trial reached when it was last measured: `48.0 % of 50 (2 of 4)`."""
+    if not measured:
+        return "not measured"
+    reached = f"{100 * measured['accuracy']:.1f} %" if sweep.metric == "accuracy" else f"{measured['loss']:.3f} nats"
+    return f"{reached} of {measured['n']} ({measured['number']} of {sweep.validations})"

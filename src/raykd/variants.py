@@ -1,0 +1,102 @@
+"""Variants: all that is trained on: every arm, at every point of the sweep where there is one."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from ray import tune
+from ray.tune.search.variant_generator import generate_variants
+
+from raykd import config, storage
+from raykd.config import Arm, Experiment
+from raykd.sections import Sweep
+from raykd.space import Axis
+
+Point = dict[str, Any]
+# Between an arm's name and that of a point; it is in neither.
+AT = "@"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An arm at a point of the sweep: what its trials have in common but for the seed."""
+
+    arm_name: str
+    arm: Arm
+    values: Point = field(default_factory=dict)
+    """The searched fields by dotted path, without those that play no part in the arm."""
+
+    @property
+    def lesson(self) -> str:
+        """What it is called."""
+        return self.arm_name + (f"{AT}{storage.content_key(self.values)[:8]}" if self.values else "")
+
+
+def variants(experiment: Experiment) -> list[Variant]:
+    """Every arm at every point.
+
+    Points that differ in nothing that bears on an arm are one to it: a search over temperatures trains an arm with hard
+    targets once.
+
+    Raises:
+        ValueError: where a point and an arm do not go together.
+    """
+    sweep = experiment.sweep
+    if sweep is None:
+        return [Variant(name, experiment.arm(name)) for name in experiment.arms]
+    drawn = points(sweep)
+    found = [_at(experiment, name, point) for name in experiment.arms for point in drawn]
+    return list({each.lesson: each for each in found}.values())
+
+
+def _at(experiment: Experiment, name: str, point: Point) -> Variant:
+    arm = experiment.arm(name, point)
+    bearing = dict(config.leaves(arm.bearing(), ""))
+    values = {path: value for path, value in config.leaves(point, "") if path in bearing}
+    return Variant(name, arm, values)
+
+
+def lessons(variants: Iterable[Variant]) -> dict[str, Arm]:
+    """What is trained on by name, and as `<name>/warmup` what those learn first that begin with something else."""
+    arms = {each.lesson: each.arm for each in variants}
+    begun = {f"{name}/warmup": arm.warmup for name, arm in arms.items() if arm.warmup}
+    return {**arms, **begun}
+
+
+def arm_of(lesson: str) -> str:
+    """The arm that a lesson is of, with `/warmup` where it is what the arm begins with."""
+    name, _, point = lesson.partition(AT)
+    return name + "/warmup" * point.endswith("/warmup")
+
+
+def points(sweep: Sweep) -> list[Point]:
+    """The points of a random search: the same for the same sweep, and for more samples the same and more."""
+    space = {path: _domain(axis) for path, axis in sweep.space.items()}
+    random = np.random.default_rng(sweep.seed)
+    # One draw serves all combinations of the grids, so that they can be compared at equal values of the rest.
+    drawn = [
+        {path: _plain(value) for path, value in point.items()}
+        for _ in range(sweep.num_samples)
+        for _, point in generate_variants(space, constant_grid_search=True, random_state=random)  # pyright: ignore[reportArgumentType]
+    ]
+    return list({storage.content_key(point): point for point in drawn}.values())
+
+
+def _domain(axis: Axis) -> Any:
+    """An axis in Ray Tune's terms."""
+    if axis.grid:
+        return tune.grid_search(axis.grid)
+    if axis.choice:
+        return tune.choice(list(axis.choice))
+    if axis.uniform:
+        return tune.uniform(*axis.uniform)
+    if axis.loguniform:
+        return tune.loguniform(*axis.loguniform)
+    assert axis.randint, "an axis has one way"
+    return tune.randint(*axis.randint)
+
+
+def _plain(value: Any) -> Any:
+    """A value without numpy's types, which neither JSON nor pydantic takes."""
+    return value.item() if isinstance(value, np.generic) else value

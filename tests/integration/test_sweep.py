@@ -1,0 +1,221 @@
+"""A sweep under Ray Tune: who is stopped, who fails, what is chosen and tested, and that it survives being killed."""
+
+import contextlib
+import csv
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from conftest import RAYKD, kill_when, plan_of, wait_for_end
+
+from raykd import pipeline, records, storage
+from raykd.job import COMPLETE, FAILED, STOPPED, Job, outcome
+
+pytestmark = pytest.mark.timeout(1800)
+GOOD, FAIR, POOR = 1e-2, 5e-3, 1e-7
+
+
+@pytest.fixture(scope="module")
+def sweep_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two arms at three learning rates, of which one teaches nothing, and an arm that cannot be trained."""
+    engine = {"engine_kwargs": {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 32}}
+    tree = {
+        "name": "swept",
+        "problems": {"source": "demo", "num_train": 96, "num_validation": 12, "num_test": 10},
+        "teacher": {"model": "raykd/demo-teacher", "engine": engine, "sampling": {"max_tokens": 128}},
+        "student": {"model": "raykd/demo-student"},
+        "prompt": {"instruction": ""},
+        "train": {
+            "epochs": 2,
+            "batch_size": 8,
+            "micro_batch_size": 8,
+            "zero_stage": 0,
+            "dtype": "float32",
+            "checkpoint_every_steps": 4,
+        },
+        "evaluate": {"engine": engine, "sampling": {"max_tokens": 32}},
+        "arms": {
+            "taught": {"prompt.strategy": "ground_truth"},
+            "reference": {"targets.sequence": "reference"},
+            # No row is so short.
+            "nothing": {"targets.sequence": "reference", "train.max_length": 2, "train.max_failures": 0},
+        },
+        "sweep": {
+            "space": {"train.learning_rate": {"grid": [GOOD, FAIR, POOR]}},
+            "metric": "loss",
+            "validations": 3,
+            "finalists": 1,
+        },
+    }
+    file = tmp_path_factory.mktemp("sweep") / "swept.yaml"
+    file.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return file
+
+
+@dataclass
+class Swept:
+    """A sweep that was killed, lost a worker, and came to its end; and what its last command printed."""
+
+    plan: pipeline.Plan
+    stdout: str
+    stderr: str
+    first: Job
+    """The trial that was complete when the driver was killed."""
+    first_written: int
+    """When its adapter was written, in nanoseconds."""
+
+
+@pytest.fixture(scope="module")
+def swept(sweep_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    folder = tmp_path_factory.mktemp("storage")
+    told = [str(sweep_file), f"storage={folder}"]
+    command("generate", told, folder, status=0)
+    plan = plan_of(["sweep", *told])
+    test, hidden = plan.problems / "test.parquet", plan.problems / "test.hidden"
+    # Whoever wanted to read the test problems would fail.
+    test.rename(hidden)
+    family = kill_when(lambda: any(outcome(job) == COMPLETE for job in plan.jobs), ["train", *told], folder)
+    first = next(job for job in plan.jobs if outcome(job) == COMPLETE)
+    written = adapter(first).stat().st_mtime_ns
+    trained = command("train", told, folder, status=0, meanwhile=lambda driver: kill_a_worker(driver, plan))
+    hidden.rename(test)
+    # A trial failed for good, and it says so.
+    done = command("sweep", told, folder, status=1)
+    wait_for_end(family)
+    return Swept(plan_of(["sweep", *told]), done[0], trained[1] + done[1], first, written)
+
+
+def command(
+    name: str,
+    arguments: list[str],
+    folder: Path,
+    status: int,
+    meanwhile: Callable[[psutil.Process], None] = lambda driver: None,
+) -> tuple[str, str]:
+    """What a command prints, which must end with a status."""
+    with (folder / "out.log").open("w") as out, (folder / "err.log").open("w") as err:
+        driver = subprocess.Popen([RAYKD, name, *arguments], cwd=folder, stdout=out, stderr=err)
+        try:
+            meanwhile(psutil.Process(driver.pid))
+            driver.wait(timeout=900)
+        finally:
+            driver.kill()
+    said = (folder / "out.log").read_text(), (folder / "err.log").read_text()
+    assert driver.returncode == status, "\n".join(said)
+    return said
+
+
+def kill_a_worker(driver: psutil.Process, plan: pipeline.Plan) -> None:
+    """Kills a process that trains, as soon as a trial is past its first checkpoint."""
+    under_way = [job for job in plan.jobs if not outcome(job)]
+    deadline = time.monotonic() + 600
+    while driver.is_running() and time.monotonic() < deadline:
+        if any(any((plan.folder / "checkpoints" / job.trial_id).glob("checkpoint_*")) for job in under_way):
+            for process in driver.children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if "ray::RayTrainWorker" in process.cmdline()[0]:
+                        process.kill()
+                        return
+        time.sleep(0.05)
+    raise AssertionError("no worker was there to be killed")
+
+
+def adapter(job: Job) -> Path:
+    return job.folder / "adapter" / "adapter_model.safetensors"
+
+
+def by_arm(swept: Swept, arm: str) -> dict[float, Job]:
+    """An arm's trials by their learning rate."""
+    return {job.values["train.learning_rate"]: job for job in swept.plan.jobs if job.arm_name == arm}
+
+
+def told(job: Job) -> dict[str, Any]:
+    return storage.read_json(job.folder / "trial.json")
+
+
+def test_the_teacher_was_asked_once_for_all_trials(swept: Swept):
+    (request,) = swept.plan.requests
+    rows = storage.open_rows(request.folder, records.COMPLETION).to_table(columns=["problem_id"])
+    assert len(rows) == len(set(rows["problem_id"].to_pylist())) == 96
+    assert {job.completions for job in by_arm(swept, "taught").values()} == {request.folder}
+    assert "starting the teacher" not in swept.stderr
+
+
+@pytest.mark.parametrize("arm", ["taught", "reference"])
+def test_what_is_worse_by_validation_is_stopped_early(swept: Swept, arm: str):
+    jobs = by_arm(swept, arm)
+    for rate in (GOOD, FAIR):
+        record = told(jobs[rate])
+        assert (record["status"], record["steps"], record["validation"]["number"]) == (COMPLETE, 24, 3)
+    # Trials that follow each other may find nobody to be compared with yet: one of them at least was stopped.
+    poor = told(jobs[POOR])
+    assert poor["status"] == STOPPED
+    assert poor["validation"]["number"] < 3
+    assert poor["steps"] < 24
+    assert poor["validation"]["loss"] > told(jobs[GOOD])["validation"]["loss"]
+    assert poor["adapter"] is None and not adapter(jobs[POOR]).exists()
+
+
+def test_a_trial_that_cannot_be_trained_fails_and_the_others_finish(swept: Swept):
+    for job in by_arm(swept, "nothing").values():
+        assert told(job)["status"] == FAILED
+        assert "no row is left to train on" in told(job)["error"]
+    assert {outcome(job) for job in swept.plan.jobs if job.arm_name != "nothing"} == {COMPLETE, STOPPED}
+    assert "no row is left to train on" in swept.stdout
+
+
+def test_what_was_complete_when_the_driver_was_killed_was_not_trained_again(swept: Swept):
+    assert adapter(swept.first).stat().st_mtime_ns == swept.first_written
+
+
+def test_a_lost_worker_left_no_gap(swept: Swept):
+    for job in swept.plan.jobs:
+        if outcome(job) == COMPLETE:
+            steps = [json.loads(line)["step"] for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+            assert steps == list(range(1, 25))
+
+
+def test_the_best_of_each_arm_and_the_untouched_student_were_tested(swept: Swept):
+    rows = storage.open_rows(swept.plan.folder / "predictions", records.PREDICTION).to_table().to_pylist()
+    asked = {row["trial_id"] for row in rows}
+    best = set()
+    for arm in ("taught", "reference"):
+        jobs = by_arm(swept, arm)
+        best.add(min((jobs[rate] for rate in (GOOD, FAIR)), key=lambda job: told(job)["validation"]["loss"]).trial_id)
+    assert asked == best | {"untouched"}
+    assert len(rows) == 30
+
+
+def test_the_table_has_every_trial(swept: Swept):
+    with (swept.plan.folder / "results.csv").open() as file:
+        rows = {row["trial_id"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == {job.trial_id for job in swept.plan.jobs} | {"untouched"}
+    for job in swept.plan.jobs:
+        row, record = rows[job.trial_id], told(job)
+        assert float(row["train.learning_rate"]) == job.values["train.learning_rate"]
+        assert row["status"] == record["status"]
+        if record["status"] != FAILED:
+            assert float(row["validation_loss"]) == record["validation"]["loss"]
+            assert (row["validation_n"], int(row["validation_number"])) == ("12", record["validation"]["number"])
+        assert row["adapter"] == (str(job.folder / "adapter") if record["status"] == COMPLETE else "")
+    for word in ("All trials", "Best point of each arm", "stopped", "failed", "untouched"):
+        assert word in swept.stdout
+
+
+def test_tensorboard_s_files_are_there(swept: Swept):
+    for job in swept.plan.jobs:
+        if outcome(job) == COMPLETE:
+            assert any((swept.plan.folder / "tune" / job.trial_id).glob("events.out.tfevents.*"))
+
+
+def test_the_same_command_again_does_nothing_again(swept: Swept, sweep_file: Path):
+    again = command("sweep", [str(sweep_file), f"storage={swept.plan.root}"], swept.plan.root, status=1)
+    assert again[0] == swept.stdout
+    assert "Ray" not in again[1]

@@ -1,0 +1,141 @@
+"""What a sweep decides: who is stopped, who is asked the test problems, and what a trial came to."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.tune.schedulers import TrialScheduler
+
+from raykd import finalists, pipeline, storage, sweep
+from raykd.config import Experiment
+from raykd.job import COMPLETE, FAILED, STOPPED, Job, record
+from raykd.sections import Sweep
+
+TREE: dict[str, Any] = {
+    "name": "swept",
+    "problems": {"source": "demo", "num_train": 20, "num_validation": 10, "num_test": 2},
+    "teacher": {"model": "raykd/demo-teacher"},
+    "student": {"model": "raykd/demo-student"},
+    "arms": {"none": {}, "teacher": {"prompt.strategy": "teacher"}},
+    "sweep": {"space": {"train.learning_rate": {"loguniform": [1e-4, 1e-2]}}, "num_samples": 4},
+}
+
+
+def plan(folder: Path, retry_failed: bool = False, **tree: Any) -> pipeline.Plan:
+    experiment = Experiment.model_validate(TREE | {"storage": str(folder)} | tree)
+    return pipeline.prepare(experiment, "raykd sweep swept.yaml", retry_failed)
+
+
+def measured(job: Job, *reached: float, status: str = COMPLETE) -> None:
+    """Writes what a trial reached each time it was measured."""
+    points = [
+        {"step": 5 * number, "loss": 1.0, "validation": {"number": number, "n": 10, "correct": 10 * r, "accuracy": r}}
+        for number, r in enumerate(reached, start=1)
+    ]
+    storage.write_text(job.folder / "metrics.jsonl", "".join(json.dumps(point) + "\n" for point in points))
+    record(job, status, "out of memory" if status == FAILED else "")
+
+
+@dataclass(eq=False)
+class Trial:
+    """What schedulers look at of a trial of Tune."""
+
+    trial_id: str
+    config: dict[str, str]
+
+
+def stopped(told: Sweep, reached: dict[str, list[float]]) -> dict[str, int]:
+    """Trials that are measured in turns, and at which time each is stopped."""
+    scheduler = sweep._OfEachArm(told, {trial: trial[0] for trial in reached})
+    trials = {name: Trial(name, {"trial_id": name}) for name in reached}
+    found: dict[str, int] = {}
+    for trial in trials.values():
+        scheduler.on_trial_add(None, trial)
+    for number in range(max(map(len, reached.values()))):
+        for name, trial in trials.items():
+            if name not in found and number < len(reached[name]):
+                result = {"validation/number": number + 1, f"validation/{told.metric}": reached[name][number]}
+                if scheduler.on_trial_result(None, trial, result) == TrialScheduler.STOP:
+                    found[name] = number + 1
+    return found
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "median"])
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_a_trial_is_stopped_for_being_worse_than_others_of_its_arm(scheduler: str, metric: str):
+    told = Sweep.model_validate({"scheduler": scheduler, "metric": metric})
+    good = [[0.5, 0.6, 0.7, 0.8], [0.5, 0.6, 0.7, 0.9], [0.4, 0.6, 0.7, 0.9]]
+    bad = [[0.01, 0.02, 0.02, 0.03], [0.01, 0.02, 0.03, 0.04], [0.0, 0.02, 0.03, 0.04]]
+    reached = {f"g{number}": each for number, each in enumerate(good)} | {"g9": [0.1, 0.1, 0.1, 0.1]}
+    # The other arm is worse altogether, which is no reason to stop it.
+    reached |= {f"b{number}": each for number, each in enumerate(bad)}
+    if metric == "loss":
+        reached = {name: [1 - value for value in each] for name, each in reached.items()}
+    over = stopped(told, reached)
+    assert "g9" in over and over["g9"] < 4
+    assert {"b0", "b1"}.isdisjoint(over)
+
+
+def test_nobody_is_stopped_at_the_end_nor_without_a_scheduler():
+    reached = {"a0": [0.9, 0.9], "a1": [0.9, 0.1], "a2": [0.9, 0.05]}
+    assert stopped(Sweep(validations=2), reached) == {}
+    reached = {"a0": [0.9, 0.9], "a1": [0.1, 0.1]}
+    assert stopped(Sweep(validations=2), reached) == {"a1": 1}
+    assert stopped(Sweep(validations=2, scheduler="none"), reached) == {}
+
+
+def test_what_came_to_its_end_is_not_trained_again(tmp_path: Path):
+    first, second, third, *_ = jobs = plan(tmp_path).jobs
+    measured(first, 0.5, 0.6)
+    measured(second, 0.1, status=STOPPED)
+    measured(third, 0.2, status=FAILED)
+    assert [job.trial_id for job in plan(tmp_path).pending] == [job.trial_id for job in jobs[3:]]
+    again = plan(tmp_path, retry_failed=True).pending
+    assert [job.trial_id for job in again] == [third.trial_id, *(job.trial_id for job in jobs[3:])]
+    told = storage.read_json(third.folder / "trial.json")
+    assert (told["status"], told["error"], told["adapter"]) == (FAILED, "out of memory", None)
+    assert told["validation"] == {"number": 1, "n": 10, "correct": 2.0, "accuracy": 0.2}
+    assert list(told["values"]) == ["train.learning_rate"]
+
+
+def test_what_failed_outside_a_sweep_is_tried_again(tmp_path: Path):
+    job, *_ = plan(tmp_path, sweep=None).jobs
+    record(job, FAILED, "out of memory")
+    assert job.trial_id in {each.trial_id for each in plan(tmp_path, sweep=None).pending}
+
+
+def test_finalists_are_each_arms_best_points_by_validation(tmp_path: Path):
+    some = plan(tmp_path, seeds=[0, 1], sweep=TREE["sweep"] | {"finalists": 1})
+    by_arm: dict[str, dict[str, list[Job]]] = {}
+    for job in some.jobs:
+        by_arm.setdefault(job.arm_name, {}).setdefault(job.lesson, []).append(job)
+    for of_arm in by_arm.values():
+        steady, lucky, halved, failed = of_arm.values()
+        for job, reached in zip([*steady, *lucky], (0.6, 0.6, 0.9, 0.2), strict=True):
+            measured(job, 0.0, reached)
+        # Of two seeds one was stopped: what is left is no match for points that both seeds came through.
+        measured(halved[0], 0.0, 0.95)
+        measured(halved[1], 0.0, status=STOPPED)
+        for job in failed:
+            measured(job, 0.99, status=FAILED)
+    chosen = {job.lesson for job in finalists.of(some.jobs, some.experiment.sweep)}
+    assert chosen == {next(iter(of_arm)) for of_arm in by_arm.values()}
+    assert len(some.contestants) == 1 + 2 * 2
+    everyone = finalists.of(some.jobs, Sweep())
+    assert len(everyone) == 2 * 5
+
+
+def test_the_teacher_is_asked_for_all_points_before_any_is_trained(tmp_path: Path):
+    space = {
+        "prompt.strategy": {"grid": ["teacher", "confidence"]},
+        "targets.top_k": {"grid": [4, 8]},
+        "train.learning_rate": {"loguniform": [1e-4, 1e-2]},
+    }
+    arms = {"soft": {"targets.kind": "top_k"}, "hard": {}}
+    some = plan(tmp_path, arms=arms, sweep={"space": space, "num_samples": 3})
+    assert len(some.jobs) == 3 * 4 + 3 * 2
+    assert [(request.strategy_name, request.top_k) for request in some.requests] == [("teacher", 8), ("confidence", 8)]
+    assert {job.completions for job in some.jobs} == {request.folder for request in some.requests}
+    assert [teaching.arms for teaching in some.teachings] == [["soft", "hard"], ["soft", "hard"]]
