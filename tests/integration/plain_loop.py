@@ -20,6 +20,7 @@ import torch.distributed
 
 from raykd import config, models, problems, records, storage, student, train
 from raykd.job import Job
+from raykd.sections import Sweep
 
 FOLDER = Path(sys.argv[1])
 
@@ -31,7 +32,7 @@ def job(variant: str, workers: int) -> Job:
         {
             "name": "plain",
             "storage": str(FOLDER),
-            "problems": {"source": "demo", "num_train": 20, "num_validation": 5, "num_test": 2},
+            "problems": {"source": "demo", "num_train": 20, "num_test": 5},
             "teacher": {"model": "raykd/demo-teacher"},
             "student": {"model": "raykd/demo-student", "lora": {"rank": 4, "alpha": 8}},
             "prompt": {"instruction": ""},
@@ -48,15 +49,13 @@ def job(variant: str, workers: int) -> Job:
                 "gradient_checkpointing": "checkpointed" in words,
                 "checkpoint_every_steps": 3,
             },
-            "sweep": {
-                "metric": "loss" if "loss" in words else "accuracy",
-                "validations": 2,
-                "validation_batch_size": 2,
-            },
         }
     )
     name = f"workers{workers}-{variant}"
     splits = problems.prepare(experiment.problems, FOLDER)
+    # Any problems that are not trained on will do.
+    shutil.copyfile(splits / "test.parquet", splits / "validation.parquet")
+    measured = Sweep(metric="loss" if "loss" in words else "accuracy", validations=2, validation_batch_size=2)
     return Job(
         trial_id=name,
         arm_name="default",
@@ -68,7 +67,7 @@ def job(variant: str, workers: int) -> Job:
         same_tokens=True,
         folder=FOLDER / name,
         lesson="default",
-        sweep=experiment.sweep if {"loss", "answers"} & set(words) else None,
+        sweep=measured if {"loss", "answers"} & set(words) else None,
         max_tokens=16,
     )
 
