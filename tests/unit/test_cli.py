@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
         (["run", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["run", "configs/quickstart.yaml", "train.epoch=3"], "did you mean 'epochs'"),
         (["generate", "configs/quickstart.yaml", "arms={a: {prompt.strategy: x}}"], "unknown strategy 'x'"),
+        (["sweep", "configs/quickstart.yaml"], "configs/quickstart.yaml: has no section `sweep`"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, words, capsys, monkeypatch):
@@ -72,6 +73,15 @@ def test_plan_shows_what_a_single_arm_names(capsys, monkeypatch):
     assert {"9", "2"} <= set(rows["own"])
 
 
+def test_plan_shows_what_a_sweep_would_train(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert cli.main(["plan", "configs/sweeps/demo.yaml", "seeds=[0, 1]", "sweep.finalists=2"]) == 0
+    shown = capsys.readouterr().out
+    assert "train.learning_rate: loguniform [0.001, 0.02]" in shown
+    assert shown.count("5 points x 2 seeds = 10 trials") == 3
+    assert "the best 2 of each arm" in shown
+
+
 def test_prompts_shows_what_teacher_and_student_are_sent(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     arguments = ["prompts", "configs/quickstart.yaml", f"storage={tmp_path}", "prompt.instruction=State the number."]
@@ -88,7 +98,7 @@ def test_prompts_shows_what_teacher_and_student_are_sent(capsys, monkeypatch, tm
     assert "no training problem '100000'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stage", ["run", "generate", "train", "evaluate", "report"])
+@pytest.mark.parametrize("stage", ["run", "sweep", "generate", "train", "evaluate", "report"])
 def test_every_stage_has_a_job_script(stage, tmp_path):
     script = ROOT / "rayjobs" / f"{stage}.py"
     assert len(script.read_text().splitlines()) <= 25
