@@ -101,13 +101,13 @@ def command(
     arguments: list[str],
     folder: Path,
     status: int,
-    meanwhile: Callable[[psutil.Process], None] = lambda driver: None,
+    meanwhile: Callable[[subprocess.Popen], None] = lambda driver: None,
 ) -> tuple[str, str]:
     """What a command prints, which must end with a status."""
     with (folder / "out.log").open("w") as out, (folder / "err.log").open("w") as err:
         driver = subprocess.Popen([RAYKD, name, *arguments], cwd=folder, stdout=out, stderr=err)
         try:
-            meanwhile(psutil.Process(driver.pid))
+            meanwhile(driver)
             driver.wait(timeout=900)
         finally:
             driver.kill()
@@ -116,19 +116,19 @@ def command(
     return said
 
 
-def kill_a_worker(driver: psutil.Process, plan: pipeline.Plan) -> None:
+def kill_a_worker(driver: subprocess.Popen, plan: pipeline.Plan) -> None:
     """Kills a process that trains, as soon as a trial is past its first checkpoint."""
     under_way = [job for job in plan.jobs if not outcome(job)]
     deadline = time.monotonic() + 600
-    while driver.is_running() and time.monotonic() < deadline:
+    while driver.poll() is None and time.monotonic() < deadline:
         if any(any((plan.folder / "checkpoints" / job.trial_id).glob("checkpoint_*")) for job in under_way):
-            for process in driver.children(recursive=True):
+            for process in psutil.Process(driver.pid).children(recursive=True):
                 with contextlib.suppress(psutil.Error):
                     if "ray::RayTrainWorker" in process.cmdline()[0]:
                         process.kill()
                         return
         time.sleep(0.05)
-    raise AssertionError("no worker was there to be killed")
+    raise AssertionError(f"no worker was there to be killed; the command ended with {driver.poll()}")
 
 
 def adapter(job: Job) -> Path:
