@@ -1,5 +1,6 @@
 """Scoreboard: what the user sees while trials are trained: how far they are, and in a sweep what each has reached."""
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,13 +39,14 @@ class Scoreboard(tune.Callback):
 
     def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
         # Not before Tune has pickled what it was given.
-        self._meter = Meter("training", None, unit="steps")
         stream = progress.screen()
         if self._is_sweep and stream.isatty():
+            # The table shows the meter's line beneath it; by itself it writes to nobody.
+            self._meter = Meter("training", None, unit="steps", stream=io.StringIO())
             self._live = Live(get_renderable=self._rendered, console=Console(file=stream), refresh_per_second=2)
             self._live.start()
         else:
-            self._meter.__enter__()
+            self._meter = Meter("training", None, unit="steps").__enter__()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._states[trial.config["trial_id"]] = "training"
