@@ -1,9 +1,11 @@
 """Cluster: joined where there is one, started on this machine where there is none; quiet either way."""
 
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.data
@@ -11,6 +13,9 @@ import ray.data
 from raykd import progress
 
 LOGS = "/tmp/ray/session_latest/logs"
+# Ray's own; the next that is free where it is taken.
+DASHBOARD_PORT = 8265
+API_SERVER = "RAY_API_SERVER_ADDRESS"
 
 
 @contextmanager
@@ -24,15 +29,42 @@ def connected(log: Path) -> Iterator[dict[str, float]]:
         The cluster's resources, as Ray names them.
     """
     with progress.libraries_write_to(log):
-        # A plain ray.init() would join whatever cluster happens to run on this machine.
-        address = os.environ.get("RAY_ADDRESS") or "local"
-        context = ray.init(address=address, log_to_driver=False)
+        address = os.environ.get("RAY_ADDRESS")
+        context = ray.init(address=address, log_to_driver=False) if address else _start()
         data = ray.data.DataContext.get_current()
         data.enable_progress_bars = False
         data.print_on_execution_start = False
         dashboard = f"  dashboard: http://{context.dashboard_url}" if context.dashboard_url else ""
-        progress.say(f"Ray {ray.__version__}: {address}{dashboard}  logs: {log}, {LOGS}")
+        progress.say(f"Ray {ray.__version__}: {address or 'local'}{dashboard}  logs: {log}, {LOGS}")
         try:
             yield {name: float(amount) for name, amount in ray.cluster_resources().items()}
         finally:
             ray.shutdown()
+
+
+def _start() -> Any:
+    """A cluster of this machine's own, beside whatever others run here.
+
+    Ray Train frees the place of a trial that was stopped early when the API server says that its controller is gone.
+    The process that asks is told by the environment, which it has from here, where that server is: else it takes the
+    first that it finds on the machine, and the place is never freed.
+    """
+    before = os.environ.get(API_SERVER)
+    port = _free_port()
+    os.environ[API_SERVER] = f"http://127.0.0.1:{port}"
+    try:
+        # A plain ray.init() would join whatever cluster happens to run on this machine.
+        return ray.init(address="local", dashboard_port=port, log_to_driver=False)
+    finally:
+        # This process may be asked to talk to another cluster afterwards.
+        del os.environ[API_SERVER]
+        if before is not None:
+            os.environ[API_SERVER] = before
+
+
+def _free_port() -> int:
+    for port in range(DASHBOARD_PORT, DASHBOARD_PORT + 1000):
+        with closing(socket.socket()) as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+    raise RuntimeError(f"no port is free from {DASHBOARD_PORT} on, which Ray's dashboard needs")

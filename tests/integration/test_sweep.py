@@ -18,7 +18,7 @@ from conftest import RAYKD, kill_when, plan_of, wait_for_end
 from raykd import pipeline, records, storage
 from raykd.job import COMPLETE, FAILED, STOPPED, Job, outcome
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow]
 GOOD, FAIR, POOR = 5e-3, 2e-3, 1e-7
 
 
