@@ -20,8 +20,7 @@ from raykd.sections import Sweep
 from raykd.train import fit
 from raykd.variants import Variant
 
-# What schedulers and searchers look at, as Tune flattens what a trial reports: how often it was measured, and what
-# came of it.
+# What a scheduler takes for time, as Tune flattens what a trial reports: how often it was measured.
 TIME = "validation/number"
 
 
