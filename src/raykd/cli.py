@@ -10,6 +10,7 @@ from typing import Any
 
 from raykd import __version__, config
 
+LOG_WIDTH = 160
 _EPILOG = """\
 FILE is an experiment, such as configs/quickstart.yaml. Any of its fields can be set on the command line:
 
@@ -121,7 +122,8 @@ def _show_results(experiment: config.Experiment) -> int:
 
     folder = Path(experiment.storage).absolute() / "experiments" / experiment.name
     results = read_results(folder)
-    console = Console()
+    # In a log lines may be long; a terminal knows its width.
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     for table in result_tables(results):
         console.print(table)
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -18,6 +19,8 @@ from raykd.results import Results, read_results
 from raykd.storage import write_text
 from raykd.trial import Trial
 
+# Characters of a word that a column of the terminal's table has room for.
+LONGEST_WORD = 14
 CSV_COLUMNS = (
     "arm",
     "seed",
@@ -85,13 +88,24 @@ def result_tables(results: Results) -> list[RichTable]:
 
 
 def _for_terminal(shown: tables.Table, title: str) -> RichTable:
-    # Errors are worth a column where there are any.
+    # Errors are worth a column where there are any; a terminal has no room for how a trial went.
     kept = [
-        n for n, column in enumerate(shown.columns) if column != "Errors" or any(row[n] != "0" for row in shown.rows)
+        number
+        for number, column in enumerate(shown.columns)
+        if column not in ("Measured", "Steps", "Time")
+        and (column != "Errors" or any(row[number] != "0" for row in shown.rows))
     ]
-    table = RichTable(title=Text(title))
+    table = RichTable(title=Text(title), box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for number in kept:
-        table.add_column(shown.columns[number], justify="left" if number in shown.text_columns else "right")
+        column = shown.columns[number]
+        # Where there is little room lines are broken between words.
+        words = " ".join([column, *(row[number] for row in shown.rows)]).split()
+        table.add_column(
+            column,
+            justify="left" if number in shown.text_columns else "right",
+            min_width=min(max(map(len, words)), LONGEST_WORD),
+            overflow="fold",
+        )
     for row in shown.rows:
         # As Text, so that brackets in an error are not taken for markup.
         table.add_row(*(Text(row[number]) for number in kept))

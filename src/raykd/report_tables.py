@@ -30,7 +30,12 @@ def tables(results: Results) -> list[Table]:
 def result(results: Results) -> Table:
     """Every arm with its accuracy, its seeds pooled."""
     rows = [
-        _accuracy(arm.name, ", ".join(str(trial.seed) for trial in arm.trials), arm.measured, _status(arm.trials))
+        _accuracy(
+            arm.name,
+            ", ".join(dict.fromkeys(str(trial.seed) for trial in arm.trials)),
+            arm.measured,
+            _status(arm.trials),
+        )
         for arm in results.arms
     ]
     note = (

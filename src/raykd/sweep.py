@@ -244,8 +244,9 @@ class _Records(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         job = self._jobs.get(trial.config["trial_id"])
         if job is not None and not is_complete(job):
-            lines = str(trial.get_error() or "ended without an adapter").strip().splitlines()
-            record(job, FAILED, lines[-1] if lines else "")
+            # Tune has not brought it to the storage yet, where `trial.get_error` looks for it.
+            lines = Path(trial.error_file).read_text().strip().splitlines()
+            record(job, FAILED, lines[-1])
 
 
 def _clear(job: Job, folder: Path) -> None:

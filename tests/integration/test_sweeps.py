@@ -18,7 +18,7 @@ from conftest import RAYKD, kill_when, plan_of, wait_for_end
 from raykd import pipeline, records, storage
 from raykd.job import COMPLETE, FAILED, STOPPED, Job, outcome
 
-pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow]
+pytestmark = pytest.mark.timeout(1800)
 GOOD, FAIR, POOR = 5e-3, 2e-3, 1e-7
 
 
@@ -124,7 +124,7 @@ def kill_a_worker(driver: subprocess.Popen, plan: pipeline.Plan) -> None:
         if any(any((plan.folder / "checkpoints" / job.trial_id).glob("checkpoint_*")) for job in under_way):
             for process in psutil.Process(driver.pid).children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    if "ray::RayTrainWorker" in process.cmdline()[0]:
+                    if "ray::RayTrainWorker" in " ".join(process.cmdline()):
                         process.kill()
                         return
         time.sleep(0.05)
