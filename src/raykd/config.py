@@ -86,10 +86,12 @@ class Experiment(Section):
             for name, overrides in self.arms.items():
                 self._check_axis(path, axis, name, overrides)
         for name in self.arms:
-            if self.arm(name).targets.sequence == "student" and self.sweep.scheduler != "none":
+            told = (self.sweep.scheduler, self.sweep.search)
+            if self.arm(name).targets.sequence == "student" and told != ("none", "random"):
                 raise ValueError(
                     f"arm {name!r} learns from its own answers, in rounds that all students take in step, so none of "
-                    "them can be stopped before the others: set sweep.scheduler=none"
+                    "them can be stopped before the others, or chosen by what others reached: set "
+                    "sweep.scheduler=none and sweep.search=random"
                 )
         return self
 

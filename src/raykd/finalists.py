@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from raykd.job import Job, is_complete, read_curve, validations
+from raykd.job import Job, is_complete, reached
 from raykd.sections import Sweep
 
 
@@ -25,26 +25,26 @@ def of(jobs: Sequence[Job], sweep: Sweep | None) -> list[Job]:
 
 
 def _best_first(jobs: Sequence[Job], sweep: Sweep) -> list[str]:
-    reached: dict[str, list[float]] = {}
-    for job in jobs:
-        last = validations(read_curve(job.folder / "metrics.jsonl"))[-1]
-        reached.setdefault(job.lesson, []).append(last[sweep.metric])
-    return ranked(reached, sweep.metric)
+    found: dict[str, list[float]] = {}
+    for each in jobs:
+        if (value := reached(each)) is not None:
+            found.setdefault(each.lesson, []).append(value)
+    return ranked(found, sweep.metric)
 
 
-def ranked(reached: Mapping[str, Iterable[float]], metric: str) -> list[str]:
+def ranked(found: Mapping[str, Iterable[float]], metric: str) -> list[str]:
     """Points by what their seeds reached in the mean, the best first; those of more seeds before those of fewer.
 
     A point that lost a seed on the way was stopped there for being worse.
 
     Args:
-        reached: what each seed reached when it was last measured.
+        found: what each seed reached when it was last measured.
         metric: `accuracy` or `loss`.
     """
     sign = -1 if metric == "accuracy" else 1
 
     def key(point: str) -> tuple[Any, ...]:
-        values = list(reached[point])
+        values = list(found[point])
         return -len(values), sign * sum(values) / len(values), point
 
-    return sorted(reached, key=key)
+    return sorted(found, key=key)

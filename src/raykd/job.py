@@ -124,3 +124,9 @@ def read_curve(file: Path) -> list[dict[str, Any]]:
 def validations(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was measured on the validation problems, from the first time to the last."""
     return [point["validation"] for point in curve if point.get("validation")]
+
+
+def reached(job: Job) -> float | None:
+    """What a trial of a sweep had when it was last measured; None where it was not."""
+    measured = validations(read_curve(job.folder / "metrics.jsonl"))
+    return measured[-1][job.sweep.metric] if measured and job.sweep else None

@@ -5,7 +5,7 @@ after whatever ended it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from raykd import (
     problems,
     rounds,
     storage,
+    study,
     sweep,
     teacher,
 )
@@ -30,7 +31,8 @@ from raykd.completions import Request
 from raykd.config import Experiment
 from raykd.job import Job
 from raykd.progress import say
-from raykd.variants import Variant, arm_of, lessons, variants
+from raykd.study import Make, Undrawn
+from raykd.variants import Point, Variant, arm_of, at, corners, lessons, variants
 
 # How many trials are named on one line.
 NAMED = 8
@@ -53,6 +55,8 @@ class Plan:
     """For each of `variants.lessons` the completions it is about; None where nothing is asked of the teacher."""
     retry_failed: bool
     """Whether trials of a sweep that failed are tried again."""
+    undrawn: Undrawn | None
+    """The points of a sweep that will be chosen by what others reach; None where all are known."""
 
     @property
     def log(self) -> Path:
@@ -106,7 +110,8 @@ class Plan:
 
     def is_complete(self) -> bool:
         """Whether nothing is left but to write the report."""
-        return not completions.missing(self.requests) and not self.pending and _are_predicted(self)
+        is_trained = not self.pending and not self.undrawn
+        return not completions.missing(self.requests) and is_trained and _are_predicted(self)
 
 
 def run(experiment: Experiment, command: str, retry_failed: bool = False) -> Path:
@@ -125,6 +130,9 @@ def run(experiment: Experiment, command: str, retry_failed: bool = False) -> Pat
                 make_completions(plan, resources)
             with journal.timed(plan.folder, "students"):
                 train_students(plan, resources)
+            if plan.undrawn:
+                # By now it is known which points there are.
+                plan = prepare(experiment, command, retry_failed)
             with journal.timed(plan.folder, "predictions"):
                 make_predictions(plan, resources)
     write_report(plan)
@@ -145,8 +153,10 @@ def prepare(experiment: Experiment, command: str, retry_failed: bool = False) ->
     teacher_tokenizer = models.load_tokenizer(experiment.teacher.model, experiment.teacher.revision)
     student_tokenizer = models.load_tokenizer(experiment.student.model, experiment.student.revision)
     same_tokens = models.same_tokens(teacher_tokenizer, student_tokenizer)
-    trained = variants(experiment)
-    for variant in trained:
+    drawn = study.drawn(experiment, folder)
+    trained = variants(experiment, drawn)
+    bounds = corners(experiment) if experiment.sweep and experiment.sweep.search == "optuna" else []
+    for variant in [*trained, *bounds]:
         if variant.arm.targets.kind == "top_k" and not same_tokens:
             raise ValueError(
                 f"arm {variant.arm_name!r}: soft targets need one tokenizer, but {experiment.teacher.model} and "
@@ -161,13 +171,31 @@ def prepare(experiment: Experiment, command: str, retry_failed: bool = False) ->
                 f"arm {variant.arm_name!r}: targets.rounds={arm.targets.rounds} is more than its {steps} optimizer "
                 "steps"
             )
-    asked = completions.of_arms(experiment, lessons(trained), splits, root, teacher_model)
+    asked = completions.of_arms(experiment, lessons([*trained, *bounds]), splits, root, teacher_model)
+
+    def make(name: str, point: Point) -> list[Job]:
+        variant = at(experiment, name, point)
+        own = completions.of_arms(experiment, lessons([variant]), splits, root, teacher_model)
+        return sweep.jobs(experiment, [variant], splits, own, student_model, same_tokens, folder)
+
+    undrawn = _undrawn(experiment, drawn, make, bounds)
     found = (splits, teacher_model, student_model, same_tokens, trained, asked)
-    plan = Plan(experiment, root, folder, *found, retry_failed)
+    plan = Plan(experiment, root, folder, *found, retry_failed, undrawn)
     identities = {"teacher": teacher_model, "student": student_model}
     journal.begin(experiment, folder, plan.problems, identities, [job.trial_id for job in plan.jobs], command)
     storage.write_text(folder / "experiment.yaml", config.dump(experiment))
     return plan
+
+
+def _undrawn(
+    experiment: Experiment, drawn: Mapping[str, Sequence[Point]], make: Make, bounds: list[Variant]
+) -> Undrawn | None:
+    """What a search that chooses by results has left to choose."""
+    if experiment.sweep is None or not bounds:
+        return None
+    num_points = sum(experiment.sweep.num_samples - len(points) for points in drawn.values())
+    num_trials = num_points * len(experiment.seeds)
+    return Undrawn(experiment, experiment.sweep, make, bounds, num_trials) if num_trials else None
 
 
 def check(plan: Plan, resources: dict[str, float], stages: Sequence[str] = ("generate", "train", "evaluate")) -> None:
@@ -195,8 +223,8 @@ def check(plan: Plan, resources: dict[str, float], stages: Sequence[str] = ("gen
         if is_needed:
             kind = placement.accelerator(engine.accelerator, resources)
             placement.check_engine(f"{name}.engine", engine, kind, resources)
-    for job in pending:
-        train = job.arm.train
+    bounds = plan.undrawn.corners if plan.undrawn and "train" in stages else []
+    for train in [job.arm.train for job in pending] + [each.arm.train for each in bounds]:
         placement.concurrent_trials(train, placement.accelerator(train.accelerator, resources), resources)
     max_tokens = experiment.teacher.sampling.max_tokens
     for requests, room in [
@@ -205,7 +233,7 @@ def check(plan: Plan, resources: dict[str, float], stages: Sequence[str] = ("gen
     ]:
         generate.check_lengths(requests, plan.problems, experiment.teacher, instruction, room)
     answering = [(f"student of arm {job.arm_name!r}", "train", job.arm.targets.rollout) for job in own.values()]
-    if pending and experiment.sweep and experiment.sweep.metric == "accuracy":
+    if (pending or bounds) and experiment.sweep and experiment.sweep.metric == "accuracy":
         answering.append(("students", "validation", experiment.evaluate.sampling))
     if will_predict:
         answering.append(("students", "test", experiment.evaluate.sampling))
@@ -230,13 +258,16 @@ def make_completions(plan: Plan, resources: dict[str, float]) -> None:
 def train_students(plan: Plan, resources: dict[str, float]) -> None:
     """Step 3: every arm with every seed becomes a LoRA student, a trial of Ray Tune each."""
     experiment, pending = plan.experiment, plan.pending
+    if plan.undrawn:
+        say(f"training {plan.undrawn.num_trials} students at points that Optuna chooses by what others reach")
     if pending:
         named = ", ".join(job.trial_id for job in pending[:NAMED]) + (", …" if len(pending) > NAMED else "")
         say(f"training {len(pending)} students with DeepSpeed ({named})")
     on_policy = [job for job in pending if job.arm.targets.sequence == "student"]
-    if given := [job for job in pending if job.arm.targets.sequence != "student"]:
+    given = [job for job in pending if job.arm.targets.sequence != "student"]
+    if given or plan.undrawn:
         over = [job for job in plan.jobs if job.trial_id not in {each.trial_id for each in pending}]
-        sweep.run(given, experiment.max_concurrent_trials, plan.folder, resources, over)
+        sweep.run(given, experiment.max_concurrent_trials, plan.folder, resources, over, plan.undrawn)
     if on_policy:
         rounds.run(on_policy, plan.asked, experiment, plan.problems, plan.folder, resources, journal.versions())
 

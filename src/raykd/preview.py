@@ -41,17 +41,19 @@ def search(experiment: Experiment) -> str:
     if experiment.sweep is None:
         return ""
     # Loads Ray Tune, which takes seconds.
-    from raykd.variants import variants
+    from raykd.variants import corners, points, variants
 
-    found = variants(experiment)
     told, seeds = experiment.sweep, len(experiment.seeds)
-    lines = [f"sweep: {told.num_samples} points drawn, stopped early by {told.scheduler}"]
+    at_random = told.search == "random"
+    found = variants(experiment, dict.fromkeys(experiment.arms, points(told))) if at_random else corners(experiment)
+    chosen = "drawn, the same for every arm" if at_random else "chosen by Optuna for each arm"
+    lines = [f"sweep: {told.num_samples} points {chosen}; stopped early: {told.scheduler}"]
     for path, axis in told.space.items():
         ((way, values),) = axis.model_dump(exclude_defaults=True).items()
         lines.append(f"  {path}: {way} {json.dumps(values)}")
     for name in experiment.arms:
-        points = sum(each.arm_name == name for each in found)
-        lines.append(f"  arm {name}: {points} points x {seeds} seeds = {points * seeds} trials")
+        number = sum(each.arm_name == name for each in found) if at_random else told.num_samples
+        lines.append(f"  arm {name}: {number} points x {seeds} seeds = {number * seeds} trials")
     measured = f"{told.metric} on {experiment.problems.num_validation} validation problems"
     lines.append(f"  each is measured {told.validations} times: {measured}")
     tested = "all that are trained to the end" if told.finalists is None else f"the best {told.finalists} of each arm"

@@ -1,7 +1,7 @@
 """Scoreboard: what the user sees while trials are trained: how far they are, and in a sweep what each has reached."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ray import tune
@@ -26,11 +26,13 @@ class Scoreboard(tune.Callback):
     On a terminal that is a table which changes; in a log a line is added whenever a trial ends.
 
     Args:
-        jobs: the trials.
+        jobs: the trials by id; more may be added while it runs.
+        num_trials: how many they will be.
     """
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self._jobs = {job.trial_id: job for job in jobs}
+    def __init__(self, jobs: Mapping[str, Job], num_trials: int) -> None:
+        self._jobs = jobs
+        self._num_trials = num_trials
         self._seen: dict[str, dict[str, Any]] = {}
         self._measured: dict[str, dict[str, Any]] = {}
         self._states: dict[str, str] = {}
@@ -81,7 +83,8 @@ class Scoreboard(tune.Callback):
 
     @property
     def _is_sweep(self) -> bool:
-        return any(job.sweep for job in self._jobs.values())
+        # With none yet, they are the points of a search.
+        return all(job.sweep for job in self._jobs.values())
 
     def _ended(self, trial_id: str) -> None:
         job = self._jobs.get(trial_id)
@@ -97,13 +100,13 @@ class Scoreboard(tune.Callback):
             at = f" at {shown(job.values)}" if job.values else ""
             reached = score(job.sweep, self._measured.get(trial_id))
             self._meter.note(
-                f"{over}/{len(self._jobs)} {job.arm_name}, seed {job.seed}{at}: {self._states[trial_id]}, {reached}"
+                f"{over}/{self._num_trials} {job.arm_name}, seed {job.seed}{at}: {self._states[trial_id]}, {reached}"
             )
 
     def _total(self) -> int:
         """Steps of all trials; until one reports, it is taken to have as many as those that did."""
         steps = [each["steps"] for each in self._seen.values()]
-        return round(sum(steps) / len(steps) * len(self._jobs))
+        return round(sum(steps) / len(steps) * self._num_trials)
 
     def _rendered(self) -> Group:
         assert self._meter is not None and self._live is not None

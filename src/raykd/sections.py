@@ -287,6 +287,9 @@ class Sweep(Section):
     space: dict[str, Axis] = {}
     """What is searched: fields in which arms may differ, by dotted path, such as `train.learning_rate: {loguniform:
     [1.0e-4, 1.0e-2]}`."""
+    search: Literal["random", "optuna"] = "random"
+    """How points are chosen: at random, the same for every arm; or by Optuna (Akiba et al., arXiv 1907.10902), for each
+    arm by what its earlier points reached."""
     num_samples: int = Field(default=8, ge=1)
     """Points that are drawn, each of which is trained for every arm and seed, with every combination of the grids."""
     scheduler: Literal["asha", "median", "none"] = "asha"
@@ -306,6 +309,11 @@ class Sweep(Section):
     seed: int = 0
     """Of the draws."""
 
+    @property
+    def mode(self) -> Literal["max", "min"]:
+        """Which way is better."""
+        return "max" if self.metric == "accuracy" else "min"
+
     @model_validator(mode="after")
     def _stops_before_the_end(self) -> Self:
         if self.scheduler != "none" and self.validations < 2:
@@ -313,4 +321,10 @@ class Sweep(Section):
                 f"validations={self.validations}: scheduler {self.scheduler} stops trials by what they reach before "
                 "their end; set validations to 2 or more, or scheduler to none"
             )
+        if self.search == "optuna":
+            for path, axis in self.space.items():
+                if axis.grid:
+                    raise ValueError(f"space.{path}: optuna chooses every value: give them as choice, not as grid")
+            if not self.space:
+                raise ValueError("search=optuna: space is empty, there is nothing to choose")
         return self

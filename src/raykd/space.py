@@ -1,5 +1,6 @@
 """Space: how one field of a sweep is chosen."""
 
+import math
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -36,7 +37,15 @@ class Axis(BaseModel):
 
     @property
     def extremes(self) -> tuple[Any, ...]:
-        """Values that must all be legal: those that are listed, or both ends of a range."""
+        """Values that must all be legal: those that are listed, or both ends of a range and one between them."""
         if self.randint:
             return self.randint[0], self.randint[1] - 1
-        return self.grid or self.choice or self.uniform or self.loguniform or ()
+        if bounds := self.uniform or self.loguniform:
+            # No whole number, so that a field which takes nothing else is told apart.
+            return *bounds, bounds[0] + (bounds[1] - bounds[0]) / math.e
+        return self.grid or self.choice
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """All values, of a way that has finitely many."""
+        return tuple(range(*self.randint)) if self.randint else self.grid or self.choice

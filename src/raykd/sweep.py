@@ -16,7 +16,9 @@ from raykd.completions import Request
 from raykd.config import Experiment
 from raykd.job import COMPLETE, FAILED, STOPPED, Job, is_complete, outcome, read_curve, record, validations
 from raykd.scoreboard import Scoreboard
+from raykd.search import Search
 from raykd.sections import Sweep
+from raykd.study import Make, Undrawn
 from raykd.train import fit
 from raykd.variants import Variant
 
@@ -106,6 +108,7 @@ def run(
     folder: Path,
     cluster: Mapping[str, float],
     earlier: Sequence[Job] = (),
+    undrawn: Undrawn | None = None,
 ) -> None:
     """Trains the students of the given trials under Ray Tune; how each of them ends is recorded as it ends.
 
@@ -117,32 +120,40 @@ def run(
             a trial's driver, and more trials than there are workers for would wait on each other for ever.
         earlier: trials of the same sweep that have come to their end; they tell again what they reached, so that others
             are compared with them.
+        undrawn: the points that will be chosen by what others reached; None where all are known.
     """
-    sweep = pending[0].sweep
+    sweep = undrawn.sweep if undrawn else pending[0].sweep
     again = [job for job in earlier if outcome(job) != FAILED] if sweep and sweep.scheduler != "none" else []
-    by_id = {job.trial_id: job for job in [*again, *pending]}
+    known = {job.trial_id: job for job in [*again, *pending]}
+    jobs = {job.trial_id: job for job in pending}
     replayed = {job.trial_id for job in again}
-    kinds: dict[str, placement.Accelerator] = {
-        job.trial_id: placement.accelerator(job.arm.train.accelerator, cluster) for job in pending
-    }
-    fitting = min(placement.concurrent_trials(job.arm.train, kinds[job.trial_id], cluster) for job in pending)
+    trains = [job.arm.train for job in pending] + [each.arm.train for each in (undrawn.corners if undrawn else [])]
+    fitting = min(
+        placement.concurrent_trials(train, placement.accelerator(train.accelerator, cluster), cluster)
+        for train in trains
+    )
+    studies = undrawn.studies(folder, jobs) if undrawn else []
+    make = undrawn.make if undrawn else None
+    scoreboard = Scoreboard(jobs, len(jobs) + (undrawn.num_trials if undrawn else 0))
     _quiet()
 
     def trainable(config: dict[str, Any]) -> None:
-        job = by_id[config["trial_id"]]
+        job = known.get(config["trial_id"]) or _drawn(config, make)
         if job.trial_id in replayed:
             for measured in validations(read_curve(job.folder / "metrics.jsonl")):
                 tune.report({"validation": measured})
         else:
-            fit(job, kinds[job.trial_id], [TuneReportCallback()], folder / "checkpoints")
+            kind = placement.accelerator(job.arm.train.accelerator, cluster)
+            fit(job, kind, [TuneReportCallback()], folder / "checkpoints")
 
-    scoreboard = Scoreboard(list(pending))
     tuner = tune.Tuner(
         # The driver of a trial waits for its workers and needs no core itself, but Tune wants it to need something.
         tune.with_resources(trainable, {"CPU": 0, "memory": 1 << 20}),
-        param_space={"trial_id": tune.grid_search(list(by_id))},
         tune_config=tune.TuneConfig(
-            scheduler=_OfEachArm(sweep, {trial_id: job.arm_name for trial_id, job in by_id.items()}) if sweep else None,
+            search_alg=Search(list(known.values()), jobs, studies),
+            # Until the search says that there is nothing more.
+            num_samples=-1,
+            scheduler=_OfEachArm(sweep) if sweep else None,
             max_concurrent_trials=min(fitting, max_concurrent or fitting),
             trial_name_creator=lambda trial: trial.config["trial_id"],
             trial_dirname_creator=lambda trial: trial.config["trial_id"],
@@ -151,7 +162,7 @@ def run(
             name="tune",
             storage_path=str(folder),
             verbose=0,
-            callbacks=[_Records({job.trial_id: job for job in pending}, folder), scoreboard],
+            callbacks=[_Records(jobs, folder), scoreboard],
         ),
     )
     for job in pending:
@@ -163,9 +174,16 @@ def run(
     finally:
         # Tune tells nobody of an end by Ctrl-C.
         scoreboard.close()
-    for job in pending:
+    for job in jobs.values():
         # A worker may have been writing one when its trial was stopped.
         _clear(job, folder)
+
+
+def _drawn(config: Mapping[str, Any], make: Make | None) -> Job:
+    """The trial of a point that was drawn while others were trained."""
+    assert make, "what is not known was drawn"
+    values = {name: value for name, value in config.items() if name not in ("trial_id", "arm", "seed")}
+    return next(job for job in make(config["arm"], values) if job.trial_id == config["trial_id"])
 
 
 def _quiet() -> None:
@@ -184,13 +202,16 @@ class _OfEachArm(FIFOScheduler):
     compare the others with.
     """
 
-    def __init__(self, sweep: Sweep, arms: Mapping[str, str]) -> None:
+    def __init__(self, sweep: Sweep) -> None:
         super().__init__()
-        self._arms = arms
-        self._by_arm = {arm: _scheduler(sweep) for arm in dict.fromkeys(arms.values())}
+        self._sweep = sweep
+        self._by_arm: dict[str, FIFOScheduler] = {}
 
     def _of(self, trial: Any) -> Any:
-        return self._by_arm[self._arms[trial.config["trial_id"]]]
+        arm = trial.config["arm"]
+        if arm not in self._by_arm:
+            self._by_arm[arm] = _scheduler(self._sweep)
+        return self._by_arm[arm]
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         self._of(trial).on_trial_add(tune_controller, trial)
@@ -212,7 +233,7 @@ def _scheduler(sweep: Sweep) -> FIFOScheduler:
     told: dict[str, Any] = {
         "time_attr": TIME,
         "metric": f"validation/{sweep.metric}",
-        "mode": "max" if sweep.metric == "accuracy" else "min",
+        "mode": sweep.mode,
     }
     if sweep.scheduler == "asha":
         # What is measured at its end needs no stopping any more.

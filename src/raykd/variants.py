@@ -1,6 +1,7 @@
 """Variants: all that is trained on: every arm, at every point of the sweep where there is one."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,8 @@ from raykd.space import Axis
 Point = dict[str, Any]
 # Between an arm's name and that of a point; it is in neither.
 AT = "@"
+# The fields of an arm that bear on what the teacher is asked (`raykd.completions`).
+ASKED = ("prompt.strategy", "targets.sequence", "targets.kind", "targets.top_k")
 
 
 @dataclass(frozen=True)
@@ -33,24 +36,56 @@ class Variant:
         return self.arm_name + (f"{AT}{storage.content_key(self.values)[:8]}" if self.values else "")
 
 
-def variants(experiment: Experiment) -> list[Variant]:
-    """Every arm at every point.
+def variants(experiment: Experiment, drawn: Mapping[str, Sequence[Point]]) -> list[Variant]:
+    """Every arm at every one of its points; without a sweep, as it stands.
 
     Points that differ in nothing that bears on an arm are one to it: a search over temperatures trains an arm with hard
     targets once.
 
+    Args:
+        experiment: the experiment.
+        drawn: each arm's points (`raykd.study.drawn`).
+
     Raises:
         ValueError: where a point and an arm do not go together.
     """
-    sweep = experiment.sweep
-    if sweep is None:
+    if experiment.sweep is None:
         return [Variant(name, experiment.arm(name)) for name in experiment.arms]
-    drawn = points(sweep)
-    found = [_at(experiment, name, point) for name in experiment.arms for point in drawn]
+    found = [at(experiment, name, point) for name, points in drawn.items() for point in points]
     return list({each.lesson: each for each in found}.values())
 
 
-def _at(experiment: Experiment, name: str, point: Point) -> Variant:
+def corners(experiment: Experiment) -> list[Variant]:
+    """What bounds a search whose points are chosen by results: all that it may ask of the teacher, and the ends of the
+    other fields, one at a time.
+
+    Raises:
+        ValueError: where some of it and an arm do not go together.
+    """
+    space = experiment.sweep.space if experiment.sweep else {}
+    asked = {path: axis.values for path, axis in space.items() if _is_asked(path)}
+    others = {path: axis.extremes for path, axis in space.items() if path not in asked}
+    middle = {path: ends[0] for path, ends in others.items()}
+    star = [middle, *({**middle, path: end} for path, ends in others.items() for end in ends)]
+    found = [
+        {**point, **dict(zip(asked, values, strict=True))}
+        for values in itertools.product(*asked.values())
+        for point in star
+    ]
+    return variants(experiment, dict.fromkeys(experiment.arms, found))
+
+
+def _is_asked(path: str) -> bool:
+    """Whether a field bears on what the teacher is asked."""
+    return any(f"{each}.".startswith(f"{path}.") for each in ASKED)
+
+
+def at(experiment: Experiment, name: str, point: Point) -> Variant:
+    """An arm at a point.
+
+    Raises:
+        ValueError: where they do not go together.
+    """
     arm = experiment.arm(name, point)
     bearing = dict(config.leaves(arm.bearing(), ""))
     values = {path: value for path, value in config.leaves(point, "") if path in bearing}
@@ -72,7 +107,7 @@ def arm_of(lesson: str) -> str:
 
 def points(sweep: Sweep) -> list[Point]:
     """The points of a random search: the same for the same sweep, and for more samples the same and more."""
-    space = {path: _domain(axis) for path, axis in sweep.space.items()}
+    space = {path: domain(axis) for path, axis in sweep.space.items()}
     random = np.random.default_rng(sweep.seed)
     # One draw serves all combinations of the grids, so that they can be compared at equal values of the rest.
     drawn = [
@@ -83,7 +118,7 @@ def points(sweep: Sweep) -> list[Point]:
     return list({storage.content_key(point): point for point in drawn}.values())
 
 
-def _domain(axis: Axis) -> Any:
+def domain(axis: Axis) -> Any:
     """An axis in Ray Tune's terms."""
     if axis.grid:
         return tune.grid_search(axis.grid)

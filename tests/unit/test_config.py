@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from raykd import config
-from raykd.variants import variants
+from raykd.variants import points, variants
 
 ROOT = Path(__file__).parents[2]
 SMALLEST = "name: small\nteacher: {model: a}\nstudent: {model: b}\n"
@@ -27,7 +27,10 @@ def test_the_experiment_in_the_readme_is_one(tmp_path: Path):
     (swept,) = re.findall(r"```yaml\n(problems: .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     tree = yaml.safe_load(text) | yaml.safe_load(swept)
     del tree["arms"]["own"]
-    assert len(variants(load(tmp_path, yaml.safe_dump(tree)))) == 16 * len(tree["arms"])
+    experiment = load(tmp_path, yaml.safe_dump(tree))
+    assert experiment.sweep
+    drawn = dict.fromkeys(experiment.arms, points(experiment.sweep))
+    assert len(variants(experiment, drawn)) == 16 * len(tree["arms"])
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda file: file.stem)

@@ -46,7 +46,7 @@ def folder(experiment: Experiment, tmp_path: Path) -> Path:
 
 
 def asked(experiment: Experiment, folder: Path, root: Path) -> dict[str, Request | None]:
-    lessons = variants.lessons(variants.variants(experiment))
+    lessons = variants.lessons(variants.variants(experiment, {}))
     return completions.of_arms(experiment, lessons, folder, root, {"model": "a", "revision": "1"})
 
 

@@ -30,6 +30,8 @@ FLOORS = [
     {"models", "problems", "teacher", "generate", "student", "train", "evaluate", "rollout", "validation", "cluster"},
     {
         "variants",
+        "study",
+        "search",
         "sweep",
         "scoreboard",
         "rounds",

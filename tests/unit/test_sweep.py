@@ -48,8 +48,8 @@ class Trial:
 
 def stopped(told: Sweep, reached: dict[str, list[float]]) -> dict[str, int]:
     """Trials that are measured in turns, and at which time each is stopped."""
-    scheduler = sweep._OfEachArm(told, {trial: trial[0] for trial in reached})
-    trials = {name: Trial(name, {"trial_id": name}) for name in reached}
+    scheduler = sweep._OfEachArm(told)
+    trials = {name: Trial(name, {"trial_id": name, "arm": name[0]}) for name in reached}
     found: dict[str, int] = {}
     for trial in trials.values():
         scheduler.on_trial_add(None, trial)

@@ -34,7 +34,13 @@ def experiment(space: dict[str, Any], **sweep: Any) -> Experiment:
 
 
 def found(space: dict[str, Any], **sweep: Any) -> list[Variant]:
-    return variants(experiment(space, **sweep))
+    return everywhere(experiment(space, **sweep))
+
+
+def everywhere(experiment: Experiment) -> list[Variant]:
+    """Every arm at every point of a random search."""
+    drawn = points(experiment.sweep) if experiment.sweep else []
+    return variants(experiment, dict.fromkeys(experiment.arms, drawn))
 
 
 def of_arm(variants: list[Variant], arm: str) -> list[Variant]:
@@ -42,7 +48,7 @@ def of_arm(variants: list[Variant], arm: str) -> list[Variant]:
 
 
 def test_without_a_sweep_there_are_the_arms():
-    both = variants(Experiment.model_validate(TREE))
+    both = variants(Experiment.model_validate(TREE), {})
     assert [(each.lesson, each.values) for each in both] == [("hard", {}), ("soft", {})]
 
 
@@ -117,6 +123,9 @@ def test_lessons_are_found_back():
         ({"space": {"loss": {"grid": [{"temperature": 2}]}}}, ["arm 'soft' sets loss.cross_entropy_weight"]),
         ({"space": {"targets.sequence": {"grid": ["student"]}}}, ["arm of its own"]),
         ({"space": {"prompt.strategy": {"grid": ["techer"]}}}, ["unknown strategy 'techer'"]),
+        ({"space": {"train.epochs": {"uniform": [1, 4]}}}, ["sweep.space.train.epochs", "integer"]),
+        ({"search": "optuna"}, ["search=optuna", "space is empty"]),
+        ({"search": "optuna", "space": {"train.epochs": {"grid": [1]}}}, ["space.train.epochs", "not as grid"]),
         ({"validations": 1}, ["validations=1", "scheduler to none"]),
         ({"num_sample": 3}, ["sweep.num_sample: unknown key", "'num_samples'"]),
     ],
@@ -125,7 +134,7 @@ def test_a_mistake_is_told_with_its_place(sweep: dict[str, Any], words: list[str
     file = tmp_path / "swept.yaml"
     file.write_text(json.dumps(TREE | {"sweep": sweep}))
     with pytest.raises(ValueError) as caught:
-        variants(config.load(file))
+        everywhere(config.load(file))
     for word in words:
         assert word in str(caught.value)
 

@@ -1,0 +1,58 @@
+"""Search: which trial of a sweep is next: first those that are known, then points that depend on what they reached."""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from ray.tune.search import Searcher
+
+from raykd.job import Job, reached
+from raykd.study import Study
+
+
+class Search(Searcher):
+    """Hands trials to Ray Tune.
+
+    Args:
+        known: trials to begin with.
+        jobs: trials by id, to which those of new points are added.
+        studies: the searches of the arms whose points are chosen by what earlier ones reached.
+    """
+
+    def __init__(self, known: Sequence[Job], jobs: dict[str, Job], studies: Sequence[Study] = ()) -> None:
+        super().__init__()
+        self._jobs = jobs
+        self._queue = deque(known)
+        self._studies = {study.arm: study for study in studies}
+        self._under_way: dict[str, Job] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next trial, as what Tune calls its configuration, or `Searcher.FINISHED`."""
+        while not self._queue:
+            # In turns, so that the arms get on alike.
+            study = max(self._studies.values(), key=lambda each: each.num_open, default=None)
+            if study is None or not study.num_open:
+                return Searcher.FINISHED
+            for job in study.draw():
+                self._jobs[job.trial_id] = job
+                self._queue.append(job)
+        job = self._under_way[trial_id] = self._queue.popleft()
+        return {"trial_id": job.trial_id, "arm": job.arm_name, "seed": job.seed, **job.values}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Nothing: a point is told what it reached at its end."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tells the arm's study what a trial reached."""
+        job = self._under_way.pop(trial_id)
+        if job.arm_name in self._studies:
+            self._studies[job.arm_name].tell(job, None if error else reached(job))
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        return True
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the points, and what the trials came to, are in the experiment's folder."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a sweep goes on from the experiment's folder, not from Tune's")

@@ -1,0 +1,172 @@
+"""A search that is told what earlier points reached: what it draws, notes, and draws again."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.tune.search import Searcher
+
+from raykd import pipeline, storage
+from raykd.config import Experiment
+from raykd.job import COMPLETE, FAILED, Job, record
+from raykd.search import Search
+from raykd.study import Study
+
+BEST = 1e-3
+TREE: dict[str, Any] = {
+    "name": "searched",
+    "problems": {"source": "demo", "num_train": 20, "num_validation": 10, "num_test": 2},
+    "teacher": {"model": "raykd/demo-teacher"},
+    "student": {"model": "raykd/demo-student"},
+    "arms": {"none": {}, "soft": {"targets.kind": "top_k"}},
+    "seeds": [0, 1],
+}
+RATES = {"train.learning_rate": {"loguniform": [1e-6, 1e-1]}}
+
+
+def plan(folder: Path, space: dict[str, Any] = RATES, retry_failed: bool = False, **sweep: Any) -> pipeline.Plan:
+    tree = TREE | {"storage": str(folder), "sweep": {"search": "optuna", "metric": "loss", "space": space, **sweep}}
+    return pipeline.prepare(Experiment.model_validate(tree), "raykd sweep searched.yaml", retry_failed)
+
+
+def studies(plan: pipeline.Plan) -> dict[str, Study]:
+    assert plan.undrawn
+    return {each.arm: each for each in plan.undrawn.studies(plan.folder, {job.trial_id for job in plan.pending})}
+
+
+def trained(job: Job, loss: float, status: str = COMPLETE) -> float:
+    """Writes what a trial came to."""
+    point = {"step": 5, "loss": 1.0, "validation": {"number": 4, "n": 10, "loss": loss}}
+    storage.write_text(job.folder / "metrics.jsonl", json.dumps(point) + "\n")
+    record(job, status, "out of memory" if status == FAILED else "")
+    return loss
+
+
+def away(job: Job) -> float:
+    """A loss that is least at the best learning rate."""
+    return abs(math.log10(job.values["train.learning_rate"] / BEST))
+
+
+@pytest.mark.parametrize(("metric", "least", "most"), [("loss", 0.0, 0.8), ("accuracy", 1.6, 3.0)])
+def test_what_was_reached_draws_the_search_to_where_it_is_good(metric: str, least: float, most: float, tmp_path: Path):
+    study = studies(plan(tmp_path, num_samples=40, metric=metric))["none"]
+    found = []
+    for _ in range(40):
+        jobs = study.draw()
+        assert [job.seed for job in jobs] == [0, 1]
+        found.append(away(jobs[0]))
+        for job in jobs:
+            study.tell(job, away(job))
+    assert study.num_open == 0
+    # At random they are 1.3 decades away in the mean.
+    assert least < sum(found[20:]) / 20 < most
+
+
+def test_a_search_goes_on_where_it_was_broken_off(tmp_path: Path):
+    begun = studies(plan(tmp_path, num_samples=4))
+    first, second = begun["none"].draw(), begun["none"].draw()
+    for job in first:
+        trained(job, away(job))
+    trained(second[0], away(second[0]))
+    again = plan(tmp_path, num_samples=4)
+    assert {job.trial_id for job in again.jobs} == {job.trial_id for job in [*first, *second]}
+    assert [job.trial_id for job in again.pending] == [second[1].trial_id]
+    assert again.undrawn and again.undrawn.num_trials == 2 * (2 + 4)
+    study = studies(again)["none"]
+    states = [(trial.state.name, trial.params, trial.value) for trial in study._optuna._ot_study.trials]
+    # The point under way is told at its end, with what its other seed had reached before.
+    assert sorted(states, key=str) == [
+        ("COMPLETE", first[0].values, pytest.approx(away(first[0]))),
+        ("RUNNING", second[0].values, None),
+    ]
+    study.tell(second[1], 7.0)
+    told = [trial.value for trial in study._optuna._ot_study.trials if trial.params == second[0].values]
+    assert told == [pytest.approx((7.0 + away(second[0])) / 2)]
+    third = study.draw()
+    assert third[0].values not in (first[0].values, second[0].values)
+    assert [len(each) for each in (study.draw(), begun["soft"].draw())] == [2, 2]
+    over = plan(tmp_path, num_samples=2)
+    assert {job.trial_id for job in over.jobs if job.arm_name == "none"} == {job.trial_id for job in [*first, *second]}
+
+
+def test_another_search_has_points_of_its_own(tmp_path: Path):
+    studies(plan(tmp_path))["none"].draw()
+    assert len(plan(tmp_path, num_samples=20, finalists=1).jobs) == 2
+    assert plan(tmp_path, seed=1).jobs == []
+    assert plan(tmp_path, space={"train.learning_rate": {"loguniform": [1e-5, 1e-2]}}).jobs == []
+
+
+def test_a_point_that_is_drawn_again_is_not_trained_again(tmp_path: Path):
+    # Lists and null are no categories of Optuna's own.
+    space = {"student.lora.target_modules": {"choice": [["q_proj"], ["q_proj", "v_proj"]]}}
+    some = plan(tmp_path, space, num_samples=6)
+    study = studies(some)["none"]
+    drawn = [study.draw() for _ in range(6)]
+    new = [jobs for jobs in drawn if jobs]
+    assert sorted(jobs[0].arm.student.lora.target_modules for jobs in new) == [("q_proj",), ("q_proj", "v_proj")]
+    for jobs in new:
+        for job in jobs:
+            study.tell(job, trained(job, 0.25))
+    assert [(trial.state.name, trial.value) for trial in study._optuna._ot_study.trials] == [("COMPLETE", 0.25)] * 6
+    assert len(plan(tmp_path, space, num_samples=6).jobs) == 4
+
+
+def test_a_seed_that_failed_is_not_counted_and_a_point_that_failed_is_told_so(tmp_path: Path):
+    some = plan(tmp_path, num_samples=3)
+    study = studies(some)["none"]
+    half, whole = study.draw(), study.draw()
+    study.tell(half[0], trained(half[0], 0.5))
+    for job in (half[1], *whole):
+        trained(job, 0.1, FAILED)
+        study.tell(job, None)
+    for each in (study, studies(plan(tmp_path, num_samples=3))["none"]):
+        trials = each._optuna._ot_study.trials
+        assert sorted((trial.state.name, trial.value) for trial in trials) == [("COMPLETE", 0.5), ("FAIL", None)]
+    # What is tried again is under way again.
+    trials = studies(plan(tmp_path, num_samples=3, retry_failed=True))["none"]._optuna._ot_study.trials
+    assert [trial.state.name for trial in trials] == ["RUNNING", "RUNNING"]
+
+
+def test_tune_is_handed_what_is_known_and_then_new_points_arm_by_arm(tmp_path: Path):
+    some = plan(tmp_path, num_samples=2)
+    known = studies(some)["soft"].draw()
+    some = plan(tmp_path, num_samples=2)
+    jobs = {job.trial_id: job for job in some.pending}
+    search = Search(some.pending, jobs, list(studies(some).values()))
+    handed = []
+    while (config := search.suggest(str(len(handed)))) != Searcher.FINISHED:
+        handed.append(config)
+        trained(jobs[config["trial_id"]], 0.5)
+        search.on_trial_complete(str(len(handed) - 1), {"loss": 0.1})
+    assert [each["trial_id"] for each in handed[:2]] == [job.trial_id for job in known]
+    assert [each["arm"] for each in handed] == ["soft", "soft", "none", "none", "none", "none", "soft", "soft"]
+    assert [each["seed"] for each in handed] == [0, 1] * 4
+    assert all(1e-6 <= each["train.learning_rate"] <= 1e-1 for each in handed)
+    over = plan(tmp_path, num_samples=2)
+    assert over.undrawn is None and not over.pending and len(over.jobs) == 8
+
+
+def test_the_teacher_is_asked_beforehand_for_whatever_may_be_drawn(tmp_path: Path):
+    space = {
+        "prompt.strategy": {"choice": ["none", "teacher", "confidence"]},
+        "targets.top_k": {"randint": [2, 5]},
+        **RATES,
+    }
+    some = plan(tmp_path, space, num_samples=1)
+    assert {(request.strategy_name, request.top_k) for request in some.requests} == {
+        ("none", 4),
+        ("teacher", 4),
+        ("confidence", 4),
+    }
+    for request in some.requests:
+        storage.write_json(request.folder / storage.MANIFEST, {"content": request.content})
+    folders = {request.folder for request in some.requests}
+    assert all(job.completions in folders for study in studies(some).values() for job in study.draw())
+
+
+def test_an_arm_in_rounds_cannot_be_searched_by_results(tmp_path: Path):
+    tree = TREE | {"arms": {"own": {"targets.sequence": "student"}}}
+    with pytest.raises(ValueError, match=r"arm 'own' learns from its own answers.*sweep\.search=random"):
+        Experiment.model_validate(tree | {"sweep": {"search": "optuna", "scheduler": "none", "space": RATES}})
