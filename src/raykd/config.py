@@ -157,8 +157,8 @@ class Experiment(Section):
             ValueError: where they do not go together.
         """
         whose = f"arm {name!r}" + (f" at {shown(point)}" if point else "")
-        for path, value in leaves(self.arms[name], ""):
-            if value != {} and not _may_differ(path):
+        for path, _ in leaves(self.arms[name], ""):
+            if not _may_differ(path):
                 raise ValueError(
                     f"arm {name!r} overrides {path!r}; arms may differ in {', '.join(ARM_SECTIONS)} only, "
                     "for they share problems, teacher and evaluation"
@@ -181,8 +181,7 @@ class Experiment(Section):
         tree: dict[str, Any] = {key: getattr(self, key).model_dump() for key in Arm.model_fields}
         # `targets: {kind: top_k}` says as much as `targets.kind: top_k`: what it does not name stays as it is.
         for path, value in [*leaves(self.arms[name], ""), *leaves(dict(point), "")]:
-            if value != {}:
-                set_path(tree, path, value)
+            set_path(tree, path, value)
         return Arm.model_validate(tree)
 
 
@@ -239,8 +238,8 @@ _CARRIED_OUT: Any = {
 
 
 def leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """The values of nested mappings by dotted path, below `path`."""
-    if isinstance(tree, dict) and tree:
+    """The values of nested mappings by dotted path, below `path`; an empty mapping says nothing."""
+    if isinstance(tree, dict):
         for key, value in tree.items():
             yield from leaves(value, f"{path}.{key}" if path else key)
     else:

@@ -8,7 +8,11 @@ from raykd.comparison import baselines
 
 def against(arms: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
     """Arms by name, each as its strategy and what it overrides besides; + where they differ in more than the prime."""
-    overrides = {name: {"prompt.strategy": strategy, **more} for name, (strategy, more) in arms.items()}
+    # As in a file: an arm without a prime need not say so.
+    overrides = {
+        name: {"prompt.strategy": strategy, **more} if strategy == "teacher" else more
+        for name, (strategy, more) in arms.items()
+    }
     found = baselines(overrides, {name: strategy for name, (strategy, _) in arms.items()})
     return {name: baseline.arm + ("" if baseline.prime_alone else "+") for name, baseline in found.items()}
 
