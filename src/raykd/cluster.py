@@ -2,13 +2,14 @@
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.data
+from ray.autoscaler.sdk import request_resources
 
 from raykd import progress
 
@@ -40,6 +41,19 @@ def connected(log: Path) -> Iterator[dict[str, float]]:
             yield {name: float(amount) for name, amount in ray.cluster_resources().items()}
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def requested(bundles: Sequence[dict[str, float]]) -> Iterator[None]:
+    """Asks the cluster's autoscaler, where it has one, for nodes that hold all of this, for a `with` block.
+
+    What is asked by tasks and actors that wait is asked one by one, and only as far as they are started.
+    """
+    request_resources(bundles=list(bundles))
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])
 
 
 def _start() -> Any:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -53,6 +53,9 @@ class Experiment(Section):
     """Every arm is trained once with each."""
     max_concurrent_trials: int | None = Field(default=None, ge=1)
     """Trials at a time; null for as many as the cluster's free resources hold."""
+    tracking: Literal["mlflow", "wandb"] | None = None
+    """Who is told of the trials, besides TensorBoard: MLflow, below the experiment's folder unless MLFLOW_TRACKING_URI
+    names a server, or Weights & Biases, offline unless WANDB_API_KEY is set."""
     sweep: Sweep | None = None
     """What is searched for every arm; null where arms are trained as they stand."""
 
@@ -230,6 +233,7 @@ _CARRIED_OUT: Any = {
     "arms": True,
     "seeds": True,
     "max_concurrent_trials": True,
+    "tracking": True,
     "sweep": True,
     "teacher": {"replicas", "batch_size", "concurrency", "timeout_s", "start_timeout_s", "max_error_rate"},
     "train": {"accelerator", "checkpoint_every_steps", "max_failures"},

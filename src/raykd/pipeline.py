@@ -25,6 +25,7 @@ from raykd import (
     study,
     sweep,
     teacher,
+    tracking,
 )
 from raykd.cluster import connected
 from raykd.completions import Request
@@ -145,6 +146,7 @@ def prepare(experiment: Experiment, command: str, retry_failed: bool = False) ->
     Raises:
         ValueError: where something that the experiment names is not there or does not fit together.
     """
+    tracking.check(experiment.tracking)
     root = Path(experiment.storage).absolute()
     folder = root / "experiments" / experiment.name
     journal.claim(experiment, folder)
@@ -195,7 +197,7 @@ def _undrawn(
         return None
     num_points = sum(experiment.sweep.num_samples - len(points) for points in drawn.values())
     num_trials = num_points * len(experiment.seeds)
-    return Undrawn(experiment, experiment.sweep, make, bounds, num_trials) if num_trials else None
+    return Undrawn(tuple(experiment.arms), experiment.sweep, make, bounds, num_trials) if num_trials else None
 
 
 def check(plan: Plan, resources: dict[str, float], stages: Sequence[str] = ("generate", "train", "evaluate")) -> None:
@@ -225,7 +227,7 @@ def check(plan: Plan, resources: dict[str, float], stages: Sequence[str] = ("gen
             placement.check_engine(f"{name}.engine", engine, kind, resources)
     bounds = plan.undrawn.corners if plan.undrawn and "train" in stages else []
     for train in [job.arm.train for job in pending] + [each.arm.train for each in bounds]:
-        placement.concurrent_trials(train, placement.accelerator(train.accelerator, resources), resources)
+        placement.check_trial(train, placement.accelerator(train.accelerator, resources), resources)
     max_tokens = experiment.teacher.sampling.max_tokens
     for requests, room in [
         (missing, max_tokens),
@@ -267,7 +269,7 @@ def train_students(plan: Plan, resources: dict[str, float]) -> None:
     given = [job for job in pending if job.arm.targets.sequence != "student"]
     if given or plan.undrawn:
         over = [job for job in plan.jobs if job.trial_id not in {each.trial_id for each in pending}]
-        sweep.run(given, experiment.max_concurrent_trials, plan.folder, resources, over, plan.undrawn)
+        sweep.run(given, experiment, plan.folder, resources, over, plan.undrawn)
     if on_policy:
         rounds.run(on_policy, plan.asked, experiment, plan.problems, plan.folder, resources, journal.versions())
 

@@ -52,20 +52,26 @@ def worker_resources(kind: Accelerator) -> dict[str, float]:
     return {"CPU": 1, "GPU": 1} if kind == "gpu" else {"CPU": 1}
 
 
-def concurrent_trials(train: Train, kind: Accelerator, cluster: Mapping[str, float]) -> int:
-    """How many trials the cluster holds at a time, so that none waits for another's workers for ever.
+def trial_bundles(train: Train, kind: Accelerator) -> list[dict[str, float]]:
+    """One placement bundle for each worker of a trial."""
+    return [worker_resources(kind)] * train.num_workers
 
-    Raises:
-        ValueError: where not even one fits, with what is missing.
-    """
+
+def room(train: Train, kind: Accelerator, cluster: Mapping[str, float]) -> int:
+    """How many trials the cluster holds at a time."""
     need = {name: amount * train.num_workers for name, amount in worker_resources(kind).items()}
-    for name, amount in need.items():
+    return int(min(cluster.get(name, 0) // amount for name, amount in need.items()))
+
+
+def check_trial(train: Train, kind: Accelerator, cluster: Mapping[str, float]) -> None:
+    """Raises ValueError where the cluster does not hold one trial, with what is missing."""
+    for name, each in worker_resources(kind).items():
+        amount = each * train.num_workers
         if cluster.get(name, 0) < amount:
             raise ValueError(
                 f"a trial needs {amount:g} {name} (train.num_workers={train.num_workers}, {kind}), the cluster "
                 f"has {cluster.get(name, 0):g}; lower train.num_workers or add nodes"
             )
-    return int(min(cluster[name] // amount for name, amount in need.items()))
 
 
 def engine_resources(engine: Engine, kind: Accelerator, replicas: int = 1) -> dict[str, float]:

@@ -59,7 +59,7 @@ def run(
                 serving = nullcontext() if stays else teacher.served(experiment.teacher, top_k, app, cluster)
                 own = _answered(own, asked, experiment, problems, cluster, versions, serving)
             free = placement.beside_the_teacher(experiment.teacher, cluster) if stays else cluster
-            sweep.run(begun + own, experiment.max_concurrent_trials, folder, free)
+            sweep.run(begun + own, experiment, folder, free)
 
 
 def _answered(

@@ -1,7 +1,7 @@
 """Search: which trial of a sweep is next: first those that are known, then points that depend on what they reached."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray.tune.search import Searcher
@@ -16,18 +16,24 @@ class Search(Searcher):
     Args:
         known: trials to begin with.
         jobs: trials by id, to which those of new points are added.
+        room: how many trials there is room for at a time, as things are.
         studies: the searches of the arms whose points are chosen by what earlier ones reached.
     """
 
-    def __init__(self, known: Sequence[Job], jobs: dict[str, Job], studies: Sequence[Study] = ()) -> None:
+    def __init__(
+        self, known: Sequence[Job], jobs: dict[str, Job], room: Callable[[], int], studies: Sequence[Study] = ()
+    ) -> None:
         super().__init__()
         self._jobs = jobs
+        self._room = room
         self._queue = deque(known)
         self._studies = {study.arm: study for study in studies}
         self._under_way: dict[str, Job] = {}
 
     def suggest(self, trial_id: str) -> Any:
-        """The next trial, as what Tune calls its configuration, or `Searcher.FINISHED`."""
+        """The next trial, as what Tune calls its configuration; None for not yet, or `Searcher.FINISHED`."""
+        if len(self._under_way) >= self._room():
+            return None
         while not self._queue:
             # In turns, so that the arms get on alike.
             study = max(self._studies.values(), key=lambda each: each.num_open, default=None)

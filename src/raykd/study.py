@@ -29,7 +29,7 @@ Make = Callable[[str, Point], list[Job]]
 class Undrawn:
     """Points of a sweep that will be chosen by what others reach."""
 
-    experiment: Experiment
+    arms: tuple[str, ...]
     sweep: Sweep
     make: Make
     corners: list[Variant]
@@ -44,7 +44,7 @@ class Undrawn:
             folder: the experiment's folder.
             pending: ids of the trials that have not come to their end.
         """
-        return [Study(name, self.sweep, folder, self.make, pending) for name in self.experiment.arms]
+        return [Study(name, self.sweep, folder, self.make, pending) for name in self.arms]
 
 
 def drawn(experiment: Experiment, folder: Path) -> dict[str, list[Point]]:

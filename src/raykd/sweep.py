@@ -3,27 +3,32 @@
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
-from raykd import completions, placement, storage
+from raykd import completions, placement, storage, tracking
+from raykd.cluster import requested
 from raykd.completions import Request
 from raykd.config import Experiment
 from raykd.job import COMPLETE, FAILED, STOPPED, Job, is_complete, outcome, read_curve, record, validations
 from raykd.scoreboard import Scoreboard
 from raykd.search import Search
-from raykd.sections import Sweep
+from raykd.sections import Sweep, Train
 from raykd.study import Make, Undrawn
 from raykd.train import fit
 from raykd.variants import Variant
 
 # What a scheduler takes for time, as Tune flattens what a trial reports: how often it was measured.
 TIME = "validation/number"
+
+Held = tuple[Train, placement.Accelerator]
+"""What a cluster must hold for a trial: its workers, on this kind of accelerator."""
 
 
 def jobs(
@@ -104,7 +109,7 @@ def pending(jobs: Sequence[Job], retry_failed: bool = False) -> list[Job]:
 
 def run(
     pending: Sequence[Job],
-    max_concurrent: int | None,
+    experiment: Experiment,
     folder: Path,
     cluster: Mapping[str, float],
     earlier: Sequence[Job] = (),
@@ -114,27 +119,28 @@ def run(
 
     Args:
         pending: trials that have not come to their end.
-        max_concurrent: trials at a time; None for as many as the cluster holds.
-        folder: the experiment's folder.
-        cluster: the cluster's resources, from which the number of trials at a time is computed: Tune sees only
-            a trial's driver, and more trials than there are workers for would wait on each other for ever.
+        experiment: the experiment.
+        folder: its folder.
+        cluster: the cluster's resources that they may have. From these, and nodes that come and go, the number of
+            trials at a time is computed: Tune sees only a trial's driver, and more of them than there is room for would
+            wait on each other. An autoscaler is asked for room for all of them, or `max_concurrent_trials`.
         earlier: trials of the same sweep that have come to their end; they tell again what they reached, so that others
             are compared with them.
         undrawn: the points that will be chosen by what others reached; None where all are known.
     """
-    sweep = undrawn.sweep if undrawn else pending[0].sweep
+    sweep = experiment.sweep
     again = [job for job in earlier if outcome(job) != FAILED] if sweep and sweep.scheduler != "none" else []
     known = {job.trial_id: job for job in [*again, *pending]}
     jobs = {job.trial_id: job for job in pending}
     replayed = {job.trial_id for job in again}
     trains = [job.arm.train for job in pending] + [each.arm.train for each in (undrawn.corners if undrawn else [])]
-    fitting = min(
-        placement.concurrent_trials(train, placement.accelerator(train.accelerator, cluster), cluster)
-        for train in trains
-    )
     studies = undrawn.studies(folder, jobs) if undrawn else []
     make = undrawn.make if undrawn else None
-    scoreboard = Scoreboard(jobs, len(jobs) + (undrawn.num_trials if undrawn else 0))
+    num_trials = len(jobs) + (undrawn.num_trials if undrawn else 0)
+    at_a_time = min(num_trials, experiment.max_concurrent_trials or num_trials)
+    scoreboard = Scoreboard(jobs, num_trials)
+    held: list[Held] = [(train, placement.accelerator(train.accelerator, cluster)) for train in trains]
+    bundles = max((placement.trial_bundles(train, kind) for train, kind in held), key=len)
     _quiet()
 
     def trainable(config: dict[str, Any]) -> None:
@@ -150,11 +156,10 @@ def run(
         # The driver of a trial waits for its workers and needs no core itself, but Tune wants it to need something.
         tune.with_resources(trainable, {"CPU": 0, "memory": 1 << 20}),
         tune_config=tune.TuneConfig(
-            search_alg=Search(list(known.values()), jobs, studies),
+            search_alg=Search(list(known.values()), jobs, _room(held, cluster, at_a_time), studies),
             # Until the search says that there is nothing more.
             num_samples=-1,
             scheduler=_OfEachArm(sweep) if sweep else None,
-            max_concurrent_trials=min(fitting, max_concurrent or fitting),
             trial_name_creator=lambda trial: trial.config["trial_id"],
             trial_dirname_creator=lambda trial: trial.config["trial_id"],
         ),
@@ -162,7 +167,7 @@ def run(
             name="tune",
             storage_path=str(folder),
             verbose=0,
-            callbacks=[_Records(jobs, folder), scoreboard],
+            callbacks=[_Records(jobs, folder), scoreboard, *tracking.callbacks(experiment.tracking, folder, jobs)],
         ),
     )
     for job in pending:
@@ -170,13 +175,26 @@ def run(
             # It is under way again; should it be broken off, it goes on.
             (job.folder / "trial.json").unlink()
     try:
-        tuner.fit()
+        with requested(bundles * at_a_time):
+            tuner.fit()
     finally:
         # Tune tells nobody of an end by Ctrl-C.
         scoreboard.close()
     for job in jobs.values():
         # A worker may have been writing one when its trial was stopped.
         _clear(job, folder)
+
+
+def _room(held: Sequence[Held], cluster: Mapping[str, float], at_most: int) -> Callable[[], int]:
+    """How many trials there is room for at a time, whatever they need, as nodes come and go."""
+    before = ray.cluster_resources()
+
+    def room() -> int:
+        now = ray.cluster_resources()
+        there = {name: cluster.get(name, 0) + now.get(name, 0) - before.get(name, 0) for name in {*cluster, *now}}
+        return min(at_most, *(placement.room(train, kind, there) for train, kind in held))
+
+    return room
 
 
 def _drawn(config: Mapping[str, Any], make: Make | None) -> Job:
@@ -191,6 +209,8 @@ def _quiet() -> None:
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     # Else Tune takes Ctrl-C for a wish to end early with what there is, and the run goes on to the next stage.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    # Who is told of the trials is said.
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     # A trial tells its steps more often than it is measured.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
 

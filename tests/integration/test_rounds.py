@@ -128,7 +128,7 @@ def test_its_own_answers_are_learnt_from_by_reverse_kl(taught: Ran, tokenizer):
         ids = torch.tensor(row["topk_ids"])
         p, q = torch.tensor(row["topk_logprobs"]).double().exp(), log_q.exp().gather(-1, ids)
         # The k tokens and all others as one: KL(student || teacher).
-        p, q = (torch.cat([each, 1 - each.sum(-1, keepdim=True)], -1).clamp(min=1e-7) for each in (p, q))
+        p, q = (torch.cat([each, (1 - each.sum(-1, keepdim=True)).clamp(min=1e-7)], -1) for each in (p, q))
         nats += (q * (q / p).log()).sum().item()
         tokens += len(answer)
     first = json.loads((job.folder / "metrics.jsonl").read_text().splitlines()[0])

@@ -32,6 +32,7 @@ FLOORS = [
         "variants",
         "study",
         "search",
+        "tracking",
         "sweep",
         "scoreboard",
         "rounds",

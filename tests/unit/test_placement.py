@@ -30,12 +30,12 @@ def test_a_sharded_engine_has_a_bundle_for_each_shard():
 )
 def test_trials_at_a_time_are_as_many_as_have_workers(workers: int, kind, cluster: dict, trials: int):
     train = Train(num_workers=workers, batch_size=8 * workers)
-    assert placement.concurrent_trials(train, kind, cluster) == trials
+    assert placement.room(train, kind, cluster) == trials
 
 
 def test_a_trial_that_never_fits_is_refused_with_what_is_missing():
     with pytest.raises(ValueError, match=r"4 GPU.*num_workers=4.*has 2"):
-        placement.concurrent_trials(Train(num_workers=4, batch_size=8), "gpu", {"CPU": 64, "GPU": 2})
+        placement.check_trial(Train(num_workers=4, batch_size=8), "gpu", {"CPU": 64, "GPU": 2})
 
 
 def test_an_engine_that_never_fits_is_refused_with_what_is_missing():

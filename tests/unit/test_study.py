@@ -134,9 +134,13 @@ def test_tune_is_handed_what_is_known_and_then_new_points_arm_by_arm(tmp_path: P
     known = studies(some)["soft"].draw()
     some = plan(tmp_path, num_samples=2)
     jobs = {job.trial_id: job for job in some.pending}
-    search = Search(some.pending, jobs, list(studies(some).values()))
+    room = 0
+    search = Search(some.pending, jobs, lambda: room, list(studies(some).values()))
+    assert search.suggest("0") is None
+    room = 1
     handed = []
     while (config := search.suggest(str(len(handed)))) != Searcher.FINISHED:
+        assert config and search.suggest("not yet") is None
         handed.append(config)
         trained(jobs[config["trial_id"]], 0.5)
         search.on_trial_complete(str(len(handed) - 1), {"loss": 0.1})
