@@ -60,7 +60,7 @@ def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "upscaling_speed": 1.0,
         "auth": {},
         "file_mounts": {},
-        **dict.fromkeys(LISTS, []),
+        **{key: [] for key in LISTS},
     }
     file, log = folder / "cluster.json", folder / "head.log"
     file.write_text(json.dumps(config))
