@@ -45,7 +45,10 @@ class Scoreboard(tune.Callback):
         if self._is_sweep and stream.isatty():
             # The table shows the meter's line beneath it; by itself it writes to nobody.
             self._meter = Meter("training", None, unit="steps", stream=io.StringIO())
-            self._live = Live(get_renderable=self._rendered, console=Console(file=stream), refresh_per_second=2)
+            console = Console(file=stream)
+            self._live = Live(
+                get_renderable=lambda: self._rendered(console.height), console=console, refresh_per_second=2
+            )
             self._live.start()
         else:
             self._meter = Meter("training", None, unit="steps").__enter__()
@@ -91,9 +94,7 @@ class Scoreboard(tune.Callback):
         if job is None:
             return
         self._states[trial_id] = outcome(job)
-        if self._meter is not None and (seen := self._seen.get(trial_id)):
-            # What a trial leaves undone is not waited for.
-            self._seen[trial_id] = {**seen, "steps": seen["step"]}
+        if self._meter is not None and self._seen:
             self._meter.total = self._total()
         if job.sweep and self._live is None and self._meter is not None:
             over = sum(state not in ("", "training") for state in self._states.values())
@@ -105,15 +106,19 @@ class Scoreboard(tune.Callback):
 
     def _total(self) -> int:
         """Steps of all trials; until one reports, it is taken to have as many as those that did."""
-        steps = [each["steps"] for each in self._seen.values()]
+        # What a trial left undone at its end is not waited for.
+        steps = [
+            seen["steps"] if self._states.get(trial_id, "") in ("", "training") else seen["step"]
+            for trial_id, seen in self._seen.items()
+        ]
         return round(sum(steps) / len(steps) * self._num_trials)
 
-    def _rendered(self) -> Group:
-        assert self._meter is not None and self._live is not None
+    def _rendered(self, height: int) -> Group:
+        assert self._meter is not None, "it is there before the table"
         table = Table(box=None, pad_edge=False)
         for column in ("Arm", "Seed", "At", "State", "Step", "Validation"):
             table.add_column(column, justify="right" if column in ("Seed", "Step") else "left")
-        room = max(self._live.console.height - MARGIN, 4)
+        room = max(height - MARGIN, 4)
         # What is under way first, then what has come furthest.
         order = {"training": 0, FAILED: 2, "": 3}
         ids = sorted(self._jobs, key=lambda each: (order.get(self._states.get(each, ""), 1), self._rank(each)))
