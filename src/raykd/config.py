@@ -28,6 +28,8 @@ from raykd.space import Axis
 from raykd.strategies import BUILT_IN, Strategy
 
 UNTOUCHED = "untouched"
+# How a trial is carried out, which is no part of what it is.
+CARRIED_OUT_OF_TRAIN = ("train.accelerator", "train.checkpoint_every_steps", "train.max_failures")
 # What may differ between arms. All else is shared, so that arms differ in nothing but what names them.
 ARM_SECTIONS = ("prompt.strategy", "targets", "loss", "student.lora", "train")
 
@@ -108,7 +110,9 @@ class Experiment(Section):
                 f"{where}: no field in which arms may differ{did_you_mean(path, can)}; those are below "
                 f"{', '.join(ARM_SECTIONS)}"
             )
-        if path == "targets.sequence" and "student" in axis.extremes:
+        if path in CARRIED_OUT_OF_TRAIN:
+            raise ValueError(f"{where}: how a trial is carried out changes nothing of what it is; set it for all")
+        if any(("targets.sequence", "student") in leaves({path: value}, "") for value in axis.extremes):
             raise ValueError(f"{where}: a student's own answers are trained on in rounds; make it an arm of its own")
         for named, _ in leaves(overrides, ""):
             if f"{named}.".startswith(f"{path}.") or f"{path}.".startswith(f"{named}."):
@@ -236,7 +240,7 @@ _CARRIED_OUT: Any = {
     "tracking": True,
     "sweep": True,
     "teacher": {"replicas", "batch_size", "concurrency", "timeout_s", "start_timeout_s", "max_error_rate"},
-    "train": {"accelerator", "checkpoint_every_steps", "max_failures"},
+    "train": {name.removeprefix("train.") for name in CARRIED_OUT_OF_TRAIN},
     "evaluate": {"batch_size", "max_loras", "max_error_rate"},
 }
 

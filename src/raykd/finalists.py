@@ -1,5 +1,6 @@
 """Finalists: which trials of a sweep are asked the test problems, chosen by the validation problems."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,7 @@ def ranked(found: Mapping[str, Iterable[float]], metric: str) -> list[str]:
 
     def key(point: str) -> tuple[Any, ...]:
         values = list(found[point])
-        return -len(values), sign * sum(values) / len(values), point
+        mean = sum(values) / len(values)
+        return -len(values), math.inf if math.isnan(mean) else sign * mean, point
 
     return sorted(found, key=key)

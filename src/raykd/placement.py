@@ -14,7 +14,7 @@ def accelerator(wanted: Literal["auto", "cpu", "gpu"], cluster: Mapping[str, flo
 
     Args:
         wanted: the configuration's word.
-        cluster: the cluster's resources as Ray names them, nodes that an autoscaler may add included.
+        cluster: the cluster's resources as Ray names them.
     """
     if wanted == "auto":
         return "gpu" if cluster.get("GPU", 0) > 0 else "cpu"

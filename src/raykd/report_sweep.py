@@ -17,6 +17,7 @@ from raykd.report_text import (
     share_and_interval,
 )
 from raykd.results import Results
+from raykd.space import point_key
 from raykd.statistics import wilson_interval
 from raykd.table import Table
 from raykd.trial import Share, Trial
@@ -34,8 +35,9 @@ def best_points(results: Results) -> Table:
             [
                 arm.name,
                 at(results, arm.trials[0].values) if COMPLETE in status else NOTHING,
-                _reached(results, arm.trials),
-                amount(len({at(results, trial.values) for trial in own})),
+                # Those that were stopped there are no part of what it was chosen by.
+                _reached(results, [trial for trial in arm.trials if trial.status == COMPLETE]),
+                amount(len({point_key(trial.values) for trial in own})),
                 *(amount(status.count(each)) for each in (COMPLETE, STOPPED, FAILED)),
             ]
         )
@@ -64,14 +66,14 @@ def at_equal_points(results: Results) -> Table:
             amount(each.num_problems),
         ]
         for each in (results.sweep.equal if results.sweep else [])
-        if each.arm != UNTOUCHED
     ]
     return Table(
         "Differences at equal points",
         ["Arm", "Against", "Strict, points", "p", "p, corrected", "Pairs", "Problems"],
         rows,
         "Pairs are the same test problem with the same seed and equal values of all searched fields that bear on both "
-        "arms, wherever both were trained to the end and asked. Intervals and tests as above.",
+        "arms, wherever both were trained to the end and asked. The interval is over problems, each with all "
+        "its pairs; p takes pairs for independent, and is too small where a problem has several.",
         text_columns=(0, 1),
     )
 

@@ -11,6 +11,7 @@ from raykd.comparison import BASELINE, Baseline, Comparison, Row, Setting, basel
 from raykd.config import UNTOUCHED, shown
 from raykd.finalists import ranked
 from raykd.job import COMPLETE, FAILED
+from raykd.space import point_key
 from raykd.storage import read_json
 from raykd.strategies import BUILT_IN, Strategy
 from raykd.trial import Measured, Trial, measure, read_predictions, read_trials
@@ -98,7 +99,7 @@ def read_results(folder: Path) -> Results:
     rows = read_predictions(folder / "predictions")
     trials = read_trials(folder / "trials", rows)
     # What an earlier configuration of the experiment made, or an arm that was taken out, is none of its results.
-    current = {UNTOUCHED, *run["trials"]} if run.get("trials") else {trial.trial_id for trial in trials}
+    current = {UNTOUCHED, *run["trials"]} if run.get("trials") is not None else {trial.trial_id for trial in trials}
     earlier = [trial.trial_id for trial in trials if trial.trial_id not in current]
     trials = [trial for trial in trials if trial.trial_id in current]
     if not trials:
@@ -111,7 +112,9 @@ def read_results(folder: Path) -> Results:
     best = _best(trials, told["metric"]) if told else trials
     trained = {trial.arm: trial for trial in trials if trial.arm != UNTOUCHED}
     overrides = {name: trial.overrides for name, trial in trained.items()}
-    against = baselines(overrides, {name: trial.strategy for name, trial in trained.items()})
+    # Where the prime is searched too, an arm is not one that has it or has it not.
+    is_searched = bool(told) and "prompt.strategy" in (told.get("space") or {})
+    against = baselines(overrides, {name: "" if is_searched else trial.strategy for name, trial in trained.items()})
     names = dict.fromkeys(trial.arm for trial in trials)
     compared = {baseline.arm for baseline in against.values()}
     controls = _controls(tree)
@@ -139,9 +142,9 @@ def _best(trials: list[Trial], metric: str) -> list[Trial]:
         reached: dict[str, list[float]] = {}
         for trial in own:
             if trial.status == COMPLETE and trial.validation:
-                reached.setdefault(shown(trial.values), []).append(trial.validation[metric])
+                reached.setdefault(point_key(trial.values), []).append(trial.validation[metric])
         points = ranked(reached, metric)[:1]
-        found += [trial for trial in own if not points or shown(trial.values) == points[0]]
+        found += [trial for trial in own if not points or point_key(trial.values) == points[0]]
     return found
 
 
@@ -153,6 +156,8 @@ def _sweep(
 ) -> Sweep:
     everywhere: dict[str, list[tuple[Setting, Mapping[str, Row]]]] = {}
     for trial in trials:
+        if trial.arm == UNTOUCHED:
+            continue
         setting = Setting(trial.seed, trial.values)
         everywhere.setdefault(trial.arm, []).append((setting, rows.get(trial.trial_id, {})))
     return Sweep(

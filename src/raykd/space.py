@@ -1,9 +1,12 @@
 """Space: how one field of a sweep is chosen."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
+
+from raykd import storage
 
 
 class Axis(BaseModel):
@@ -49,3 +52,8 @@ class Axis(BaseModel):
     def values(self) -> tuple[Any, ...]:
         """All values, of a way that has finitely many."""
         return tuple(range(*self.randint)) if self.randint else self.grid or self.choice
+
+
+def point_key(values: Mapping[str, Any]) -> str:
+    """The name of a point of a search: the same for equal values only, however alike they look."""
+    return storage.content_key(dict(values))[:8]

@@ -20,6 +20,8 @@ from raykd.variants import Point, Variant
 # Optuna draws so many points at random before it looks at what was reached; here not more than this share of all.
 STARTUP, STARTUP_SHARE = 10, 1 / 3
 REACHED = "reached"
+# Points that do not go with an arm before the search is given up.
+ATTEMPTS = 100
 
 Make = Callable[[str, Point], list[Job]]
 """From an arm's name and a point to its trials, one for each seed."""
@@ -118,10 +120,20 @@ class Study:
 
     def draw(self) -> list[Job]:
         """The trials of the next point; none where the arm has been there."""
-        number, point = self._ask()
-        self._points.append(point)
-        storage.write_json(self._file, self._points)
-        return self._follow(number, self._make(self.arm, point))
+        refused = None
+        for _ in range(ATTEMPTS):
+            number, point = self._ask()
+            try:
+                jobs = self._make(self.arm, point)
+            except ValueError as error:
+                # Each value goes with the others' first ones, but not with these.
+                self._optuna.on_trial_complete(number, error=True)
+                refused = error
+                continue
+            self._points.append(point)
+            storage.write_json(self._file, self._points)
+            return self._follow(number, jobs)
+        raise ValueError(f"sweep: {ATTEMPTS} points in a row that no arm can be at, the last of them: {refused}")
 
     def tell(self, job: Job, value: float | None) -> None:
         """Tells what a trial reached by the validation problems; None where it failed."""
@@ -129,7 +141,7 @@ class Study:
         if followed is None or job.trial_id not in followed.open:
             return
         followed.open.remove(job.trial_id)
-        if value is not None and not math.isnan(value):
+        if value is not None and math.isfinite(value):
             followed.reached.append(value)
         if not followed.open:
             for number in followed.numbers:
@@ -198,7 +210,8 @@ def _optuna(sweep: Sweep, num_drawn: int, points: list[Point]) -> OptunaSearch:
 
 
 def _final(job: Job, pending: Container[str]) -> float | None:
-    return None if job.trial_id in pending or outcome(job) == FAILED else reached(job)
+    value = None if job.trial_id in pending or outcome(job) == FAILED else reached(job)
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _told(axis: Axis) -> Axis:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray import tune
+from ray import cloudpickle, tune
+from ray.exceptions import RayActorError
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
@@ -16,7 +17,8 @@ from raykd import completions, placement, storage, tracking
 from raykd.cluster import requested
 from raykd.completions import Request
 from raykd.config import Experiment
-from raykd.job import COMPLETE, FAILED, STOPPED, Job, is_complete, outcome, read_curve, record, validations
+from raykd.job import COMPLETE, FAILED, STOPPED, Job, is_complete, outcome, reached, read_curve, record, validations
+from raykd.progress import say
 from raykd.scoreboard import Scoreboard
 from raykd.search import Search
 from raykd.sections import Sweep, Train
@@ -103,8 +105,15 @@ def pending(jobs: Sequence[Job], retry_failed: bool = False) -> list[Job]:
         jobs: trials.
         retry_failed: whether those that failed are tried again; outside a sweep they always are.
     """
-    over = {COMPLETE, STOPPED} | (set() if retry_failed else {FAILED})
-    return [job for job in jobs if (outcome(job) not in over if job.sweep else not is_complete(job))]
+
+    def is_over(job: Job) -> bool:
+        if job.sweep is None:
+            return is_complete(job)
+        # What an earlier scheduler stopped goes to its end where there is none now.
+        stopped = {STOPPED} if job.sweep.scheduler != "none" else set()
+        return outcome(job) in {COMPLETE} | stopped | (set() if retry_failed else {FAILED})
+
+    return [job for job in jobs if not is_over(job)]
 
 
 def run(
@@ -124,8 +133,7 @@ def run(
         cluster: the cluster's resources that they may have. From these, and nodes that come and go, the number of
             trials at a time is computed: Tune sees only a trial's driver, and more of them than there is room for would
             wait on each other. An autoscaler is asked for room for all of them, or `max_concurrent_trials`.
-        earlier: trials of the same sweep that have come to their end; they tell again what they reached, so that others
-            are compared with them.
+        earlier: trials of the same sweep that have come to their end; they tell again what they reached.
         undrawn: the points that will be chosen by what others reached; None where all are known.
     """
     sweep = experiment.sweep
@@ -140,15 +148,16 @@ def run(
     at_a_time = min(num_trials, experiment.max_concurrent_trials or num_trials)
     scoreboard = Scoreboard(jobs, num_trials)
     held: list[Held] = [(train, placement.accelerator(train.accelerator, cluster)) for train in trains]
+    room = _room(held, cluster, experiment.max_concurrent_trials)
     bundles = max((placement.trial_bundles(train, kind) for train, kind in held), key=len)
     _quiet()
 
     def trainable(config: dict[str, Any]) -> None:
         job = known.get(config["trial_id"]) or _drawn(config, make)
-        if job.trial_id in replayed:
-            for measured in validations(read_curve(job.folder / "metrics.jsonl")):
-                tune.report({"validation": measured})
-        else:
+        # So that others are compared with it, and it with them, as if nothing had been broken off.
+        for measured in validations(read_curve(job.folder / "metrics.jsonl")) if sweep else []:
+            tune.report({"validation": measured})
+        if job.trial_id not in replayed:
             kind = placement.accelerator(job.arm.train.accelerator, cluster)
             fit(job, kind, [TuneReportCallback()], folder / "checkpoints")
 
@@ -156,7 +165,7 @@ def run(
         # The driver of a trial waits for its workers and needs no core itself, but Tune wants it to need something.
         tune.with_resources(trainable, {"CPU": 0, "memory": 1 << 20}),
         tune_config=tune.TuneConfig(
-            search_alg=Search(list(known.values()), jobs, _room(held, cluster, at_a_time), studies),
+            search_alg=Search(list(known.values()), jobs, room, studies),
             # Until the search says that there is nothing more.
             num_samples=-1,
             scheduler=_OfEachArm(sweep) if sweep else None,
@@ -171,7 +180,7 @@ def run(
         ),
     )
     for job in pending:
-        if outcome(job) == FAILED:
+        if outcome(job):
             # It is under way again; should it be broken off, it goes on.
             (job.folder / "trial.json").unlink()
     try:
@@ -180,19 +189,20 @@ def run(
     finally:
         # Tune tells nobody of an end by Ctrl-C.
         scoreboard.close()
-    for job in jobs.values():
+    for job in {**known, **jobs}.values():
         # A worker may have been writing one when its trial was stopped.
         _clear(job, folder)
 
 
-def _room(held: Sequence[Held], cluster: Mapping[str, float], at_most: int) -> Callable[[], int]:
+def _room(held: Sequence[Held], cluster: Mapping[str, float], at_most: int | None) -> Callable[[], int]:
     """How many trials there is room for at a time, whatever they need, as nodes come and go."""
     before = ray.cluster_resources()
 
     def room() -> int:
         now = ray.cluster_resources()
         there = {name: cluster.get(name, 0) + now.get(name, 0) - before.get(name, 0) for name in {*cluster, *now}}
-        return min(at_most, *(placement.room(train, kind, there) for train, kind in held))
+        fitting = min(placement.room(train, kind, there) for train, kind in held)
+        return min(fitting, at_most or fitting)
 
     return room
 
@@ -240,6 +250,9 @@ class _OfEachArm(FIFOScheduler):
         self._of(trial).on_trial_error(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if math.isnan(result.get(f"validation/{self._sweep.metric}", 0)):
+            # It compares with nothing, and does not come back.
+            return self.STOP
         return self._of(trial).on_trial_result(tune_controller, trial, result)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
@@ -276,18 +289,35 @@ class _Records(tune.Callback):
         job = self._jobs.get(trial.config["trial_id"])
         if job is None:
             return
-        if not is_complete(job):
-            # A scheduler ended it, or it ended by itself without an adapter, which it should not.
-            by_scheduler = job.sweep is not None and job.sweep.scheduler != "none"
-            record(job, STOPPED) if by_scheduler else record(job, FAILED, "ended without an adapter")
+        last = reached(job)
+        if is_complete(job):
+            pass
+        elif last is not None and math.isnan(last):
+            record(job, FAILED, "it diverged: its validation loss is not a number")
+        elif job.sweep is not None and job.sweep.scheduler != "none":
+            record(job, STOPPED)
+        else:
+            # It should not.
+            record(job, FAILED, "ended without an adapter")
         _clear(job, self._folder)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         job = self._jobs.get(trial.config["trial_id"])
-        if job is not None and not is_complete(job):
+        if job is None or is_complete(job):
+            return
+        if isinstance(_error(trial), RayActorError):
+            # Its node is gone, with the process that watched over it: the same command goes on with it.
+            say(f"lost {job.trial_id} with its node; the same command goes on with it")
+        else:
             # Tune has not brought it to the storage yet, where `trial.get_error` looks for it.
             lines = Path(trial.error_file).read_text().strip().splitlines()
             record(job, FAILED, lines[-1])
+
+
+def _error(trial: Any) -> Exception | None:
+    """What ended a trial, as Tune was told."""
+    file = Path(trial.pickled_error_file or "")
+    return cloudpickle.loads(file.read_bytes()) if file.is_file() else None
 
 
 def _clear(job: Job, folder: Path) -> None:

@@ -12,7 +12,7 @@ from ray.tune.search.variant_generator import generate_variants
 from raykd import config, storage
 from raykd.config import Arm, Experiment
 from raykd.sections import Sweep
-from raykd.space import Axis
+from raykd.space import Axis, point_key
 
 Point = dict[str, Any]
 # Between an arm's name and that of a point; it is in neither.
@@ -33,7 +33,7 @@ class Variant:
     @property
     def lesson(self) -> str:
         """What it is called."""
-        return self.arm_name + (f"{AT}{storage.content_key(self.values)[:8]}" if self.values else "")
+        return self.arm_name + (f"{AT}{point_key(self.values)}" if self.values else "")
 
 
 def variants(experiment: Experiment, drawn: Mapping[str, Sequence[Point]]) -> list[Variant]:
@@ -88,7 +88,8 @@ def at(experiment: Experiment, name: str, point: Point) -> Variant:
     """
     arm = experiment.arm(name, point)
     bearing = dict(config.leaves(arm.bearing(), ""))
-    values = {path: value for path, value in config.leaves(point, "") if path in bearing}
+    # As they bear on it: two ways of saying one thing are one point.
+    values = {path: bearing[path] for path, _ in config.leaves(point, "") if path in bearing}
     return Variant(name, arm, values)
 
 

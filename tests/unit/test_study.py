@@ -10,7 +10,7 @@ from ray.tune.search import Searcher
 
 from raykd import pipeline, storage
 from raykd.config import Experiment
-from raykd.job import COMPLETE, FAILED, Job, record
+from raykd.job import COMPLETE, FAILED, STOPPED, Job, record
 from raykd.search import Search
 from raykd.study import Study
 
@@ -127,6 +127,30 @@ def test_a_seed_that_failed_is_not_counted_and_a_point_that_failed_is_told_so(tm
     # What is tried again is under way again.
     trials = studies(plan(tmp_path, num_samples=3, retry_failed=True))["none"]._optuna._ot_study.trials
     assert [trial.state.name for trial in trials] == ["RUNNING", "RUNNING"]
+
+
+def test_a_point_that_no_arm_can_be_at_is_passed_over(tmp_path: Path):
+    # Each goes with the first of the others: renormalised at any temperature, one bucket at 1.
+    space = {
+        "loss.tail": {"choice": ["renormalise", "one_bucket"]},
+        "loss.temperature": {"choice": [1.0, 2.0, 4.0]},
+        **RATES,
+    }
+    study = studies(plan(tmp_path, space, num_samples=8))["soft"]
+    drawn = [study.draw() for _ in range(8)]
+    states = [trial.state.name for trial in study._optuna._ot_study.trials]
+    assert "FAIL" in states, "none of them was drawn: the test shows nothing"
+    assert all(jobs[0].arm.loss.tail == "renormalise" or jobs[0].arm.loss.temperature == 1 for jobs in drawn if jobs)
+    assert len(plan(tmp_path, space, num_samples=8).jobs) == 2 * len({jobs[0].lesson for jobs in drawn if jobs})
+
+
+def test_a_trial_that_diverged_does_not_end_the_search(tmp_path: Path):
+    study = studies(plan(tmp_path, num_samples=3))["none"]
+    for job in study.draw():
+        study.tell(job, trained(job, math.nan, STOPPED))
+    again = studies(plan(tmp_path, num_samples=3))["none"]
+    for each in (study, again):
+        assert [trial.state.name for trial in each._optuna._ot_study.trials] == ["FAIL"]
 
 
 def test_tune_is_handed_what_is_known_and_then_new_points_arm_by_arm(tmp_path: Path):

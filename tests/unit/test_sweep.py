@@ -11,6 +11,8 @@ from ray.tune.schedulers import TrialScheduler
 from raykd import finalists, pipeline, storage, sweep
 from raykd.config import Experiment
 from raykd.job import COMPLETE, FAILED, STOPPED, Job, record
+from raykd.report_sweep import best_points
+from raykd.results import read_results
 from raykd.sections import Sweep
 
 TREE: dict[str, Any] = {
@@ -139,3 +141,60 @@ def test_the_teacher_is_asked_for_all_points_before_any_is_trained(tmp_path: Pat
     assert [(request.strategy_name, request.top_k) for request in some.requests] == [("teacher", 8), ("confidence", 8)]
     assert {job.completions for job in some.jobs} == {request.folder for request in some.requests}
     assert [teaching.arms for teaching in some.teachings] == [["soft", "hard"], ["soft", "hard"]]
+
+
+def test_of_points_that_are_as_good_the_one_that_is_tested_is_the_one_that_is_reported(tmp_path: Path):
+    rates = {"train.learning_rate": {"grid": [0.001 * number for number in range(1, 13)]}}
+    some = plan(tmp_path, sweep={"space": rates, "num_samples": 1, "finalists": 1})
+    for job in some.jobs:
+        measured(job, 0.2, 0.5)
+    chosen = [job.trial_id for job in finalists.of(some.jobs, some.experiment.sweep)]
+    best = {trial.trial_id for arm in read_results(some.folder).arms for trial in arm.trials}
+    assert len(chosen) == 2 and best == set(chosen)
+
+
+def test_points_that_look_alike_are_not_one(tmp_path: Path):
+    rates = {"train.learning_rate": {"grid": [0.00100001, 0.00100002, 0.00100003]}}
+    some = plan(tmp_path, sweep={"space": rates, "num_samples": 1})
+    for job in some.jobs:
+        measured(job, 0.2, 0.5)
+    results = read_results(some.folder)
+    assert [len(arm.trials) for arm in results.arms] == [1, 1]
+    assert {row[3] for row in best_points(results).rows} == {"3"}
+
+
+def test_what_was_stopped_goes_to_its_end_where_nobody_is_stopped(tmp_path: Path):
+    job, *_ = plan(tmp_path).jobs
+    measured(job, 0.1, status=STOPPED)
+    assert job.trial_id not in {each.trial_id for each in plan(tmp_path).pending}
+    unstopped = TREE["sweep"] | {"scheduler": "none"}
+    assert job.trial_id in {each.trial_id for each in plan(tmp_path, sweep=unstopped).pending}
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "median", "none"])
+def test_a_trial_that_diverged_is_ended(scheduler: str):
+    told = Sweep.model_validate({"scheduler": scheduler, "metric": "loss"})
+    reached = {"a0": [2.0, 1.5, 1.2, 1.0], "a1": [1.9, float("nan"), float("nan")]}
+    assert stopped(told, reached) == {"a1": 2}
+
+
+def test_where_primes_are_searched_no_arm_is_the_unprimed_one_by_chance(tmp_path: Path):
+    """Which strategy an arm's last trial had decides nothing."""
+    space = {"prompt.strategy": {"grid": ["none", "teacher", "confidence"]}}
+    arms = {"hard": {}, "soft": {"targets.kind": "top_k"}}
+    some = plan(tmp_path, arms=arms, sweep={"space": space, "num_samples": 1})
+    for number in range(3):
+        for job in some.jobs:
+            good = job.values["prompt.strategy"] == ("none", "teacher", "confidence")[number]
+            measured(job, 0.1, 0.9 if good else 0.2)
+        kinds = {arm.name: arm.kind for arm in read_results(some.folder).arms}
+        assert kinds["hard"] == "baseline" and kinds["soft"] != "baseline"
+
+
+def test_a_search_without_a_point_yet_has_nothing_to_report(tmp_path: Path):
+    some = plan(tmp_path)
+    for job in some.jobs:
+        measured(job, 0.2, 0.5)
+    searched = plan(tmp_path, sweep=TREE["sweep"] | {"search": "optuna", "metric": "loss"})
+    with pytest.raises(ValueError, match="nothing to report yet"):
+        read_results(searched.folder)

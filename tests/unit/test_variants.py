@@ -123,6 +123,8 @@ def test_lessons_are_found_back():
         ({"space": {"loss": {"grid": [{"temperature": 2}]}}}, ["arm 'soft' sets loss.cross_entropy_weight"]),
         ({"space": {"targets.sequence": {"grid": ["student"]}}}, ["arm of its own"]),
         ({"space": {"prompt.strategy": {"grid": ["techer"]}}}, ["unknown strategy 'techer'"]),
+        ({"space": {"targets": {"choice": [{"sequence": "student"}, {}]}}}, ["sweep.space.targets", "arm of its own"]),
+        ({"space": {"train.max_failures": {"grid": [0, 1]}}}, ["sweep.space.train.max_failures", "set it for all"]),
         ({"space": {"train.epochs": {"uniform": [1, 4]}}}, ["sweep.space.train.epochs", "integer"]),
         ({"search": "optuna"}, ["search=optuna", "space is empty"]),
         ({"search": "optuna", "space": {"train.epochs": {"grid": [1]}}}, ["space.train.epochs", "not as grid"]),
@@ -158,3 +160,10 @@ def test_what_does_not_go_together_at_a_point_is_told_with_the_point():
         ValueError, match=r"arm 'hard' at train\.batch_size=8, train\.micro_batch_size=5: .*no multiple"
     ):
         found(space)
+
+
+def test_two_ways_of_saying_one_thing_are_one_point():
+    drawn = found({"loss.divergence": {"grid": [None, "forward_kl"]}, "train.learning_rate": {"grid": [1, 1.0]}})
+    assert [each.values for each in of_arm(drawn, "soft")] == [
+        {"loss.divergence": "forward_kl", "train.learning_rate": 1.0}
+    ]
