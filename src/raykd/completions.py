@@ -7,6 +7,7 @@ from typing import Any
 
 from raykd import answers, records, storage
 from raykd.config import Arm, Experiment
+from raykd.sections import Sampling
 from raykd.strategies import Strategy
 
 
@@ -28,6 +29,11 @@ class Request:
     def top_k(self) -> int:
         """How many log-probabilities each token has; 0 for none."""
         return self.content["top_k"]
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the teacher answers, where it does."""
+        return Sampling(**self.content.get("sampling", {}))
 
     @property
     def samples(self) -> int:
@@ -75,7 +81,6 @@ def identity(request: Request, arm: Arm) -> str:
 
 def _content(experiment: Experiment, arm: Arm, problems: Path, model: Mapping[str, Any]) -> dict[str, Any]:
     teacher, targets = experiment.teacher, arm.targets
-    sampling = teacher.sampling.model_dump()
     content = {
         "problems": problems.name,
         # Not the name: two names for the same words are the same question.
@@ -89,8 +94,9 @@ def _content(experiment: Experiment, arm: Arm, problems: Path, model: Mapping[st
         "schema": records.COMPLETION.names,
     }
     if targets.sequence == "teacher":
-        content["samples"] = teacher.samples
-        content["sampling"] = sampling if sampling["temperature"] else {"max_tokens": sampling["max_tokens"]}
+        content["samples"] = arm.teacher.samples
+        sampling = arm.teacher.sampling
+        content["sampling"] = sampling.model_dump() if sampling.temperature else {"max_tokens": sampling.max_tokens}
     return content
 
 

@@ -31,7 +31,17 @@ UNTOUCHED = "untouched"
 # How a trial is carried out, which is no part of what it is.
 CARRIED_OUT_OF_TRAIN = ("train.accelerator", "train.checkpoint_every_steps", "train.max_failures")
 # What may differ between arms. All else is shared, so that arms differ in nothing but what names them.
-ARM_SECTIONS = ("prompt.strategy", "targets", "loss", "student.lora", "train")
+ARM_SECTIONS = (
+    "teacher.sampling",
+    "teacher.samples",
+    "prompt.strategy",
+    "targets",
+    "loss",
+    "student.lora",
+    "train",
+)
+# Those fields of them that bear on what the teacher is asked.
+ASKED = ("teacher.sampling", "teacher.samples", "prompt.strategy", "targets.sequence", "targets.kind", "targets.top_k")
 
 
 class Experiment(Section):
@@ -112,6 +122,11 @@ class Experiment(Section):
             )
         if path in CARRIED_OUT_OF_TRAIN:
             raise ValueError(f"{where}: how a trial is carried out changes nothing of what it is; set it for all")
+        if self.sweep and self.sweep.search == "optuna" and bears_on_the_teacher(path) and not axis.values:
+            raise ValueError(
+                f"{where}: the teacher is asked before the first trial, so what optuna may choose of this must be "
+                "listed: give choice, or set sweep.search=random"
+            )
         if any(("targets.sequence", "student") in leaves({path: value}, "") for value in axis.extremes):
             raise ValueError(f"{where}: a student's own answers are trained on in rounds; make it an arm of its own")
         for named, _ in leaves(overrides, ""):
@@ -168,7 +183,7 @@ class Experiment(Section):
             if not _may_differ(path):
                 raise ValueError(
                     f"arm {name!r} overrides {path!r}; arms may differ in {', '.join(ARM_SECTIONS)} only, "
-                    "for they share problems, teacher and evaluation"
+                    "for they share problems, models and evaluation"
                 )
         try:
             arm = self._arm(name, point)
@@ -195,6 +210,7 @@ class Experiment(Section):
 class Arm(Section):
     """What a trial is made from: the sections that arms share or override."""
 
+    teacher: Teacher
     student: Student
     prompt: Prompt
     targets: Targets
@@ -220,7 +236,9 @@ class Arm(Section):
 
     def bearing(self) -> dict[str, Any]:
         """The sections without what plays no part in this arm, as JSON values."""
-        tree = json.loads(self.model_dump_json(exclude={"prompt": {"strategies"}}))
+        tree = json.loads(self.model_dump_json(exclude={"prompt": {"strategies"}, "teacher": True}))
+        if self.targets.sequence == "teacher":
+            tree["teacher"] = {"sampling": self.teacher.sampling.bearing(), "samples": self.teacher.samples}
         if self.targets.kind == "hard":
             del tree["targets"]["top_k"], tree["loss"]
         else:
@@ -264,6 +282,11 @@ def shown(point: Mapping[str, Any]) -> str:
 def _may_differ(path: str) -> bool:
     """Whether arms may differ in a field."""
     return any(path == section or path.startswith(section + ".") for section in ARM_SECTIONS)
+
+
+def bears_on_the_teacher(path: str) -> bool:
+    """Whether a field or a section of an arm bears on what the teacher is asked."""
+    return any(f"{each}.".startswith(f"{path}.") or f"{path}.".startswith(f"{each}.") for each in ASKED)
 
 
 def _paths(tree: Any, path: str) -> list[str]:

@@ -228,9 +228,8 @@ def check(plan: Plan, resources: dict[str, float], stages: Sequence[str] = ("gen
     bounds = plan.undrawn.corners if plan.undrawn and "train" in stages else []
     for train in [job.arm.train for job in pending] + [each.arm.train for each in bounds]:
         placement.check_trial(train, placement.accelerator(train.accelerator, resources), resources)
-    max_tokens = experiment.teacher.sampling.max_tokens
     for requests, room in [
-        (missing, max_tokens),
+        *([[request], request.sampling.max_tokens] for request in missing),
         *([[request], sampling.max_tokens] for request, sampling in to_score),
     ]:
         generate.check_lengths(requests, plan.problems, experiment.teacher, instruction, room)

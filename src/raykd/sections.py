@@ -68,6 +68,10 @@ class Sampling(Section):
     seed: int = 0
     """Seed of each request where temperature > 0."""
 
+    def bearing(self) -> dict[str, Any]:
+        """The fields without what plays no part: greedy answers have no chance in them."""
+        return self.model_dump() if self.temperature else {"temperature": 0.0, "max_tokens": self.max_tokens}
+
 
 class Replicas(Section):
     min: int = Field(default=1, ge=0)

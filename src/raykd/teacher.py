@@ -179,7 +179,7 @@ class AskTeacher:
             group = [row for row in rows if (row["folder"], row["sample_index"]) == (folder, sample_index)]
             request = self._requests[Path(folder)]
             async with self._room:
-                answered = await self._ask(group, request.top_k)
+                answered = await self._ask(group, request)
             table = pa.Table.from_pylist(answered, schema=records.COMPLETION)
             await asyncio.to_thread(storage.write_part, request.folder, table, "completion_id")
             yield {
@@ -195,19 +195,19 @@ class AskTeacher:
                 await asyncio.to_thread(wait_until_up, self._app, self._teacher.start_timeout_s)
                 self._is_up = True
 
-    async def _ask(self, rows: list[dict[str, Any]], top_k: int) -> list[dict[str, Any]]:
+    async def _ask(self, rows: list[dict[str, Any]], wanted: Request) -> list[dict[str, Any]]:
         """Completions of the rows, in their order; rows that cannot be answered carry an error."""
-        reply = await self._call(rows, top_k)
+        reply = await self._call(rows, wanted)
         if isinstance(reply, str) and len(rows) > 1:
             # One bad row makes the engine refuse all of a call: find it, and answer the others.
-            return [answer for row in rows for answer in await self._ask([row], top_k)]
+            return [answer for row in rows for answer in await self._ask([row], wanted)]
         if isinstance(reply, str):
             return [_failed(rows[0], reply)]
-        return [_completion(row, choice, top_k) for row, choice in zip(rows, reply, strict=True)]
+        return [_completion(row, choice, wanted.top_k) for row, choice in zip(rows, reply, strict=True)]
 
-    async def _call(self, rows: list[dict[str, Any]], top_k: int) -> list[Any] | str:
+    async def _call(self, rows: list[dict[str, Any]], wanted: Request) -> list[Any] | str:
         """The choices for the rows, or why there are none."""
-        request, failure = self._request(rows, top_k), ""
+        request, failure = _request(rows, wanted), ""
         for attempt in range(INFRASTRUCTURE_RETRIES):
             try:
                 async with asyncio.timeout(self._teacher.timeout_s):
@@ -224,28 +224,29 @@ class AskTeacher:
                 await asyncio.sleep(2**attempt)
         return failure
 
-    def _request(self, rows: list[dict[str, Any]], top_k: int) -> Any:
-        # Not before a worker needs it: it loads vLLM.
-        from ray.serve.llm.openai_api_models import CompletionRequest
 
-        prompt = [row["prompt_token_ids"].tolist() + row["given_token_ids"].tolist() for row in rows]
-        if len(rows[0]["given_token_ids"]):
-            # The engine cannot but write a token of its own; it is thrown away.
-            return CompletionRequest(
-                model=MODEL_ID, prompt=prompt, max_tokens=1, temperature=0.0, prompt_logprobs=top_k
-            )
-        sampling = self._teacher.sampling
+def _request(rows: list[dict[str, Any]], wanted: Request) -> Any:
+    # Not before a worker needs it: it loads vLLM.
+    from ray.serve.llm.openai_api_models import CompletionRequest
+
+    prompt = [row["prompt_token_ids"].tolist() + row["given_token_ids"].tolist() for row in rows]
+    if len(rows[0]["given_token_ids"]):
+        # The engine cannot but write a token of its own; it is thrown away.
         return CompletionRequest(
-            model=MODEL_ID,
-            prompt=prompt,
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed + int(rows[0]["sample_index"]) if sampling.temperature else None,
-            logprobs=top_k or None,
-            return_token_ids=True,
-            return_tokens_as_token_ids=True if top_k else None,
+            model=MODEL_ID, prompt=prompt, max_tokens=1, temperature=0.0, prompt_logprobs=wanted.top_k
         )
+    sampling = wanted.sampling
+    return CompletionRequest(
+        model=MODEL_ID,
+        prompt=prompt,
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed + int(rows[0]["sample_index"]) if sampling.temperature else None,
+        logprobs=wanted.top_k or None,
+        return_token_ids=True,
+        return_tokens_as_token_ids=True if wanted.top_k else None,
+    )
 
 
 def _completion(row: Mapping[str, Any], choice: Any, top_k: int) -> dict[str, Any]:

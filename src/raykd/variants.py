@@ -17,8 +17,6 @@ from raykd.space import Axis, point_key
 Point = dict[str, Any]
 # Between an arm's name and that of a point; it is in neither.
 AT = "@"
-# The fields of an arm that bear on what the teacher is asked (`raykd.completions`).
-ASKED = ("prompt.strategy", "targets.sequence", "targets.kind", "targets.top_k")
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def corners(experiment: Experiment) -> list[Variant]:
         ValueError: where some of it and an arm do not go together.
     """
     space = experiment.sweep.space if experiment.sweep else {}
-    asked = {path: axis.values for path, axis in space.items() if _is_asked(path)}
+    asked = {path: axis.values for path, axis in space.items() if config.bears_on_the_teacher(path)}
     others = {path: axis.extremes for path, axis in space.items() if path not in asked}
     middle = {path: ends[0] for path, ends in others.items()}
     star = [middle, *({**middle, path: end} for path, ends in others.items() for end in ends)]
@@ -73,11 +71,6 @@ def corners(experiment: Experiment) -> list[Variant]:
         for point in star
     ]
     return variants(experiment, dict.fromkeys(experiment.arms, found))
-
-
-def _is_asked(path: str) -> bool:
-    """Whether a field bears on what the teacher is asked."""
-    return any(f"{each}.".startswith(f"{path}.") for each in ASKED)
 
 
 def at(experiment: Experiment, name: str, point: Point) -> Variant:

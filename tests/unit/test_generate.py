@@ -172,3 +172,18 @@ def test_answers_without_a_token_are_kept_and_counted_when_rows_are_chosen(
     assert [(row["problem_id"], row["strategy"]) for row in kept] == [("1", "teacher"), ("2", "teacher")]
     reasons = [select([row], experiment.arm("own").targets)[1] for row in kept]
     assert reasons == [{"error": 1}, {"empty": 1}]
+
+
+def test_arms_may_be_answered_in_different_ways(experiment: Experiment, folder: Path, tmp_path: Path):
+    arms = {
+        "greedy": {},
+        "drawn": {"teacher.sampling": {"temperature": 0.7, "max_tokens": 64}, "teacher.samples": 3},
+        # Chance has no part in greedy answers.
+        "seeded": {"teacher.sampling.seed": 5},
+    }
+    found = asked(experiment.model_copy(update={"arms": arms}), folder, tmp_path)
+    greedy, drawn, seeded = (found[name] for name in arms)
+    assert greedy and drawn and seeded
+    assert greedy.folder == seeded.folder != drawn.folder
+    assert (greedy.sampling.temperature, greedy.sampling.max_tokens, greedy.samples) == (0.0, 512, 1)
+    assert (drawn.sampling.temperature, drawn.sampling.max_tokens, drawn.samples) == (0.7, 64, 3)

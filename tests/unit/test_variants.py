@@ -126,6 +126,10 @@ def test_lessons_are_found_back():
         ({"space": {"targets": {"choice": [{"sequence": "student"}, {}]}}}, ["sweep.space.targets", "arm of its own"]),
         ({"space": {"train.max_failures": {"grid": [0, 1]}}}, ["sweep.space.train.max_failures", "set it for all"]),
         ({"space": {"train.epochs": {"uniform": [1, 4]}}}, ["sweep.space.train.epochs", "integer"]),
+        (
+            {"search": "optuna", "space": {"teacher.sampling.temperature": {"uniform": [0, 1]}}},
+            ["sweep.space.teacher.sampling.temperature", "give choice"],
+        ),
         ({"search": "optuna"}, ["search=optuna", "space is empty"]),
         ({"search": "optuna", "space": {"train.epochs": {"grid": [1]}}}, ["space.train.epochs", "not as grid"]),
         ({"validations": 1}, ["validations=1", "scheduler to none"]),
@@ -167,3 +171,11 @@ def test_two_ways_of_saying_one_thing_are_one_point():
     assert [each.values for each in of_arm(drawn, "soft")] == [
         {"loss.divergence": "forward_kl", "train.learning_rate": 1.0}
     ]
+
+
+def test_how_the_teacher_answers_is_searched_where_it_answers():
+    tree = TREE | {"arms": {"taught": {}, "reference": {"targets.sequence": "reference"}}}
+    space = {"teacher.sampling.temperature": {"grid": [0.0, 0.7]}, "teacher.samples": {"grid": [1]}}
+    found = everywhere(Experiment.model_validate(tree | {"sweep": {"space": space, "num_samples": 1}}))
+    assert [each.values.get("teacher.sampling.temperature") for each in of_arm(found, "taught")] == [0.0, 0.7]
+    assert [each.values for each in of_arm(found, "reference")] == [{}]
