@@ -233,6 +233,24 @@ def test_another_experiment_shares_the_completions_that_it_has_in_common(ran: Ra
     shutil.rmtree(other.plan.folder)
 
 
+def test_an_arm_may_have_the_teacher_answer_in_another_way(ran: Ran, experiment_file: Path, teacher_model):
+    """Greedily, beside others that are drawn from; what is there of those is not asked again."""
+    arms = "arms={none: {targets.keep: best}, greedy: {teacher.sampling.temperature: 0, teacher.samples: 1}}"
+    before = {path: path.stat().st_mtime_ns for path in (ran.plan.root / "completions").rglob("*.parquet")}
+    other = finish(["generate", str(experiment_file), f"storage={ran.plan.root}", "name=greedy", arms], ran.plan.root)
+    assert "teacher: 40/40 rows" in other.stderr
+    request = other.plan.asked["greedy"]
+    assert request
+    rows = storage.open_rows(request.folder, records.COMPLETION).to_table().to_pylist()
+    eos = models.load_tokenizer("raykd/demo-teacher", None).eos_token_id
+    for row in rows[:6]:
+        answer = greedy(teacher_model, row["prompt_token_ids"], eos, MAX_TOKENS)
+        assert row["completion_token_ids"] == answer
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    shutil.rmtree(other.plan.folder)
+    shutil.rmtree(request.folder)
+
+
 def test_another_experiment_of_the_same_name_is_refused(ran: Ran, experiment_file: Path):
     with pytest.raises(AssertionError, match=r"train\.epochs was 2, is 7") as caught:
         finish(["run", str(experiment_file), f"storage={ran.plan.root}", "train.epochs=7"], ran.plan.root)
