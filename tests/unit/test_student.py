@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from raykd import student
 from raykd.config import Arm
-from raykd.sections import Lora, Loss, Prompt, Student, Targets, Train
+from raykd.sections import Lora, Loss, Prompt, Student, Targets, Teacher, Train
 from raykd.targets import Target
 
 V, K = 61, 5
@@ -18,6 +18,7 @@ V, K = 61, 5
 
 def arm(**settings: Any) -> Arm:
     return Arm(
+        teacher=Teacher(model="raykd/demo-teacher"),
         student=Student(model="none"),
         prompt=Prompt(),
         targets=settings.get("targets", Targets()),
