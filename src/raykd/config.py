@@ -28,6 +28,7 @@ from raykd.space import Axis
 from raykd.strategies import BUILT_IN, Strategy
 
 UNTOUCHED = "untouched"
+Tracker = Literal["mlflow", "wandb"]
 # How a trial is carried out, which is no part of what it is.
 CARRIED_OUT_OF_TRAIN = ("train.accelerator", "train.checkpoint_every_steps", "train.max_failures")
 # What may differ between arms. All else is shared, so that arms differ in nothing but what names them.
@@ -65,7 +66,7 @@ class Experiment(Section):
     """Every arm is trained once with each."""
     max_concurrent_trials: int | None = Field(default=None, ge=1)
     """Trials at a time; null for as many as the cluster's free resources hold."""
-    tracking: Literal["mlflow", "wandb"] | None = None
+    tracking: Tracker | None = None
     """Who is told of the trials, besides TensorBoard: MLflow, below the experiment's folder unless MLFLOW_TRACKING_URI
     names a server, or Weights & Biases, offline unless WANDB_API_KEY is set."""
     sweep: Sweep | None = None

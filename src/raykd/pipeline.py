@@ -197,7 +197,7 @@ def _undrawn(
         return None
     num_points = sum(experiment.sweep.num_samples - len(points) for points in drawn.values())
     num_trials = num_points * len(experiment.seeds)
-    return Undrawn(tuple(experiment.arms), experiment.sweep, make, bounds, num_trials) if num_trials else None
+    return Undrawn(make, bounds, num_trials) if num_trials else None
 
 
 def check(plan: Plan, resources: dict[str, float], stages: Sequence[str] = ("generate", "train", "evaluate")) -> None:

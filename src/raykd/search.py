@@ -45,9 +45,6 @@ class Search(Searcher):
         job = self._under_way[trial_id] = self._queue.popleft()
         return {"trial_id": job.trial_id, "arm": job.arm_name, "seed": job.seed, **job.values}
 
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Nothing: a point is told what it reached at its end."""
-
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tells the arm's study what a trial reached."""
         job = self._under_way.pop(trial_id)
@@ -59,6 +56,3 @@ class Search(Searcher):
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the points, and what the trials came to, are in the experiment's folder."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("a sweep goes on from the experiment's folder, not from Tune's")

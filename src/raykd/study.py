@@ -31,22 +31,11 @@ Make = Callable[[str, Point], list[Job]]
 class Undrawn:
     """Points of a sweep that will be chosen by what others reach."""
 
-    arms: tuple[str, ...]
-    sweep: Sweep
     make: Make
     corners: list[Variant]
     """What bounds them (`raykd.variants.corners`)."""
     num_trials: int
     """How many trials they will be, or fewer where a point is drawn twice."""
-
-    def studies(self, folder: Path, pending: Container[str]) -> "list[Study]":
-        """A search for each arm, told what is known.
-
-        Args:
-            folder: the experiment's folder.
-            pending: ids of the trials that have not come to their end.
-        """
-        return [Study(name, self.sweep, folder, self.make, pending) for name in self.arms]
 
 
 def drawn(experiment: Experiment, folder: Path) -> dict[str, list[Point]]:

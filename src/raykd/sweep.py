@@ -22,7 +22,7 @@ from raykd.progress import say
 from raykd.scoreboard import Scoreboard
 from raykd.search import Search
 from raykd.sections import Sweep, Train
-from raykd.study import Make, Undrawn
+from raykd.study import Make, Study, Undrawn
 from raykd.train import fit
 from raykd.variants import Variant
 
@@ -142,8 +142,8 @@ def run(
     jobs = {job.trial_id: job for job in pending}
     replayed = {job.trial_id for job in again}
     trains = [job.arm.train for job in pending] + [each.arm.train for each in (undrawn.corners if undrawn else [])]
-    studies = undrawn.studies(folder, jobs) if undrawn else []
     make = undrawn.make if undrawn else None
+    studies = [Study(name, sweep, folder, make, jobs) for name in experiment.arms] if sweep and make else []
     num_trials = len(jobs) + (undrawn.num_trials if undrawn else 0)
     at_a_time = min(num_trials, experiment.max_concurrent_trials or num_trials)
     scoreboard = Scoreboard(jobs, num_trials)

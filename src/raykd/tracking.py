@@ -4,14 +4,13 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ray import tune
 from ray.tune.logger import JsonLoggerCallback, TBXLoggerCallback
 
+from raykd.config import Tracker
 from raykd.job import Job
-
-Tracker = Literal["mlflow", "wandb"]
 
 
 def check(tracker: Tracker | None) -> None:

@@ -32,8 +32,10 @@ def plan(folder: Path, space: dict[str, Any] = RATES, retry_failed: bool = False
 
 
 def studies(plan: pipeline.Plan) -> dict[str, Study]:
-    assert plan.undrawn
-    return {each.arm: each for each in plan.undrawn.studies(plan.folder, {job.trial_id for job in plan.pending})}
+    sweep, pending = plan.experiment.sweep, {job.trial_id for job in plan.pending}
+    assert sweep and plan.undrawn
+    make = plan.undrawn.make
+    return {name: Study(name, sweep, plan.folder, make, pending) for name in plan.experiment.arms}
 
 
 def trained(job: Job, loss: float, status: str = COMPLETE) -> float:
