@@ -56,11 +56,16 @@ def reference_answer(solution: str) -> str:
 
 
 def is_correct(answer: str | None, reference: str) -> bool:
-    """Whether an extracted answer is the reference: the same string once both are normalised.
+    """Whether an extracted answer is the reference: the same string once the reference is normalised too.
 
-    Strings, not values, are compared, as in the harness: "18.00" is not "18".
+    Strings, not values, are compared, as in the harness: "18.00" is not "18". An extracted answer is not normalised
+    once more: "18.." has lost a dot and is "18.", which is not right.
+
+    Args:
+        answer: what `strict_match` or `flexible_extract` found.
+        reference: the reference answer, or the solution that it ends.
     """
-    return answer is not None and _normalised(answer) == _normalised(reference)
+    return answer is not None and answer == _normalised(reference)
 
 
 def states_answer_first(text: str) -> bool:
@@ -73,6 +78,20 @@ def states_answer_first(text: str) -> bool:
     """
     stated, step = _STATED.search(text), _STEP.search(text)
     return stated is not None and (step is None or stated.start() < step.start())
+
+
+def repeated_share(text: str, size: int = 4) -> float:
+    """The share of a text's word n-grams that occurred in it before: 0 where all are new.
+
+    Near 1 where a model goes round in circles (seq-rep-n; Welleck et al. 2019, arXiv 1908.04319).
+
+    Args:
+        text: the answer; words are what stands between blanks.
+        size: words in an n-gram.
+    """
+    words = text.split()
+    grams = [tuple(words[at : at + size]) for at in range(len(words) - size + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _answer(extracted: str) -> str | None:

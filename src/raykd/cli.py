@@ -1,4 +1,4 @@
-"""Command line: raykd plan | prompts | run | sweep | generate | train | evaluate | report."""
+"""Command line: raykd plan | prompts | run | sweep | generate | train | evaluate | report | compare."""
 
 import argparse
 import os
@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # vLLM greets on import; the engines, which have logs of their own, are told otherwise.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
+        if options.stage == "compare":
+            return _compare(options)
         experiment = config.load(options.file, options.overrides)
         if options.stage in ("plan", "prompts"):
             return _preview(options, experiment)
@@ -72,7 +74,25 @@ def _parser() -> argparse.ArgumentParser:
         if name == "sweep":
             stage.add_argument("--retry-failed", action="store_true", help="try trials that failed once more")
         stage.add_argument("overrides", nargs="*", metavar="key.path=value", help="fields to set, values as YAML")
+    compare = stages.add_parser(
+        "compare",
+        help="the test problems that one of two students has right and the other not, with both texts",
+        description="Show how two students' answers to the same test problems differ: the counts, the paired "
+        "difference, and each problem that one alone has right, with both texts. RUN is an experiment's folder, "
+        "FOLDER:ARM where it has several arms, FOLDER:ARM:SEED for a certain seed.",
+    )
+    for name in ("first", "second"):
+        compare.add_argument(name, metavar="RUN", help="storage/experiments/NAME[:ARM[:SEED]]")
+    compare.add_argument("--score", choices=("strict", "flexible"), default="strict", help="what is right (strict)")
+    compare.add_argument("--limit", type=int, default=10, metavar="N", help="problems shown of each kind, 0: all (10)")
     return parser
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from raykd.disagreements import compare
+
+    print(compare(options.first, options.second, options.score, options.limit or None))
+    return 0
 
 
 def _preview(options: argparse.Namespace, experiment: config.Experiment) -> int:

@@ -5,12 +5,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raykd.config import UNTOUCHED, leaves
+from raykd.measured import Row
 from raykd.statistics import holm, mcnemar_exact, paired_bootstrap
 
 BASELINE = "none"
 """The strategy without a prime, and the arm that others are compared with where they have no closer one."""
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,10 @@ class Setting:
         return self.seed == other.seed and all(self.values[path] == other.values[path] for path in common)
 
 
-Trials = Sequence[tuple[Setting, Mapping[str, Row]]]
-"""An arm's trials: their setting, and the prediction rows by problem."""
+Answers = Mapping[tuple[str, int], Row]
+"""A student's prediction rows by problem and sample number."""
+Trials = Sequence[tuple[Setting, Answers]]
+"""An arm's trials: their setting, and their answers."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def compare_arms(arms: Mapping[str, Trials], baselines: Mapping[str, Baseline], 
 
 
 def _pairs(trials: Trials, baseline: Trials, column: str, any_setting: bool) -> dict[str, list[tuple[bool, bool]]]:
-    """By problem: (arm is right, baseline is right) for each setting in which both answered it.
+    """By problem: (arm is right, baseline is right) for each setting and sample in which both answered it.
 
     The untouched student has no setting of its own (`any_setting`): it stands beside every one of the baseline.
     """
@@ -125,10 +126,10 @@ def _pairs(trials: Trials, baseline: Trials, column: str, any_setting: bool) -> 
         for other, theirs in baseline:
             if not (any_setting or setting.equals(other)):
                 continue
-            for problem_id in sorted(rows.keys() & theirs.keys()):
-                row, their_row = rows[problem_id], theirs[problem_id]
+            for answer in sorted(rows.keys() & theirs.keys()):
+                row, their_row = rows[answer], theirs[answer]
                 if not row["error"] and not their_row["error"]:
-                    pairs.setdefault(problem_id, []).append((row[column], their_row[column]))
+                    pairs.setdefault(answer[0], []).append((row[column], their_row[column]))
     return pairs
 
 

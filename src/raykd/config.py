@@ -45,6 +45,9 @@ ARM_SECTIONS = (
 ASKED = ("teacher.sampling", "teacher.samples", "prompt.strategy", "targets.sequence", "targets.kind", "targets.top_k")
 
 
+ANSWER_LENGTH = "evaluate.sampling.max_tokens"
+
+
 class Experiment(Section):
     """One experiment: the tree that a YAML file holds."""
 
@@ -161,11 +164,15 @@ class Experiment(Section):
     def identity(self) -> dict[str, Any]:
         """All that makes the experiment what it is, by dotted path; how it is carried out is left out.
 
-        Arms and seeds are left out too: they may be added to, and each trial has a name of its own.
+        Arms and seeds are left out too: they may be added to, and each trial has a name of its own. So is how students
+        are asked the test problems: answers by different ways of asking have folders of their own.
         """
         tree = json.loads(self.model_dump_json(exclude=_CARRIED_OUT))
         for section, engine in (("teacher", self.teacher.engine), ("evaluate", self.evaluate.engine)):
             tree[section]["engine"] = {"engine_kwargs": engine.arguments_of_answers}
+        if self.sweep and self.sweep.metric == "accuracy":
+            # How long the answers may be that students are chosen by; without a search it bears on no student.
+            set_path(tree, ANSWER_LENGTH, self.evaluate.sampling.max_tokens)
         return dict(leaves(tree, ""))
 
     @property
@@ -260,7 +267,7 @@ _CARRIED_OUT: Any = {
     "sweep": True,
     "teacher": {"replicas", "batch_size", "concurrency", "timeout_s", "start_timeout_s", "max_error_rate"},
     "train": {name.removeprefix("train.") for name in CARRIED_OUT_OF_TRAIN},
-    "evaluate": {"batch_size", "max_loras", "max_error_rate"},
+    "evaluate": {"protocol", "sampling", "samples", "stop", "batch_size", "max_loras", "max_error_rate"},
 }
 
 

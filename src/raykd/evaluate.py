@@ -16,11 +16,11 @@ import ray.data
 import safetensors.numpy
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-from raykd import answers, models, placement, prompts, records, storage
+from raykd import answers, models, placement, protocols, records, storage
 from raykd.config import UNTOUCHED
 from raykd.demo import resolve_model
 from raykd.progress import Meter
-from raykd.sections import Evaluate, Sampling, Student
+from raykd.sections import Evaluate, Student
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,28 +64,26 @@ def evaluate(
     Raises:
         RuntimeError: where more than `evaluation.max_error_rate` of the rows failed, naming some.
     """
-    total = pq.read_metadata(problems / "test.parquet").num_rows * len(contestants)
-    done = storage.done_ids(folder, records.PREDICTION, "prediction_id")
-    wanted = {_prediction_id(each, problem_id) for each in contestants for problem_id in _ids(problems)}
-    done &= wanted
+    wanted = {
+        _prediction_id(each, problem_id, sample)
+        for each in contestants
+        for problem_id in _ids(problems)
+        for sample in range(evaluation.samples)
+    }
+    total = len(wanted)
+    done = storage.done_ids(folder, records.PREDICTION, "prediction_id") & wanted
     contestants = _with_null_adapter(contestants, folder / "null_adapter")
     with Meter("students", total, done=len(done), unit="answers") as meter:
         if len(done) < total:
             scored = answered(
-                problems / "test.parquet",
-                contestants,
-                done,
-                student,
-                evaluation,
-                evaluation.sampling,
-                instruction,
-                kind,
+                problems / "test.parquet", contestants, done, student, evaluation, instruction, kind
             ).map_batches(
                 Score,
                 batch_size=evaluation.batch_size,
                 fn_constructor_kwargs={
                     "folder": folder,
                     "ends": models.end_token_ids(student.model, student.revision),
+                    "evaluation": evaluation,
                 },
                 compute=ray.data.ActorPoolStrategy(size=1),
                 num_cpus=0,
@@ -100,22 +98,37 @@ def evaluate(
         "prediction_id",
         {
             "trials": [each.trial_id for each in contestants],
-            "sampling": evaluation.sampling.model_dump(),
+            "asked": evaluation.asked,
             "problems": problems.name,
         },
     )
 
 
-def check_lengths(
-    split: Path, student: Student, evaluation: Evaluate, max_tokens: int, instruction: str, whose: str
-) -> None:
+def folder_name(evaluation: Evaluate) -> str:
+    """What the folder of answers is called: other for each way of asking."""
+    return f"{evaluation.protocol}-{storage.content_key(evaluation.asked)[:8]}"
+
+
+def collect(folder: Path, file: Path) -> None:
+    """Writes all complete answers of an experiment into one file, by whatever protocols they were asked.
+
+    Args:
+        folder: of the folders of answers.
+        file: the Parquet file.
+    """
+    whole = [path.parent for path in sorted(folder.glob(f"*/{storage.MANIFEST}"))]
+    tables = [storage.open_rows(each, records.PREDICTION).to_table() for each in whole]
+    order = [(name, "ascending") for name in ("protocol", "trial_id", "problem_id", "sample_index")]
+    storage.write_table(file, pa.concat_tables(tables).sort_by(order))
+
+
+def check_lengths(split: Path, student: Student, evaluation: Evaluate, instruction: str, whose: str) -> None:
     """Raises ValueError where more prompts than may fail leave the student no room to answer, naming some.
 
     Args:
         split: the Parquet file of the problems.
         student: the base model.
-        evaluation: the configuration's section.
-        max_tokens: how long an answer may be.
+        evaluation: how they are asked.
         instruction: what is said about the form of the answer.
         whose: who answers what, for the message.
     """
@@ -124,10 +137,10 @@ def check_lengths(
         return
     tokenizer = models.load_tokenizer(student.model, student.revision)
     rows = pq.read_table(split, columns=["problem_id", "question"]).to_pylist()
+    room = evaluation.sampling.max_tokens
     needs = (
-        (row["problem_id"], max_tokens + len(models.prompt_token_ids(tokenizer, messages)))
+        (row["problem_id"], room + len(models.question_token_ids(tokenizer, row, instruction, evaluation.protocol)))
         for row in rows
-        if (messages := prompts.student_messages(row, instruction))
     )
     models.check_room(needs, len(rows), limit, evaluation.max_error_rate, whose, "evaluate.engine", "max_tokens")
 
@@ -138,7 +151,6 @@ def answered(
     done: set[str],
     student: Student,
     evaluation: Evaluate,
-    sampling: Sampling,
     instruction: str,
     kind: placement.Accelerator,
 ) -> ray.data.Dataset:
@@ -149,9 +161,8 @@ def answered(
         contestants: who answers what; either all have an adapter or none has.
         done: ids of answers that are there.
         student: the base model.
-        evaluation: the engine's configuration.
-        sampling: how they answer; where it is random, the seed of an answer is that of sampling, contestant and
-            problem, whatever else is asked beside it.
+        evaluation: how they are asked; where it is random, the seed of an answer is that of sampling, contestant,
+            problem and sample, whatever else is asked beside it.
         instruction: what is said about the form of the answer, as in training.
         kind: what the engine runs on.
     """
@@ -162,15 +173,15 @@ def answered(
         fn_constructor_kwargs={
             "contestants": contestants,
             "student": student,
+            "evaluation": evaluation,
             "instruction": instruction,
             "done": done,
-            "seed": sampling.seed,
         },
         compute=ray.data.ActorPoolStrategy(size=1),
         num_cpus=0,
     )
     questions = questions.repartition(target_num_rows_per_block=evaluation.batch_size)
-    return _processor(contestants, student, evaluation, sampling, kind)(questions)
+    return _processor(contestants, student, evaluation, kind)(questions)
 
 
 def _with_null_adapter(contestants: list[Contestant], folder: Path) -> list[Contestant]:
@@ -195,17 +206,13 @@ def _ids(problems: Path) -> list[str]:
     return pq.read_table(problems / "test.parquet", columns=["problem_id"])["problem_id"].to_pylist()
 
 
-def _prediction_id(contestant: Contestant, problem_id: str) -> str:
+def _prediction_id(contestant: Contestant, problem_id: str, sample: int) -> str:
     """The name of an answer."""
-    return f"{contestant.trial_id}/{problem_id}"
+    return f"{contestant.trial_id}/{problem_id}" + (f"/{sample}" if sample else "")
 
 
 def _processor(
-    contestants: list[Contestant],
-    student: Student,
-    evaluation: Evaluate,
-    sampling: Sampling,
-    kind: placement.Accelerator,
+    contestants: list[Contestant], student: Student, evaluation: Evaluate, kind: placement.Accelerator
 ) -> Any:
     """Ray Data's vLLM stage, with an adapter for each row."""
     kwargs, env = placement.engine_settings(evaluation.engine, kind)
@@ -233,30 +240,36 @@ def _processor(
             detokenize_stage=False,
             placement_group_config={"bundles": placement.engine_bundles(evaluation.engine, kind)},
         ),
-        preprocess=lambda row: {**row, "sampling_params": sampling_params(sampling, int(row["answer_seed"]))},
+        preprocess=lambda row: {**row, "sampling_params": sampling_params(evaluation, int(row["answer_seed"]))},
     )
 
 
-def sampling_params(sampling: Sampling, seed: int) -> dict[str, Any]:
+def sampling_params(evaluation: Evaluate, seed: int) -> dict[str, Any]:
     """vLLM's sampling parameters."""
-    greedy = {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens, "top_p": sampling.top_p}
-    return greedy | ({"seed": seed} if sampling.temperature else {})
+    sampling, stop = evaluation.sampling, protocols.stop_strings(evaluation)
+    params = {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens, "top_p": sampling.top_p}
+    if sampling.temperature:
+        params["seed"] = seed
+    if stop:
+        # Kept at first: whether an answer ended there is told by its end.
+        params |= {"stop": stop, "include_stop_str_in_output": True}
+    return params
 
 
 class Ask:
-    """Turns problems into one row for each contestant, leaving out what was answered before."""
+    """Turns problems into a row for each contestant and sample, leaving out what was answered before."""
 
     def __init__(
-        self, contestants: list[Contestant], student: Student, instruction: str, done: set[str], seed: int = 0
+        self, contestants: list[Contestant], student: Student, evaluation: Evaluate, instruction: str, done: set[str]
     ) -> None:
         self._tokenizer = models.load_tokenizer(student.model, student.revision)
         self._contestants, self._model = contestants, resolve_model(student.model)
-        self._instruction, self._done, self._seed = instruction, done, seed
+        self._evaluation, self._instruction, self._done = evaluation, instruction, done
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         problems = batch.to_pylist()
-        prompted = [prompts.student_messages(problem, self._instruction) for problem in problems]
-        tokens = [models.prompt_token_ids(self._tokenizer, messages) for messages in prompted]
+        protocol, seed = self._evaluation.protocol, self._evaluation.sampling.seed
+        tokens = [models.question_token_ids(self._tokenizer, each, self._instruction, protocol) for each in problems]
         # One after the other: the engine then changes adapters now and then only, and an answer's neighbours, with
         # which it is written, are its student's.
         rows = [
@@ -265,25 +278,30 @@ class Ask:
                 "trial_id": each.trial_id,
                 "arm": each.arm,
                 "seed": each.seed,
+                "protocol": protocol,
                 "problem_id": problem["problem_id"],
+                "sample_index": sample,
                 "question": problem["question"],
                 "reference_answer": problem["reference_answer"],
                 "model": str(each.adapter or self._model),
                 "tokenized_prompt": prompt,
-                "answer_seed": _answer_seed(self._seed, prediction_id),
+                "answer_seed": _answer_seed(seed, prediction_id),
             }
             for each in self._contestants
             for problem, prompt in zip(problems, tokens, strict=True)
+            for sample in range(self._evaluation.samples)
             if (each.problem_ids is None or problem["problem_id"] in each.problem_ids)
-            and (prediction_id := _prediction_id(each, problem["problem_id"])) not in self._done
+            and (prediction_id := _prediction_id(each, problem["problem_id"], sample)) not in self._done
         ]
         return pa.Table.from_pylist(rows, schema=_QUESTION)
 
 
+# What of an answer is known before it is given.
+ASKED = ("prediction_id", "trial_id", "arm", "seed", "protocol", "problem_id", "sample_index", "question")
+ASKED += ("reference_answer",)
 _QUESTION = pa.schema(
     [
-        *(records.PREDICTION.field(name) for name in ("prediction_id", "trial_id", "arm", "seed")),
-        *(records.PREDICTION.field(name) for name in ("problem_id", "question", "reference_answer")),
+        *(records.PREDICTION.field(name) for name in ASKED),
         # Which adapter answers; the base model's own name stands for none.
         pa.field("model", pa.string()),
         pa.field("tokenized_prompt", pa.list_(pa.int32())),
@@ -308,8 +326,9 @@ def finish_reason(tokens: Sequence[int], ends: set[int], error: str) -> str:
 class Score:
     """Scores answers, writes them, and passes on the counts."""
 
-    def __init__(self, folder: Path, ends: set[int]) -> None:
+    def __init__(self, folder: Path, ends: set[int], evaluation: Evaluate) -> None:
         self._folder, self._ends = folder, ends
+        self._stop = protocols.stop_strings(evaluation)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[int]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -319,15 +338,18 @@ class Score:
 
     def _score(self, row: Mapping[str, Any]) -> dict[str, Any]:
         text, error = row["generated_text"], row["__inference_error__"]
-        strict, flexible = answers.strict_match(text), answers.flexible_extract(text)
         tokens = row["generated_tokens"]
-        keep = ("prediction_id", "trial_id", "arm", "seed", "problem_id", "question", "reference_answer")
+        ended = finish_reason(tokens, self._ends, error)
+        if at := next((each for each in self._stop if text.endswith(each)), None):
+            text, ended = text.removesuffix(at), "stop"
+        strict, flexible = answers.strict_match(text), answers.flexible_extract(text)
         return {
-            **{name: row[name] for name in keep},
+            **{name: row[name] for name in ASKED},
             "seed": int(row["seed"]),
+            "sample_index": int(row["sample_index"]),
             "completion": text,
             "num_tokens": len(tokens),
-            "finish_reason": finish_reason(tokens, self._ends, error),
+            "finish_reason": ended,
             "answer_strict": strict,
             "answer_flexible": flexible,
             "is_correct_strict": answers.is_correct(strict, row["reference_answer"]),

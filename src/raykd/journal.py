@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from raykd import __version__, config, storage
 from raykd.completions import Request
-from raykd.config import Experiment
+from raykd.config import ANSWER_LENGTH, Experiment
 from raykd.demo import MODELS
 from raykd.problems import SPLITS, split_size
 
@@ -34,7 +35,7 @@ def claim(experiment: Experiment, folder: Path) -> None:
     changed = [
         f"{path} was {was.get(path)!r}, is {now.get(path)!r}"
         for path in sorted(was.keys() | now.keys())
-        if was.get(path) != now.get(path)
+        if was.get(path) != now.get(path) and (path != ANSWER_LENGTH or {path} <= was.keys() & now.keys())
     ]
     changed += [
         f"arm {arm} was {overrides}, is {experiment.arms[arm]}"
@@ -62,6 +63,7 @@ def begin(
     experiment: Experiment,
     folder: Path,
     problems: Path,
+    predictions: Path,
     found: Mapping[str, Mapping[str, str]],
     trials: list[str],
     command: str,
@@ -72,6 +74,7 @@ def begin(
         experiment: the experiment.
         folder: its folder.
         problems: the folder of the splits.
+        predictions: where the students' answers to the test problems go.
         found: what identifies the teacher's and the student's weights.
         trials: their ids; what else lies in the folder is of an earlier configuration.
         command: what was typed.
@@ -103,6 +106,7 @@ def begin(
             "platform": platform.platform(),
             "seeds": list(experiment.seeds),
             "trials": trials,
+            "predictions": str(predictions.relative_to(folder)),
             "demonstration": bool(built_in) or experiment.problems.source == "demo",
             "models": {role: dict(identity) for role, identity in found.items()},
             "problems": {
@@ -145,8 +149,13 @@ def note_completions(folder: Path, teacher: str, teachings: list[Teaching]) -> N
             entries.append(
                 {**named, "content_keys": keys, "arms": each.arms, "samples": each.request.samples, **counts}
             )
+    note(folder, "completions", entries)
+
+
+def note(folder: Path, name: str, value: Any) -> None:
+    """Sets one entry of `run.json`."""
     file = folder / "run.json"
-    storage.write_json(file, {**storage.read_json(file), "completions": entries})
+    storage.write_json(file, {**storage.read_json(file), name: value})
 
 
 @contextmanager
@@ -156,7 +165,6 @@ def timed(folder: Path, stage: str) -> Iterator[None]:
     try:
         yield
     finally:
-        file = folder / "run.json"
-        noted = storage.read_json(file)
-        seconds = noted["stages"].get(stage, 0) + time.monotonic() - started
-        storage.write_json(file, {**noted, "stages": {**noted["stages"], stage: round(seconds, 1)}})
+        stages = storage.read_json(folder / "run.json")["stages"]
+        seconds = stages.get(stage, 0) + time.monotonic() - started
+        note(folder, "stages", {**stages, stage: round(seconds, 1)})

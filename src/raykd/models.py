@@ -6,8 +6,9 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from raykd import prompts, storage
+from raykd import prompts, protocols, storage
 from raykd.demo import resolve_model
+from raykd.sections import Protocol
 
 # Some chat templates (Llama 3.2's) tell the model the date, by default that of the day: the same question would be
 # another one tomorrow. This is what Llama 3.1's template says.
@@ -110,6 +111,21 @@ def prompt_token_ids(tokenizer: Any, messages: prompts.Messages) -> list[int]:
         messages, add_generation_prompt=True, return_dict=True, date_string=DATE_STRING
     )
     return list(encoded["input_ids"])
+
+
+def question_token_ids(tokenizer: Any, problem: Mapping[str, Any], instruction: str, protocol: Protocol) -> list[int]:
+    """The tokens of a problem as a student is asked it.
+
+    Args:
+        tokenizer: the student's.
+        problem: a row with at least `question`.
+        instruction: what is said about the form of the answer.
+        protocol: how it is asked; `zero_shot_chat` as in training.
+    """
+    messages = prompts.student_messages(problem, instruction, protocols.exemplars(protocol))
+    if protocol == "zero_shot_raw":
+        return list(tokenizer(protocols.raw_prompt(messages))["input_ids"])
+    return prompt_token_ids(tokenizer, messages)
 
 
 def prompt_text(tokenizer: Any, messages: prompts.Messages) -> str:

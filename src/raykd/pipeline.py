@@ -16,6 +16,7 @@ from raykd import (
     evaluate,
     finalists,
     generate,
+    harness,
     journal,
     models,
     placement,
@@ -58,6 +59,11 @@ class Plan:
     """Whether trials of a sweep that failed are tried again."""
     undrawn: Undrawn | None
     """The points of a sweep that will be chosen by what others reach; None where all are known."""
+
+    @property
+    def predictions(self) -> Path:
+        """Where the students' answers to the test problems are: other folders for other ways of asking."""
+        return self.folder / "predictions" / evaluate.folder_name(self.experiment.evaluate)
 
     @property
     def log(self) -> Path:
@@ -184,7 +190,8 @@ def prepare(experiment: Experiment, command: str, retry_failed: bool = False) ->
     found = (splits, teacher_model, student_model, same_tokens, trained, asked)
     plan = Plan(experiment, root, folder, *found, retry_failed, undrawn)
     identities = {"teacher": teacher_model, "student": student_model}
-    journal.begin(experiment, folder, plan.problems, identities, [job.trial_id for job in plan.jobs], command)
+    trials = [job.trial_id for job in plan.jobs]
+    journal.begin(experiment, folder, plan.problems, plan.predictions, identities, trials, command)
     storage.write_text(folder / "experiment.yaml", config.dump(experiment))
     return plan
 
@@ -233,14 +240,17 @@ def check(plan: Plan, resources: dict[str, float], stages: Sequence[str] = ("gen
         *([[request], sampling.max_tokens] for request, sampling in to_score),
     ]:
         generate.check_lengths(requests, plan.problems, experiment.teacher, instruction, room)
-    answering = [(f"student of arm {job.arm_name!r}", "train", job.arm.targets.rollout) for job in own.values()]
+    told = experiment.evaluate
+    answering = [
+        (f"student of arm {job.arm_name!r}", "train", told.as_in_training(job.arm.targets.rollout))
+        for job in own.values()
+    ]
     if (pending or bounds) and experiment.sweep and experiment.sweep.metric == "accuracy":
-        answering.append(("students", "validation", experiment.evaluate.sampling))
+        answering.append(("students", "validation", told.as_in_training(told.sampling)))
     if will_predict:
-        answering.append(("students", "test", experiment.evaluate.sampling))
-    for whose, split, sampling in answering:
-        file = plan.problems / f"{split}.parquet"
-        evaluate.check_lengths(file, experiment.student, experiment.evaluate, sampling.max_tokens, instruction, whose)
+        answering.append(("students", "test", told))
+    for whose, split, asked in answering:
+        evaluate.check_lengths(plan.problems / f"{split}.parquet", experiment.student, asked, instruction, whose)
 
 
 def make_completions(plan: Plan, resources: dict[str, float]) -> None:
@@ -287,19 +297,25 @@ def make_predictions(plan: Plan, resources: dict[str, float]) -> None:
         experiment.evaluate,
         experiment.prompt.instruction,
         kind,
-        plan.folder / "predictions",
+        plan.predictions,
     )
+    evaluate.collect(plan.predictions.parent, plan.folder / "predictions.parquet")
 
 
 def write_report(plan: Plan) -> None:
-    """Step 5: tables and plots from the rows."""
+    """Step 5: tables and plots from the rows, and the test as a task of lm-evaluation-harness."""
     # Not before there is something to draw.
     from raykd.report import write_report as write
 
     journal.note_completions(plan.folder, plan.experiment.teacher.model, plan.teachings)
+    tasks = plan.folder / harness.FOLDER
+    harness.write_task(plan.experiment, plan.problems, tasks)
+    # Of the student that was asked last; the others' differ in the adapter.
+    adapter = plan.contestants[-1].adapter
+    journal.note(plan.folder, "harness", harness.command(plan.experiment, tasks, str(adapter or "")))
     write(plan.folder)
 
 
 def _are_predicted(plan: Plan) -> bool:
-    manifest = storage.read_manifest(plan.folder / "predictions")
+    manifest = storage.read_manifest(plan.predictions)
     return manifest is not None and manifest["trials"] == [each.trial_id for each in plan.contestants]

@@ -1,21 +1,22 @@
 """Prompts: a problem and a strategy become the chat messages that the teacher and the student are sent."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from raykd.strategies import Strategy
+from raykd.strategies import Exemplar, Strategy
 
 Messages = list[dict[str, str]]
 
 
-def student_messages(problem: Mapping[str, Any], instruction: str = "") -> Messages:
+def student_messages(problem: Mapping[str, Any], instruction: str = "", exemplars: Iterable[Exemplar] = ()) -> Messages:
     """The messages a student is trained and evaluated on: the question, never a prime.
 
     Args:
         problem: a row with at least `question`.
         instruction: what both teacher and student are told about the form of the answer; may be empty.
+        exemplars: worked problems that come before it, in evaluation by some protocols.
     """
-    return [{"role": "user", "content": _join(problem["question"], instruction)}]
+    return [*_turns(exemplars, instruction), {"role": "user", "content": _join(problem["question"], instruction)}]
 
 
 def teacher_messages(problem: Mapping[str, Any], strategy: Strategy, instruction: str = "") -> Messages:
@@ -29,11 +30,18 @@ def teacher_messages(problem: Mapping[str, Any], strategy: Strategy, instruction
     prime = strategy.text.format(reference_answer=problem["reference_answer"], other_answer=problem["other_answer"])
     question = _join(problem["question"], instruction)
     messages = [{"role": "system", "content": prime}] if strategy.place == "system" and prime else []
-    for exemplar in strategy.exemplars:
-        messages.append({"role": "user", "content": _join(exemplar.question, instruction)})
-        messages.append({"role": "assistant", "content": exemplar.answer})
+    messages += _turns(strategy.exemplars, instruction)
     asked = {"system": question, "before": _join(prime, question), "after": _join(question, prime)}
     return [*messages, {"role": "user", "content": asked[strategy.place]}]
+
+
+def _turns(exemplars: Iterable[Exemplar], instruction: str) -> Messages:
+    asked = [(_join(each.question, instruction), each.answer) for each in exemplars]
+    return [
+        {"role": role, "content": content}
+        for question, answer in asked
+        for role, content in (("user", question), ("assistant", answer))
+    ]
 
 
 def _join(*parts: str) -> str:

@@ -4,8 +4,9 @@
 <storage>/completions/<key>/              part-*.parquet, manifest.json
 <storage>/experiments/<name>/             experiment.yaml, run.json (versions, seeds, keys)
     trials/<trial_id>/                    adapter/, metrics.jsonl, trial.json (written last)
-    predictions/                          part-*.parquet, manifest.json
-    results.csv, report.md, report.html
+    predictions/<protocol>-<key>/         part-*.parquet, manifest.json
+    lm_eval/                              the test as a task of lm-evaluation-harness
+    predictions.parquet, results.csv, report.md, report.html
 """
 
 import pyarrow as pa
@@ -51,7 +52,10 @@ PREDICTION = pa.schema(
         pa.field("trial_id", pa.string(), nullable=False),
         pa.field("arm", pa.string(), nullable=False),
         pa.field("seed", pa.int64(), nullable=False),
+        # How the student was asked (`raykd.protocols`).
+        pa.field("protocol", pa.string(), nullable=False),
         pa.field("problem_id", pa.string(), nullable=False),
+        pa.field("sample_index", pa.int32(), nullable=False),
         pa.field("question", pa.string(), nullable=False),
         pa.field("reference_answer", pa.string(), nullable=False),
         pa.field("completion", pa.string(), nullable=False),

@@ -32,9 +32,22 @@ CSV_COLUMNS = (
     "accuracy_flexible_high",
     "n",
     "errors",
+    "samples",
+    "majority_strict",
+    "majority_flexible",
+    "pass_strict",
+    "pass_flexible",
     "answer_in_form",
+    "answer_in_form_low",
+    "answer_in_form_high",
+    "right_in_form",
     "truncated",
+    "truncated_low",
+    "truncated_high",
     "mean_tokens",
+    "mean_tokens_low",
+    "mean_tokens_high",
+    "repetition",
     "train_rows",
     "train_steps",
     "target_tokens",
@@ -88,12 +101,12 @@ def result_tables(results: Results) -> list[RichTable]:
 
 
 def _for_terminal(shown: tables.Table, title: str) -> RichTable:
-    # Errors are worth a column where there are any; a terminal has no room for how a trial went.
+    # Failures are worth a column where there are any; a terminal has no room for how a trial went.
     kept = [
         number
         for number, column in enumerate(shown.columns)
         if column not in ("Measured", "Steps", "Time")
-        and (column != "Errors" or any(row[number] != "0" for row in shown.rows))
+        and (column not in ("Errors", "Failed") or any(row[number] != "0" for row in shown.rows))
     ]
     table = RichTable(title=Text(title), box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for number in kept:
@@ -121,11 +134,22 @@ def _csv(results: Results) -> str:
     for trial in results.trials:
         measured = trial.measured
         row = {column: getattr(trial, column, None) for column in CSV_COLUMNS}
-        row |= {column: getattr(measured, column) for column in CSV_COLUMNS if hasattr(measured, column)}
-        for score in ("strict", "flexible"):
-            share = getattr(measured, score)
-            row |= {f"accuracy_{score}": share.value}
-            row |= {f"accuracy_{score}_low": share.low, f"accuracy_{score}_high": share.high}
+        row |= {name: getattr(measured, name) for name in ("n", "errors", "samples")}
+        for name, value in (
+            ("accuracy_strict", measured.strict),
+            ("accuracy_flexible", measured.flexible),
+            ("majority_strict", measured.majority_strict),
+            ("majority_flexible", measured.majority_flexible),
+            ("pass_strict", measured.pass_strict),
+            ("pass_flexible", measured.pass_flexible),
+            ("answer_in_form", measured.answer_in_form),
+            ("right_in_form", measured.right_in_form),
+            ("truncated", measured.truncated),
+            ("mean_tokens", measured.tokens),
+            ("repetition", measured.repetition),
+        ):
+            found = {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
+            row |= {column: each for column, each in found.items() if column in CSV_COLUMNS}
         if results.sweep:
             row |= {path: _cell(trial.values.get(path)) for path in paths} | _validated(trial)
         writer.writerow(row)

@@ -9,10 +9,10 @@ from math import ceil, floor
 
 from markupsafe import Markup
 
+from raykd.measured import Share
 from raykd.report_tables import teacher_share, written_by_the_teacher
 from raykd.report_text import interval, percent, points, points_interval
 from raykd.results import Results
-from raykd.trial import Share
 
 _STEPS = (0.5, 1, 2, 5, 10, 20, 25, 50)
 _LINE_PX = 13  # Height of one mark's line within a track.

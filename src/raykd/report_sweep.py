@@ -5,6 +5,7 @@ from typing import Any
 
 from raykd.config import UNTOUCHED
 from raykd.job import COMPLETE, FAILED, STOPPED
+from raykd.measured import Share
 from raykd.report_text import (
     NOTHING,
     amount,
@@ -20,7 +21,7 @@ from raykd.results import Results
 from raykd.space import point_key
 from raykd.statistics import wilson_interval
 from raykd.table import Table
-from raykd.trial import Share, Trial
+from raykd.trial import Trial
 
 
 def best_points(results: Results) -> Table:

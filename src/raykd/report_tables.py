@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+from raykd.measured import Measured, Share
 from raykd.report_sweep import all_trials, at_equal_points, best_points
 from raykd.report_text import (
     NOTHING,
     amount,
     duration,
+    mean_and_interval,
     p_value,
     percent,
     points,
@@ -17,13 +19,13 @@ from raykd.report_text import (
 from raykd.results import Results
 from raykd.statistics import wilson_interval
 from raykd.table import Table
-from raykd.trial import Measured, Share, Trial, finite
+from raykd.trial import Trial, finite
 
 
 def tables(results: Results) -> list[Table]:
     """All tables that have rows, in the report's order."""
     of_sweep = (best_points, at_equal_points, all_trials) if results.sweep else ()
-    makers = (result, differences, *of_sweep, form, teachers, trials, training, cost, stages)
+    makers = (result, differences, *of_sweep, form, samples, teachers, trials, training, cost, stages)
     return [table for table in (make(results) for make in makers) if table.rows]
 
 
@@ -133,8 +135,9 @@ def form(results: Results) -> Table:
     rows = []
     for arm in results.arms:
         m = arm.measured
-        shares = [m.strict.value, m.flexible.value, m.answer_in_form, m.right_in_form, m.truncated]
-        rows.append([arm.name, *(percent(share) for share in shares), amount(m.mean_tokens, 1), amount(m.n)])
+        shares = [m.strict, m.flexible, m.answer_in_form, m.right_in_form, m.truncated]
+        means = [mean_and_interval(m.tokens), mean_and_interval(m.repetition, 100)]
+        rows.append([arm.name, *(share_and_interval(share) for share in shares), *means, amount(m.n)])
     return Table(
         "Accuracy and form",
         [
@@ -145,13 +148,32 @@ def form(results: Results) -> Table:
             "Right if in form %",
             "Cut %",
             "Mean tokens",
+            "Repeated %",
             "n",
         ],
         rows,
-        "Seeds pooled. Answer in form: an answer after “####”. Cut: at the token limit. If strict accuracy "
+        "Seeds pooled; 95 % intervals. Answer in form: an answer after “####”. Cut: at the token limit. Repeated: of "
+        "an answer's runs of four words those that occurred in it before, in the mean. If strict accuracy "
         "rises with the share of answers in form, while flexible accuracy and accuracy among answers in form "
         "do not, the arm learned to state answers rather than to find them.",
         share_columns=(1, 2, 3, 4, 5),
+    )
+
+
+def samples(results: Results) -> Table:
+    """What several answers to each problem are worth, where they were asked for."""
+    rows = []
+    for arm in results.arms:
+        m = arm.measured
+        if m.samples > 1:
+            shares = [m.strict, m.majority_strict, m.pass_strict, m.flexible, m.majority_flexible, m.pass_flexible]
+            rows.append([arm.name, amount(m.samples), *(share_and_interval(each) for each in shares)])
+    return Table(
+        "Several answers to each problem",
+        ["Arm", "k", "Strict %", "maj@k", "pass@k", "Flexible %", "maj@k", "pass@k"],
+        rows,
+        "Strict and flexible: the mean over all answers. maj@k: the answer that most of a problem's k give is right. "
+        "pass@k: any of the k is right.",
     )
 
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from raykd.comparison import BASELINE, Comparison
 from raykd.config import UNTOUCHED
+from raykd.measured import Mean, Share
 from raykd.results import Results
-from raykd.trial import Share
 
 NOTHING = "–"
 
@@ -41,6 +41,16 @@ def interval(share: Share) -> str:
 def share_and_interval(share: Share) -> str:
     """A share and its interval, in percent: `61.3 (55.7–66.7)`."""
     return NOTHING if share.value is None else f"{percent(share.value)} ({interval(share)})"
+
+
+def mean_and_interval(mean: Mean, unit: float = 1) -> str:
+    """A mean and its interval, in so many of a unit: `61.3 (55.7–66.7)`."""
+    if mean.value is None:
+        return NOTHING
+    value = amount(unit * mean.value, 1)
+    if mean.low is None or mean.high is None:
+        return value
+    return f"{value} ({amount(unit * mean.low, 1)}–{amount(unit * mean.high, 1)})"
 
 
 def points_interval(comparison: Comparison) -> str:

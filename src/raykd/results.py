@@ -7,16 +7,17 @@ from typing import Any
 
 import yaml
 
-from raykd.comparison import BASELINE, Baseline, Comparison, Row, Setting, baselines, compare_arms
+from raykd.comparison import BASELINE, Answers, Baseline, Comparison, Setting, baselines, compare_arms
 from raykd.config import UNTOUCHED, shown
 from raykd.finalists import ranked
 from raykd.job import COMPLETE, FAILED
+from raykd.measured import Measured, Row, measure
 from raykd.space import point_key
 from raykd.storage import read_json
 from raykd.strategies import BUILT_IN, Strategy
-from raykd.trial import Measured, Trial, measure, read_predictions, read_trials
+from raykd.trial import Trial, read_predictions, read_trials
 
-NUM_EXAMPLES = 5
+NUM_EXAMPLES = 10
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Results:
     """Every arm against its baseline by strict match; arms without one are left out."""
     flexible: list[Comparison]
     examples: list[Example]
+    answers: Mapping[str, Answers]
+    """By trial."""
     notes: list[str]
     """What is missing or failed."""
     sweep: "Sweep | None" = None
@@ -96,7 +99,7 @@ def read_results(folder: Path) -> Results:
             raise ValueError(f"{folder} has no {name}: give the folder of an experiment, as `raykd run` makes it")
     run = read_json(folder / "run.json")
     config = (folder / "experiment.yaml").read_text(encoding="utf-8")
-    rows = read_predictions(folder / "predictions")
+    rows = read_predictions(folder / (run.get("predictions") or "predictions"))
     trials = read_trials(folder / "trials", rows)
     # What an earlier configuration of the experiment made, or an arm that was taken out, is none of its results.
     current = {UNTOUCHED, *run["trials"]} if run.get("trials") is not None else {trial.trial_id for trial in trials}
@@ -129,6 +132,7 @@ def read_results(folder: Path) -> Results:
         strict=compare_arms(by_seed, against, "is_correct_strict"),
         flexible=compare_arms(by_seed, against, "is_correct_flexible"),
         examples=_examples(arms, rows),
+        answers=rows,
         notes=_notes(folder, run, trials, best, earlier),
         sweep=_sweep(told, trials, against, rows) if told else None,
     )
@@ -152,9 +156,9 @@ def _sweep(
     told: Mapping[str, Any],
     trials: list[Trial],
     against: Mapping[str, Baseline],
-    rows: Mapping[str, Mapping[str, Row]],
+    rows: Mapping[str, Answers],
 ) -> Sweep:
-    everywhere: dict[str, list[tuple[Setting, Mapping[str, Row]]]] = {}
+    everywhere: dict[str, list[tuple[Setting, Answers]]] = {}
     for trial in trials:
         if trial.arm == UNTOUCHED:
             continue
@@ -168,9 +172,7 @@ def _sweep(
     )
 
 
-def _arm(
-    name: str, is_baseline: bool, controls: set[str], trials: list[Trial], rows: Mapping[str, Mapping[str, Row]]
-) -> Arm:
+def _arm(name: str, is_baseline: bool, controls: set[str], trials: list[Trial], rows: Mapping[str, Answers]) -> Arm:
     own = [trial for trial in trials if trial.arm == name]
     strategy = own[0].strategy
     if name == UNTOUCHED or is_baseline:
@@ -183,17 +185,17 @@ def _arm(
     return Arm(name, kind, strategy, own, measure(pooled))
 
 
-def _examples(arms: list[Arm], rows: Mapping[str, Mapping[str, Row]]) -> list[Example]:
+def _examples(arms: list[Arm], rows: Mapping[str, Answers]) -> list[Example]:
     """Problems on which the arms disagree most, taken from each arm's first trial with predictions."""
-    shown: dict[str, Mapping[str, Row]] = {}
+    shown: dict[str, Answers] = {}
     for arm in arms:
         first = next((trial for trial in arm.trials if trial.measured.n), None)
         if first:
             shown[arm.name] = rows[first.trial_id]
     by_problem: dict[str, dict[str, Row]] = {}
     for name, of_trial in shown.items():
-        for problem_id, row in of_trial.items():
-            if not row["error"]:
+        for (problem_id, sample), row in of_trial.items():
+            if not row["error"] and not sample:
                 by_problem.setdefault(problem_id, {})[name] = row
 
     def agreement(problem_id: str) -> tuple[int, int, str]:
@@ -215,6 +217,7 @@ def _notes(
     if earlier:
         notes.append(f"Left out: {len(earlier)} of an earlier configuration of this experiment ({_some(earlier)})")
     expected = (run.get("problems") or {}).get("num_test")
+    samples = max((trial.measured.samples for trial in trials), default=1)
     for trial in trials:
         name = f"Arm {trial.arm}, seed {trial.seed}" + (f", {shown(trial.values)}" if trial.values else "")
         total = trial.measured.n + trial.measured.errors
@@ -222,8 +225,8 @@ def _notes(
             notes.append(f"{name} failed: {trial.error or 'no reason was recorded'}")
         elif not total and trial.status == COMPLETE and trial in best:
             notes.append(f"{name} has no predictions: it was trained and not evaluated")
-        elif total and expected and total != expected:
-            notes.append(f"{name} has {total} of {expected} predictions: its evaluation is not complete")
+        elif total and expected and total != expected * samples:
+            notes.append(f"{name} has {total} of {expected * samples} predictions: its evaluation is not complete")
         if trial.measured.errors:
             notes.append(f"{name}: {trial.measured.errors} of {total} problems got no answer and are left out of n")
     begun = [path.name for path in sorted(folder.glob("trials/*/")) if not (path / "trial.json").is_file()]

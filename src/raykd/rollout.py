@@ -40,8 +40,9 @@ def rollout(
     total = sum(len(each.problem_ids or ()) for each in folders)
     with Meter("rollouts", total, done=len(done), unit="answers") as meter:
         if len(done) < total:
+            asked = evaluation.as_in_training(sampling)
             kept = answered(
-                problems / "train.parquet", list(folders), done, student, evaluation, sampling, instruction, kind
+                problems / "train.parquet", list(folders), done, student, asked, instruction, kind
             ).map_batches(
                 Keep,
                 batch_size=evaluation.batch_size,

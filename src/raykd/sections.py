@@ -24,6 +24,9 @@ SPEED_ARGUMENTS = frozenset(
 )
 
 
+Protocol = Literal["zero_shot_chat", "eight_shot_cot", "zero_shot_raw"]
+
+
 class Section(BaseModel):
     """A part of the tree: frozen, and closed to unknown keys."""
 
@@ -274,14 +277,42 @@ class Train(Section):
 
 
 class Evaluate(Section):
+    protocol: Protocol = "zero_shot_chat"
+    """How the test problems are asked: by the chat template, as in training; as chat, after eight worked problems
+    (chain of thought); or as a raw text to go on with, as for a base model. The same students can be asked by another
+    protocol later: their answers by this one are kept."""
     engine: Engine = Engine()
     sampling: Sampling = Sampling()
+    samples: int = Field(default=1, ge=1)
+    """Answers to each problem, for maj@k and pass@k; more than one needs a temperature above 0."""
+    stop: tuple[str, ...] | None = None
+    """Strings that end an answer, and are cut from it; null for those of the protocol: `Question:` for
+    `zero_shot_raw`, none for the others. The tokens that end a turn always do."""
     max_loras: int = Field(default=8, ge=1)
     """Adapters that the engine holds at a time; more are cycled."""
     batch_size: int = Field(default=64, ge=1)
     """Rows in one batch of the pipeline; also what is written at once."""
     max_error_rate: float = Field(default=0.01, ge=0, le=1)
     """The share of rows that may fail before the stage does; those of a student's own answers in training too."""
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> Self:
+        if self.samples > 1 and not self.sampling.temperature:
+            raise ValueError(f"samples={self.samples} would all be the same: set sampling.temperature above 0")
+        if self.stop is not None and not all(self.stop):
+            raise ValueError("stop holds an empty string, which ends every answer before it begins")
+        return self
+
+    def as_in_training(self, sampling: Sampling) -> Self:
+        """The same engine, asked as in training."""
+        asked = {"protocol": "zero_shot_chat", "samples": 1, "stop": None, "sampling": sampling}
+        return self.model_copy(update=asked)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What bears on the answers, besides the engine's arguments."""
+        told = self.model_dump(mode="json", include={"protocol", "samples", "stop"})
+        return told | {"sampling": self.sampling.bearing()}
 
 
 class Sweep(Section):

@@ -1,6 +1,7 @@
-"""Statistics: intervals for shares, and tests and intervals for two arms measured on the same problems."""
+"""Statistics: intervals of shares and means, two arms on the same problems, several samples of one problem."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from statistics import NormalDist
 
@@ -35,6 +36,24 @@ def wilson_interval(correct: float, n: int, confidence: float = 0.95) -> tuple[f
     low = 0.0 if correct == 0 else (centre - half_width) / scale
     high = 1.0 if correct == n else (centre + half_width) / scale
     return low, high
+
+
+def mean_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
+    """The normal interval of a mean: the mean, plus and minus so many of its standard errors.
+
+    Args:
+        values: one for each problem, at least two; for a few dozen and more the normal form is good enough.
+        confidence: the nominal coverage, between 0 and 1.
+
+    Raises:
+        ValueError: there are fewer than two values, or `confidence` lies outside 0..1.
+    """
+    values_P = np.asarray(values, dtype=np.float64)
+    if values_P.size < 2:
+        raise ValueError(f"the interval of a mean needs at least two values, got {values_P.size}")
+    z = NormalDist().inv_cdf(0.5 + _checked(confidence) / 2)
+    mean, error = values_P.mean(), values_P.std(ddof=1) / math.sqrt(values_P.size)
+    return float(mean - z * error), float(mean + z * error)
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
@@ -105,6 +124,28 @@ def paired_bootstrap(
     tail = (1 - _checked(confidence)) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(difference_P.mean()), float(low), float(high)
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """The chance that one of k samples is right, from n of which `correct` are: 1 - C(n - c, k) / C(n, k).
+
+    Unbiased, where 1 - (1 - c/n)^k is not (Chen et al. 2021, arXiv 2107.03374).
+
+    Raises:
+        ValueError: unless 1 <= k <= n and 0 <= correct <= n.
+    """
+    if not (1 <= k <= n and 0 <= correct <= n):
+        raise ValueError(f"pass@k needs 1 <= k <= n and 0 <= correct <= n, got n={n}, correct={correct}, k={k}")
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def majority(answers: Sequence[str | None]) -> str | None:
+    """The answer that most samples give (self-consistency, Wang et al. 2022, arXiv 2203.11171).
+
+    Samples without an answer have no vote; of answers with as many votes the one that came first wins.
+    """
+    votes = Counter(answer for answer in answers if answer is not None)
+    return max(votes, key=votes.__getitem__) if votes else None
 
 
 def _checked(confidence: float) -> float:

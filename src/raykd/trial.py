@@ -2,42 +2,15 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raykd.comparison import Row
+from raykd.comparison import Answers
+from raykd.measured import Measured, Row, measure
 from raykd.records import PREDICTION
-from raykd.statistics import wilson_interval
 from raykd.storage import open_rows, read_json
-
-
-@dataclass(frozen=True)
-class Share:
-    """A share of rows and its 95 % Wilson interval, as fractions; None where nothing was counted."""
-
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a set of predictions says. Rows with an error are in `errors` and nowhere else."""
-
-    strict: Share
-    flexible: Share
-    n: int
-    errors: int
-    num_problems: int
-    answer_in_form: float | None
-    """Share with an answer after `####`."""
-    right_in_form: float | None
-    """Share that is right (strict) among those with an answer after `####`."""
-    truncated: float | None
-    """Share cut at the token limit."""
-    mean_tokens: float | None
 
 
 @dataclass(frozen=True)
@@ -83,51 +56,26 @@ def finite(value: Any) -> float | None:
     return value if is_number and math.isfinite(value) else None
 
 
-def measure(rows: Iterable[Row]) -> Measured:
-    """Accuracy and form of prediction rows. Rows of several seeds may be passed together."""
-    rows = list(rows)
-    answered = [row for row in rows if not row["error"]]
-    n, num_problems = len(answered), len({row["problem_id"] for row in answered})
-
-    def share(column: str) -> Share:
-        if not n:
-            return Share()
-        value = sum(row[column] for row in answered) / n
-        return Share(value, *wilson_interval(value * num_problems, num_problems))
-
-    in_form = [row for row in answered if row["answer_strict"] is not None]
-    return Measured(
-        strict=share("is_correct_strict"),
-        flexible=share("is_correct_flexible"),
-        n=n,
-        errors=len(rows) - n,
-        num_problems=num_problems,
-        answer_in_form=_mean(row["answer_strict"] is not None for row in answered),
-        right_in_form=_mean(row["is_correct_strict"] for row in in_form),
-        truncated=_mean(row["finish_reason"] == "length" for row in answered),
-        mean_tokens=_mean(row["num_tokens"] for row in answered),
-    )
-
-
-def read_predictions(folder: Path) -> dict[str, dict[str, Row]]:
-    """Prediction rows by trial and problem; an answer replaces the error that an earlier attempt left."""
-    rows: dict[str, dict[str, Row]] = {}
+def read_predictions(folder: Path) -> dict[str, dict[tuple[str, int], Row]]:
+    """Prediction rows by trial, problem and sample; an answer replaces the error that an earlier attempt left."""
+    rows: dict[str, dict[tuple[str, int], Row]] = {}
     if not folder.is_dir():
         return rows
     for row in open_rows(folder, PREDICTION).to_table().to_pylist():
         of_trial = rows.setdefault(row["trial_id"], {})
-        earlier = of_trial.get(row["problem_id"])
+        answer = (row["problem_id"], row["sample_index"])
+        earlier = of_trial.get(answer)
         if earlier is None or (earlier["error"] and not row["error"]):
-            of_trial[row["problem_id"]] = row
+            of_trial[answer] = row
     return rows
 
 
-def read_trials(folder: Path, rows: Mapping[str, Mapping[str, Row]]) -> list[Trial]:
+def read_trials(folder: Path, rows: Mapping[str, Answers]) -> list[Trial]:
     """All trials that have come to an end, and the untouched student.
 
     Args:
         folder: of the trials.
-        rows: prediction rows by trial and problem.
+        rows: prediction rows by trial.
     """
     trials = [_trial(file.parent, rows) for file in sorted(folder.glob("*/trial.json"))]
     with_folder = {trial.trial_id for trial in trials}
@@ -150,7 +98,7 @@ def read_trials(folder: Path, rows: Mapping[str, Mapping[str, Row]]) -> list[Tri
     return trials
 
 
-def _trial(folder: Path, rows: Mapping[str, Mapping[str, Row]]) -> Trial:
+def _trial(folder: Path, rows: Mapping[str, Answers]) -> Trial:
     told = read_json(folder / "trial.json")
     return Trial(
         trial_id=told["trial_id"],
@@ -191,8 +139,3 @@ def _losses(file: Path) -> list[tuple[int, float]]:
         if finite(point.get("loss")) is not None:
             by_step[point["step"]] = point["loss"]
     return sorted(by_step.items())
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    listed = list(values)
-    return sum(listed) / len(listed) if listed else None

@@ -41,8 +41,8 @@ def killed(ran: Ran, experiment_file: Path, tmp_path_factory: pytest.TempPathFac
     assert sum(storage.read_manifest(request.folder)["rows"] for request in plan.requests) == 200  # type: ignore[index]
     assert not (first.folder / "trial.json").exists(), "killed too late to test anything"
 
-    family += kill_when(lambda: len(parts(plan.folder / "predictions")) >= 1, arguments, root)
-    assert storage.read_manifest(plan.folder / "predictions") is None, "killed too late to test anything"
+    family += kill_when(lambda: len(parts(plan.predictions)) >= 1, arguments, root)
+    assert storage.read_manifest(plan.predictions) is None, "killed too late to test anything"
     done = finish(arguments, root)
     wait_for_end(family)
     return done

@@ -27,7 +27,7 @@ def completions(ran: Ran, arm: str) -> list[dict]:
 
 
 def predictions(ran: Ran) -> list[dict]:
-    return storage.open_rows(ran.plan.folder / "predictions", records.PREDICTION).to_table().to_pylist()
+    return storage.open_rows(ran.plan.predictions, records.PREDICTION).to_table().to_pylist()
 
 
 def split(ran: Ran, name: str) -> list[dict]:
@@ -120,7 +120,8 @@ def test_the_prime_is_before_the_teacher_and_never_before_the_student(ran: Ran, 
 def test_no_row_that_a_student_is_asked_holds_a_prime(ran: Ran, tokenizer):
     test = pyarrow.parquet.read_table(ran.plan.problems / "test.parquet")
     experiment = ran.plan.experiment
-    asked = evaluate.Ask(ran.plan.contestants, experiment.student, experiment.prompt.instruction, set())(test)
+    told = (experiment.student, experiment.evaluate, experiment.prompt.instruction, set())
+    asked = evaluate.Ask(ran.plan.contestants, *told)(test)
     texts = [tokenizer.decode(row["tokenized_prompt"]) for row in asked.to_pylist()]
     assert len(texts) == 50
     primes = [strategy.text.split("{")[0] for strategy in experiment.strategies.values() if strategy.text]

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from raykd.answers import flexible_extract, is_correct, reference_answer, states_answer_first, strict_match
+from raykd.answers import (
+    flexible_extract,
+    is_correct,
+    reference_answer,
+    repeated_share,
+    states_answer_first,
+    strict_match,
+)
 
 
 @pytest.mark.parametrize(
@@ -51,8 +58,10 @@ def test_awkward_outputs_score_as_by_hand(text: str, strict: str | None, flexibl
     ("answer", "reference", "expected"),
     [
         ("18", "18", True),
-        ("1,234", "1234", True),
-        ("$18.", "18", True),
+        ("1234", "1,234", True),
+        ("18", "$18.", True),
+        # As it is found in "#### 18..", and not right there either.
+        ("18.", "18", False),
         ("18.00", "18", False),
         ("018", "18", False),
         ("-18", "18", False),
@@ -62,7 +71,7 @@ def test_awkward_outputs_score_as_by_hand(text: str, strict: str | None, flexibl
         ("18", "She makes\n9 * 2 = 18\n#### 18", True),
     ],
 )
-def test_comparison_is_of_normalised_strings(answer: str | None, reference: str, expected: bool) -> None:
+def test_comparison_is_of_strings(answer: str | None, reference: str, expected: bool) -> None:
     assert is_correct(answer, reference) is expected
 
 
@@ -135,3 +144,17 @@ def test_every_problem_of_gsm8k(split: str, count: int, negatives: int, with_com
 )
 def test_an_answer_before_any_calculation_is_noticed(text: str, first: bool):
     assert states_answer_first(text) == first
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("", 0),
+        ("a b c", 0),
+        ("a b c d e", 0),
+        ("a b c d a b c d", 1 / 5),
+        ("no no no no no no no", 3 / 4),
+    ],
+)
+def test_a_text_that_goes_in_circles_repeats_itself(text: str, share: float) -> None:
+    assert repeated_share(text) == pytest.approx(share)

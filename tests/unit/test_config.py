@@ -133,6 +133,8 @@ def test_identity_is_what_bears_on_results(tmp_path: Path):
     assert load(tmp_path, SMALLEST, *elsewhere).identity() == base.identity()
     other = load(tmp_path, SMALLEST, "evaluate.engine.engine_kwargs={dtype: float32, max_num_seqs: 8}").identity()
     assert "evaluate.engine.engine_kwargs.dtype" in other.keys() - base.identity().keys()
+    asked = ("evaluate.protocol=zero_shot_raw", "evaluate.sampling.max_tokens=9", "evaluate.stop=[x]")
+    assert load(tmp_path, SMALLEST, *asked).identity() == base.identity()
     changed = load(tmp_path, SMALLEST, "train.learning_rate=0.5").identity()
     assert {key for key in changed if changed[key] != base.identity()[key]} == {"train.learning_rate"}
 
@@ -142,3 +144,14 @@ def test_overrides_are_read_as_yaml(tmp_path: Path):
     assert experiment.train.learning_rate == pytest.approx(3e-4)
     assert experiment.seeds == (0, 1)
     assert yaml.safe_load(config.dump(experiment))["train"]["zero_stage"] == 3
+
+
+def test_how_long_answers_are_bears_on_what_a_search_chooses(tmp_path: Path):
+    few = "problems={num_train: 9, num_validation: 5, num_test: 5}"
+    search = (few, "sweep.space={train.learning_rate: {choice: [0.1, 0.2]}}")
+    by_accuracy, longer = (load(tmp_path, SMALLEST, *search, f"evaluate.sampling.max_tokens={n}") for n in (9, 10))
+    assert by_accuracy.identity() != longer.identity()
+    by_loss, longer = (
+        load(tmp_path, SMALLEST, *search, "sweep.metric=loss", f"evaluate.sampling.max_tokens={n}") for n in (9, 10)
+    )
+    assert by_loss.identity() == longer.identity()

@@ -1,13 +1,21 @@
 """Statistics against their definitions written out, and against scipy where it is installed."""
 
 from fractions import Fraction
-from itertools import product
+from itertools import combinations, product
 from math import comb
 
 import numpy as np
 import pytest
 
-from raykd.statistics import holm, mcnemar_exact, paired_bootstrap, wilson_interval
+from raykd.statistics import (
+    holm,
+    majority,
+    mcnemar_exact,
+    mean_interval,
+    paired_bootstrap,
+    pass_at_k,
+    wilson_interval,
+)
 
 
 @pytest.fixture
@@ -118,3 +126,31 @@ def test_bootstrap_is_seeded_and_exact_where_nothing_varies() -> None:
 def test_what_cannot_be_computed_says_why(call, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         call()
+
+
+@pytest.mark.parametrize(("n", "correct", "k"), [(5, 0, 1), (5, 2, 1), (5, 2, 3), (5, 2, 4), (6, 6, 2), (4, 1, 4)])
+def test_pass_at_k_is_the_share_of_all_draws_that_hold_a_right_one(n: int, correct: int, k: int) -> None:
+    draws = list(combinations([True] * correct + [False] * (n - correct), k))
+    assert pass_at_k(n, correct, k) == pytest.approx(sum(any(draw) for draw in draws) / len(draws), abs=1e-12)
+
+
+@pytest.mark.parametrize(("n", "correct", "k"), [(3, 1, 4), (3, 1, 0), (3, 4, 1), (3, -1, 1)])
+def test_pass_at_k_refuses_what_is_no_draw(n: int, correct: int, k: int) -> None:
+    with pytest.raises(ValueError, match="pass@k needs"):
+        pass_at_k(n, correct, k)
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [(["1", "2", "2"], "2"), (["1", "2"], "1"), ([None, None, "3"], "3"), ([None], None), ([], None)],
+)
+def test_majority(answers: list, expected: str | None) -> None:
+    assert majority(answers) == expected
+
+
+def test_the_interval_of_a_mean_covers_it_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(5)
+    intervals = [mean_interval(sample) for sample in rng.exponential(2.0, size=(2000, 200))]
+    assert 0.93 < np.mean([low < 2 < high for low, high in intervals]) < 0.965
+    with pytest.raises(ValueError, match="at least two"):
+        mean_interval([1.0])

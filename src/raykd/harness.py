@@ -1,0 +1,120 @@
+"""Harness: an experiment's test as a task of lm-evaluation-harness, so that anyone can score its students by that.
+
+The task asks what `raykd evaluate` asks, by the same protocol, and extracts answers as the harness' own `gsm8k` does.
+"""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+from raykd import prompts, protocols, storage
+from raykd.config import Experiment
+from raykd.demo import resolve_model
+
+FOLDER = "lm_eval"
+
+
+def task_name(experiment: Experiment) -> str:
+    """What the task is called."""
+    return f"raykd_{experiment.name}"
+
+
+def write_task(experiment: Experiment, problems: Path, folder: Path) -> None:
+    """Writes the task: `<name>.yaml`, and the problems beside it.
+
+    Args:
+        experiment: the experiment.
+        problems: the folder of the splits; `test` is read.
+        folder: where the task goes.
+    """
+    rows = pq.read_table(problems / "test.parquet").to_pylist()
+    asked = [_document(experiment, row["question"], row["reference_solution"]) for row in rows]
+    file = folder / f"{experiment.evaluate.protocol}.jsonl"
+    storage.write_text(file, "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in asked))
+    storage.write_text(folder / f"{task_name(experiment)}.yaml", yaml.safe_dump(_task(experiment, file), width=1000))
+
+
+def command(experiment: Experiment, folder: Path, adapter: str) -> str:
+    """What is typed to have the harness score one student.
+
+    Args:
+        experiment: the experiment.
+        folder: of the task.
+        adapter: the folder of the student's adapter; empty for the untouched student.
+    """
+    sampling = experiment.evaluate.sampling
+    dtype = experiment.evaluate.engine.engine_kwargs.get("dtype", "auto")
+    model = f"pretrained={resolve_model(experiment.student.model)},dtype={dtype}" + (
+        f",revision={experiment.student.revision}" if experiment.student.revision else ""
+    )
+    words = ["lm_eval", "--model", "hf", "--model_args", model + (f",peft={adapter}" if adapter else "")]
+    words += ["--include_path", str(folder), "--tasks", task_name(experiment), "--batch_size", "16"]
+    if experiment.evaluate.protocol != "zero_shot_raw":
+        words += ["--apply_chat_template"]
+    if protocols.exemplars(experiment.evaluate.protocol):
+        words += ["--fewshot_as_multiturn", "true"]
+    if sampling.temperature:
+        words += ["--seed", str(sampling.seed)]
+    return shlex.join(words)
+
+
+def _document(experiment: Experiment, question: str, solution: str) -> dict[str, str]:
+    messages = prompts.student_messages({"question": question}, experiment.prompt.instruction)
+    is_raw = experiment.evaluate.protocol == "zero_shot_raw"
+    return {"prompt": protocols.raw_prompt(messages) if is_raw else messages[-1]["content"], "solution": solution}
+
+
+def _task(experiment: Experiment, file: Path) -> dict[str, Any]:
+    evaluation = experiment.evaluate
+    sampling, shots = evaluation.sampling, protocols.exemplars(evaluation.protocol)
+    shown = [_document(experiment, each.question, each.answer) for each in shots]
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature else {}
+    return {
+        "task": task_name(experiment),
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file.absolute())}},
+        "output_type": "generate_until",
+        "test_split": "test",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{solution}}",
+        "num_fewshot": len(shown),
+        **({"fewshot_config": {"sampler": "first_n", "samples": shown}} if shown else {}),
+        "generation_kwargs": {
+            "until": protocols.stop_strings(evaluation),
+            "do_sample": bool(drawn),
+            "max_gen_toks": sampling.max_tokens,
+            **drawn,
+        },
+        "repeats": 1,
+        "filter_list": [
+            {
+                "name": "strict-match",
+                "filter": [
+                    {"function": "regex", "regex_pattern": r"#### (\-?[0-9\.\,]+)"},
+                    {"function": "take_first"},
+                ],
+            },
+            {
+                "name": "flexible-extract",
+                "filter": [
+                    {"function": "regex", "group_select": -1, "regex_pattern": "(-?[$0-9.,]{2,})|(-?[0-9]+)"},
+                    {"function": "take_first"},
+                ],
+            },
+        ],
+        "metric_list": [
+            {
+                "metric": "exact_match",
+                "aggregation": "mean",
+                "higher_is_better": True,
+                "ignore_case": True,
+                "ignore_punctuation": False,
+                "regexes_to_ignore": [",", r"\$", "(?s).*#### ", r"\.$"],
+            }
+        ],
+        "metadata": {"version": 1.0},
+    }

@@ -1,0 +1,119 @@
+"""Measured: what a set of predictions says: accuracy, form and length, each with n and an interval."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raykd.answers import is_correct, repeated_share
+from raykd.statistics import majority, mean_interval, pass_at_k, wilson_interval
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of rows and its 95 % Wilson interval, as fractions; None where nothing was counted."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over rows and its 95 % interval over problems; None where too little was counted."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a set of predictions says. Rows with an error are in `errors` and nowhere else.
+
+    An interval's n is the number of problems, which seeds and samples only repeat.
+    """
+
+    strict: Share
+    flexible: Share
+    n: int
+    errors: int
+    num_problems: int
+    answer_in_form: Share
+    """With an answer after `####`."""
+    right_in_form: Share
+    """Right (strict) among those with an answer after `####`."""
+    truncated: Share
+    """Cut at the token limit."""
+    tokens: Mean
+    """Tokens of an answer."""
+    repetition: Mean
+    """Share of an answer's runs of four words that occurred in it before."""
+    samples: int = 1
+    """Answers of a student to each problem."""
+    majority_strict: Share = Share()
+    """Whether the answer that most samples of a problem give is right (maj@k, k all samples)."""
+    majority_flexible: Share = Share()
+    pass_strict: Share = Share()
+    """Whether any of a problem's samples is right (pass@k, k all samples)."""
+    pass_flexible: Share = Share()
+
+
+def measure(rows: Iterable[Row]) -> Measured:
+    """What prediction rows say. Rows of several seeds may be passed together."""
+    rows = list(rows)
+    answered = [row for row in rows if not row["error"]]
+    in_form = [row for row in answered if row["answer_strict"] is not None]
+    of_problem: dict[tuple[str, str], list[Row]] = {}
+    for row in answered:
+        of_problem.setdefault((row["trial_id"], row["problem_id"]), []).append(row)
+    sampled = list(of_problem.values())
+    return Measured(
+        strict=_share(answered, [row["is_correct_strict"] for row in answered]),
+        flexible=_share(answered, [row["is_correct_flexible"] for row in answered]),
+        n=len(answered),
+        errors=len(rows) - len(answered),
+        num_problems=len({row["problem_id"] for row in answered}),
+        answer_in_form=_share(answered, [row["answer_strict"] is not None for row in answered]),
+        right_in_form=_share(in_form, [row["is_correct_strict"] for row in in_form]),
+        truncated=_share(answered, [row["finish_reason"] == "length" for row in answered]),
+        tokens=_mean(answered, [row["num_tokens"] for row in answered]),
+        repetition=_mean(answered, [repeated_share(row["completion"]) for row in answered]),
+        samples=max(map(len, sampled), default=1),
+        majority_strict=_majority(sampled, "strict"),
+        majority_flexible=_majority(sampled, "flexible"),
+        pass_strict=_passed(sampled, "strict"),
+        pass_flexible=_passed(sampled, "flexible"),
+    )
+
+
+def _majority(sampled: Sequence[Sequence[Row]], score: str) -> Share:
+    right = [
+        is_correct(majority([row[f"answer_{score}"] for row in rows]), rows[0]["reference_answer"]) for rows in sampled
+    ]
+    return _share([rows[0] for rows in sampled], right)
+
+
+def _passed(sampled: Sequence[Sequence[Row]], score: str) -> Share:
+    counts = [(len(rows), sum(row[f"is_correct_{score}"] for row in rows)) for rows in sampled]
+    return _share([rows[0] for rows in sampled], [pass_at_k(n, correct, n) for n, correct in counts])
+
+
+def _share(rows: Sequence[Row], values: Sequence[float]) -> Share:
+    if not rows:
+        return Share()
+    problems = len({row["problem_id"] for row in rows})
+    value = sum(values) / len(values)
+    return Share(value, *wilson_interval(value * problems, problems))
+
+
+def _mean(rows: Sequence[Row], values: Sequence[float]) -> Mean:
+    if not rows:
+        return Mean()
+    by_problem: dict[str, list[float]] = {}
+    for row, value in zip(rows, values, strict=True):
+        by_problem.setdefault(row["problem_id"], []).append(value)
+    means = [sum(each) / len(each) for each in by_problem.values()]
+    low, high = mean_interval(means) if len(means) > 1 else (None, None)
+    return Mean(sum(values) / len(values), low, high)
