@@ -1,4 +1,4 @@
-"""Command line: raykd plan | prompts | run | sweep | generate | train | evaluate | report | compare."""
+"""Command line: raykd plan | prompts | run | sweep | generate | train | evaluate | attention | report | compare."""
 
 import argparse
 import os
@@ -28,6 +28,7 @@ _STAGES = {
     "generate": "have the primed teacher answer the training problems",
     "train": "train the students, a Ray Tune trial for each arm and seed",
     "evaluate": "have all students answer the test problems in one engine",
+    "attention": "measure what the students' attention heads look at while they read the same solutions",
     "report": "write results.csv, report.md and report.html",
 }
 
@@ -122,6 +123,7 @@ def _run_stage(stage: str, experiment: config.Experiment, command: str, retry_fa
             "generate": pipeline.make_completions,
             "train": pipeline.train_students,
             "evaluate": pipeline.make_predictions,
+            "attention": pipeline.measure_attention,
         }
         if stage in steps:
             with connected(plan.log) as resources:

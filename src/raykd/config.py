@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from raykd.mistakes import did_you_mean, explain
 from raykd.sections import (
     NAME_PATTERN,
+    Attention,
     Evaluate,
     Loss,
     Problems,
@@ -63,6 +64,8 @@ class Experiment(Section):
     loss: Loss = Loss()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    attention: Attention | None = Attention()
+    """How the students' attention is measured; null where it is not."""
     arms: dict[str, dict[str, Any]] = Field(default={"default": {}})
     """Each arm's overrides by dotted path, such as `prompt.strategy: teacher`."""
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
@@ -264,6 +267,7 @@ _CARRIED_OUT: Any = {
     "seeds": True,
     "max_concurrent_trials": True,
     "tracking": True,
+    "attention": True,
     "sweep": True,
     "teacher": {"replicas", "batch_size", "concurrency", "timeout_s", "start_timeout_s", "max_error_rate"},
     "train": {name.removeprefix("train.") for name in CARRIED_OUT_OF_TRAIN},

@@ -64,6 +64,7 @@ def begin(
     folder: Path,
     problems: Path,
     predictions: Path,
+    attention: Path | None,
     found: Mapping[str, Mapping[str, str]],
     trials: list[str],
     command: str,
@@ -75,6 +76,7 @@ def begin(
         folder: its folder.
         problems: the folder of the splits.
         predictions: where the students' answers to the test problems go.
+        attention: where it goes what their attention heads did; None where that is not measured.
         found: what identifies the teacher's and the student's weights.
         trials: their ids; what else lies in the folder is of an earlier configuration.
         command: what was typed.
@@ -107,6 +109,7 @@ def begin(
             "seeds": list(experiment.seeds),
             "trials": trials,
             "predictions": str(predictions.relative_to(folder)),
+            "attention": str(attention.relative_to(folder)) if attention else None,
             "demonstration": bool(built_in) or experiment.problems.source == "demo",
             "models": {role: dict(identity) for role, identity in found.items()},
             "problems": {

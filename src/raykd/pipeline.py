@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from raykd import (
+    attention,
     completions,
     config,
     evaluate,
@@ -36,6 +37,8 @@ from raykd.progress import say
 from raykd.study import Make, Undrawn
 from raykd.variants import Point, Variant, arm_of, at, corners, lessons, variants
 
+# What is done on a cluster, in this order.
+STAGES = ("generate", "train", "evaluate", "attention")
 # How many trials are named on one line.
 NAMED = 8
 
@@ -64,6 +67,12 @@ class Plan:
     def predictions(self) -> Path:
         """Where the students' answers to the test problems are: other folders for other ways of asking."""
         return self.folder / "predictions" / evaluate.folder_name(self.experiment.evaluate)
+
+    @property
+    def attention(self) -> Path | None:
+        """Where it is what the students' attention heads did; None where that is not measured."""
+        told = self.experiment.attention
+        return self.folder / "attention" / attention.folder_name(told) if told else None
 
     @property
     def log(self) -> Path:
@@ -118,7 +127,7 @@ class Plan:
     def is_complete(self) -> bool:
         """Whether nothing is left but to write the report."""
         is_trained = not self.pending and not self.undrawn
-        return not completions.missing(self.requests) and is_trained and _are_predicted(self)
+        return not completions.missing(self.requests) and is_trained and _are_predicted(self) and _is_measured(self)
 
 
 def run(experiment: Experiment, command: str, retry_failed: bool = False) -> Path:
@@ -142,6 +151,8 @@ def run(experiment: Experiment, command: str, retry_failed: bool = False) -> Pat
                 plan = prepare(experiment, command, retry_failed)
             with journal.timed(plan.folder, "predictions"):
                 make_predictions(plan, resources)
+            with journal.timed(plan.folder, "attention"):
+                measure_attention(plan, resources)
     write_report(plan)
     return plan.folder
 
@@ -191,7 +202,8 @@ def prepare(experiment: Experiment, command: str, retry_failed: bool = False) ->
     plan = Plan(experiment, root, folder, *found, retry_failed, undrawn)
     identities = {"teacher": teacher_model, "student": student_model}
     trials = [job.trial_id for job in plan.jobs]
-    journal.begin(experiment, folder, plan.problems, plan.predictions, identities, trials, command)
+    where = (plan.problems, plan.predictions, plan.attention)
+    journal.begin(experiment, folder, *where, identities, trials, command)
     storage.write_text(folder / "experiment.yaml", config.dump(experiment))
     return plan
 
@@ -207,7 +219,7 @@ def _undrawn(
     return Undrawn(make, bounds, num_trials) if num_trials else None
 
 
-def check(plan: Plan, resources: dict[str, float], stages: Sequence[str] = ("generate", "train", "evaluate")) -> None:
+def check(plan: Plan, resources: dict[str, float], stages: Sequence[str] = STAGES) -> None:
     """Before anything is started: what is still to be done must fit into the cluster, and prompts into the models.
 
     Args:
@@ -235,6 +247,9 @@ def check(plan: Plan, resources: dict[str, float], stages: Sequence[str] = ("gen
     bounds = plan.undrawn.corners if plan.undrawn and "train" in stages else []
     for train in [job.arm.train for job in pending] + [each.arm.train for each in bounds]:
         placement.check_trial(train, placement.accelerator(train.accelerator, resources), resources)
+    if plan.experiment.attention and "attention" in stages and not _is_measured(plan):
+        kind = placement.accelerator(plan.experiment.attention.accelerator, resources)
+        placement.attention_workers(plan.experiment.attention, kind, resources)
     for requests, room in [
         *([[request], request.sampling.max_tokens] for request in missing),
         *([[request], sampling.max_tokens] for request, sampling in to_score),
@@ -302,8 +317,21 @@ def make_predictions(plan: Plan, resources: dict[str, float]) -> None:
     evaluate.collect(plan.predictions.parent, plan.folder / "predictions.parquet")
 
 
+def measure_attention(plan: Plan, resources: dict[str, float]) -> None:
+    """Step 5: all students read the same solutions, and it is measured what their attention heads look at."""
+    told, folder = plan.experiment.attention, plan.attention
+    if told is None or folder is None or _is_measured(plan):
+        return
+    experiment = plan.experiment
+    kind = placement.accelerator(told.accelerator, resources)
+    workers = placement.attention_workers(told, kind, resources)
+    say(f"reading the same solutions with {len(plan.contestants)} students ({kind})")
+    given = (plan.problems, experiment.student, told, experiment.prompt.instruction)
+    attention.measure(plan.contestants, *given, kind, workers, folder)
+
+
 def write_report(plan: Plan) -> None:
-    """Step 5: tables and plots from the rows, and the test as a task of lm-evaluation-harness."""
+    """Step 6: tables and plots from the rows, and the test as a task of lm-evaluation-harness."""
     # Not before there is something to draw.
     from raykd.report import write_report as write
 
@@ -314,6 +342,13 @@ def write_report(plan: Plan) -> None:
     adapter = plan.contestants[-1].adapter
     journal.note(plan.folder, "harness", harness.command(plan.experiment, tasks, str(adapter or "")))
     write(plan.folder)
+
+
+def _is_measured(plan: Plan) -> bool:
+    manifest = storage.read_manifest(plan.attention) if plan.attention else None
+    return not plan.attention or (
+        manifest is not None and manifest["trials"] == [each.trial_id for each in plan.contestants]
+    )
 
 
 def _are_predicted(plan: Plan) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from raykd.config import Experiment
-from raykd.sections import Engine, Teacher, Train
+from raykd.sections import Attention, Engine, Teacher, Train
 
 Accelerator = Literal["cpu", "gpu"]
 
@@ -72,6 +72,24 @@ def check_trial(train: Train, kind: Accelerator, cluster: Mapping[str, float]) -
                 f"a trial needs {amount:g} {name} (train.num_workers={train.num_workers}, {kind}), the cluster "
                 f"has {cluster.get(name, 0):g}; lower train.num_workers or add nodes"
             )
+
+
+def attention_workers(attention: Attention, kind: Accelerator, cluster: Mapping[str, float]) -> int:
+    """How many students are read with at a time: as many as are asked for and the cluster holds.
+
+    Raises:
+        ValueError: where it holds none.
+    """
+    need = worker_resources(kind)
+    # One core stays for the pipeline.
+    fit = int(min((cluster.get(name, 0) - (name == "CPU")) // amount for name, amount in need.items()))
+    if fit < 1:
+        raise ValueError(
+            f"attention: a worker needs {', '.join(f'{amount:g} {name}' for name, amount in need.items())} and the "
+            f"pipeline one CPU, the cluster has {cluster.get('CPU', 0):g} CPU and {cluster.get('GPU', 0):g} GPU; set "
+            "attention.accelerator, add nodes, or leave it out by attention=null"
+        )
+    return min(fit, attention.num_workers)
 
 
 def engine_resources(engine: Engine, kind: Accelerator, replicas: int = 1) -> dict[str, float]:

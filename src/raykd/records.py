@@ -5,6 +5,7 @@
 <storage>/experiments/<name>/             experiment.yaml, run.json (versions, seeds, keys)
     trials/<trial_id>/                    adapter/, metrics.jsonl, trial.json (written last)
     predictions/<protocol>-<key>/         part-*.parquet, manifest.json
+    attention/<key>/                      part-*.parquet, manifest.json
     lm_eval/                              the test as a task of lm-evaluation-harness
     predictions.parquet, results.csv, report.md, report.html
 """
@@ -66,6 +67,21 @@ PREDICTION = pa.schema(
         pa.field("answer_flexible", pa.string()),
         pa.field("is_correct_strict", pa.bool_(), nullable=False),
         pa.field("is_correct_flexible", pa.bool_(), nullable=False),
+        pa.field("error", pa.string(), nullable=False),
+    ]
+)
+
+ATTENTION = pa.schema(
+    [
+        pa.field("attention_id", pa.string(), nullable=False),
+        pa.field("trial_id", pa.string(), nullable=False),
+        pa.field("arm", pa.string(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("problem_id", pa.string(), nullable=False),
+        # Tokens of the solution, over which is averaged.
+        pa.field("num_tokens", pa.int32(), nullable=False),
+        # Statistics x layers x heads, in this order (the manifest has their names and numbers); NaN where not defined.
+        pa.field("values", pa.list_(pa.float32()), nullable=False),
         pa.field("error", pa.string(), nullable=False),
     ]
 )

@@ -315,6 +315,26 @@ class Evaluate(Section):
         return told | {"sampling": self.sampling.bearing()}
 
 
+class Attention(Section):
+    """What the attention heads of every student look at while they read the reference solutions of test problems."""
+
+    num_problems: int = Field(default=100, ge=1)
+    """How many problems are read, from the start of the test split, or as many as there are."""
+    num_workers: int = Field(default=1, ge=1)
+    """Students that are read with at the same time, each with a model of its own."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """`auto`: a GPU for each worker where the cluster has any, else the CPU."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Type of the model; weights of the heads are float32 in any case. Null for bfloat16 on a GPU, float32 on a CPU."""
+    batch_size: int = Field(default=8, ge=1)
+    """Texts that are read side by side."""
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """What bears on what is measured."""
+        return self.model_dump(mode="json", include={"num_problems", "dtype"})
+
+
 class Sweep(Section):
     """A search for hyper-parameters. Every arm is searched by itself, with as many points as the others; whatever is
     chosen is chosen by validation problems, which nobody trains on (`problems.num_validation`)."""

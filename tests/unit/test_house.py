@@ -23,6 +23,7 @@ FLOORS = [
         "comparison",
         "protocols",
         "spans",
+        "effects",
         "measured",
         "completions",
         "selection",
@@ -31,6 +32,7 @@ FLOORS = [
         "table",
     },
     {
+        "attention",
         "heads",
         "models",
         "problems",
@@ -61,13 +63,14 @@ FLOORS = [
         "journal",
         "harness",
         "preview",
+        "attention_results",
         "disagreements",
         "pipeline",
         "cli",
     },
 ]
 # Sideways on the floor of the heavy libraries: to the modules that others build on.
-SIDEWAYS = {"student", "teacher", "models", "generate", "evaluate", "validation"}
+SIDEWAYS = {"heads", "student", "teacher", "models", "generate", "evaluate", "validation"}
 HEAVY = ("torch", "transformers", "peft", "deepspeed", "ray", "vllm")
 LIGHT = [*sorted((FLOORS[0] | FLOORS[1]) - {"losses"}), "report", "cli"]
 

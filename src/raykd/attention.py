@@ -1,0 +1,210 @@
+"""Attention: what the heads of every student look at while they read the same text, measured as a stage of Ray Data.
+
+All read the reference solutions of the same test problems, so that they are compared like with like: their own answers
+differ in length and wording, and a head that looks elsewhere in another text tells nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+import torch
+from peft import PeftModel
+from transformers import AutoConfig
+
+from raykd import heads, models, placement, prompts, records, spans, storage
+from raykd.demo import resolve_model
+from raykd.evaluate import Contestant
+from raykd.progress import Meter
+from raykd.sections import Attention, Student
+from raykd.student import load_base
+
+# Problems that one student reads before it is written what its heads did; fewer are lost with a worker.
+PART = 64
+
+
+def folder_name(attention: Attention) -> str:
+    """What the folder of the rows is called: other for what is measured in another way."""
+    return storage.content_key({**attention.measured, "statistics": heads.STATISTICS})[:8]
+
+
+def measure(
+    contestants: Sequence[Contestant],
+    problems: Path,
+    student: Student,
+    attention: Attention,
+    instruction: str,
+    kind: placement.Accelerator,
+    num_workers: int,
+    folder: Path,
+) -> None:
+    """Has every contestant read the reference solutions, and seals the folder of what its heads did.
+
+    Args:
+        contestants: adapters of the same base model, and that model itself.
+        problems: the folder of the splits; `test` is read.
+        student: the base model.
+        attention: the configuration's section.
+        instruction: what is said about the form of the answer, as in training.
+        kind: what the students are read with.
+        num_workers: how many of them at a time.
+        folder: where `records.ATTENTION` rows go.
+    """
+    ids = _problem_ids(problems, attention.num_problems)
+    done = storage.done_ids(folder, records.ATTENTION, "attention_id")
+    items = []
+    for each in contestants:
+        left = [problem_id for problem_id in ids if f"{each.trial_id}/{problem_id}" not in done]
+        told = {"trial_id": each.trial_id, "arm": each.arm, "seed": each.seed, "adapter": str(each.adapter or "")}
+        items += [{**told, "problem_ids": left[at : at + PART]} for at in range(0, len(left), PART)]
+    total = len(ids) * len(contestants)
+    missing = sum(len(item["problem_ids"]) for item in items)
+    with Meter("attention", total, done=total - missing, unit="texts") as meter:
+        if items:
+            resources = placement.worker_resources(kind)
+            # A block a part, so that what is done is seen to be done.
+            read = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+                Read,
+                batch_size=1,
+                batch_format="pyarrow",
+                fn_constructor_kwargs={
+                    "student": student,
+                    "attention": attention,
+                    "problems": problems,
+                    "instruction": instruction,
+                    "kind": kind,
+                    "folder": folder,
+                },
+                compute=ray.data.ActorPoolStrategy(size=min(num_workers, len(contestants))),
+                num_cpus=resources["CPU"],
+                num_gpus=resources.get("GPU", 0),
+            )
+            for row in read.iter_rows():
+                meter.add(row["rows"], row["tokens"])
+    config = AutoConfig.from_pretrained(resolve_model(student.model), revision=student.revision).get_text_config()
+    storage.seal(
+        folder,
+        records.ATTENTION,
+        "attention_id",
+        {
+            "trials": [each.trial_id for each in contestants],
+            "statistics": list(heads.STATISTICS),
+            "layers": config.num_hidden_layers,
+            "heads": config.num_attention_heads,
+            "problems": problems.name,
+            "num_problems": len(ids),
+        },
+    )
+
+
+class Read:
+    """A base model that reads texts with one adapter after the other, and writes what its heads did."""
+
+    def __init__(
+        self,
+        student: Student,
+        attention: Attention,
+        problems: Path,
+        instruction: str,
+        kind: placement.Accelerator,
+        folder: Path,
+    ) -> None:
+        dtype = attention.dtype or ("bfloat16" if kind == "gpu" else "float32")
+        self._base = load_base(student, getattr(torch, dtype)).to("cuda" if kind == "gpu" else "cpu").eval()
+        self._tokenizer = models.load_tokenizer(student.model, student.revision)
+        self._problems = {row["problem_id"]: row for row in pq.read_table(problems / "test.parquet").to_pylist()}
+        self._limit = models.context_length(student.model, student.revision, {})
+        self._attention, self._instruction, self._folder = attention, instruction, folder
+        self._adapter, self._model = "", self._base
+
+    def __call__(self, batch: pa.Table) -> dict[str, list[int]]:
+        rows = [row for item in batch.to_pylist() for row in self._rows(item)]
+        storage.write_part(self._folder, pa.Table.from_pylist(rows, schema=records.ATTENTION), "attention_id")
+        return {"rows": [len(rows)], "tokens": [sum(row["num_tokens"] for row in rows)]}
+
+    def _rows(self, item: Mapping[str, Any]) -> list[dict[str, Any]]:
+        model, size, ids = self._with(item["adapter"]), self._attention.batch_size, item["problem_ids"]
+        read = [row for at in range(0, len(ids), size) for row in self._read(model, ids[at : at + size])]
+        told = {name: item[name] for name in ("trial_id", "arm", "seed")}
+        return [{"attention_id": f"{item['trial_id']}/{row['problem_id']}", **told, **row} for row in read]
+
+    def _with(self, adapter: str) -> Any:
+        """The base model with an adapter, or without one."""
+        if adapter != self._adapter:
+            if self._adapter:
+                self._base = self._model.unload()
+            self._model = PeftModel.from_pretrained(self._base, adapter).eval() if adapter else self._base
+            self._adapter = adapter
+        return self._model
+
+    def _read(self, model: Any, problem_ids: Sequence[str]) -> list[dict[str, Any]]:
+        """Rows of some problems, read side by side; where one cannot be read, it carries why."""
+        found: dict[str, heads.Text] = {}
+        errors: dict[str, str] = {}
+        for problem_id in problem_ids:
+            try:
+                found[problem_id] = text_of(self._problems[problem_id], self._tokenizer, self._instruction, self._limit)
+            except ValueError as error:
+                errors[problem_id] = str(error)
+        values: Mapping[str, Any] = {}
+        try:
+            if found:
+                measured = heads.measure(model, list(found.values()), self._tokenizer.pad_token_id or 0)
+                values = dict(zip(found, measured, strict=True))
+        except ValueError as error:
+            errors |= dict.fromkeys(found, str(error))
+        return [
+            {
+                "problem_id": problem_id,
+                "num_tokens": len(found[problem_id].completion_token_ids) if problem_id in values else 0,
+                "values": values[problem_id].ravel() if problem_id in values else [],
+                "error": errors.get(problem_id, ""),
+            }
+            for problem_id in problem_ids
+        ]
+
+
+def text_of(problem: Mapping[str, Any], tokenizer: Any, instruction: str, limit: int | None) -> heads.Text:
+    """A problem and its reference solution, with what to look for in them.
+
+    Args:
+        problem: a row of `records.PROBLEM`.
+        tokenizer: the student's.
+        instruction: what is said about the form of the answer.
+        limit: how many tokens the model takes; None where it does not say.
+
+    Raises:
+        ValueError: where the model's tokenizer or chat template hides what is looked for, or the text is too long.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError("the model's tokenizer does not tell which characters a token stands for: it has no fast form")
+    messages = prompts.student_messages(problem, instruction)
+    rendered, question = models.prompt_text(tokenizer, messages), problem["question"].strip()
+    start = rendered.find(question)
+    if start < 0:
+        raise ValueError("the model's chat template alters the question, so that its numbers cannot be found")
+    prompt = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+    numbers = [(start + first, start + last) for first, last in spans.number_spans(question)]
+    solution = problem["reference_solution"]
+    read = tokenizer(solution, add_special_tokens=False, return_offsets_mapping=True)
+    # The token that ends the turn stands for no characters.
+    offsets = [*read["offset_mapping"], (len(solution), len(solution))]
+    shift = len(prompt["input_ids"])
+    text = heads.Text(
+        prompt_token_ids=models.prompt_token_ids(tokenizer, messages),
+        completion_token_ids=models.answer_token_ids(tokenizer, solution, is_whole=True),
+        question_numbers=spans.tokens_in(numbers, prompt["offset_mapping"]),
+        previous_results=[[shift + at for at in found] for found in spans.previous_results(solution, offsets)],
+    )
+    assert text.prompt_token_ids == prompt["input_ids"], "a chat template is a text that is tokenised as it stands"
+    if limit is not None and len(text) > limit:
+        raise ValueError(f"problem and reference solution are {len(text)} tokens, more than the model's {limit}")
+    return text
+
+
+def _problem_ids(problems: Path, num_problems: int) -> list[str]:
+    ids = pq.read_table(problems / "test.parquet", columns=["problem_id"])["problem_id"].to_pylist()
+    return ids[:num_problems]

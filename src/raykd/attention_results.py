@@ -1,0 +1,161 @@
+"""Attention results: from the rows of what heads did to what the report says of them.
+
+P problems, S statistics, L layers, H heads of a layer, F = L x H.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.dataset as ds
+
+from raykd import records, storage
+from raykd.comparison import Answers
+from raykd.config import UNTOUCHED
+from raykd.effects import Effect, across_students, correlation, difference
+
+
+@dataclass(frozen=True)
+class ArmAttention:
+    """What the heads of an arm do, its seeds averaged, and what they do more than those of the untouched student."""
+
+    name: str
+    num_students: int
+    means: dict[str, np.ndarray]
+    """By statistic, (L, H): in the mean over problems."""
+    heads: dict[str, Effect]
+    """By statistic, F: difference to the untouched student; none for the untouched student itself."""
+    layers: dict[str, Effect]
+    """The same averaged over the heads of each layer: L."""
+    overall: dict[str, Effect]
+    """The same averaged over all heads: 1."""
+
+
+@dataclass(frozen=True)
+class AttentionResults:
+    """What training changed in the heads, and what that has to do with being right."""
+
+    statistics: list[str]
+    num_layers: int
+    num_heads: int
+    num_problems: int
+    num_students: int
+    arms: list[ArmAttention]
+    """The untouched student first, where it was measured."""
+    right: dict[str, Effect]
+    """By statistic, F: how it goes with being right from problem to problem, within students."""
+    accurate: dict[str, Effect]
+    """By statistic, F: how it goes with accuracy from student to student."""
+    notes: list[str]
+    """What could not be measured."""
+
+
+@dataclass(frozen=True)
+class _Student:
+    """One student, on the problems that all have read."""
+
+    arm: str
+    values_PSF: np.ndarray
+    right_P: np.ndarray
+    """How often it had each problem right; NaN where it has no answer."""
+    accuracy: float
+    """Over all problems that it answered; NaN where that is none."""
+
+
+def read_attention(folder: Path, arms: Mapping[str, Sequence[str]], answers: Mapping[str, Answers]) -> AttentionResults:
+    """The numbers of a folder that was measured to its end.
+
+    Args:
+        folder: of `records.ATTENTION` rows, with its manifest.
+        arms: the trials of each arm.
+        answers: prediction rows by trial.
+    """
+    told = storage.read_manifest(folder)
+    assert told, "only what is complete is read"
+    names, num_heads = told["statistics"], told["layers"] * told["heads"]
+    students, common, failed = _students(folder, arms, answers, (len(names), num_heads))
+    in_arm = {arm: [each for each in students if each.arm == arm] for arm in arms}
+    means = {arm: np.mean([each.values_PSF for each in found], axis=0) for arm, found in in_arm.items() if found}
+    untouched_PSF = means.get(UNTOUCHED)
+    known = [each for each in students if np.isfinite(each.accuracy)]
+    right, accurate = {}, {}
+    for number, name in enumerate(names):
+        values = [each.values_PSF[:, number] for each in known]
+        if known and common:
+            right[name] = correlation(values, [each.right_P for each in known])
+            accuracy_N = np.array([each.accuracy for each in known])
+            accurate[name] = across_students(np.stack([_mean(each_PF) for each_PF in values]), accuracy_N)
+    return AttentionResults(
+        statistics=list(names),
+        num_layers=told["layers"],
+        num_heads=told["heads"],
+        num_problems=len(common),
+        num_students=len(known),
+        arms=[
+            _arm(arm, len(in_arm[arm]), values_PSF, None if arm == UNTOUCHED else untouched_PSF, names, told["layers"])
+            for arm, values_PSF in means.items()
+            if common
+        ],
+        right=right,
+        accurate=accurate,
+        notes=[f"Attention: {len(failed)} of {told['rows']} texts could not be read ({failed[0]})"] if failed else [],
+    )
+
+
+def _students(
+    folder: Path, arms: Mapping[str, Sequence[str]], answers: Mapping[str, Answers], shape: tuple[int, int]
+) -> tuple[list[_Student], list[str], list[str]]:
+    """All students, the problems that each of them has read, and what was said of those that one could not read."""
+    rows = storage.open_rows(folder, records.ATTENTION)
+    failed = rows.to_table(columns=["error"], filter=ds.field("error") != "")["error"].to_pylist()
+    found: list[tuple[str, str, dict[str, np.ndarray]]] = []
+    for arm, trials in arms.items():
+        for trial in trials:
+            is_of_trial = (ds.field("trial_id") == trial) & (ds.field("error") == "")
+            own = rows.to_table(columns=["problem_id", "values"], filter=is_of_trial)
+            values = own["values"].combine_chunks().flatten().to_numpy().reshape(-1, *shape)
+            if len(values):
+                found.append((arm, trial, dict(zip(own["problem_id"].to_pylist(), values, strict=True))))
+    common = sorted(set.intersection(*(set(values) for *_, values in found))) if found else []
+    students = []
+    for arm, trial, values in found:
+        right: dict[str, list[bool]] = {}
+        for (problem_id, _), row in answers.get(trial, {}).items():
+            if not row["error"]:
+                right.setdefault(problem_id, []).append(row["is_correct_strict"])
+        shares = {problem_id: float(np.mean(each)) for problem_id, each in right.items()}
+        right_P = np.array([shares.get(problem_id, np.nan) for problem_id in common])
+        accuracy = float(np.mean(list(shares.values()))) if shares else float("nan")
+        values_PSF = np.array([values[problem_id] for problem_id in common], dtype=np.float64).reshape(-1, *shape)
+        students.append(_Student(arm, values_PSF, right_P, accuracy))
+    return students, common, failed
+
+
+def _arm(
+    name: str,
+    num_students: int,
+    values_PSF: np.ndarray,
+    untouched_PSF: np.ndarray | None,
+    statistics: Sequence[str],
+    num_layers: int,
+) -> ArmAttention:
+    means, heads, layers, overall = {}, {}, {}, {}
+    for number, statistic in enumerate(statistics):
+        own_PF = values_PSF[:, number]
+        means[statistic] = _mean(own_PF).reshape(num_layers, -1)
+        if untouched_PSF is not None:
+            theirs_PF = untouched_PSF[:, number]
+            heads[statistic] = difference(own_PF, theirs_PF)
+            own_PLH, theirs_PLH = (each.reshape(len(each), num_layers, -1) for each in (own_PF, theirs_PF))
+            layers[statistic] = difference(_mean(own_PLH, axis=2), _mean(theirs_PLH, axis=2))
+            overall[statistic] = difference(_mean(own_PF, axis=1)[:, None], _mean(theirs_PF, axis=1)[:, None])
+    return ArmAttention(name, num_students, means, heads, layers, overall)
+
+
+def _mean(values: np.ndarray, axis: int = 0) -> np.ndarray:
+    """The mean of what is defined; NaN where nothing is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
+        return np.nanmean(values, axis=axis)

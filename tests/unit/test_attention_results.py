@@ -1,0 +1,98 @@
+"""Attention results: rows of what heads did, and what is said of them."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from synthetic import prediction
+
+from raykd import records, storage
+from raykd.attention_results import read_attention
+
+STATISTICS, LAYERS, HEADS = ["entropy", "first"], 3, 2
+SHAPE = (len(STATISTICS), LAYERS, HEADS)
+
+
+def rows_of(trial_id: str, arm: str, seed: int, values: np.ndarray, missing: int | None = None) -> list[dict]:
+    """Rows of a student, (P, S, L, H); one of its problems could not be read."""
+    return [
+        {
+            "attention_id": f"{trial_id}/problem-{number:03}",
+            "trial_id": trial_id,
+            "arm": arm,
+            "seed": seed,
+            "problem_id": f"problem-{number:03}",
+            "num_tokens": 9,
+            "values": [] if number == missing else of_problem.ravel(),
+            "error": "too long" if number == missing else "",
+        }
+        for number, of_problem in enumerate(values)
+    ]
+
+
+def written(folder: Path, rows: list[dict]) -> Path:
+    for start in range(0, len(rows), 7):
+        part = pa.Table.from_pylist(rows[start : start + 7], schema=records.ATTENTION)
+        storage.write_part(folder, part, "attention_id")
+    told = {"trials": [], "statistics": STATISTICS, "layers": LAYERS, "heads": HEADS}
+    storage.seal(folder, records.ATTENTION, "attention_id", told)
+    return folder
+
+
+def answers_of(arm: str, seed: int, right: np.ndarray) -> dict:
+    rows = [prediction(arm, seed, number, bool(each), bool(each), True) for number, each in enumerate(right)]
+    return {(row["problem_id"], 0): row for row in rows}
+
+
+def test_arms_are_compared_with_the_untouched_student_on_the_problems_that_all_have_read(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    untouched = rng.normal(size=(30, *SHAPE))
+    seeds = [untouched + 0.5 + rng.normal(scale=0.1, size=untouched.shape) for _ in range(2)]
+    seeds[1][:, 1, 2, 1] += 3.0
+    rows = rows_of("untouched", "untouched", 0, untouched, missing=4)
+    rows += [row for seed in (0, 1) for row in rows_of(f"primed-{seed}", "primed", seed, seeds[seed])]
+    # A student of an arm that is not asked about.
+    rows += rows_of("other-0", "other", 0, rng.normal(size=untouched.shape))
+    right = {name: rng.random(30) < share for name, share in (("untouched", 0.2), ("primed-0", 0.6), ("primed-1", 0.7))}
+    answers = {
+        "untouched": answers_of("untouched", 0, right["untouched"]),
+        "primed-0": answers_of("primed", 0, right["primed-0"]),
+        "primed-1": answers_of("primed", 1, right["primed-1"]),
+    }
+    arms = {"untouched": ["untouched"], "primed": ["primed-0", "primed-1"], "failed": ["failed-0"]}
+    found = read_attention(written(tmp_path, rows), arms, answers)
+
+    kept = [number for number in range(30) if number != 4]
+    assert (found.num_problems, found.num_students) == (29, 3)
+    assert (found.num_layers, found.num_heads, found.statistics) == (LAYERS, HEADS, STATISTICS)
+    assert found.notes == ["Attention: 1 of 120 texts could not be read (too long)"]
+    assert [(arm.name, arm.num_students) for arm in found.arms] == [("untouched", 1), ("primed", 2)]
+    assert not found.arms[0].heads
+    primed, mean = found.arms[1], (seeds[0] + seeds[1])[kept] / 2
+    for number, name in enumerate(STATISTICS):
+        assert primed.means[name] == pytest.approx(mean[:, number].mean(0), abs=1e-6)
+        paired = (mean - untouched[kept])[:, number]
+        assert primed.heads[name].value.reshape(LAYERS, HEADS) == pytest.approx(paired.mean(0), abs=1e-6)
+        assert primed.layers[name].value == pytest.approx(paired.mean((0, 2)), abs=1e-6)
+        assert primed.overall[name].value == pytest.approx([paired.mean()], abs=1e-6)
+        assert primed.heads[name].is_clear.all()
+        students = [untouched, *seeds]
+        means = np.array([each[kept][:, number].mean(0).ravel() for each in students])
+        accuracy = [each.mean() for each in right.values()]
+        for head in range(LAYERS * HEADS):
+            expected = np.corrcoef(means[:, head], accuracy)[0, 1]
+            assert found.accurate[name].value[head] == pytest.approx(expected, abs=1e-6)
+            own = [
+                np.corrcoef(each[kept][:, number].reshape(29, -1)[:, head], mine[kept])[0, 1]
+                for each, mine in zip(students, right.values(), strict=True)
+            ]
+            expected = np.average(own, weights=[mine[kept].var() for mine in right.values()])
+            assert found.right[name].value[head] == pytest.approx(expected, abs=1e-6)
+
+
+def test_where_nothing_could_be_read_it_is_said(tmp_path: Path):
+    rows = [row | {"values": [], "error": "no plain softmax"} for row in rows_of("a-0", "a", 0, np.zeros((12, *SHAPE)))]
+    found = read_attention(written(tmp_path, rows), {"a": ["a-0"]}, {})
+    assert not found.arms and not found.right
+    assert found.notes == ["Attention: 12 of 12 texts could not be read (no plain softmax)"]
