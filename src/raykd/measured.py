@@ -116,4 +116,5 @@ def _mean(rows: Sequence[Row], values: Sequence[float]) -> Mean:
         by_problem.setdefault(row["problem_id"], []).append(value)
     means = [sum(each) / len(each) for each in by_problem.values()]
     low, high = mean_interval(means) if len(means) > 1 else (None, None)
-    return Mean(sum(values) / len(values), low, high)
+    # Counts and shares: the normal interval reaches below zero where nearly all are zero.
+    return Mean(sum(values) / len(values), None if low is None else max(low, 0.0), high)

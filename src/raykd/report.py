@@ -11,7 +11,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from raykd import report_attention as attention
 from raykd import report_plots as plots
+from raykd import report_scatter as scatter
 from raykd import report_tables as tables
 from raykd.report_sweep import validation_share
 from raykd.report_text import answer
@@ -88,6 +90,9 @@ def write_report(folder: Path) -> Results:
     """
     results = read_results(folder)
     write_text(folder / "results.csv", _csv(results))
+    if results.attention:
+        write_text(folder / "attention.csv", attention.heads_csv(results.attention))
+        write_text(folder / "attention_and_being_right.csv", attention.right_csv(results.attention))
     write_text(folder / "report.md", _markdown(results))
     write_text(folder / "report.html", _html(results))
     return results
@@ -228,4 +233,6 @@ def _html(results: Results) -> str:
         demonstration=DEMONSTRATION,
         tables=tables,
         plots=plots,
+        attention=attention,
+        scatter=scatter,
     )

@@ -14,7 +14,7 @@ from raykd.report_tables import teacher_share, written_by_the_teacher
 from raykd.report_text import interval, percent, points, points_interval
 from raykd.results import Results
 
-_STEPS = (0.5, 1, 2, 5, 10, 20, 25, 50)
+_STEPS = (0.5, 1, 2, 5, 10, 20, 25, 50, 100, 200, 500, 1000, 2000, 5000)
 _LINE_PX = 13  # Height of one mark's line within a track.
 _MAX_POINTS = 240  # More than this in a curve cannot be seen, and makes the file large.
 
@@ -78,7 +78,7 @@ def accuracy_figure(results: Results) -> Figure:
     arms = [arm for arm in results.arms if arm.measured.n]
     shares = [share for arm in arms for share in (arm.measured.strict, arm.measured.flexible)]
     single = [trial.measured.strict.value for arm in arms for trial in arm.trials]
-    axis = _axis_over(_percents([*_bounds(shares), *single]), 0, 100)
+    axis = axis_over(_percents([*_bounds(shares), *single]), 0, 100)
     rows = []
     for arm in arms:
         pair = (arm.measured.strict, arm.measured.flexible)
@@ -92,7 +92,7 @@ def difference_figure(results: Results) -> Figure:
     """Each arm's difference to the baseline in points, strict (dot) and flexible (ring)."""
     both = list(zip(results.strict, results.flexible, strict=True))
     bounds = [bound for pair in both for c in pair for bound in (c.low, c.high)]
-    axis = _axis_over(_percents([0, *bounds]), -100, 100)
+    axis = axis_over(_percents([0, *bounds]), -100, 100)
     kinds = {arm.name: arm.kind for arm in results.arms}
     rows = []
     for pair in both:
@@ -116,7 +116,7 @@ def teacher_figure(results: Results) -> Figure:
         found += [(arm.name, arm.kind, (teacher, arm.measured.strict)) for arm in students]
         if not students:
             found.append((str(made.get("strategy", "")), "unprimed", (teacher, Share())))
-    axis = _axis_over(_percents(_bounds([share for *_, pair in found for share in pair])), 0, 100)
+    axis = axis_over(_percents(_bounds([share for *_, pair in found for share in pair])), 0, 100)
     rows = [
         _share_row(
             axis,
@@ -171,7 +171,7 @@ def _share_mark(share: Share, shape: str, seeds: Sequence[float] = ()) -> Mark |
     return Mark(100 * share.value, 100 * share.low, 100 * share.high, shape, seeds)
 
 
-def _axis_over(values: Iterable[float | None], least: float, most: float) -> Axis:
+def axis_over(values: Iterable[float | None], least: float, most: float) -> Axis:
     """An axis with up to nine round ticks that holds all values, clipped to `least` and `most`."""
     found = [value for value in values if value is not None]
     low, high = (min(found), max(found)) if found else (0.0, 100.0)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raykd.measured import Measured, Share
+from raykd.report_attention import being_right, changes, clear_heads
 from raykd.report_sweep import all_trials, at_equal_points, best_points
 from raykd.report_text import (
     NOTHING,
@@ -26,7 +27,10 @@ def tables(results: Results) -> list[Table]:
     """All tables that have rows, in the report's order."""
     of_sweep = (best_points, at_equal_points, all_trials) if results.sweep else ()
     makers = (result, differences, *of_sweep, form, samples, teachers, trials, training, cost, stages)
-    return [table for table in (make(results) for make in makers) if table.rows]
+    found = [make(results) for make in makers]
+    if results.attention:
+        found += [make(results.attention) for make in (changes, clear_heads, being_right)]
+    return [table for table in found if table.rows]
 
 
 def result(results: Results) -> Table:

@@ -7,13 +7,14 @@ from typing import Any
 
 import yaml
 
+from raykd.attention_results import AttentionResults, read_attention
 from raykd.comparison import BASELINE, Answers, Baseline, Comparison, Setting, baselines, compare_arms
 from raykd.config import UNTOUCHED, shown
 from raykd.finalists import ranked
 from raykd.job import COMPLETE, FAILED
 from raykd.measured import Measured, Row, measure
 from raykd.space import point_key
-from raykd.storage import read_json
+from raykd.storage import MANIFEST, read_json
 from raykd.strategies import BUILT_IN, Strategy
 from raykd.trial import Trial, read_predictions, read_trials
 
@@ -77,6 +78,8 @@ class Results:
     notes: list[str]
     """What is missing or failed."""
     sweep: "Sweep | None" = None
+    attention: AttentionResults | None = None
+    """None where it was not measured."""
 
     @property
     def name(self) -> str:
@@ -122,6 +125,7 @@ def read_results(folder: Path) -> Results:
     compared = {baseline.arm for baseline in against.values()}
     controls = _controls(tree)
     arms = [_arm(name, name in compared, controls, best, rows) for name in names]
+    attention = _attention(folder, run, arms, rows)
     by_seed = {arm.name: [(Setting(t.seed), rows.get(t.trial_id, {})) for t in arm.trials] for arm in arms}
     return Results(
         folder=folder,
@@ -133,7 +137,8 @@ def read_results(folder: Path) -> Results:
         flexible=compare_arms(by_seed, against, "is_correct_flexible"),
         examples=_examples(arms, rows),
         answers=rows,
-        notes=_notes(folder, run, trials, best, earlier),
+        notes=_notes(folder, run, trials, best, earlier) + (attention.notes if attention else []),
+        attention=attention,
         sweep=_sweep(told, trials, against, rows) if told else None,
     )
 
@@ -183,6 +188,15 @@ def _arm(name: str, is_baseline: bool, controls: set[str], trials: list[Trial], 
         kind = "control" if strategy in controls else "primed"
     pooled = [row for trial in own for row in rows.get(trial.trial_id, {}).values()]
     return Arm(name, kind, strategy, own, measure(pooled))
+
+
+def _attention(
+    folder: Path, run: Mapping[str, Any], arms: list[Arm], rows: Mapping[str, Answers]
+) -> AttentionResults | None:
+    measured = folder / run["attention"] if run.get("attention") else None
+    if measured is None or not (measured / MANIFEST).is_file():
+        return None
+    return read_attention(measured, {arm.name: [trial.trial_id for trial in arm.trials] for arm in arms}, rows)
 
 
 def _examples(arms: list[Arm], rows: Mapping[str, Answers]) -> list[Example]:

@@ -56,6 +56,8 @@ FLOORS = [
         "trial",
         "results",
         "report_plots",
+        "report_scatter",
+        "report_attention",
         "report_sweep",
         "report_tables",
         "report_text",

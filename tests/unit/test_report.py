@@ -230,7 +230,7 @@ def test_interval_text_of_a_known_case(tmp_path: Path) -> None:
     write_report(two_arms(tmp_path, 15, 5, 30, 50).write())
     markdown = (tmp_path / "report.md").read_text()
     assert "| teacher | 0 | 45.0 (35.6–54.8) | 45.0 (35.6–54.8) | 100 | 0 | complete |" in markdown
-    assert "45.0 (35.6–54.8)" in (tmp_path / "report.html").read_text()
+    assert '45.0 <span class="range">(35.6–54.8)</span>' in (tmp_path / "report.html").read_text()
 
 
 def test_one_arm_alone_claims_nothing(tmp_path: Path) -> None:
