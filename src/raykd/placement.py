@@ -98,6 +98,12 @@ def engine_resources(engine: Engine, kind: Accelerator, replicas: int = 1) -> di
     return {name: replicas * sum(bundle.get(name, 0) for bundle in bundles) for name in ("CPU", "GPU")}
 
 
+def engine_processors(engine: Engine, cluster: Mapping[str, float], replicas: int = 1) -> tuple[Accelerator, int]:
+    """What kind of processors so many replicas of an engine hold, and how many."""
+    kind = accelerator(engine.accelerator, cluster)
+    return kind, replicas * len(engine_bundles(engine, kind))
+
+
 def hold_together(experiment: Experiment, trains: Iterable[Train], cluster: Mapping[str, float]) -> bool:
     """Whether the teacher can stay up while students answer and train beside it.
 

@@ -12,6 +12,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from raykd import report_attention as attention
+from raykd import report_cost as costs
 from raykd import report_plots as plots
 from raykd import report_scatter as scatter
 from raykd import report_tables as tables
@@ -93,7 +94,10 @@ def write_report(folder: Path) -> Results:
     if results.attention:
         write_text(folder / "attention.csv", attention.heads_csv(results.attention))
         write_text(folder / "attention_and_being_right.csv", attention.right_csv(results.attention))
-    write_text(folder / "report.md", _markdown(results))
+    # What draws takes a second to load.
+    from raykd.report_pictures import write_pictures
+
+    write_text(folder / "report.md", _markdown(results, write_pictures(results, folder)))
     write_text(folder / "report.html", _html(results))
     return results
 
@@ -181,13 +185,14 @@ def _cell(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list | dict | bool) else value
 
 
-def _markdown(results: Results) -> str:
+def _markdown(results: Results, pictures: list[tuple[str, str]]) -> str:
     run, found = results.run, answer(results)
     blocks = [f"# {_md(results.name)}"]
     if run.get("demonstration"):
         blocks.append(f"> **Demonstration.** {DEMONSTRATION}")
     blocks.append(f"**{_md(found.sentences[0])}** {_md(found.sentences[1])}")
     blocks += ["\n".join(f"- {_md(line)}" for line in lines) for lines in (found.remarks, results.notes) if lines]
+    blocks += [f"![{_md(title)}]({path})" for title, path in pictures]
     for table in tables.tables(results):
         blocks += [f"## {_md(table.title)}", _markdown_table(table)]
         blocks += [_md(table.note)] if table.note else []
@@ -234,5 +239,6 @@ def _html(results: Results) -> str:
         tables=tables,
         plots=plots,
         attention=attention,
+        costs=costs,
         scatter=scatter,
     )

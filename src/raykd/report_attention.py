@@ -136,24 +136,20 @@ def layer_panels(found: AttentionResults, colors: Mapping[str, str]) -> list[Lay
     """Every statistic by layer, the line of each arm in its class of colour."""
     panels = []
     for name in NAMES if found.num_layers > 1 else ():
-        with np.errstate(all="ignore"):
-            curves = [
-                np.array([np.nan if not _is_there(layer) else np.nanmean(layer) for layer in arm.means[name]])
-                for arm in found.arms
-            ]
+        curves = [by_layer(arm.means[name]) for arm in found.arms]
         known = [curve[np.isfinite(curve)] for curve in curves]
         values = np.concatenate(known) if known else np.zeros(0)
         if values.size:
             low, high = float(values.min()), float(values.max())
-            svg = _curves(
-                curves,
-                [colors[arm.name] for arm in found.arms],
-                low,
-                high,
-                f"{NAMES[name]} by layer, a line for each arm",
-            )
+            label = f"{NAMES[name]} by layer, a line for each arm"
+            svg = _curves(curves, [colors[arm.name] for arm in found.arms], low, high, label)
             panels.append(LayerPanel(NAMES[name], svg, low, high))
     return panels
+
+
+def by_layer(means_LH: np.ndarray) -> np.ndarray:
+    """The mean over the heads of each layer, (L); NaN where none is defined."""
+    return np.array([np.nanmean(each_H) if _is_there(each_H) else np.nan for each_H in means_LH])
 
 
 def heads_csv(found: AttentionResults) -> str:

@@ -10,7 +10,7 @@ from math import ceil, floor
 from markupsafe import Markup
 
 from raykd.measured import Share
-from raykd.report_tables import teacher_share, written_by_the_teacher
+from raykd.report_cost import teacher_share, written_by_the_teacher
 from raykd.report_text import interval, percent, points, points_interval
 from raykd.results import Results
 

@@ -1,10 +1,8 @@
 """Report tables: the report's tables as text cells, the same for Markdown, HTML and the terminal."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from raykd.measured import Measured, Share
+from raykd.measured import Measured
 from raykd.report_attention import being_right, changes, clear_heads
+from raykd.report_cost import answered_rows, cost, processors, stages, teacher_share, written_by_the_teacher
 from raykd.report_sweep import all_trials, at_equal_points, best_points
 from raykd.report_text import (
     NOTHING,
@@ -18,7 +16,6 @@ from raykd.report_text import (
     share_and_interval,
 )
 from raykd.results import Results
-from raykd.statistics import wilson_interval
 from raykd.table import Table
 from raykd.trial import Trial, finite
 
@@ -26,7 +23,7 @@ from raykd.trial import Trial, finite
 def tables(results: Results) -> list[Table]:
     """All tables that have rows, in the report's order."""
     of_sweep = (best_points, at_equal_points, all_trials) if results.sweep else ()
-    makers = (result, differences, *of_sweep, form, samples, teachers, trials, training, cost, stages)
+    makers = (result, differences, *of_sweep, form, samples, teachers, trials, training, cost, processors, stages)
     found = [make(results) for make in makers]
     if results.attention:
         found += [make(results.attention) for make in (changes, clear_heads, being_right)]
@@ -186,7 +183,7 @@ def teachers(results: Results) -> Table:
     rows = []
     for made in written_by_the_teacher(results):
         teacher, first = teacher_share(made), finite(made.get("answer_first"))
-        answered = _answered(made)
+        answered = answered_rows(made)
         students = [arm for name in made.get("arms") or [] if (arm := results.arm(name))]
         for arm in students or [None]:
             rows.append(
@@ -238,64 +235,6 @@ def training(results: Results) -> Table:
         rows,
         "Losses of arms with different targets or divergences are not on one scale.",
     )
-
-
-def cost(results: Results) -> Table:
-    """What the teacher's completions cost."""
-    rows = []
-    for made in results.run.get("completions") or []:
-        tokens, seconds = finite(made.get("completion_tokens")), finite(made.get("seconds"))
-        answered, cut = _answered(made), finite(made.get("truncated"))
-        rows.append(
-            [
-                str(made.get("strategy", "")),
-                str(made.get("teacher", "")),
-                str(made.get("sequence", "teacher")),
-                amount(made.get("rows")),
-                amount(made.get("errors")),
-                percent(cut / answered if cut is not None and answered else None),
-                amount(tokens),
-                amount(tokens / answered if tokens is not None and answered else None, 1),
-                duration(seconds),
-                amount(tokens / seconds if tokens is not None and seconds else None),
-            ]
-        )
-    return Table(
-        "Cost of the teacher",
-        ["Strategy", "Teacher", "Text", "Rows", "Errors", "Cut %", "Tokens", "Tokens a row", "Time", "Tokens a second"],
-        rows,
-        "Text: whose it is; the teacher wrote its own, and scored the reference solutions and the students' answers "
-        "token by token. Completions are kept by content: a strategy that an earlier run asked costs nothing again.",
-        text_columns=(0, 1, 2),
-    )
-
-
-def stages(results: Results) -> Table:
-    """Where the time went."""
-    stages = results.run.get("stages") or {}
-    return Table("Time by stage", ["Stage", "Time"], [[str(k), duration(finite(v))] for k, v in stages.items()])
-
-
-def written_by_the_teacher(results: Results) -> list[Mapping[str, Any]]:
-    """The sets of completions that the teacher wrote, without those that it scored only."""
-    made = results.run.get("completions") or []
-    return [each for each in made if each.get("sequence", "teacher") == "teacher"]
-
-
-def teacher_share(made: Mapping[str, Any]) -> Share:
-    """The teacher's own strict accuracy over the completions of one content key, errors left out.
-
-    The interval's n is the number of problems, which several samples of each only repeat.
-    """
-    answered, correct = _answered(made), made.get("correct")
-    if not answered or correct is None:
-        return Share()
-    problems = max(1, answered // (made.get("samples") or 1))
-    return Share(correct / answered, *wilson_interval(correct / answered * problems, problems))
-
-
-def _answered(made: Mapping[str, Any]) -> int:
-    return (made.get("rows") or 0) - (made.get("errors") or 0)
 
 
 def _first_line(text: str) -> str:

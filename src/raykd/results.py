@@ -67,6 +67,9 @@ class Results:
     folder: Path
     run: Mapping[str, Any]
     config: str
+    """`experiment.yaml` as it stands."""
+    tree: Mapping[str, Any]
+    """The same as a tree."""
     trials: list[Trial]
     arms: list[Arm]
     strict: list[Comparison]
@@ -131,6 +134,7 @@ def read_results(folder: Path) -> Results:
         folder=folder,
         run=run,
         config=config,
+        tree=tree,
         trials=trials,
         arms=arms,
         strict=compare_arms(by_seed, against, "is_correct_strict"),

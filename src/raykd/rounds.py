@@ -7,11 +7,11 @@ gold answer, the teacher judges with knowledge that the student will not have.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-from raykd import generate, placement, storage, sweep, teacher
+from raykd import generate, journal, placement, storage, sweep, teacher
 from raykd.completions import Request
 from raykd.config import Experiment
 from raykd.evaluate import Contestant
@@ -41,9 +41,9 @@ def run(
         versions: of the packages that matter, for the manifests.
     """
     soft = [request for job in pending if (request := asked[job.lesson])]
-    top_k, app = max((request.top_k for request in soft), default=0), _app(experiment)
+    top_k = max((request.top_k for request in soft), default=0)
     stays = bool(soft) and placement.hold_together(experiment, [job.arm.train for job in pending], cluster)
-    with teacher.served(experiment.teacher, top_k, app, cluster) if stays else nullcontext():
+    with _serving(experiment, top_k, folder, cluster) if stays else nullcontext():
         for number in range(max(job.rounds for job in pending)):
             parts = [dataclasses.replace(job, round=number) for job in pending if number < job.rounds]
             parts = [part for part in parts if not is_complete(part) and _is_ready(part)]
@@ -56,8 +56,8 @@ def run(
                 say(f"round {number + 1}: {len(begun)} students learn from the reference solutions")
             if own:
                 say(f"round {number + 1}: {len(own)} students answer, are scored and learn from it")
-                serving = nullcontext() if stays else teacher.served(experiment.teacher, top_k, app, cluster)
-                own = _answered(own, asked, experiment, problems, cluster, versions, serving)
+                serving = nullcontext() if stays else _serving(experiment, top_k, folder, cluster)
+                own = _answered(own, asked, experiment, problems, folder, cluster, versions, serving)
             free = placement.beside_the_teacher(experiment.teacher, cluster) if stays else cluster
             sweep.run(begun + own, experiment, folder, free)
 
@@ -67,12 +67,13 @@ def _answered(
     asked: Mapping[str, Request | None],
     experiment: Experiment,
     problems: Path,
+    folder: Path,
     cluster: Mapping[str, float],
     versions: Mapping[str, str],
     serving: AbstractContextManager[None],
 ) -> list[Job]:
     """The parts, each with the student's answers to learn from, scored where the arm's targets are soft."""
-    _answer(parts, experiment, problems, cluster)
+    _answer(parts, experiment, problems, folder, cluster)
     scored = {_answers(part): _request(part, request) for part in parts if (request := asked[part.lesson])}
     missing = {answers: each for answers, each in scored.items() if storage.read_manifest(each.folder) is None}
     if missing:
@@ -109,7 +110,20 @@ def scored(job: Job) -> list[Path]:
     return [_scores(job, number) for number in range(job.arm.targets.warmup_rounds, job.rounds)]
 
 
-def _answer(parts: list[Job], experiment: Experiment, problems: Path, cluster: Mapping[str, float]) -> None:
+@contextmanager
+def _serving(experiment: Experiment, top_k: int, folder: Path, cluster: Mapping[str, float]) -> Iterator[None]:
+    """The teacher for a `with` block, and how long it held its processors."""
+    held = placement.engine_processors(experiment.teacher.engine, cluster, experiment.teacher.replicas.max)
+    with (
+        journal.occupied(folder, journal.TEACHER, *held),
+        teacher.served(experiment.teacher, top_k, _app(experiment), dict(cluster)),
+    ):
+        yield
+
+
+def _answer(
+    parts: list[Job], experiment: Experiment, problems: Path, folder: Path, cluster: Mapping[str, float]
+) -> None:
     """Has the students answer what is missing, those with the same sampling in one engine."""
     missing = [part for part in parts if storage.read_manifest(_answers(part)) is None]
     kind = placement.accelerator(experiment.evaluate.engine.accelerator, cluster)
@@ -117,15 +131,10 @@ def _answer(parts: list[Job], experiment: Experiment, problems: Path, cluster: M
     for sampling in samplings:
         say(f"starting the engine for {len(missing)} students ({kind})")
         folders = {_contestant(part): _answers(part) for part in missing if part.arm.targets.rollout == sampling}
-        rollout(
-            folders,
-            problems,
-            experiment.student,
-            experiment.evaluate,
-            sampling,
-            experiment.prompt.instruction,
-            kind,
-        )
+        held = placement.engine_processors(experiment.evaluate.engine, cluster)
+        given = (problems, experiment.student, experiment.evaluate, sampling, experiment.prompt.instruction)
+        with journal.occupied(folder, journal.ANSWERS, *held):
+            rollout(folders, *given, kind)
 
 
 def _contestant(part: Job) -> Contestant:

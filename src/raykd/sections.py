@@ -335,6 +335,17 @@ class Attention(Section):
         return self.model_dump(mode="json", include={"num_problems", "dtype"})
 
 
+class Prices(Section):
+    """What an hour of a processor costs, for the report."""
+
+    gpu_hour: float | None = Field(default=None, ge=0)
+    teacher_gpu_hour: float | None = Field(default=None, ge=0)
+    """Where the teacher's GPUs cost something else."""
+    cpu_hour: float | None = Field(default=None, ge=0)
+    """Of a core."""
+    currency: str = "USD"
+
+
 class Sweep(Section):
     """A search for hyper-parameters. Every arm is searched by itself, with as many points as the others; whatever is
     chosen is chosen by validation problems, which nobody trains on (`problems.num_validation`)."""

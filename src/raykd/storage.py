@@ -94,6 +94,11 @@ def read_json_lines(path: Path) -> list[Any]:
     return found
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file that is there whole or not at all."""
+    _replace(path, lambda temporary: temporary.write_bytes(content))
+
+
 def write_table(path: Path, table: pa.Table) -> None:
     """Writes a Parquet file that is there whole or not at all."""
     # Small row groups, so that a reader can stream and can split one file over several tasks.

@@ -215,7 +215,9 @@ def test_the_run_says_what_it_was_made_of(ran: Ran):
     run = json.loads((ran.plan.folder / "run.json").read_text())
     assert run["versions"]["ray"] == "2.60.0"
     assert run["models"]["student"]["revision"] == storage.fingerprint(MODELS["raykd/demo-student"])
-    assert set(run["stages"]) == {"completions", "students", "predictions"}
+    assert set(run["stages"]) == {"completions", "students", "predictions", "attention"}
+    assert set(run["processor_seconds"]) == {"teacher", "students' answers", "attention"}
+    assert all(set(held) == {"cpu"} and held["cpu"] > 0 for held in run["processor_seconds"].values())
     assert [entry["rows"] for entry in run["completions"]] == [80, 80, 40]
 
 

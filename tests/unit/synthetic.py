@@ -4,10 +4,14 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
-from raykd.records import PREDICTION
-from raykd.storage import write_json, write_part
+from raykd.records import ATTENTION, PREDICTION
+from raykd.report_attention import NAMES
+from raykd.storage import seal, write_json, write_part
+
+STATISTICS = tuple(NAMES)
 
 NUM_TEST = 60
 
@@ -114,6 +118,24 @@ class Experiment:
                 "truncated": 7,
             }
         )
+
+    def attention(self, trials: dict[str, tuple[str, int]], num_problems: int = 12, shape=(3, 2)) -> None:
+        """What the heads of some trials (arm and seed by id) did, drawn from a seed: layers by heads."""
+        folder = self.folder / "attention" / "key"
+        for trial_id, (arm, seed) in trials.items():
+            draw = np.random.default_rng(sum(map(ord, trial_id)))
+            rows = []
+            for number in range(num_problems):
+                values = draw.random((len(STATISTICS), *shape), dtype=np.float32) + 0.5 * (arm == "ground_truth")
+                # What is not defined in the first layer.
+                values[-1, 0] = np.nan
+                row = {"attention_id": f"{trial_id}/{number}", "trial_id": trial_id, "arm": arm, "seed": seed}
+                row |= {"problem_id": f"problem-{number:03}", "num_tokens": 9, "values": values.ravel(), "error": ""}
+                rows.append(row)
+            write_part(folder, pa.Table.from_pylist(rows, schema=ATTENTION), "attention_id")
+        told = {"statistics": list(STATISTICS), "layers": shape[0], "heads": shape[1], "trials": list(trials)}
+        seal(folder, ATTENTION, "attention_id", told)
+        self.run["attention"] = "attention/key"
 
     def write(self) -> Path:
         arms = "".join(f"  {arm}: {{}}\n" for arm in self.arms)

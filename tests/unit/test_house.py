@@ -55,6 +55,8 @@ FLOORS = [
         "rounds",
         "trial",
         "results",
+        "report_cost",
+        "report_pictures",
         "report_plots",
         "report_scatter",
         "report_attention",
