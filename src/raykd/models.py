@@ -128,6 +128,12 @@ def question_token_ids(tokenizer: Any, problem: Mapping[str, Any], instruction: 
     return prompt_token_ids(tokenizer, messages)
 
 
+def question_text(tokenizer: Any, problem: Mapping[str, Any], instruction: str, protocol: Protocol) -> str:
+    """What `question_token_ids` are the tokens of."""
+    messages = prompts.student_messages(problem, instruction, protocols.exemplars(protocol))
+    return protocols.raw_prompt(messages) if protocol == "zero_shot_raw" else prompt_text(tokenizer, messages)
+
+
 def prompt_text(tokenizer: Any, messages: prompts.Messages) -> str:
     """What `prompt_token_ids` are the tokens of."""
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, date_string=DATE_STRING)

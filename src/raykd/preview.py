@@ -90,6 +90,11 @@ def prompts_of(experiment: Experiment, wanted: str) -> str:
         blocks.append(_rendered(title, teacher, messages))
     messages = prompts.student_messages(problem, instruction)
     blocks.append(_rendered(f"student {experiment.student.model}, every arm", student, messages))
+    protocol = experiment.evaluate.protocol
+    if protocol != "zero_shot_chat":
+        tokens = len(models.question_token_ids(student, problem, instruction, protocol))
+        text = models.question_text(student, problem, instruction, protocol)
+        blocks.append(f"--- student, as the test problems are asked ({protocol}): {tokens} tokens\n{text}")
     return "\n\n".join(blocks)
 
 

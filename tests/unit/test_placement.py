@@ -4,7 +4,7 @@ import pytest
 
 from raykd import placement
 from raykd.config import Experiment
-from raykd.sections import Engine, Replicas, Teacher, Train
+from raykd.sections import Attention, Engine, Replicas, Teacher, Train
 
 
 def test_auto_takes_gpus_where_there_are_any():
@@ -81,3 +81,23 @@ def test_the_teacher_stays_up_where_students_have_room_beside_it(cluster: dict, 
 def test_beside_the_teacher_is_what_its_replicas_leave():
     teacher = Teacher(model="a", engine=Engine(tensor_parallel_size=4), replicas=Replicas(min=1, max=2))
     assert placement.beside_the_teacher(teacher, {"CPU": 32, "GPU": 16}) == {"CPU": 24, "GPU": 8}
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "cluster", "workers"),
+    [
+        (1, "cpu", {"CPU": 2}, 1),
+        (4, "cpu", {"CPU": 2}, 1),
+        (4, "gpu", {"CPU": 64, "GPU": 8}, 4),
+        (16, "gpu", {"CPU": 64, "GPU": 8}, 8),
+        # One core is the pipeline's.
+        (16, "gpu", {"CPU": 4, "GPU": 8}, 3),
+    ],
+)
+def test_as_many_students_are_read_with_at_a_time_as_there_is_room_for(asked: int, kind, cluster: dict, workers: int):
+    assert placement.attention_workers(Attention(num_workers=asked), kind, cluster) == workers
+
+
+def test_students_that_cannot_be_read_with_are_refused_with_the_way_out():
+    with pytest.raises(ValueError, match=r"1 GPU.*has 8 CPU and 0 GPU.*attention=null"):
+        placement.attention_workers(Attention(), "gpu", {"CPU": 8})

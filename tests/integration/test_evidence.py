@@ -1,0 +1,127 @@
+"""What an experiment's folder holds as evidence: other protocols, what heads looked at, and the customary harness."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import Ran, finish
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from raykd import attention, evaluate, harness, heads, models, records, storage
+from raykd.demo import resolve_model
+from raykd.sections import Evaluate
+
+pytestmark = pytest.mark.timeout(1800)
+
+
+def answers(folder: Path) -> list[dict]:
+    return storage.open_rows(folder, records.PREDICTION).to_table().to_pylist()
+
+
+def test_every_student_read_the_same_texts_and_what_its_heads_did_is_what_the_model_says(ran: Ran):
+    plan = ran.plan
+    assert plan.attention
+    rows = storage.open_rows(plan.attention, records.ATTENTION).to_table().to_pylist()
+    problems = pyarrow.parquet.read_table(plan.problems / "test.parquet").to_pylist()
+    students = {"untouched": None, **{job.trial_id: job.folder / "adapter" for job in plan.jobs}}
+    expected = sorted(f"{trial}/{problem['problem_id']}" for trial in students for problem in problems)
+    assert sorted(row["attention_id"] for row in rows) == expected
+    assert not any(row["error"] for row in rows)
+    tokenizer = models.load_tokenizer("raykd/demo-student", None)
+    texts = {each["problem_id"]: attention.text_of(each, tokenizer, "", None) for each in problems[:3]}
+    seen = []
+    for trial, adapter in students.items():
+        model = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32).eval()
+        model = PeftModel.from_pretrained(model, str(adapter)).eval() if adapter else model
+        for problem_id, text in texts.items():
+            found = next(row["values"] for row in rows if row["attention_id"] == f"{trial}/{problem_id}")
+            np.testing.assert_allclose(found, heads.measure(model, [text], 0)[0].ravel(), rtol=1e-3, atol=1e-5)
+            seen.append(tuple(found))
+    assert len(set(seen)) == len(seen), "each student looks in its own way"
+
+
+def test_the_report_tells_what_heads_did(ran: Ran):
+    with (ran.plan.folder / "attention.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["arm"] for row in rows} == {"untouched", "none", "soft", "scored", "reference"}
+    assert {row["statistic"] for row in rows} == set(heads.STATISTICS)
+    assert "What the heads look at" in (ran.plan.folder / "report.html").read_text()
+
+
+def test_lm_evaluation_harness_hears_the_same_answers(ran: Ran, tmp_path: Path):
+    """By the command that the report gives: the harness' own backend, prompts, extraction and score."""
+    plan = ran.plan
+    job = next(job for job in plan.jobs if job.arm_name == "scored")
+    command = harness.command(plan.experiment, plan.folder / harness.FOLDER, str(job.folder / "adapter")).split()
+    assert command[0] == "lm_eval"
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    more = ["--output_path", str(tmp_path / "out"), "--log_samples"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lm_eval", *command[1:], *more],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=offline,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    found = json.loads(results.read_text())["results"][harness.task_name(plan.experiment)]
+    own = {row["question"]: row for row in answers(plan.predictions) if row["trial_id"] == job.trial_id}
+    for name, column in (("strict-match", "is_correct_strict"), ("flexible-extract", "is_correct_flexible")):
+        assert found[f"exact_match,{name}"] == pytest.approx(np.mean([row[column] for row in own.values()]))
+    (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
+    said = [json.loads(line) for line in samples.read_text().splitlines()]
+    texts = {each["doc"]["prompt"]: each["resps"][0][0] for each in said if each["filter"] == "strict-match"}
+    assert texts.keys() == own.keys()
+    # Word for word, but where two tokens are as good as equally probable.
+    assert sum(texts[question] == row["completion"] for question, row in own.items()) >= 9
+
+
+def test_the_same_students_can_be_asked_by_another_protocol(ran: Ran, experiment_file: Path):
+    """Samples of a raw text: asked of the adapters that are there; what was answered before stays as it is."""
+    before = {path: path.stat().st_mtime_ns for path in ran.plan.predictions.iterdir()}
+    told = ["evaluate.protocol=zero_shot_raw", "evaluate.samples=3", "evaluate.stop=['.', Question]"]
+    told.append("evaluate.sampling={temperature: 0.9, max_tokens: 12, seed: 5}")
+    other = finish(["run", str(experiment_file), f"storage={ran.plan.root}", *told], ran.plan.root)
+    try:
+        assert "training" not in other.stderr and "students: 150/150 answers" in other.stderr
+        assert other.plan.predictions != ran.plan.predictions
+        rows = answers(other.plan.predictions)
+        assert len({(row["trial_id"], row["problem_id"], row["sample_index"]) for row in rows}) == 5 * 10 * 3
+        assert {row["protocol"] for row in rows} == {"zero_shot_raw"}
+        # Nothing that ends an answer is part of it.
+        stopped = [row for row in rows if row["finish_reason"] == "stop"]
+        assert not any("." in row["completion"] or "Question" in row["completion"] for row in rows)
+        assert stopped and all(row["num_tokens"] <= 12 for row in rows)
+        by_problem: dict[tuple, set] = {}
+        for row in rows:
+            by_problem.setdefault((row["trial_id"], row["problem_id"]), set()).add(row["completion"])
+        assert sum(len(texts) > 1 for texts in by_problem.values()) > 25, "samples differ"
+        table = pyarrow.parquet.read_table(ran.plan.folder / "predictions.parquet")
+        assert sorted(set(table["protocol"].to_pylist())) == ["zero_shot_chat", "zero_shot_raw"]
+        assert table.num_rows == 50 + 150
+        assert "maj@k" in (ran.plan.folder / "report.md").read_text()
+        assert {path: path.stat().st_mtime_ns for path in ran.plan.predictions.iterdir()} == before
+    finally:
+        again = finish(["run", str(experiment_file), f"storage={ran.plan.root}"], ran.plan.root)
+    assert "Ray" not in again.stderr, "the first answers are there"
+    assert again.stdout == ran.stdout
+
+
+def test_eight_worked_problems_reach_the_engine_as_turns(ran: Ran):
+    """What the engine is sent is what the model's own template makes of the turns."""
+    plan = ran.plan
+    test = pyarrow.parquet.read_table(plan.problems / "test.parquet")
+    told = Evaluate(protocol="eight_shot_cot")
+    asked = evaluate.Ask(plan.contestants[:1], plan.experiment.student, told, "", set())(test).to_pylist()
+    tokenizer = models.load_tokenizer("raykd/demo-student", None)
+    assert all(tokenizer.decode(row["tokenized_prompt"]).count("<|user|>") == 9 for row in asked)
