@@ -28,6 +28,8 @@ NAMES = {
     "cosine": "Likeness to the layer below",
 }
 """How `raykd.heads.STATISTICS` are called."""
+# Decimals of what is small.
+_DECIMALS = {"above_tenth": 4}
 _PALE = 0.22
 _AS_IT_STANDS = "Layers and heads are counted from 0."
 
@@ -58,18 +60,19 @@ def changes(found: AttentionResults) -> Table:
     rows = []
     for arm in found.arms:
         if arm.overall:
-            rows.append([arm.name, *(_with_interval(arm.overall[name]) for name in NAMES)])
+            rows.append([arm.name, *(_with_interval(arm.overall[name], 0, _DECIMALS.get(name, 3)) for name in NAMES)])
         else:
-            rows.append([arm.name, *(_mean(arm.means[name]) for name in NAMES)])
+            rows.append([arm.name, *(_mean(arm.means[name], _DECIMALS.get(name, 3)) for name in NAMES)])
     return Table(
         "What the heads look at",
         ["Arm", *NAMES.values()],
         rows,
         "The untouched student's mean over all heads, and how much more or less it is in each arm, with its 95 % "
-        f"bootstrap interval over {amount(found.num_problems)} problems; seeds averaged. All students read the same "
-        "reference solutions; measured at the tokens of the solution. The previous result is the number after the last "
-        "equals sign of the nearest earlier line that has one. Less entropy with more weight on the first token may be "
-        "no more than heads that rest: so entropy is given without it too.",
+        f"bootstrap interval over {amount(found.num_problems)} problems; seeds averaged, and what training with yet "
+        "another would change is not in it. All students read the same reference solutions; measured at the tokens of "
+        "the solution. The previous result is the number after the last equals sign of the nearest earlier line that "
+        "has one. Less entropy with more weight on the first token may be no more than heads that rest: so entropy is "
+        "given without it too.",
     )
 
 
@@ -225,13 +228,13 @@ def _strongest(effect: Effect, found: AttentionResults) -> list[str]:
     return [f"layer {layer}, head {head}", _with_interval(effect, at), p_value(p) if np.isfinite(p) else NOTHING]
 
 
-def _with_interval(effect: Effect, at: int = 0) -> str:
+def _with_interval(effect: Effect, at: int, decimals: int = 3) -> str:
     value, low, high, _ = _of_head(effect, at)
     if not np.isfinite(value):
         return NOTHING
     if not np.isfinite(low):
-        return _signed(value)
-    return f"{_signed(value)} ({_signed(low)} to {_signed(high)})"
+        return _signed(value, decimals)
+    return f"{_signed(value, decimals)} ({_signed(low, decimals)} to {_signed(high, decimals)})"
 
 
 def _up_and_down(effect: Effect) -> str:
@@ -243,13 +246,13 @@ def _is_there(values: np.ndarray) -> bool:
     return bool(np.isfinite(values).any())
 
 
-def _mean(values: np.ndarray) -> str:
-    return f"{np.nanmean(values):.3f}" if _is_there(values) else NOTHING
+def _mean(values: np.ndarray, decimals: int) -> str:
+    return f"{np.nanmean(values):.{decimals}f}" if _is_there(values) else NOTHING
 
 
-def _signed(value: float) -> str:
-    text = f"{value:+.3f}"
-    return "0.000" if text in ("+0.000", "-0.000") else text.replace("-", "−")
+def _signed(value: float, decimals: int) -> str:
+    text = f"{value:+.{decimals}f}"
+    return f"{0:.{decimals}f}" if float(text) == 0 else text.replace("-", "−")
 
 
 def _cell(value: float) -> str:
