@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import ray.data
 import torch
@@ -26,9 +27,15 @@ from raykd.student import load_base
 PART = 64
 
 
-def folder_name(attention: Attention) -> str:
-    """What the folder of the rows is called: other for what is measured in another way."""
-    return storage.content_key({**attention.measured, "statistics": heads.STATISTICS})[:8]
+def folder_name(attention: Attention, dtype: str) -> str:
+    """What the folder of the rows is called: other for what is measured in another way.
+
+    Args:
+        attention: the configuration's section.
+        dtype: of the model.
+    """
+    told = {"num_problems": attention.num_problems, "dtype": dtype, "statistics": heads.STATISTICS}
+    return storage.content_key(told)[:8]
 
 
 def measure(
@@ -36,22 +43,30 @@ def measure(
     problems: Path,
     student: Student,
     attention: Attention,
+    dtype: str,
     instruction: str,
     kind: placement.Accelerator,
     num_workers: int,
     folder: Path,
-) -> None:
+) -> int:
     """Has every contestant read the reference solutions, and seals the folder of what its heads did.
+
+    A text that cannot be read, or a model whose heads cannot be measured, is no reason to lose the rest of an
+    experiment: its rows carry why, for it would be the same another time.
 
     Args:
         contestants: adapters of the same base model, and that model itself.
         problems: the folder of the splits; `test` is read.
         student: the base model.
         attention: the configuration's section.
+        dtype: of the model.
         instruction: what is said about the form of the answer, as in training.
         kind: what the students are read with.
         num_workers: how many of them at a time.
         folder: where `records.ATTENTION` rows go.
+
+    Returns:
+        How many texts could not be read.
     """
     ids = _problem_ids(problems, attention.num_problems)
     done = storage.done_ids(folder, records.ATTENTION, "attention_id")
@@ -73,12 +88,13 @@ def measure(
                 fn_constructor_kwargs={
                     "student": student,
                     "attention": attention,
+                    "dtype": dtype,
                     "problems": problems,
                     "instruction": instruction,
                     "kind": kind,
                     "folder": folder,
                 },
-                compute=ray.data.ActorPoolStrategy(size=min(num_workers, len(contestants))),
+                compute=ray.data.ActorPoolStrategy(size=min(num_workers, len(items))),
                 num_cpus=resources["CPU"],
                 num_gpus=resources.get("GPU", 0),
             )
@@ -96,8 +112,11 @@ def measure(
             "heads": config.num_attention_heads,
             "problems": problems.name,
             "num_problems": len(ids),
+            "dtype": dtype,
         },
     )
+    failed = pyarrow.dataset.field("error") != ""
+    return storage.open_rows(folder, records.ATTENTION).count_rows(filter=failed)
 
 
 class Read:
@@ -107,12 +126,12 @@ class Read:
         self,
         student: Student,
         attention: Attention,
+        dtype: str,
         problems: Path,
         instruction: str,
         kind: placement.Accelerator,
         folder: Path,
     ) -> None:
-        dtype = attention.dtype or ("bfloat16" if kind == "gpu" else "float32")
         self._base = load_base(student, getattr(torch, dtype)).to("cuda" if kind == "gpu" else "cpu").eval()
         self._tokenizer = models.load_tokenizer(student.model, student.revision)
         self._problems = {row["problem_id"]: row for row in pq.read_table(problems / "test.parquet").to_pylist()}

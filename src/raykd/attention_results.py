@@ -14,7 +14,7 @@ import pyarrow.dataset as ds
 from raykd import records, storage
 from raykd.comparison import Answers
 from raykd.config import UNTOUCHED
-from raykd.effects import Effect, across_students, correlation, difference
+from raykd.effects import Effect, across_arms, correlation, difference
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,6 @@ class ArmAttention:
     """By statistic, (L, H): in the mean over problems."""
     heads: dict[str, Effect]
     """By statistic, F: difference to the untouched student; none for the untouched student itself."""
-    layers: dict[str, Effect]
-    """The same averaged over the heads of each layer: L."""
     overall: dict[str, Effect]
     """The same averaged over all heads: 1."""
 
@@ -42,12 +40,14 @@ class AttentionResults:
     num_heads: int
     num_problems: int
     num_students: int
+    num_arms: int
+    """Those whose students and answers are known, the untouched one among them."""
     arms: list[ArmAttention]
     """The untouched student first, where it was measured."""
     right: dict[str, Effect]
-    """By statistic, F: how it goes with being right from problem to problem, within students."""
+    """By statistic, F: how it goes with being right (flexible extract) from problem to problem, within students."""
     accurate: dict[str, Effect]
-    """By statistic, F: how it goes with accuracy from student to student."""
+    """By statistic, F: how it goes with accuracy from arm to arm."""
     notes: list[str]
     """What could not be measured."""
 
@@ -59,7 +59,7 @@ class _Student:
     arm: str
     values_PSF: np.ndarray
     right_P: np.ndarray
-    """How often it had each problem right; NaN where it has no answer."""
+    """How often it had each problem right, by flexible extract; NaN where it has no answer."""
     accuracy: float
     """Over all problems that it answered; NaN where that is none."""
 
@@ -74,33 +74,42 @@ def read_attention(folder: Path, arms: Mapping[str, Sequence[str]], answers: Map
     """
     told = storage.read_manifest(folder)
     assert told, "only what is complete is read"
-    names, num_heads = told["statistics"], told["layers"] * told["heads"]
-    students, common, failed = _students(folder, arms, answers, (len(names), num_heads))
-    in_arm = {arm: [each for each in students if each.arm == arm] for arm in arms}
-    means = {arm: np.mean([each.values_PSF for each in found], axis=0) for arm, found in in_arm.items() if found}
-    untouched_PSF = means.get(UNTOUCHED)
-    known = [each for each in students if np.isfinite(each.accuracy)]
+    names, num_heads, whole = told["statistics"], told["layers"] * told["heads"], set(told["trials"])
+    missing = [trial for trials in arms.values() for trial in trials if trial not in whole]
+    # What was begun after the folder was complete has read some of the texts only.
+    known_trials = {arm: [trial for trial in trials if trial in whole] for arm, trials in arms.items()}
+    students, common, failed = _students(folder, known_trials, answers, (len(names), num_heads))
+    notes = [f"Attention: {len(failed)} of {told['rows']} texts could not be read ({failed[0]})"] if failed else []
+    if missing:
+        notes.append(f"Attention: not measured yet of {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}")
+    by_arm = {arm: [each for each in students if each.arm == arm] for arm in arms}
+    by_arm = {arm: found for arm, found in by_arm.items() if found and common}
+    means = {arm: np.mean([each.values_PSF for each in found], axis=0) for arm, found in by_arm.items()}
+    answered = [each for each in students if np.isfinite(each.accuracy)] if common else []
+    of_arm = {arm: [each for each in found if np.isfinite(each.accuracy)] for arm, found in by_arm.items()}
+    of_arm = {arm: found for arm, found in of_arm.items() if found}
     right, accurate = {}, {}
-    for number, name in enumerate(names):
-        values = [each.values_PSF[:, number] for each in known]
-        if known and common:
-            right[name] = correlation(values, [each.right_P for each in known])
-            accuracy_N = np.array([each.accuracy for each in known])
-            accurate[name] = across_students(np.stack([_mean(each_PF) for each_PF in values]), accuracy_N)
+    for number, name in enumerate(names) if answered else ():
+        values = [each.values_PSF[:, number].astype(np.float64) for each in answered]
+        right[name] = correlation(values, [each.right_P for each in answered])
+        means_AF = np.stack([np.mean([_mean(s.values_PSF[:, number]) for s in found], 0) for found in of_arm.values()])
+        accuracy_A = np.array([np.mean([each.accuracy for each in found]) for found in of_arm.values()])
+        accurate[name] = across_arms(means_AF, accuracy_A)
+    untouched_PSF = means.get(UNTOUCHED)
     return AttentionResults(
         statistics=list(names),
         num_layers=told["layers"],
         num_heads=told["heads"],
         num_problems=len(common),
-        num_students=len(known),
+        num_students=len(answered),
+        num_arms=len(of_arm),
         arms=[
-            _arm(arm, len(in_arm[arm]), values_PSF, None if arm == UNTOUCHED else untouched_PSF, names, told["layers"])
+            _arm(arm, len(by_arm[arm]), values_PSF, None if arm == UNTOUCHED else untouched_PSF, names, told["layers"])
             for arm, values_PSF in means.items()
-            if common
         ],
         right=right,
         accurate=accurate,
-        notes=[f"Attention: {len(failed)} of {told['rows']} texts could not be read ({failed[0]})"] if failed else [],
+        notes=notes,
     )
 
 
@@ -124,11 +133,11 @@ def _students(
         right: dict[str, list[bool]] = {}
         for (problem_id, _), row in answers.get(trial, {}).items():
             if not row["error"]:
-                right.setdefault(problem_id, []).append(row["is_correct_strict"])
+                right.setdefault(problem_id, []).append(row["is_correct_flexible"])
         shares = {problem_id: float(np.mean(each)) for problem_id, each in right.items()}
         right_P = np.array([shares.get(problem_id, np.nan) for problem_id in common])
         accuracy = float(np.mean(list(shares.values()))) if shares else float("nan")
-        values_PSF = np.array([values[problem_id] for problem_id in common], dtype=np.float64).reshape(-1, *shape)
+        values_PSF = np.array([values[problem_id] for problem_id in common], dtype=np.float32).reshape(-1, *shape)
         students.append(_Student(arm, values_PSF, right_P, accuracy))
     return students, common, failed
 
@@ -141,17 +150,15 @@ def _arm(
     statistics: Sequence[str],
     num_layers: int,
 ) -> ArmAttention:
-    means, heads, layers, overall = {}, {}, {}, {}
+    means, heads, overall = {}, {}, {}
     for number, statistic in enumerate(statistics):
-        own_PF = values_PSF[:, number]
+        own_PF = values_PSF[:, number].astype(np.float64)
         means[statistic] = _mean(own_PF).reshape(num_layers, -1)
         if untouched_PSF is not None:
-            theirs_PF = untouched_PSF[:, number]
+            theirs_PF = untouched_PSF[:, number].astype(np.float64)
             heads[statistic] = difference(own_PF, theirs_PF)
-            own_PLH, theirs_PLH = (each.reshape(len(each), num_layers, -1) for each in (own_PF, theirs_PF))
-            layers[statistic] = difference(_mean(own_PLH, axis=2), _mean(theirs_PLH, axis=2))
             overall[statistic] = difference(_mean(own_PF, axis=1)[:, None], _mean(theirs_PF, axis=1)[:, None])
-    return ArmAttention(name, num_students, means, heads, layers, overall)
+    return ArmAttention(name, num_students, means, heads, overall)
 
 
 def _mean(values: np.ndarray, axis: int = 0) -> np.ndarray:

@@ -143,7 +143,7 @@ def _show_results(experiment: config.Experiment) -> int:
     from raykd.results import read_results
 
     folder = Path(experiment.storage).absolute() / "experiments" / experiment.name
-    results = read_results(folder)
+    results = read_results(folder, with_attention=False)
     # In a log lines may be long; a terminal knows its width.
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     for table in result_tables(results):

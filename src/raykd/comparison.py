@@ -6,7 +6,7 @@ from typing import Any
 
 from raykd.config import UNTOUCHED, leaves
 from raykd.measured import Row
-from raykd.statistics import holm, mcnemar_exact, paired_bootstrap
+from raykd.statistics import holm, mcnemar_exact, paired_bootstrap, sign_flip
 
 BASELINE = "none"
 """The strategy without a prime, and the arm that others are compared with where they have no closer one."""
@@ -43,12 +43,13 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An arm against its baseline, on the same problems with the same seed; differences as fractions."""
+    """An arm against its baseline, on the same problems with the same seed and sample; differences as fractions."""
 
     arm: str
     baseline: Baseline
     num_problems: int
     num_pairs: int
+    """More than problems where there are several seeds or samples."""
     only_arm: int
     only_baseline: int
     difference: float
@@ -60,7 +61,7 @@ class Comparison:
 
     @property
     def is_clear(self) -> bool:
-        """Both tests tell it from chance at 5 %: the one over problems and, corrected, the one over pairs."""
+        """Both the interval over problems and the test, corrected, tell it from chance at 5 %."""
         return self.p_holm < 0.05 and (self.low > 0 or self.high < 0)
 
 
@@ -111,7 +112,7 @@ def compare_arms(arms: Mapping[str, Trials], baselines: Mapping[str, Baseline], 
         for name, trials in arms.items()
         if name in baselines and baselines[name].arm in arms
     }
-    found = [_compare(name, baselines[name], of_arm) for name, of_arm in pairs.items() if of_arm]
+    found = [compare_pairs(name, baselines[name], of_arm) for name, of_arm in pairs.items() if of_arm]
     corrected = holm([comparison.p for comparison in found])
     return [replace(comparison, p_holm=p) for comparison, p in zip(found, corrected, strict=True)]
 
@@ -133,15 +134,27 @@ def _pairs(trials: Trials, baseline: Trials, column: str, any_setting: bool) -> 
     return pairs
 
 
-def _compare(arm: str, baseline: Baseline, pairs: Mapping[str, list[tuple[bool, bool]]]) -> Comparison:
+def compare_pairs(arm: str, baseline: Baseline, pairs: Mapping[str, list[tuple[bool, bool]]]) -> Comparison:
+    """One against another.
+
+    p is that of the exact McNemar test where each problem has one pair; where it has several, by seeds or samples,
+    which are not independent of each other, that of the sign-flip test of the problems' means.
+
+    Args:
+        arm: what it is called.
+        baseline: the other.
+        pairs: by problem, at least one: (the arm is right, the other is right).
+    """
     every = [pair for of_problem in pairs.values() for pair in of_problem]
     only_arm, only_baseline = every.count((True, False)), every.count((False, True))
-    # Whole problems are resampled, with all their seeds, for the seeds of one problem are not independent.
-    difference, low, high = paired_bootstrap(
-        [sum(right for right, _ in of_problem) / len(of_problem) for of_problem in pairs.values()],
-        [sum(right for _, right in of_problem) / len(of_problem) for of_problem in pairs.values()],
-    )
-    p = mcnemar_exact(only_arm, only_baseline)
+    # Whole problems are resampled, with all their seeds and samples, which are not independent of each other.
+    arm_P = [sum(right for right, _ in of_problem) / len(of_problem) for of_problem in pairs.values()]
+    baseline_P = [sum(right for _, right in of_problem) / len(of_problem) for of_problem in pairs.values()]
+    difference, low, high = paired_bootstrap(arm_P, baseline_P)
+    if len(every) == len(pairs):
+        p = mcnemar_exact(only_arm, only_baseline)
+    else:
+        p = sign_flip([a - b for a, b in zip(arm_P, baseline_P, strict=True)])
     return Comparison(
         arm=arm,
         baseline=baseline,

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from raykd.comparison import Answers
+from raykd.comparison import Answers, Baseline, compare_pairs
+from raykd.config import UNTOUCHED
 from raykd.measured import Row
 from raykd.mistakes import did_you_mean
-from raykd.report_text import p_value, percent, points
+from raykd.report_text import p_value, percent, points, points_interval, test_name
 from raykd.results import Arm, Results, read_results
-from raykd.statistics import mcnemar_exact, paired_bootstrap, wilson_interval
+from raykd.statistics import wilson_interval
 
 RULE = "─" * 72
 SCORES = {"strict": "strict match", "flexible": "flexible extract"}
@@ -20,6 +21,8 @@ class Side:
     """One of the two students."""
 
     label: str
+    asked: str
+    """How, in words."""
     answers: Answers
 
 
@@ -74,52 +77,59 @@ def _summary(left: Side, right: Side, pairs: list[tuple[Row, Row]], column: str,
     for number, side in enumerate((left, right)):
         share = sum(pair[number] for pair in every) / len(every)
         low, high = wilson_interval(share * n, n)
-        yield f"  {side.label:<{width}}  {percent(share)} % ({percent(low)}–{percent(high)})"
+        yield f"  {side.label:<{width}}  {percent(share)} % ({percent(low)}–{percent(high)}), {side.asked}"
+    if left.asked != right.asked:
+        yield "  They were not asked in the same way: what differs need not be the students."
     counts = {pair: every.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))}
     yield (
         f"  both right {counts[True, True]:,}, neither {counts[False, False]:,}, only {left.label} "
         f"{counts[True, False]:,}, only {right.label} {counts[False, True]:,}"
     )
-    mine, theirs = ([sum(pair[number] for pair in of) / len(of) for of in by_problem.values()] for number in (0, 1))
-    difference, low, high = paired_bootstrap(mine, theirs)
-    p = p_value(mcnemar_exact(counts[True, False], counts[False, True]))
+    found = compare_pairs(left.label, Baseline(right.label, prime_alone=False), by_problem)
+    p = p_value(found.p)
     yield (
-        f"  difference {points(difference)} points (95 % interval {points(low)} to {points(high)}; "
-        f"McNemar p {p if p.startswith('<') else '= ' + p})"
+        f"  difference {points(found.difference)} points (95 % interval {points_interval(found)}; "
+        f"{test_name(found)} p {p if p.startswith('<') else '= ' + p})"
     )
 
 
 def _problem(left: Side, right: Side, pair: tuple[Row, Row]) -> Iterator[str]:
     mine = pair[0]
     sample = f", sample {mine['sample_index']}" if mine["sample_index"] else ""
-    yield f"{mine['problem_id']}{sample}: {mine['question'].strip()}"
+    yield f"{mine['problem_id']}{sample}: {printable(mine['question']).strip()}"
     yield f"reference answer: {mine['reference_answer']}"
     for side, row in zip((left, right), pair, strict=True):
         cut = ", cut" if row["finish_reason"] == "length" else ""
         said = row["answer_strict"] if row["answer_strict"] is not None else "no answer in form"
         yield f"  ── {side.label}: {said}{cut}"
-        yield from (f"  {line}" for line in row["completion"].strip().splitlines())
+        yield from (f"  {line}" for line in printable(row["completion"]).strip().splitlines())
+
+
+def printable(text: str) -> str:
+    """Text from outside without what a terminal would take for commands."""
+    return "".join(each if each in "\n\t" or each.isprintable() else "\ufffd" for each in text)
 
 
 def _sides(first: str, second: str) -> tuple[Side, Side]:
     named = [_named(each) for each in (first, second)]
-    chosen: list[tuple[str, Results, Arm, int | None]] = []
-    for text, (folder, arm, seed) in zip((first, second), named, strict=True):
-        results = read_results(folder)
-        chosen.append((text, results, _arm(text, results, arm), seed))
-    seeds = [[trial.seed for trial in arm.trials if trial.measured.n] for _, _, arm, _ in chosen]
-    common = next((seed for seed in seeds[0] if seed in seeds[1]), None)
+    folders = dict.fromkeys(folder for folder, _, _ in named)
+    read = {folder: read_results(folder, with_attention=False) for folder in folders}
+    arms = [_arm(text, read[folder], arm) for text, (folder, arm, _) in zip((first, second), named, strict=True)]
+    seeds = [[trial.seed for trial in arm.trials if trial.measured.n] for arm in arms]
+    told = [seed for _, _, seed in named if seed is not None]
+    common = next((seed for seed in [*told, *seeds[0]] if all(seed in own for own in seeds)), None)
     sides = []
-    for (text, results, arm, seed), own in zip(chosen, seeds, strict=True):
+    for text, (folder, _, seed), arm, own in zip((first, second), named, arms, seeds, strict=True):
         wanted = seed if seed is not None else common if common is not None else own[0]
         trial = next((each for each in arm.trials if each.seed == wanted and each.measured.n), None)
         if trial is None:
             raise ValueError(f"{text}: arm {arm.name!r} has answers of the seeds {own} only")
-        label = arm.name + (f" (seed {wanted})" if len(arm.trials) > 1 else "")
-        sides.append(Side(label, results.answers[trial.trial_id]))
+        # The untouched student has no seed.
+        label = arm.name if arm.name == UNTOUCHED else f"{arm.name} (seed {wanted})"
+        sides.append(Side(label, read[folder].asked, read[folder].answers[trial.trial_id]))
     if sides[0].label == sides[1].label:
         # Of two experiments the same arm.
-        sides = [Side(text, side.answers) for (text, *_), side in zip(chosen, sides, strict=True)]
+        sides = [Side(text, side.asked, side.answers) for text, side in zip((first, second), sides, strict=True)]
     return sides[0], sides[1]
 
 
@@ -136,7 +146,7 @@ def _arm(text: str, results: Results, name: str | None) -> Arm:
     answered = [arm.name for arm in results.arms if arm.measured.n]
     if not answered:
         raise ValueError(f"{text}: no student has answered a test problem yet")
-    trained = [each for each in answered if each != "untouched"]
+    trained = [each for each in answered if each != UNTOUCHED]
     if name is None and len(trained) != 1:
         raise ValueError(f"{text}: which arm? Write {text}:ARM; those that answered: {', '.join(answered)}")
     found = results.arm(name or trained[0])

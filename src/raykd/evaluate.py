@@ -98,7 +98,7 @@ def evaluate(
         "prediction_id",
         {
             "trials": [each.trial_id for each in contestants],
-            "asked": evaluation.asked,
+            "asked": protocols.asked(evaluation),
             "problems": problems.name,
         },
     )
@@ -106,20 +106,29 @@ def evaluate(
 
 def folder_name(evaluation: Evaluate) -> str:
     """What the folder of answers is called: other for each way of asking."""
-    return f"{evaluation.protocol}-{storage.content_key(evaluation.asked)[:8]}"
+    return f"{evaluation.protocol}-{storage.content_key(protocols.asked(evaluation))[:8]}"
 
 
 def collect(folder: Path, file: Path) -> None:
-    """Writes all complete answers of an experiment into one file, by whatever protocols they were asked.
+    """Writes all complete answers of an experiment into one file, in however many ways they were asked.
+
+    To the columns of `records.PREDICTION` comes `evaluation`, the name of the folder of answers, by which ways of
+    asking are told apart. Nothing is written where the file is newer than all of them.
 
     Args:
         folder: of the folders of answers.
         file: the Parquet file.
     """
-    whole = [path.parent for path in sorted(folder.glob(f"*/{storage.MANIFEST}"))]
-    tables = [storage.open_rows(each, records.PREDICTION).to_table() for each in whole]
-    order = [(name, "ascending") for name in ("protocol", "trial_id", "problem_id", "sample_index")]
-    storage.write_table(file, pa.concat_tables(tables).sort_by(order))
+    manifests = sorted(folder.glob(f"*/{storage.MANIFEST}"))
+    if not manifests or (file.exists() and file.stat().st_mtime > max(each.stat().st_mtime for each in manifests)):
+        return
+    tables = []
+    for manifest in manifests:
+        table = storage.open_rows(manifest.parent, records.PREDICTION).to_table()
+        table = table.sort_by([(name, "ascending") for name in ("trial_id", "problem_id", "sample_index")])
+        name = pa.array([manifest.parent.name] * len(table), pa.string())
+        tables.append(table.add_column(0, "evaluation", name))
+    storage.write_table(file, pa.concat_tables(tables))
 
 
 def check_lengths(split: Path, student: Student, evaluation: Evaluate, instruction: str, whose: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from raykd import prompts, protocols, storage
+from raykd import models, prompts, protocols, storage
 from raykd.config import Experiment
 from raykd.demo import resolve_model
 
@@ -32,7 +32,8 @@ def write_task(experiment: Experiment, problems: Path, folder: Path) -> None:
         folder: where the task goes.
     """
     rows = pq.read_table(problems / "test.parquet").to_pylist()
-    asked = [_document(experiment, row["question"], row["reference_solution"]) for row in rows]
+    # The harness asks for a blank after the mark, which not every data set has.
+    asked = [_document(experiment, row["question"], f"#### {row['reference_answer']}") for row in rows]
     file = folder / f"{experiment.evaluate.protocol}.jsonl"
     storage.write_text(file, "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in asked))
     storage.write_text(folder / f"{task_name(experiment)}.yaml", yaml.safe_dump(_task(experiment, file), width=1000))
@@ -47,11 +48,15 @@ def command(experiment: Experiment, folder: Path, adapter: str) -> str:
         adapter: the folder of the student's adapter; empty for the untouched student.
     """
     sampling = experiment.evaluate.sampling
-    dtype = experiment.evaluate.engine.engine_kwargs.get("dtype", "auto")
-    model = f"pretrained={resolve_model(experiment.student.model)},dtype={dtype}" + (
-        f",revision={experiment.student.revision}" if experiment.student.revision else ""
-    )
-    words = ["lm_eval", "--model", "hf", "--model_args", model + (f",peft={adapter}" if adapter else "")]
+    model = {
+        "pretrained": resolve_model(experiment.student.model),
+        **({"revision": experiment.student.revision} if experiment.student.revision else {}),
+        **({"peft": adapter} if adapter else {}),
+        "dtype": experiment.evaluate.engine.engine_kwargs.get("dtype", "auto"),
+        # Some templates tell the model the date.
+        "chat_template_args": {"date_string": models.DATE_STRING},
+    }
+    words = ["lm_eval", "--model", "hf", "--model_args", json.dumps(model)]
     words += ["--include_path", str(folder), "--tasks", task_name(experiment), "--batch_size", "16"]
     if experiment.evaluate.protocol != "zero_shot_raw":
         words += ["--apply_chat_template"]

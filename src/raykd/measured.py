@@ -1,7 +1,7 @@
 """Measured: what a set of predictions says: accuracy, form and length, each with n and an interval."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from raykd.answers import is_correct, repeated_share
@@ -55,9 +55,9 @@ class Measured:
     majority_strict: Share = Share()
     """Whether the answer that most samples of a problem give is right (maj@k, k all samples)."""
     majority_flexible: Share = Share()
-    pass_strict: Share = Share()
-    """Whether any of a problem's samples is right (pass@k, k all samples)."""
-    pass_flexible: Share = Share()
+    pass_strict: Mapping[int, Share] = field(default_factory=dict)
+    """Whether one of k samples of a problem is right (pass@k), by `passes`; problems with fewer are left out."""
+    pass_flexible: Mapping[int, Share] = field(default_factory=dict)
 
 
 def measure(rows: Iterable[Row]) -> Measured:
@@ -95,9 +95,19 @@ def _majority(sampled: Sequence[Sequence[Row]], score: str) -> Share:
     return _share([rows[0] for rows in sampled], right)
 
 
-def _passed(sampled: Sequence[Sequence[Row]], score: str) -> Share:
-    counts = [(len(rows), sum(row[f"is_correct_{score}"] for row in rows)) for rows in sampled]
-    return _share([rows[0] for rows in sampled], [pass_at_k(n, correct, n) for n, correct in counts])
+def passes(samples: int) -> list[int]:
+    """The k of pass@k: powers of two, and all samples; one is the mean over all."""
+    return sorted({*(k for k in (2, 4, 8, 16, 32, 64, 128) if k < samples), *([samples] if samples > 1 else [])})
+
+
+def _passed(sampled: Sequence[Sequence[Row]], score: str) -> dict[int, Share]:
+    found = {}
+    for k in passes(max(map(len, sampled), default=1)):
+        enough = [rows for rows in sampled if len(rows) >= k]
+        right = [sum(row[f"is_correct_{score}"] for row in rows) for rows in enough]
+        chances = [pass_at_k(len(rows), correct, k) for rows, correct in zip(enough, right, strict=True)]
+        found[k] = _share([rows[0] for rows in enough], chances)
+    return found
 
 
 def _share(rows: Sequence[Row], values: Sequence[float]) -> Share:

@@ -72,7 +72,13 @@ class Plan:
     def attention(self) -> Path | None:
         """Where it is what the students' attention heads did; None where that is not measured."""
         told = self.experiment.attention
-        return self.folder / "attention" / attention.folder_name(told) if told else None
+        return self.folder / "attention" / attention.folder_name(told, self.attention_dtype) if told else None
+
+    @property
+    def attention_dtype(self) -> str:
+        """The type of the model whose attention is measured."""
+        told = self.experiment.attention
+        return (told.dtype if told else None) or self.experiment.train.dtype
 
     @property
     def log(self) -> Path:
@@ -312,7 +318,6 @@ def make_predictions(plan: Plan, resources: dict[str, float]) -> None:
     given = (plan.problems, experiment.student, experiment.evaluate, experiment.prompt.instruction)
     with journal.timed(plan.folder, "predictions"), journal.occupied(plan.folder, journal.ANSWERS, *held):
         evaluate.evaluate(plan.contestants, *given, kind, plan.predictions)
-    evaluate.collect(plan.predictions.parent, plan.folder / "predictions.parquet")
 
 
 def measure_attention(plan: Plan, resources: dict[str, float]) -> None:
@@ -324,9 +329,11 @@ def measure_attention(plan: Plan, resources: dict[str, float]) -> None:
     kind = placement.accelerator(told.accelerator, resources)
     workers = placement.attention_workers(told, kind, resources)
     say(f"reading the same solutions with {len(plan.contestants)} students ({kind})")
-    given = (plan.problems, experiment.student, told, experiment.prompt.instruction)
+    given = (plan.problems, experiment.student, told, plan.attention_dtype, experiment.prompt.instruction)
     with journal.timed(plan.folder, "attention"), journal.occupied(plan.folder, journal.ATTENTION, kind, workers):
-        attention.measure(plan.contestants, *given, kind, workers, folder)
+        errors = attention.measure(plan.contestants, *given, kind, workers, folder)
+    if errors:
+        say(f"attention: {errors} texts could not be read; the report says why")
 
 
 def write_report(plan: Plan) -> None:
@@ -335,6 +342,7 @@ def write_report(plan: Plan) -> None:
     from raykd.report import write_report as write
 
     journal.note_completions(plan.folder, plan.experiment.teacher.model, plan.teachings)
+    evaluate.collect(plan.predictions.parent, plan.folder / "predictions.parquet")
     tasks = plan.folder / harness.FOLDER
     harness.write_task(plan.experiment, plan.problems, tasks)
     # Of the student that was asked last; the others' differ in the adapter.

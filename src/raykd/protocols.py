@@ -1,5 +1,7 @@
 """Protocols: the ways in which students are asked test problems, by name."""
 
+from typing import Any
+
 from raykd.prompts import Messages
 from raykd.sections import Evaluate, Protocol
 from raykd.strategies import Exemplar
@@ -10,6 +12,25 @@ def stop_strings(evaluation: Evaluate) -> list[str]:
     if evaluation.stop is not None:
         return list(evaluation.stop)
     return ["Question:"] if evaluation.protocol == "zero_shot_raw" else []
+
+
+def asked(evaluation: Evaluate) -> dict[str, Any]:
+    """All that bears on the students' answers, besides the engine's arguments and what the experiment is."""
+    return {
+        "protocol": evaluation.protocol,
+        "exemplars": [each.model_dump() for each in exemplars(evaluation.protocol)],
+        "samples": evaluation.samples,
+        "stop": stop_strings(evaluation),
+        "sampling": evaluation.sampling.bearing(),
+    }
+
+
+def described(evaluation: Evaluate) -> str:
+    """How the students are asked, in words."""
+    sampling = evaluation.sampling
+    drawn = f"temperature {sampling.temperature:g}" if sampling.temperature else "greedy"
+    several = f", {evaluation.samples} answers to each problem" if evaluation.samples > 1 else ""
+    return f"asked by {evaluation.protocol}, {drawn}, at most {sampling.max_tokens} tokens{several}"
 
 
 def exemplars(protocol: Protocol) -> tuple[Exemplar, ...]:

@@ -16,6 +16,7 @@ from raykd import report_cost as costs
 from raykd import report_plots as plots
 from raykd import report_scatter as scatter
 from raykd import report_tables as tables
+from raykd.measured import Share
 from raykd.report_sweep import validation_share
 from raykd.report_text import answer
 from raykd.results import Results, read_results
@@ -149,8 +150,8 @@ def _csv(results: Results) -> str:
             ("accuracy_flexible", measured.flexible),
             ("majority_strict", measured.majority_strict),
             ("majority_flexible", measured.majority_flexible),
-            ("pass_strict", measured.pass_strict),
-            ("pass_flexible", measured.pass_flexible),
+            ("pass_strict", measured.pass_strict.get(measured.samples, Share())),
+            ("pass_flexible", measured.pass_flexible.get(measured.samples, Share())),
             ("answer_in_form", measured.answer_in_form),
             ("right_in_form", measured.right_in_form),
             ("truncated", measured.truncated),
@@ -217,9 +218,11 @@ def _markdown_table(table: tables.Table) -> str:
 
 def _md(text: str) -> str:
     """Text from outside as Markdown that shows it and does nothing else."""
-    for character in "\\`*_[]|#~":
+    for character in "\\`*_[]|#~$":
         text = text.replace(character, "\\" + character)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # Names and addresses, of which some readers make links.
+    text = text.replace("@", "&#64;").replace("://", "&#58;//").replace("www.", "www&#46;")
     return " ".join(text.split())
 
 

@@ -85,28 +85,31 @@ def clear_heads(found: AttentionResults) -> Table:
         ["Arm", *NAMES.values()],
         rows,
         f"Of {heads} heads those that do more (↑) and less (↓) than in the untouched student, told from chance at 5 % "
-        "with all of them counted (bootstrap of the largest deviation).",
+        "with all of them counted (signs drawn anew, the largest head of each draw). That there are several statistics "
+        "and arms is not counted.",
     )
 
 
 def being_right(found: AttentionResults) -> Table:
-    """How what heads do goes with being right, from problem to problem and from student to student."""
+    """How what heads do goes with being right, from problem to problem and from arm to arm."""
     rows = []
     for name, title in NAMES.items() if found.right else ():
         cells = [title]
         for effect in (found.right[name], found.accurate[name]):
             cells += [*_strongest(effect, found), _up_and_down(effect) if np.isfinite(effect.p).any() else NOTHING]
         rows.append(cells)
-    problems, students = amount(found.num_problems), amount(found.num_students)
+    problems, students, arms = (amount(each) for each in (found.num_problems, found.num_students, found.num_arms))
     return Table(
         "Heads and being right",
-        ["Statistic", "Strongest by problem", "r", "p", "Clear", "Strongest by student", "r", "p", "Clear"],
+        ["Statistic", "Strongest by problem", "r", "p", "Clear", "Strongest by arm", "r", "p", "Clear"],
         rows,
-        f"By problem: Pearson's r of what a head does on a problem with whether that student has it right, over "
-        f"{problems} problems, in the mean over the students. By student: r of its mean with the student's accuracy, "
-        f"over {students} students; seeds of an arm are not independent, which p does not know. In brackets 95 % "
-        "intervals of the head by itself. p is corrected for the number of heads, not for that of statistics; clear: "
-        f"heads with p < 0.05. {_AS_IT_STANDS} A head that goes with being right need not be why.",
+        "Right by flexible extract, so that form plays no part. By problem: Pearson's r of what a head does on a "
+        f"problem with whether that student has it right, over {problems} problems, in the mean over {students} "
+        "students, each by the variance of its being right; p by permuting the problems. By arm: r of an arm's mean "
+        f"with its accuracy, over {arms} arms, the untouched student among them; p by permuting the arms, of which it "
+        "takes five. In brackets 95 % intervals of the head by itself. p is corrected for the number of heads, not for "
+        f"that of statistics; clear: heads with p < 0.05. {_AS_IT_STANDS} A head that goes with being right need not "
+        "be why.",
         text_columns=(0, 1, 5),
     )
 
@@ -174,7 +177,7 @@ def right_csv(found: AttentionResults) -> str:
     """Every head: how what it does goes with being right."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    kinds = ("problem", "student")
+    kinds = ("problem", "arm")
     columns = [f"{value}_by_{kind}" for kind in kinds for value in ("r", "low", "high", "p_corrected")]
     writer.writerow(["statistic", "layer", "head", *columns])
     for name in found.right:

@@ -95,7 +95,7 @@ def processors(results: Results) -> Table:
             rows.append([role, kind.upper(), amount(seconds), amount(seconds / 3600, 2), money])
     if len(rows) > 1 and total:
         rows.append(["all" if is_priced else "all that have a price", "", "", "", amount(total, 2)])
-    columns = ["Held by", "Processors", "Processor-seconds", "Processor-hours", f"Cost, {prices.currency}"]
+    columns = ["Held by", "Processors", "Seconds, at most", "Hours, at most", f"Cost, {prices.currency}, at most"]
     has_prices = any(_price(prices, role, kind) is not None for role, kinds in held.items() for kind in kinds)
     if not has_prices:
         columns, rows = columns[:-1], [row[:-1] for row in rows]
@@ -104,7 +104,8 @@ def processors(results: Results) -> Table:
         columns,
         rows,
         "Processors times the seconds for which they were held, loading of models included; a teacher that scales "
-        "counts with all its replicas. Training: from a trial's first step to its last."
+        "counts with all its replicas all the time. On a CPU an engine may use more cores than the one that it holds. "
+        "Training: from a trial's first step to its last. Attempts that were killed are not in it."
         + ("" if has_prices else " With prices.gpu_hour or prices.cpu_hour in the experiment there is a cost as well."),
         text_columns=(0, 1),
     )

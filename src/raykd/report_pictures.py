@@ -205,7 +205,8 @@ def _percent(share: Share) -> Bounds:
 
 
 def _bounds(value: Share | Mean, unit: float) -> Bounds:
-    middle = value.value or 0.0
+    # What is not known is not drawn.
+    middle = float("nan") if value.value is None else value.value
     return (
         unit * middle,
         unit * (middle if value.low is None else value.low),

@@ -74,7 +74,7 @@ def at_equal_points(results: Results) -> Table:
         rows,
         "Pairs are the same test problem with the same seed and equal values of all searched fields that bear on both "
         "arms, wherever both were trained to the end and asked. The interval is over problems, each with all "
-        "its pairs; p takes pairs for independent, and is too small where a problem has several.",
+        "its pairs, and so is p: sign-flip test of problems' means, or exact McNemar test where each has one pair.",
         text_columns=(0, 1),
     )
 

@@ -1,6 +1,6 @@
 """Report tables: the report's tables as text cells, the same for Markdown, HTML and the terminal."""
 
-from raykd.measured import Measured
+from raykd.measured import Measured, passes
 from raykd.report_attention import being_right, changes, clear_heads
 from raykd.report_cost import answered_rows, cost, processors, stages, teacher_share, written_by_the_teacher
 from raykd.report_sweep import all_trials, at_equal_points, best_points
@@ -42,13 +42,15 @@ def result(results: Results) -> Table:
         for arm in results.arms
     ]
     note = (
-        "Accuracy in percent with its 95 % Wilson interval. Strict: the number after “####”. Flexible: the "
-        "last number. Both as lm-evaluation-harness scores gsm8k. Problems that got no completion (errors) "
-        "are not in n."
+        f"Students {results.asked}. Accuracy in percent with its 95 % Wilson interval. Strict: the number after "
+        "“####”. Flexible: the last number. Both as lm-evaluation-harness scores gsm8k. Problems that got no "
+        "completion (errors) are not in n."
     )
+    if results.also_asked:
+        note += f" Their answers in other ways are kept: {', '.join(results.also_asked)}."
     if results.sweep:
         note += " Each arm is at its best point of the sweep, chosen by validation problems."
-    if is_repeated(results):
+    if any(arm.measured.n > arm.measured.num_problems for arm in results.arms):
         note += " Seeds are pooled; an interval's n is the number of problems, which seeds only repeat."
     return Table("Results", ["Arm", "Seed", *_ACCURACY], rows, note, text_columns=(0, 6))
 
@@ -125,8 +127,10 @@ def differences(results: Results) -> Table:
         rows,
         f"Against: the arm that differs from it in the prime alone, and has none;{_MORE} where there is none, one that "
         "differs in more. "
-        "Pairs are the same problem with the same seed. Intervals: 95 %, paired bootstrap over problems. p: "
-        "exact McNemar test on strict match, by itself and by Holm's correction for all rows of this table.",
+        "Pairs are the same problem with the same seed and sample. Intervals: 95 %, paired bootstrap over problems. p: "
+        "on strict match, exact McNemar test, or where a problem has several pairs the sign-flip test of problems' "
+        "means; by itself and by Holm's correction for all rows of this table. What training with another seed would "
+        "change is in neither but as far as there are several.",
         text_columns=(0, 1),
     )
 
@@ -167,14 +171,17 @@ def samples(results: Results) -> Table:
     for arm in results.arms:
         m = arm.measured
         if m.samples > 1:
-            shares = [m.strict, m.majority_strict, m.pass_strict, m.flexible, m.majority_flexible, m.pass_flexible]
-            rows.append([arm.name, amount(m.samples), *(share_and_interval(each) for each in shares)])
+            shares = [m.strict, m.majority_strict, *m.pass_strict.values()]
+            shares += [m.flexible, m.majority_flexible, *m.pass_flexible.values()]
+            rows.append([arm.name, *(share_and_interval(each) for each in shares)])
+    most = max((arm.measured.samples for arm in results.arms), default=1)
+    scores = [f"maj@{most}", *(f"pass@{k}" for k in passes(most))]
     return Table(
         "Several answers to each problem",
-        ["Arm", "k", "Strict %", "maj@k", "pass@k", "Flexible %", "maj@k", "pass@k"],
-        rows,
-        "Strict and flexible: the mean over all answers. maj@k: the answer that most of a problem's k give is right. "
-        "pass@k: any of the k is right.",
+        ["Arm", "Strict %", *scores, "Flexible %", *scores],
+        [row for row in rows if len(row) == 2 * len(scores) + 3],
+        f"Strict and flexible: the mean over all answers. maj@{most}: the answer that most of a problem's {most} give "
+        "is right. pass@k: one of k is right, in the mean over all choices of k.",
     )
 
 

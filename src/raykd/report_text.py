@@ -134,20 +134,25 @@ def _answer_without_primed(results: Results) -> Answer:
 
 
 def _verdict(comparison: Comparison, num_compared: int) -> str:
-    p = f"McNemar p {_p_in_words(comparison.p)}"
+    p = f"{test_name(comparison)} p {_p_in_words(comparison.p)}"
     if num_compared > 1:
         p += f", {_p_in_words(comparison.p_holm, bare=True)} corrected for {num_compared} comparisons"
     found = f"The difference of {points(comparison.difference)} points "
     found += f"(95 % interval {points_interval(comparison)}; {p}) "
     if comparison.is_clear:
         return found + (
-            "is more than chance explains."
+            "is more than the choice of test problems explains."
             if comparison.difference > 0
-            else "is more than chance explains: here the prime did harm."
+            else "is more than the choice of test problems explains: here the prime did harm."
         )
     if comparison.low <= 0 <= comparison.high:
         return found + "cannot be told from chance: the interval holds no difference at all."
     return found + "is not clear of chance, once both tests and the number of arms are counted."
+
+
+def test_name(comparison: Comparison) -> str:
+    """Which test p is of."""
+    return "McNemar" if comparison.num_pairs == comparison.num_problems else "sign-flip"
 
 
 def _p_in_words(p: float, bare: bool = False) -> str:
@@ -179,10 +184,10 @@ def _remarks(results: Results, strict: Comparison, num_primed: int) -> list[str]
                 f"“{comparison.baseline.arm}” by {points(comparison.difference)} points "
                 f"(95 % interval {points_interval(comparison)})."
             )
-    if strict.num_pairs > strict.num_problems:
+    seeds = len({trial.seed for arm in results.arms if arm.name == strict.arm for trial in arm.trials})
+    if seeds == 1:
         remarks.append(
-            "McNemar's test counts a problem once for each seed and so makes p too small; "
-            "the interval resamples problems and does not."
+            "Each arm was trained with one seed: how much another would change is in neither interval nor p."
         )
     return remarks + _untouched_remark(results)
 

@@ -13,6 +13,8 @@ from raykd.config import UNTOUCHED, shown
 from raykd.finalists import ranked
 from raykd.job import COMPLETE, FAILED
 from raykd.measured import Measured, Row, measure
+from raykd.protocols import described
+from raykd.sections import Evaluate
 from raykd.space import point_key
 from raykd.storage import MANIFEST, read_json
 from raykd.strategies import BUILT_IN, Strategy
@@ -85,6 +87,17 @@ class Results:
     """None where it was not measured."""
 
     @property
+    def asked(self) -> str:
+        """How the students were asked, in words."""
+        return described(Evaluate.model_validate(self.tree.get("evaluate") or {}))
+
+    @property
+    def also_asked(self) -> list[str]:
+        """The folders of complete answers to other ways of asking."""
+        found = sorted(each.parent.name for each in self.folder.glob(f"predictions/*/{MANIFEST}"))
+        return [name for name in found if f"predictions/{name}" != self.run.get("predictions")]
+
+    @property
     def name(self) -> str:
         """What the experiment is called."""
         return str(self.run.get("name") or self.folder.name)
@@ -94,8 +107,12 @@ class Results:
         return next((arm for arm in self.arms if arm.name == name and arm.measured.n), None)
 
 
-def read_results(folder: Path) -> Results:
+def read_results(folder: Path, with_attention: bool = True) -> Results:
     """Computes an experiment's numbers from its folder (layout: `raykd.records`).
+
+    Args:
+        folder: the experiment's.
+        with_attention: whether the numbers of the attention heads are wanted, which take seconds to minutes.
 
     Raises:
         ValueError: the folder is not an experiment's, or holds neither trials nor predictions.
@@ -128,7 +145,10 @@ def read_results(folder: Path) -> Results:
     compared = {baseline.arm for baseline in against.values()}
     controls = _controls(tree)
     arms = [_arm(name, name in compared, controls, best, rows) for name in names]
-    attention = _attention(folder, run, arms, rows)
+    attention = _attention(folder, run, arms, rows) if with_attention else None
+    notes = _notes(folder, run, trials, best, earlier) + (attention.notes if attention else [])
+    if with_attention and run.get("attention") and not attention:
+        notes.append("Attention: not measured yet; `raykd run` and `raykd attention` do it")
     by_seed = {arm.name: [(Setting(t.seed), rows.get(t.trial_id, {})) for t in arm.trials] for arm in arms}
     return Results(
         folder=folder,
@@ -141,7 +161,7 @@ def read_results(folder: Path) -> Results:
         flexible=compare_arms(by_seed, against, "is_correct_flexible"),
         examples=_examples(arms, rows),
         answers=rows,
-        notes=_notes(folder, run, trials, best, earlier) + (attention.notes if attention else []),
+        notes=notes,
         attention=attention,
         sweep=_sweep(told, trials, against, rows) if told else None,
     )
@@ -200,7 +220,8 @@ def _attention(
     measured = folder / run["attention"] if run.get("attention") else None
     if measured is None or not (measured / MANIFEST).is_file():
         return None
-    return read_attention(measured, {arm.name: [trial.trial_id for trial in arm.trials] for arm in arms}, rows)
+    trained = {arm.name: [trial.trial_id for trial in arm.trials if trial.status == COMPLETE] for arm in arms}
+    return read_attention(measured, trained, rows)
 
 
 def _examples(arms: list[Arm], rows: Mapping[str, Answers]) -> list[Example]:

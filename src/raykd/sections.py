@@ -308,12 +308,6 @@ class Evaluate(Section):
         asked = {"protocol": "zero_shot_chat", "samples": 1, "stop": None, "sampling": sampling}
         return self.model_copy(update=asked)
 
-    @property
-    def asked(self) -> dict[str, Any]:
-        """What bears on the answers, besides the engine's arguments."""
-        told = self.model_dump(mode="json", include={"protocol", "samples", "stop"})
-        return told | {"sampling": self.sampling.bearing()}
-
 
 class Attention(Section):
     """What the attention heads of every student look at while they read the reference solutions of test problems."""
@@ -325,14 +319,9 @@ class Attention(Section):
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """`auto`: a GPU for each worker where the cluster has any, else the CPU."""
     dtype: Literal["bfloat16", "float32"] | None = None
-    """Type of the model; weights of the heads are float32 in any case. Null for bfloat16 on a GPU, float32 on a CPU."""
+    """Type of the model, null for `train.dtype`; weights of the heads are float32 in any case."""
     batch_size: int = Field(default=8, ge=1)
     """Texts that are read side by side."""
-
-    @property
-    def measured(self) -> dict[str, Any]:
-        """What bears on what is measured."""
-        return self.model_dump(mode="json", include={"num_problems", "dtype"})
 
 
 class Prices(Section):

@@ -80,6 +80,25 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
+def sign_flip(differences: ArrayLike, num_draws: int = 10_000, seed: int = 0) -> float:
+    """The two-sided randomisation test of no difference: each problem's might as well have had the other sign.
+
+    Where each is -1, 0 or 1, this is McNemar's test but for the draws; where a problem has several pairs, its
+    difference is their mean, and pairs of one problem are not taken for independent.
+
+    Args:
+        differences: one for each problem.
+        num_draws: how many times the signs are drawn.
+        seed: of the draws.
+    """
+    sizes, counts = np.unique(np.abs(np.asarray(differences, dtype=np.float64)), return_counts=True)
+    found = abs(float(np.sum(differences)))
+    rng = np.random.default_rng(seed)
+    # Of as many differences of one size, so many are positive.
+    drawn = np.abs((2 * rng.binomial(counts, 0.5, size=(num_draws, len(counts))) - counts) @ sizes)
+    return float((1 + np.sum(drawn >= found - 1e-9)) / (1 + num_draws))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values corrected for how many were computed (Holm 1979), in the order given."""
     corrected = [0.0] * len(p_values)

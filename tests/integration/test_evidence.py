@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +61,8 @@ def test_lm_evaluation_harness_hears_the_same_answers(ran: Ran, tmp_path: Path):
     """By the command that the report gives: the harness' own backend, prompts, extraction and score."""
     plan = ran.plan
     job = next(job for job in plan.jobs if job.arm_name == "scored")
-    command = harness.command(plan.experiment, plan.folder / harness.FOLDER, str(job.folder / "adapter")).split()
+    command = harness.command(plan.experiment, plan.folder / harness.FOLDER, str(job.folder / "adapter"))
+    command = shlex.split(command)
     assert command[0] == "lm_eval"
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     more = ["--output_path", str(tmp_path / "out"), "--log_samples"]

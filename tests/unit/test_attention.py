@@ -48,7 +48,7 @@ def adapter(tmp_path: Path) -> Path:
 
 def read(problems: Path, **told) -> attention.Read:
     folder = problems / "rows"
-    return attention.Read(STUDENT, Attention(batch_size=2, **told), problems, "", "cpu", folder)
+    return attention.Read(STUDENT, Attention(batch_size=2, **told), "float32", problems, "", "cpu", folder)
 
 
 def items(adapters: list[str], ids: list[str]) -> list[pa.Table]:
@@ -113,7 +113,8 @@ def test_a_text_that_cannot_be_read_carries_why_and_the_others_are_there(problem
 
 def test_another_way_of_measuring_has_another_folder():
     names = {
-        attention.folder_name(each) for each in (Attention(), Attention(num_problems=9), Attention(dtype="float32"))
+        attention.folder_name(told, dtype)
+        for told, dtype in ((Attention(), "float32"), (Attention(num_problems=9), "float32"), (Attention(), "bfloat16"))
     }
     assert len(names) == 3
-    assert attention.folder_name(Attention(batch_size=3, num_workers=4)) in names
+    assert attention.folder_name(Attention(batch_size=3, num_workers=4), "float32") in names

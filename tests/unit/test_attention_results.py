@@ -31,11 +31,12 @@ def rows_of(trial_id: str, arm: str, seed: int, values: np.ndarray, missing: int
     ]
 
 
-def written(folder: Path, rows: list[dict]) -> Path:
+def written(folder: Path, rows: list[dict], late: set[str] = frozenset()) -> Path:
     for start in range(0, len(rows), 7):
         part = pa.Table.from_pylist(rows[start : start + 7], schema=records.ATTENTION)
         storage.write_part(folder, part, "attention_id")
-    told = {"trials": [], "statistics": STATISTICS, "layers": LAYERS, "heads": HEADS}
+    trials = sorted({row["trial_id"] for row in rows} - late)
+    told = {"trials": trials, "statistics": STATISTICS, "layers": LAYERS, "heads": HEADS}
     storage.seal(folder, records.ATTENTION, "attention_id", told)
     return folder
 
@@ -60,11 +61,11 @@ def test_arms_are_compared_with_the_untouched_student_on_the_problems_that_all_h
         "primed-0": answers_of("primed", 0, right["primed-0"]),
         "primed-1": answers_of("primed", 1, right["primed-1"]),
     }
-    arms = {"untouched": ["untouched"], "primed": ["primed-0", "primed-1"], "failed": ["failed-0"]}
+    arms = {"untouched": ["untouched"], "primed": ["primed-0", "primed-1"], "failed": []}
     found = read_attention(written(tmp_path, rows), arms, answers)
 
     kept = [number for number in range(30) if number != 4]
-    assert (found.num_problems, found.num_students) == (29, 3)
+    assert (found.num_problems, found.num_students, found.num_arms) == (29, 3, 2)
     assert (found.num_layers, found.num_heads, found.statistics) == (LAYERS, HEADS, STATISTICS)
     assert found.notes == ["Attention: 1 of 120 texts could not be read (too long)"]
     assert [(arm.name, arm.num_students) for arm in found.arms] == [("untouched", 1), ("primed", 2)]
@@ -74,15 +75,12 @@ def test_arms_are_compared_with_the_untouched_student_on_the_problems_that_all_h
         assert primed.means[name] == pytest.approx(mean[:, number].mean(0), abs=1e-6)
         paired = (mean - untouched[kept])[:, number]
         assert primed.heads[name].value.reshape(LAYERS, HEADS) == pytest.approx(paired.mean(0), abs=1e-6)
-        assert primed.layers[name].value == pytest.approx(paired.mean((0, 2)), abs=1e-6)
         assert primed.overall[name].value == pytest.approx([paired.mean()], abs=1e-6)
         assert primed.heads[name].is_clear.all()
         students = [untouched, *seeds]
-        means = np.array([each[kept][:, number].mean(0).ravel() for each in students])
-        accuracy = [each.mean() for each in right.values()]
+        # Two arms, so that r is 1 or -1.
+        assert np.abs(found.accurate[name].value) == pytest.approx(np.ones(LAYERS * HEADS))
         for head in range(LAYERS * HEADS):
-            expected = np.corrcoef(means[:, head], accuracy)[0, 1]
-            assert found.accurate[name].value[head] == pytest.approx(expected, abs=1e-6)
             own = [
                 np.corrcoef(each[kept][:, number].reshape(29, -1)[:, head], mine[kept])[0, 1]
                 for each, mine in zip(students, right.values(), strict=True)
@@ -96,3 +94,35 @@ def test_where_nothing_could_be_read_it_is_said(tmp_path: Path):
     found = read_attention(written(tmp_path, rows), {"a": ["a-0"]}, {})
     assert not found.arms and not found.right
     assert found.notes == ["Attention: 12 of 12 texts could not be read (no plain softmax)"]
+
+
+def test_arms_stand_for_their_seeds_together(tmp_path: Path):
+    rng = np.random.default_rng(1)
+    rows, answers, arms, means, accuracy = [], {}, {}, [], []
+    for number in range(6):
+        arm, own = f"arm{number}", rng.normal(size=(2, 20, *SHAPE)) + rng.normal()
+        right = rng.random((2, 20)) < 0.1 + 0.12 * number
+        arms[arm] = [f"{arm}-{seed}" for seed in (0, 1)]
+        for seed in (0, 1):
+            rows += rows_of(f"{arm}-{seed}", arm, seed, own[seed])
+            answers[f"{arm}-{seed}"] = answers_of(arm, seed, right[seed])
+        means.append(own.mean((0, 1)))
+        accuracy.append(right.mean())
+    found = read_attention(written(tmp_path, rows), arms, answers)
+    assert (found.num_arms, found.num_students) == (6, 12)
+    for number, name in enumerate(STATISTICS):
+        values = np.array([each[number].ravel() for each in means])
+        for head in range(LAYERS * HEADS):
+            expected = np.corrcoef(values[:, head], accuracy)[0, 1]
+            assert found.accurate[name].value[head] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_student_that_was_begun_later_takes_nothing_from_the_others(tmp_path: Path):
+    rng = np.random.default_rng(2)
+    values = rng.normal(size=(2, 30, *SHAPE))
+    rows = rows_of("untouched", "untouched", 0, values[0]) + rows_of("a-0", "a", 0, values[1])
+    late = rows_of("a-1", "a", 1, values[1][:5])
+    arms = {"untouched": ["untouched"], "a": ["a-0", "a-1"]}
+    found = read_attention(written(tmp_path, rows + late, late={"a-1"}), arms, {})
+    assert found.num_problems == 30 and found.arms[1].num_students == 1
+    assert found.notes == ["Attention: not measured yet of a-1"]

@@ -5,7 +5,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from raykd.effects import FEWEST_PROBLEMS, across_students, correlation, difference
+from raykd.effects import FEWEST_PROBLEMS, across_arms, correlation, difference
 
 
 def test_a_difference_is_the_mean_over_problems_with_a_bootstrap_interval():
@@ -34,16 +34,41 @@ def test_problems_without_a_value_are_left_out_head_by_head():
     assert np.isnan([found.value[3], found.low[3], found.high[3], found.p[3]]).all()
 
 
-def test_of_heads_that_differ_by_chance_one_experiment_in_twenty_finds_any():
+@pytest.mark.parametrize("problems", [FEWEST_PROBLEMS, 30, 100])
+@pytest.mark.parametrize("kind", ["independent", "together", "skewed"])
+def test_of_heads_that_differ_by_chance_one_experiment_in_twenty_finds_any(problems: int, kind: str):
     rng = np.random.default_rng(3)
     clear = []
-    for number in range(150):
-        # Heads move together, as they do.
-        shared = rng.normal(size=(60, 1))
-        noise = 0.7 * shared + rng.normal(size=(60, 40))
-        clear.append(difference(noise, np.zeros_like(noise), seed=number).is_clear.any())
-    # 0.05 x 150 = 7.5 expected, with a standard deviation of 2.7; the bootstrap is a little generous at 60 problems.
-    assert 1 <= sum(clear) <= 18
+    for number in range(60):
+        arm, untouched = rng.normal(size=(2, problems, 200))
+        if kind == "together":
+            arm += 2 * rng.normal(size=(problems, 1))
+        if kind == "skewed":
+            # Weights have long tails: two students that look alike have the same ones.
+            arm, untouched = rng.lognormal(sigma=1.5, size=(2, problems, 200))
+        clear.append(difference(arm, untouched, seed=number).is_clear.any())
+    # 3 of 60 expected; 9 or more would come up in one of 500 tests, were that true.
+    assert sum(clear) < 9, sum(clear)
+
+
+@pytest.mark.parametrize("num_right", [2, 5, 20, 50])
+def test_of_heads_that_go_with_being_right_by_chance_one_experiment_in_twenty_finds_any(num_right: int):
+    rng = np.random.default_rng(4)
+    clear = []
+    for number in range(60):
+        right = np.zeros(100)
+        right[rng.permutation(100)[:num_right]] = 1
+        # Problems that one student has right are easy for the other too.
+        other = np.where(rng.random(100) < 0.8, right, rng.random(100) < 0.1).astype(float)
+        values = [rng.normal(size=(100, 100)) for _ in range(2)]
+        clear.append(correlation(values, [right, other], seed=number).is_clear.any())
+    assert sum(clear) < 9, sum(clear)
+
+
+def test_of_heads_that_go_with_accuracy_by_chance_one_experiment_in_twenty_finds_any():
+    rng = np.random.default_rng(5)
+    clear = [across_arms(rng.normal(size=(7, 100)), rng.random(7), seed=n).is_clear.any() for n in range(60)]
+    assert sum(clear) < 9, sum(clear)
 
 
 def test_a_head_that_differs_is_found_among_many():
@@ -59,6 +84,11 @@ def test_a_head_that_differs_is_found_among_many():
 def test_a_head_that_never_moves_is_not_told_from_chance():
     found = difference(np.full((30, 2), 0.25), np.full((30, 2), 0.25))
     assert (found.value == 0).all() and (found.p == 1).all()
+
+
+def test_a_head_that_moves_on_every_problem_alike_is_clear():
+    found = difference(np.tile([0.75, 0.25], (30, 1)), np.full((30, 2), 0.25))
+    assert found.is_clear.tolist() == [True, False]
 
 
 def test_of_few_problems_there_is_a_mean_and_nothing_else():
@@ -102,12 +132,12 @@ def test_a_head_that_goes_with_being_right_is_found_among_many():
     assert found.is_clear.sum() <= 2
 
 
-def test_across_students_it_is_pearson_s_with_fisher_s_interval_and_a_permutation_test():
+def test_across_arms_it_is_pearson_s_with_fisher_s_interval_and_a_permutation_test():
     stats = pytest.importorskip("scipy.stats", reason="scipy is the oracle of this test: pip install scipy")
     rng = np.random.default_rng(8)
     values, accuracy = rng.normal(size=(6, 2)), rng.random(6)
     accuracy += 0.5 * values[:, 0]
-    found = across_students(values, accuracy)
+    found = across_arms(values, accuracy)
     for head in range(2):
         expected = stats.pearsonr(values[:, head], accuracy)
         bounds = expected.confidence_interval(0.95)
@@ -123,7 +153,7 @@ def test_across_students_it_is_pearson_s_with_fisher_s_interval_and_a_permutatio
         assert found.p[head] == pytest.approx(exact, abs=0.04)
 
 
-def test_of_three_students_there_is_no_interval():
-    found = across_students(np.array([[1.0, 2.0], [2.0, 2.0], [3.0, 2.0]]), np.array([0.1, 0.2, 0.4]))
+def test_of_few_arms_there_is_no_interval():
+    found = across_arms(np.array([[1.0, 2.0], [2.0, 2.0], [3.0, 2.0], [4.0, 2.0]]), np.array([0.1, 0.2, 0.4, 0.5]))
     assert found.value[0] > 0.9 and np.isnan(found.value[1])
     assert np.isnan(found.p).all() and np.isnan(found.low).all()

@@ -163,5 +163,11 @@ def test_all_complete_answers_are_collected_in_one_file(tmp_path: Path):
             storage.seal(folder / name, records.PREDICTION, "prediction_id", {"trials": ["t"]})
     evaluate.collect(folder, tmp_path / "predictions.parquet")
     found = pyarrow.parquet.read_table(tmp_path / "predictions.parquet")
-    assert found.schema == records.PREDICTION
-    assert found.num_rows == 2 * len(rows)
+    assert found.schema.names == ["evaluation", *records.PREDICTION.names]
+    assert found["evaluation"].to_pylist() == ["chat"] * 2 + ["raw"] * 2
+    before = (tmp_path / "predictions.parquet").stat().st_mtime_ns
+    evaluate.collect(folder, tmp_path / "predictions.parquet")
+    assert (tmp_path / "predictions.parquet").stat().st_mtime_ns == before, "nothing new"
+    storage.seal(folder / "unfinished", records.PREDICTION, "prediction_id", {"trials": ["t"]})
+    evaluate.collect(folder, tmp_path / "predictions.parquet")
+    assert pyarrow.parquet.read_table(tmp_path / "predictions.parquet").num_rows == 3 * len(rows)

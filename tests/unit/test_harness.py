@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shlex
 from pathlib import Path
 
 import lm_eval
@@ -12,7 +13,7 @@ import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from raykd import answers, config, harness, prompts, protocols, records, storage
+from raykd import answers, config, harness, models, prompts, protocols, records, storage
 
 EXPERIMENT = """
 name: asked
@@ -133,9 +134,24 @@ def test_the_harness_asks_what_a_student_is_asked(tmp_path: Path, protocol: str)
 def test_the_command_names_the_adapter_the_task_and_the_form_of_the_question(tmp_path: Path):
     experiment, _ = exported(tmp_path, "evaluate.engine.engine_kwargs.dtype=float32")
     told = harness.command(experiment, tmp_path / "lm_eval", "trials/none-s0/adapter")
-    assert "peft=trials/none-s0/adapter" in told and "dtype=float32" in told and "--apply_chat_template" in told
+    words = shlex.split(told)
+    model = json.loads(words[words.index("--model_args") + 1])
+    assert model["peft"] == "trials/none-s0/adapter" and model["dtype"] == "float32"
+    # As raykd tells models whose templates ask for it.
+    assert model["chat_template_args"] == {"date_string": models.DATE_STRING}
+    assert "--apply_chat_template" in words
     assert "--tasks raykd_asked" in told and "fewshot" not in told
     raw = config.load(tmp_path / "experiment.yaml", ["evaluate.protocol=zero_shot_raw"])
     assert "chat_template" not in harness.command(raw, tmp_path, "") and "peft" not in harness.command(
         raw, tmp_path, ""
     )
+
+
+def test_the_answer_is_in_the_form_that_the_harness_finds(tmp_path: Path):
+    file = tmp_path / "experiment.yaml"
+    file.write_text(EXPERIMENT)
+    rows = [PROBLEMS[0] | {"reference_solution": "0 + 1 = 1\n####1"}]
+    storage.write_table(tmp_path / "test.parquet", pa.Table.from_pylist(rows, schema=records.PROBLEM))
+    harness.write_task(config.load(file), tmp_path, tmp_path / "lm_eval")
+    (doc,) = loaded(tmp_path).test_docs()
+    assert loaded(tmp_path).process_results(doc, ["1"])["exact_match"] == 1

@@ -35,7 +35,10 @@ def test_samples_of_a_problem_vote_and_seeds_vote_by_themselves():
     assert found.strict.value == pytest.approx((2 + 2 + 1 + 1 + 1) / 20)
     # Right by majority: the first and the third; of as many votes, as in the second, the earlier answer wins.
     assert found.majority_strict.value == pytest.approx(2 / 5)
-    assert found.pass_strict.value == pytest.approx(5 / 5)
+    # All five have one right answer at least among four; of two, by pairs: 5/6, 5/6, 3/6, 3/6, 3/6.
+    assert list(found.pass_strict) == [2, 4]
+    assert found.pass_strict[4].value == 1
+    assert found.pass_strict[2].value == pytest.approx((5 / 6 + 5 / 6 + 3 / 6 + 3 / 6 + 3 / 6) / 5)
     assert (found.majority_strict.low, found.majority_strict.high) == pytest.approx(wilson_interval(4 * 2 / 5, 4))
     # By flexible extract those without an answer in form say 7.
     assert found.majority_flexible.value == pytest.approx(1 / 5)

@@ -209,7 +209,7 @@ def two_arms(folder: Path, only_primed: int, only_none: int, both: int, neither:
 @pytest.mark.parametrize(
     ("counts", "words", "figure"),
     [
-        ((40, 5, 30, 25), "is more than chance explains.", "+35.0"),
+        ((40, 5, 30, 25), "is more than the choice of test problems explains.", "+35.0"),
         ((5, 40, 30, 25), "here the prime did harm", "−35.0"),
         ((9, 7, 50, 34), "cannot be told from chance", "+2.0"),
         ((0, 0, 50, 50), "cannot be told from chance", "0.0"),
@@ -220,7 +220,7 @@ def test_the_answer_is_worded_by_its_tests(tmp_path: Path, counts, words: str, f
     assert words in found.sentences[1]
     assert found.figure == figure
     assert "95 % interval" in found.sentences[1] and "McNemar p" in found.sentences[1]
-    assert ("chance explains" in found.sentences[1]) == (words != "cannot be told from chance")
+    assert ("test problems explains" in found.sentences[1]) == (words != "cannot be told from chance")
     page = Page((tmp_path / "report.html").read_text())
     assert found.sentences[1] in page.text
 

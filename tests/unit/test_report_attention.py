@@ -45,7 +45,7 @@ def test_the_strongest_head_is_named(results: Results):
     effect = results.attention.right["entropy"]
     layer, head = divmod(int(np.abs(effect.value).argmax()), 2)
     assert table.rows[0][1] == f"layer {layer}, head {head}"
-    assert "5 students" in table.note
+    assert "5 students" in table.note and "3 arms" in table.note
 
 
 def test_colours_tell_more_from_less_and_what_is_clear():

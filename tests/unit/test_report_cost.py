@@ -25,7 +25,7 @@ def table(folder: Path, prices: str = "", **held):
 
 def test_processor_seconds_are_those_that_were_held_and_those_of_training(tmp_path: Path):
     found = table(tmp_path, teacher={"gpu": 7200.0}, attention={"cpu": 36.0})
-    assert found.columns == ["Held by", "Processors", "Processor-seconds", "Processor-hours"]
+    assert found.columns == ["Held by", "Processors", "Seconds, at most", "Hours, at most"]
     assert found.rows == [
         ["teacher", "GPU", "7,200", "2.00"],
         ["attention", "CPU", "36", "0.01"],
@@ -43,7 +43,7 @@ def test_processor_seconds_are_those_that_were_held_and_those_of_training(tmp_pa
 )
 def test_money_is_processor_hours_by_their_price(tmp_path: Path, prices: str, teacher: str, total: list[str]):
     found = table(tmp_path, prices, teacher={"gpu": 7200.0}, attention={"cpu": 36.0})
-    assert found.columns[-1] == ("Cost, EUR" if "EUR" in prices else "Cost, USD")
+    assert found.columns[-1] == ("Cost, EUR, at most" if "EUR" in prices else "Cost, USD, at most")
     assert found.rows[0][-1] == teacher
     assert found.rows[2][-1] == "10.00"
     assert [found.rows[3][0], found.rows[3][-1]] == total

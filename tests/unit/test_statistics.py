@@ -14,6 +14,7 @@ from raykd.statistics import (
     mean_interval,
     paired_bootstrap,
     pass_at_k,
+    sign_flip,
     wilson_interval,
 )
 
@@ -154,3 +155,17 @@ def test_the_interval_of_a_mean_covers_it_as_often_as_it_says() -> None:
     assert 0.93 < np.mean([low < 2 < high for low, high in intervals]) < 0.965
     with pytest.raises(ValueError, match="at least two"):
         mean_interval([1.0])
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (5, 0), (3, 9), (12, 14), (30, 12)])
+def test_of_single_pairs_the_sign_flip_test_is_mcnemar_s(only_a: int, only_b: int) -> None:
+    differences = [1.0] * only_a + [-1.0] * only_b + [0.0] * 20
+    assert sign_flip(differences) == pytest.approx(mcnemar_exact(only_a, only_b), abs=0.015)
+
+
+def test_the_sign_flip_test_against_all_signs() -> None:
+    differences = np.array([0.5, -0.25, 1.0, 0.75, 0.5, -0.5, 0.25, 1.0, 0.0, 0.5])
+    sums = [abs(np.dot(signs, differences)) for signs in product([1, -1], repeat=len(differences))]
+    exact = np.mean([each >= abs(differences.sum()) - 1e-9 for each in sums])
+    assert sign_flip(differences) == pytest.approx(exact, abs=0.01)
+    assert sign_flip(-differences) == sign_flip(differences)
