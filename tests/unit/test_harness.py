@@ -142,7 +142,7 @@ def test_the_command_names_the_adapter_the_task_and_the_form_of_the_question(tmp
     assert "--apply_chat_template" in words
     assert "--tasks raykd_asked" in told and "fewshot" not in told
     raw = config.load(tmp_path / "experiment.yaml", ["evaluate.protocol=zero_shot_raw"])
-    assert "chat_template" not in harness.command(raw, tmp_path, "") and "peft" not in harness.command(
+    assert "--apply_chat_template" not in harness.command(raw, tmp_path, "") and "peft" not in harness.command(
         raw, tmp_path, ""
     )
 
