@@ -39,7 +39,15 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hostile = "<script>alert(1)</script><img src=http://example.com/x.png onerror=alert(2)> & \\boxed{7}"
     for row in experiment.rows[:200]:
         row["question"], row["completion"] = f"{hostile} {row['question']}", f"{hostile}\n{row['completion']}"
-    write_report(experiment.write())
+        row["reference_answer"] = hostile
+    experiment.trial("confidence", 1, [], "confidence", status="failed", error=hostile)
+    models = {"teacher": {"model": hostile, "revision": hostile}}
+    experiment.run |= {"command": hostile, "harness": hostile, "models": models, "name": hostile, "platform": hostile}
+    experiment.completions(hostile, 3, ["none"])
+    experiment.write()
+    with (folder / "experiment.yaml").open("a") as file:
+        file.write(f"# {hostile}\n")
+    write_report(folder)
     return folder / "report.html"
 
 
