@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",$$/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu quickstart check test test-all lock clean
+.PHONY: help install install-gpu quickstart check test test-all test-faults lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,9 @@ test: install ## unit and integration tests; GSM8K's files are looked for in $RA
 
 test-all: install ## the same, and the tests that take minutes each
 	$(BIN)/pytest -m "slow or not slow"
+
+test-faults: install ## bad input, 20,000 cases of it and more
+	RAYKD_CASES=2500 $(BIN)/pytest tests/faults
 
 lock: ## make both lock files anew
 	PYTHON=$(PYTHON) tools/lock.sh

@@ -106,7 +106,7 @@ def _stored(root: Path) -> list[dict[str, Any]]:
     for manifest in sorted((root / "completions").glob(f"*/{storage.MANIFEST}")):
         try:
             found.append(storage.read_json(manifest)["content"])
-        except ValueError:
+        except (ValueError, KeyError):
             # Whoever needs these rows is told so; for the others they are not there.
             continue
     return found

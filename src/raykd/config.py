@@ -332,6 +332,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
         raise ValueError(f"{path}: no such file; `configs/` holds experiments to start from") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply for an experiment") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: an experiment is a mapping of keys, not {type(tree).__name__}")
     for override in overrides:
@@ -346,6 +348,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
         return Experiment.model_validate(tree)
     except ValidationError as error:
         raise ValueError(f"{path}: {explain(error, Experiment)}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply for an experiment") from None
 
 
 def dump(experiment: Experiment) -> str:

@@ -11,7 +11,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """One line that names each place in the tree, what is wrong there, and the way out."""
     lines = []
     for problem in error.errors(include_url=False):
-        place = ".".join(str(part) for part in problem["loc"])
+        place = ".".join(_shown(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             known = _keys_beside(model, problem["loc"])
@@ -22,6 +22,12 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             message = f"{message}, not {problem['input']!r}"
         lines.append(f"{place}: {message}" if place else message)
     return "; ".join(lines)
+
+
+def _shown(part: int | str) -> str:
+    """A key as it was typed, where it can be seen."""
+    text = str(part)
+    return text if text.isprintable() else repr(text)
 
 
 def _keys_beside(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

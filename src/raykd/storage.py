@@ -67,30 +67,36 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Reads JSON.
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
 
     Raises:
         ValueError: where the file is cut or altered, with its path and what to do.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, and the stage is done again") from None
+    return _object(path.read_bytes(), str(path), "delete it, and the stage is done again")
 
 
-def read_json_lines(path: Path) -> list[Any]:
-    """Reads JSON, a value a line.
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads JSON, an object a line.
 
     Raises:
         ValueError: where a line is cut or altered, with its place and what to do.
     """
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is damaged ({error}); delete the file's folder") from None
+    lines = path.read_bytes().split(b"\n")
+    return [
+        _object(line, f"{path}, line {number}", "delete the file's folder")
+        for number, line in enumerate(lines, start=1)
+        if line or number < len(lines)
+    ]
+
+
+def _object(content: bytes, where: str, remedy: str) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{where} is damaged ({error}); {remedy}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} is damaged (no object, but {str(found)[:40]!r}); {remedy}")
     return found
 
 
@@ -216,7 +222,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not (folder / MANIFEST).exists():
         return None
     manifest = read_json(folder / MANIFEST)
-    for name, rows in manifest.get("parts", {}).items():
+    parts = manifest.get("parts", {})
+    if not isinstance(parts, dict):
+        raise ValueError(f"{folder / MANIFEST} is damaged (parts: {str(parts)[:40]!r}); delete it")
+    for name, rows in parts.items():
         file = folder / name
         try:
             found = pq.read_metadata(file).num_rows

@@ -60,7 +60,7 @@ def _file(sweep: Sweep, folder: Path, arm: str) -> Path:
 
 
 def _read(file: Path) -> list[Point]:
-    return storage.read_json(file) if file.exists() else []
+    return storage.read_json(file)["points"] if file.exists() else []
 
 
 class Study:
@@ -120,7 +120,7 @@ class Study:
                 refused = error
                 continue
             self._points.append(point)
-            storage.write_json(self._file, self._points)
+            storage.write_json(self._file, {"points": self._points})
             return self._follow(number, jobs)
         raise ValueError(f"sweep: {ATTEMPTS} points in a row that no arm can be at, the last of them: {refused}")
 

@@ -1,0 +1,192 @@
+"""Bad input: whatever comes in, there is a result or a ValueError that names the place. No traceback from deep inside.
+
+How many cases are tried is `RAYKD_CASES`, for each test.
+"""
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from raykd import answers, config, disagreements, problems, records, report, spans, storage
+
+ROOT = Path(__file__).parents[2]
+CASES = int(os.environ.get("RAYKD_CASES", "60"))
+many = settings(
+    max_examples=CASES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+# What files of YAML and JSON hold, and what people type where something else is meant.
+words = st.sampled_from(["", "~", "none", "ground_truth", "student", "top_k", "auto", "1e-3", "../up", "a/b", "null"])
+numbers = st.integers(-3, 10**20) | st.floats() | st.booleans()
+scalars = st.none() | numbers | words | st.text(max_size=12)
+keys = (
+    words
+    | st.sampled_from(["name", "arms", "sweep", "space", "teacher", "prompt.strategy", "grid"])
+    | st.text(max_size=6)
+)
+trees = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys | st.integers(-1, 3), inner, max_size=3),
+    max_leaves=8,
+)
+CONFIGURATIONS = sorted(ROOT.glob("configs/**/*.yaml"))
+
+
+def read_or_refused(file: Path, *overrides: str) -> None:
+    """Reads an experiment; where it is refused, by a message of one line that names the file or what was typed."""
+    try:
+        experiment = config.load(file, overrides)
+    except ValueError as error:
+        assert str(file) in str(error) or "override" in str(error), error
+        assert "\n" not in str(error), error
+        assert type(error) is ValueError, type(error)
+        return
+    # What was read can be written, and read again.
+    again = file.with_suffix(".again")
+    again.write_text(config.dump(experiment), encoding="utf-8")
+    # Keys that are numbers are texts then, in what is passed on to a library.
+    assert config.dump(config.load(again)) == config.dump(experiment)
+
+
+def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    found = [path] if path else []
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        found += places(value, (*path, key))
+    return found
+
+
+@many
+@given(tree=trees)
+def test_any_yaml_tree(tmp_path: Path, tree: Any):
+    file = tmp_path / "experiment.yaml"
+    file.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8", errors="surrogatepass")
+    read_or_refused(file)
+
+
+@many
+@given(data=st.data(), file=st.sampled_from(CONFIGURATIONS))
+def test_a_configuration_with_a_place_that_holds_anything(tmp_path: Path, data: st.DataObject, file: Path):
+    tree = yaml.safe_load(file.read_text())
+    for _ in range(data.draw(st.integers(1, 3))):
+        *parents, last = data.draw(st.sampled_from(places(tree)))
+        at = tree
+        for key in parents:
+            at = at[key]
+        at[last] = copy.deepcopy(data.draw(trees))
+    changed = tmp_path / "experiment.yaml"
+    changed.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8", errors="surrogatepass")
+    read_or_refused(changed)
+
+
+@many
+@given(content=st.binary(max_size=60))
+def test_any_bytes_where_yaml_is_expected(tmp_path: Path, content: bytes):
+    file = tmp_path / "experiment.yaml"
+    file.write_bytes(content)
+    read_or_refused(file)
+
+
+@many
+@given(typed=st.lists(st.text(max_size=20) | st.builds("{}={}".format, keys, st.text(max_size=12)), max_size=3))
+def test_anything_typed_as_an_override(tmp_path: Path, typed: list[str]):
+    file = tmp_path / "experiment.yaml"
+    file.write_text((ROOT / "configs/quickstart.yaml").read_text())
+    read_or_refused(file, *typed)
+
+
+lines = st.binary(max_size=40) | st.builds(
+    lambda tree: json.dumps(tree).encode(),
+    st.dictionaries(st.sampled_from(["question", "answer", "x"]), scalars | st.just("so\n#### 1,234"), max_size=3)
+    | trees,
+)
+
+
+@many
+@given(content=st.lists(lines, max_size=4))
+def test_any_json_lines(tmp_path: Path, content: list[bytes]):
+    file = tmp_path / "train.jsonl"
+    file.write_bytes(b"\n".join(content))
+    try:
+        rows = list(problems._rows("train", str(file), problems.read_jsonl(file)))
+    except ValueError as error:
+        assert str(file) in str(error) and type(error) is ValueError, error
+        return
+    assert all(row["question"] and row["reference_answer"] for row in rows)
+
+
+texts = st.text(max_size=200) | st.lists(
+    st.sampled_from(
+        ["#### ", "18", "-", "$", ",", ".", "= ", "<<", ">>", "\n", "\\boxed{", "answer is ", "x", "½", "٣"]
+    ),
+    max_size=60,
+).map("".join)
+
+
+@many
+@given(text=texts, reference=texts)
+def test_any_completion(text: str, reference: str):
+    for found in (answers.strict_match(text), answers.flexible_extract(text)):
+        assert found is None or any(character.isdigit() for character in found)
+        assert answers.is_correct(found, reference) in (True, False)
+    assert answers.states_answer_first(text) in (True, False)
+    assert 0 <= answers.repeated_share(text) < 1
+    for start, end in spans.number_spans(text):
+        assert any(character.isdigit() for character in text[start:end])
+    offsets = [(at, at + 1) for at in range(len(text))]
+    for at, seen in enumerate(spans.previous_results(text, offsets)):
+        assert all(0 <= each < at for each in seen)
+    assert "\x1b" not in disagreements.printable(text)
+    shown = report._md(text)
+    assert "<" not in shown and "\n" not in shown
+    try:
+        assert answers.reference_answer(text)
+    except ValueError as error:
+        assert "####" in str(error)
+
+
+manifests = trees | st.fixed_dictionaries({"rows": scalars, "parts": trees})
+
+
+@many
+@given(content=st.binary(max_size=80) | manifests.map(lambda tree: json.dumps(tree).encode()))
+def test_any_bytes_where_a_manifest_or_rows_are_expected(tmp_path: Path, content: bytes):
+    (tmp_path / storage.MANIFEST).write_bytes(content)
+    for part in tmp_path.glob("part-*"):
+        part.unlink()
+    (tmp_path / "part-0.parquet").write_bytes(content)
+    for read in (
+        lambda: storage.read_manifest(tmp_path),
+        lambda: storage.open_rows(tmp_path, records.PREDICTION),
+        lambda: storage.read_json_lines(tmp_path / storage.MANIFEST),
+    ):
+        try:
+            read()
+        except ValueError as error:
+            assert str(tmp_path) in str(error) and type(error) is ValueError, repr(error)
+
+
+@many
+@given(text=st.text(max_size=30) | st.builds("{}:{}:{}".format, words, words, words | st.integers(-5, 5)))
+def test_anything_typed_where_a_run_is_named(text: str):
+    try:
+        folder, arm, seed = disagreements._named(text)
+    except ValueError as error:
+        assert "FOLDER:ARM:SEED" in str(error)
+        return
+    assert isinstance(folder, Path) and (seed is None or arm is not None or seed is not None)
+
+
+def test_nesting_without_end_is_refused(tmp_path: Path):
+    file = tmp_path / "experiment.yaml"
+    for text in ("[" * 5000, "a: &a [*a]", "a: &a {b: *a}", "{" * 3000 + "}" * 3000):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"experiment\.yaml"):
+            config.load(file)
