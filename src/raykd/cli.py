@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from raykd import __version__, config
+from raykd import __version__, config, lock
 
 LOG_WIDTH = 160
 _EPILOG = """\
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _preview(options, experiment)
         if options.stage == "sweep" and experiment.sweep is None:
             raise ValueError(f"{options.file}: has no section `sweep`; write one, or use `raykd run`")
-        return _run_stage(options.stage, experiment, command, getattr(options, "retry_failed", False))
+        with lock.held(_folder(experiment), command):
+            return _run_stage(options.stage, experiment, command, getattr(options, "retry_failed", False))
     except ValueError as error:
         # What a user can mend; everything else is a fault, and keeps its traceback.
         print(f"raykd: {error}", file=sys.stderr)
@@ -135,6 +136,10 @@ def _run_stage(stage: str, experiment: config.Experiment, command: str, retry_fa
     return _show_results(experiment)
 
 
+def _folder(experiment: config.Experiment) -> Path:
+    return Path(experiment.storage).absolute() / "experiments" / experiment.name
+
+
 def _show_results(experiment: config.Experiment) -> int:
     """Prints the result table, and tells whether a trial failed."""
     from rich.console import Console
@@ -142,7 +147,7 @@ def _show_results(experiment: config.Experiment) -> int:
     from raykd.report import result_tables
     from raykd.results import read_results
 
-    folder = Path(experiment.storage).absolute() / "experiments" / experiment.name
+    folder = _folder(experiment)
     results = read_results(folder, with_attention=False)
     # In a log lines may be long; a terminal knows its width.
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)

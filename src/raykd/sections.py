@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from raykd.space import Axis
 from raykd.strategies import Strategy
 
+SECRET = re.compile(r"token$|secret|password|api_?key|access_?key|credential", re.IGNORECASE)
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 # Arguments of vLLM that say how fast and in how much memory it answers, not what.
 SPEED_ARGUMENTS = frozenset(
@@ -99,6 +100,17 @@ class Engine(Section):
     """Passed on to vLLM unchanged (https://docs.vllm.ai/en/latest/configuration/engine_args/)."""
     env: dict[str, str] = {}
     """Environment of the engine's processes, such as VLLM_CPU_KVCACHE_SPACE (GiB)."""
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> Self:
+        # Whatever is configured is written into the experiment's folder and its report.
+        for where, names in (("env", self.env), ("engine_kwargs", self.engine_kwargs)):
+            if secret := next((name for name in names if SECRET.search(str(name))), None):
+                raise ValueError(
+                    f"{where}.{secret}: what is secret is not configured, for the configuration is written down; set "
+                    "it in the environment of the cluster's nodes"
+                )
+        return self
 
     @property
     def arguments_of_answers(self) -> dict[str, Any]:

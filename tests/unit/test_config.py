@@ -155,3 +155,16 @@ def test_how_long_answers_are_bears_on_what_a_search_chooses(tmp_path: Path):
         load(tmp_path, SMALLEST, *search, "sweep.metric=loss", f"evaluate.sampling.max_tokens={n}") for n in (9, 10)
     )
     assert by_loss.identity() == longer.identity()
+
+
+@pytest.mark.parametrize(
+    "path", ["env.HF_TOKEN", "env.AWS_SECRET_ACCESS_KEY", "engine_kwargs.hf_token", "env.my_api_key"]
+)
+def test_what_is_secret_is_not_configured_and_not_repeated(tmp_path: Path, path: str):
+    with pytest.raises(ValueError, match="is written down") as refused:
+        load(tmp_path, SMALLEST, f"teacher.engine.{path}=hunter2")
+    assert "hunter2" not in str(refused.value) and path.split(".")[1] in str(refused.value)
+
+
+def test_arguments_that_count_tokens_are_no_secrets(tmp_path: Path):
+    load(tmp_path, SMALLEST, "teacher.engine.engine_kwargs.max_num_batched_tokens=512")

@@ -1,0 +1,52 @@
+"""Lock: one process at a time works on an experiment's folder; whoever comes second is told who does."""
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+FILE = "run.lock"
+# File systems without locks; there it is left to the user.
+_UNKNOWN = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+
+
+@contextmanager
+def held(folder: Path, command: str) -> Iterator[None]:
+    """Holds an experiment's folder for a `with` block.
+
+    The lock is the operating system's, and goes with the process that has it, however that ends: what is left of a run
+    that was killed keeps nobody out. On a shared file system it is as good as that file system's.
+
+    Args:
+        folder: the experiment's.
+        command: what was typed, for whoever comes second.
+
+    Raises:
+        ValueError: where another process holds it, with who that is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / FILE).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = " ".join(file.read().split()) or "another process"
+            raise ValueError(
+                f"{folder} is being worked on by {who}. Wait for it, end it, or give this experiment a name of its own "
+                "(name=...)"
+            ) from None
+        except OSError as error:
+            if error.errno not in _UNKNOWN:
+                raise
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}: {command}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)

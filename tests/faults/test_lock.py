@@ -1,0 +1,62 @@
+"""Two runs of one experiment at once: one works, the other says who does, and a dead one keeps nobody out."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raykd import cli, lock
+
+ROOT = Path(__file__).parents[2]
+HOLD = """
+import sys, time
+from pathlib import Path
+from raykd import lock
+with lock.held(Path(sys.argv[1]), "raykd run mine.yaml"):
+    print("held", flush=True)
+    time.sleep(300)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path):
+    """A process that works on an experiment."""
+    folder = tmp_path / "experiments" / "quickstart"
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout and process.stdout.readline() == "held\n"
+        yield process, folder
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("stage", ["run", "train", "report"])
+def test_the_second_is_told_who_the_first_is(holder, tmp_path: Path, capsys, stage: str):
+    process, folder = holder
+    assert cli.main([stage, str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert f"{folder} is being worked on by process {process.pid} on " in said
+    assert "raykd run mine.yaml" in said and "name=..." in said
+    # Nothing was touched.
+    assert [path.name for path in folder.iterdir()] == [lock.FILE]
+
+
+def test_a_dead_one_keeps_nobody_out(holder):
+    process, folder = holder
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert str(process.pid) in (folder / lock.FILE).read_text(), "it had no time to tidy up"
+    with lock.held(folder, "again"):
+        assert "again" in (folder / lock.FILE).read_text()
+    assert (folder / lock.FILE).read_text() == ""
+
+
+def test_after_an_error_it_is_free(tmp_path: Path):
+    with pytest.raises(RuntimeError), lock.held(tmp_path, "first"):
+        raise RuntimeError
+    with lock.held(tmp_path, "second"):
+        pass
