@@ -111,7 +111,8 @@ def test_the_same_students_can_be_asked_by_another_protocol(ran: Ran, experiment
         table = pyarrow.parquet.read_table(ran.plan.folder / "predictions.parquet")
         assert sorted(set(table["protocol"].to_pylist())) == ["zero_shot_chat", "zero_shot_raw"]
         assert table.num_rows == 50 + 150
-        assert "maj@k" in (ran.plan.folder / "report.md").read_text()
+        page = (ran.plan.folder / "report.html").read_text()
+        assert "maj@3" in page and "pass@2" in page and "asked by zero_shot_raw, temperature 0.9" in page
         assert {path: path.stat().st_mtime_ns for path in ran.plan.predictions.iterdir()} == before
     finally:
         again = finish(["run", str(experiment_file), f"storage={ran.plan.root}"], ran.plan.root)
