@@ -185,7 +185,7 @@ def test_a_lost_worker_left_no_gap(swept: Swept):
 
 
 def test_the_best_of_each_arm_and_the_untouched_student_were_tested(swept: Swept):
-    rows = storage.open_rows(swept.plan.folder / "predictions", records.PREDICTION).to_table().to_pylist()
+    rows = storage.open_rows(swept.plan.predictions, records.PREDICTION).to_table().to_pylist()
     asked = {row["trial_id"] for row in rows}
     best = set()
     for arm in ("scored", "reference"):
