@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from raykd import heads, models, placement, prompts, records, spans, storage
 from raykd.demo import resolve_model
-from raykd.evaluate import Contestant
+from raykd.evaluate import Contestant, test_ids
 from raykd.progress import Meter
 from raykd.sections import Attention, Student
 from raykd.student import load_base
@@ -68,7 +68,7 @@ def measure(
     Returns:
         How many texts could not be read.
     """
-    ids = _problem_ids(problems, attention.num_problems)
+    ids = test_ids(problems)[: attention.num_problems]
     done = storage.done_ids(folder, records.ATTENTION, "attention_id")
     items = []
     for each in contestants:
@@ -222,8 +222,3 @@ def text_of(problem: Mapping[str, Any], tokenizer: Any, instruction: str, limit:
     if limit is not None and len(text) > limit:
         raise ValueError(f"problem and reference solution are {len(text)} tokens, more than the model's {limit}")
     return text
-
-
-def _problem_ids(problems: Path, num_problems: int) -> list[str]:
-    ids = pq.read_table(problems / "test.parquet", columns=["problem_id"])["problem_id"].to_pylist()
-    return ids[:num_problems]

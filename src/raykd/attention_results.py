@@ -22,7 +22,6 @@ class ArmAttention:
     """What the heads of an arm do, its seeds averaged, and what they do more than those of the untouched student."""
 
     name: str
-    num_students: int
     means: dict[str, np.ndarray]
     """By statistic, (L, H): in the mean over problems."""
     heads: dict[str, Effect]
@@ -104,7 +103,7 @@ def read_attention(folder: Path, arms: Mapping[str, Sequence[str]], answers: Map
         num_students=len(answered),
         num_arms=len(of_arm),
         arms=[
-            _arm(arm, len(by_arm[arm]), values_PSF, None if arm == UNTOUCHED else untouched_PSF, names, told["layers"])
+            _arm(arm, values_PSF, None if arm == UNTOUCHED else untouched_PSF, names, told["layers"])
             for arm, values_PSF in means.items()
         ],
         right=right,
@@ -144,7 +143,6 @@ def _students(
 
 def _arm(
     name: str,
-    num_students: int,
     values_PSF: np.ndarray,
     untouched_PSF: np.ndarray | None,
     statistics: Sequence[str],
@@ -158,7 +156,7 @@ def _arm(
             theirs_PF = untouched_PSF[:, number].astype(np.float64)
             heads[statistic] = difference(own_PF, theirs_PF)
             overall[statistic] = difference(_mean(own_PF, axis=1)[:, None], _mean(theirs_PF, axis=1)[:, None])
-    return ArmAttention(name, num_students, means, heads, overall)
+    return ArmAttention(name, means, heads, overall)
 
 
 def _mean(values: np.ndarray, axis: int = 0) -> np.ndarray:

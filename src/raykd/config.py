@@ -47,9 +47,6 @@ ARM_SECTIONS = (
 ASKED = ("teacher.sampling", "teacher.samples", "prompt.strategy", "targets.sequence", "targets.kind", "targets.top_k")
 
 
-ANSWER_LENGTH = "evaluate.sampling.max_tokens"
-
-
 class Experiment(Section):
     """One experiment: the tree that a YAML file holds."""
 
@@ -170,15 +167,17 @@ class Experiment(Section):
         """All that makes the experiment what it is, by dotted path; how it is carried out is left out.
 
         Arms and seeds are left out too: they may be added to, and each trial has a name of its own. So is how students
-        are asked the test problems: answers by different ways of asking have folders of their own.
+        are asked the test problems, for answers by other ways of asking have folders of their own; of `evaluate` there
+        is what bears on the students themselves, where anything does.
         """
         tree = json.loads(self.model_dump_json(exclude=_CARRIED_OUT))
-        for section, engine in (("teacher", self.teacher.engine), ("evaluate", self.evaluate.engine)):
-            tree[section]["engine"] = {"engine_kwargs": engine.arguments_of_answers}
+        tree["teacher"]["engine"] = {"engine_kwargs": self.teacher.engine.arguments_of_answers}
+        found = dict(leaves(tree, ""))
+        if any(self.arm(name).targets.sequence == "student" for name in self.arms):
+            found["evaluate.engine.engine_kwargs"] = self.evaluate.engine.arguments_of_answers
         if self.sweep and self.sweep.metric == "accuracy":
-            # How long the answers may be that students are chosen by; without a search it bears on no student.
-            set_path(tree, ANSWER_LENGTH, self.evaluate.sampling.max_tokens)
-        return dict(leaves(tree, ""))
+            found["evaluate.sampling.max_tokens"] = self.evaluate.sampling.max_tokens
+        return found
 
     @property
     def strategies(self) -> dict[str, Strategy]:
@@ -274,7 +273,7 @@ _CARRIED_OUT: Any = {
     "sweep": True,
     "teacher": {"replicas", "batch_size", "concurrency", "timeout_s", "start_timeout_s", "max_error_rate"},
     "train": {name.removeprefix("train.") for name in CARRIED_OUT_OF_TRAIN},
-    "evaluate": {"protocol", "sampling", "samples", "stop", "batch_size", "max_loras", "max_error_rate"},
+    "evaluate": True,
 }
 
 

@@ -1,5 +1,6 @@
 """Disagreements: the test problems that one of two students has right and the other not, with what both said."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,7 @@ def _named(text: str) -> tuple[Path, str | None, int | None]:
     """Folder, arm and seed of `FOLDER[:ARM[:SEED]]`."""
     folder, *more = text.split(":")
     arm, seed = (*more, None, None)[:2]
-    if len(more) > 2 or (seed is not None and not seed.lstrip("-").isdigit()):
+    if len(more) > 2 or (seed is not None and not re.fullmatch("-?[0-9]+", seed)):
         raise ValueError(f"{text!r}: write FOLDER, FOLDER:ARM or FOLDER:ARM:SEED")
     return Path(folder), arm or None, int(seed) if seed else None
 

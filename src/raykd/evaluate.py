@@ -64,10 +64,11 @@ def evaluate(
     Raises:
         RuntimeError: where more than `evaluation.max_error_rate` of the rows failed, naming some.
     """
+    ids = test_ids(problems)
     wanted = {
         _prediction_id(each, problem_id, sample)
         for each in contestants
-        for problem_id in _ids(problems)
+        for problem_id in ids
         for sample in range(evaluation.samples)
     }
     total = len(wanted)
@@ -211,7 +212,8 @@ def _with_null_adapter(contestants: list[Contestant], folder: Path) -> list[Cont
     return [null if each == UNTOUCHED_STUDENT else each for each in contestants]
 
 
-def _ids(problems: Path) -> list[str]:
+def test_ids(problems: Path) -> list[str]:
+    """The test problems, in their order."""
     return pq.read_table(problems / "test.parquet", columns=["problem_id"])["problem_id"].to_pylist()
 
 

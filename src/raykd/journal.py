@@ -12,7 +12,7 @@ from typing import Any
 
 from raykd import __version__, config, storage
 from raykd.completions import Request
-from raykd.config import ANSWER_LENGTH, Experiment
+from raykd.config import Experiment
 from raykd.demo import MODELS
 from raykd.placement import Accelerator
 from raykd.problems import SPLITS, split_size
@@ -40,7 +40,9 @@ def claim(experiment: Experiment, folder: Path) -> None:
     changed = [
         f"{path} was {was.get(path)!r}, is {now.get(path)!r}"
         for path in sorted(was.keys() | now.keys())
-        if was.get(path) != now.get(path) and (path != ANSWER_LENGTH or {path} <= was.keys() & now.keys())
+        # How students are asked bears on them by a search, or by arms that learn from their own answers; where these
+        # came later or are gone, there is nothing that it was.
+        if was.get(path) != now.get(path) and (not path.startswith("evaluate.") or (path in was and path in now))
     ]
     changed += [
         f"arm {arm} was {overrides}, is {experiment.arms[arm]}"

@@ -352,12 +352,14 @@ def write_report(plan: Plan) -> None:
 
 
 def _is_measured(plan: Plan) -> bool:
-    manifest = storage.read_manifest(plan.attention) if plan.attention else None
-    return not plan.attention or (
-        manifest is not None and manifest["trials"] == [each.trial_id for each in plan.contestants]
-    )
+    return not plan.attention or _holds_all(plan, plan.attention)
 
 
 def _are_predicted(plan: Plan) -> bool:
-    manifest = storage.read_manifest(plan.predictions)
+    return _holds_all(plan, plan.predictions)
+
+
+def _holds_all(plan: Plan, folder: Path) -> bool:
+    """Whether a folder is complete, and of the students that there are now."""
+    manifest = storage.read_manifest(folder)
     return manifest is not None and manifest["trials"] == [each.trial_id for each in plan.contestants]

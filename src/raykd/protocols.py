@@ -15,13 +15,14 @@ def stop_strings(evaluation: Evaluate) -> list[str]:
 
 
 def asked(evaluation: Evaluate) -> dict[str, Any]:
-    """All that bears on the students' answers, besides the engine's arguments and what the experiment is."""
+    """All that bears on the students' answers, besides what the experiment is."""
     return {
         "protocol": evaluation.protocol,
         "exemplars": [each.model_dump() for each in exemplars(evaluation.protocol)],
         "samples": evaluation.samples,
         "stop": stop_strings(evaluation),
         "sampling": evaluation.sampling.bearing(),
+        "engine_kwargs": evaluation.engine.arguments_of_answers,
     }
 
 

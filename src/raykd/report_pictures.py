@@ -135,8 +135,8 @@ def _training(results: Results) -> Figure | None:
     columns = min(4, len(arms))
     figure = Figure(figsize=(3 * columns, 2.4 * -(-len(arms) // columns)))
     for axes, arm in zip(_grid(figure, len(arms), columns), arms, strict=True):
-        for trial in arm.trials:
-            axes.plot(*zip(*trial.losses, strict=True), color=_COLORS["primed"], linewidth=1) if trial.losses else None
+        for losses in [trial.losses for trial in arm.trials if trial.losses]:
+            axes.plot(*zip(*losses, strict=True), color=_COLORS["primed"], linewidth=1)
         axes.set_ylim(bottom=0)
         axes.set_title(f"{arm.name}: loss by step", fontsize=9)
         _plain(axes)

@@ -181,7 +181,9 @@ def test_anything_typed_where_a_run_is_named(text: str):
     except ValueError as error:
         assert "FOLDER:ARM:SEED" in str(error)
         return
-    assert isinstance(folder, Path) and (seed is None or arm is not None or seed is not None)
+    path, *more = text.split(":")
+    assert folder == Path(path)
+    assert [arm or "", str(seed)][: len(more)] == [*more[:1], *(str(int(each)) for each in more[1:])]
 
 
 def test_nesting_without_end_is_refused(tmp_path: Path):

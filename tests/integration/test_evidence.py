@@ -12,13 +12,12 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import Ran, finish
+from conftest import MAX_TOKENS, Ran, finish, greedy
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from raykd import attention, evaluate, harness, heads, models, records, storage
+from raykd import attention, harness, heads, models, records, storage
 from raykd.demo import resolve_model
-from raykd.sections import Evaluate
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -120,11 +119,21 @@ def test_the_same_students_can_be_asked_by_another_protocol(ran: Ran, experiment
     assert again.stdout == ran.stdout
 
 
-def test_eight_worked_problems_reach_the_engine_as_turns(ran: Ran):
-    """What the engine is sent is what the model's own template makes of the turns."""
-    plan = ran.plan
-    test = pyarrow.parquet.read_table(plan.problems / "test.parquet")
-    told = Evaluate(protocol="eight_shot_cot")
-    asked = evaluate.Ask(plan.contestants[:1], plan.experiment.student, told, "", set())(test).to_pylist()
+def test_eight_worked_problems_come_before_the_question(ran: Ran, experiment_file: Path):
+    """Word for word what transformers makes of those turns; a question that has no room beside them carries why."""
+    told = ["evaluate.protocol=eight_shot_cot", "evaluate.max_error_rate=0.2"]
+    other = finish(["evaluate", str(experiment_file), f"storage={ran.plan.root}", *told], ran.plan.root)
+    finish(["report", str(experiment_file), f"storage={ran.plan.root}"], ran.plan.root)
     tokenizer = models.load_tokenizer("raykd/demo-student", None)
-    assert all(tokenizer.decode(row["tokenized_prompt"]).count("<|user|>") == 9 for row in asked)
+    base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32).eval()
+    rows = answers(other.plan.predictions)
+    assert len(rows) == 50 and {row["protocol"] for row in rows} == {"eight_shot_cot"}
+    agreed = []
+    for row in [row for row in rows if row["arm"] == "untouched"]:
+        prompt = models.question_token_ids(tokenizer, row, "", "eight_shot_cot")
+        assert tokenizer.decode(prompt).count("<|user|>") == 9
+        assert bool(row["error"]) == (len(prompt) >= 1024)
+        if not row["error"]:
+            tokens = greedy(base, prompt, tokenizer.eos_token_id, min(MAX_TOKENS, 1024 - len(prompt)))
+            agreed.append(tokenizer.decode(tokens, skip_special_tokens=True) == row["completion"])
+    assert len(agreed) >= 8 and sum(agreed) >= len(agreed) - 1, agreed

@@ -131,12 +131,18 @@ def test_identity_is_what_bears_on_results(tmp_path: Path):
     assert load(tmp_path, SMALLEST, *same).identity() == base.identity()
     elsewhere = ["teacher.engine.tensor_parallel_size=8", "teacher.engine.engine_kwargs={max_num_seqs: 8}"]
     assert load(tmp_path, SMALLEST, *elsewhere).identity() == base.identity()
-    other = load(tmp_path, SMALLEST, "evaluate.engine.engine_kwargs={dtype: float32, max_num_seqs: 8}").identity()
-    assert "evaluate.engine.engine_kwargs.dtype" in other.keys() - base.identity().keys()
     asked = ("evaluate.protocol=zero_shot_raw", "evaluate.sampling.max_tokens=9", "evaluate.stop=[x]")
+    asked += ("evaluate.engine.engine_kwargs={dtype: float32}",)
     assert load(tmp_path, SMALLEST, *asked).identity() == base.identity()
     changed = load(tmp_path, SMALLEST, "train.learning_rate=0.5").identity()
     assert {key for key in changed if changed[key] != base.identity()[key]} == {"train.learning_rate"}
+
+
+def test_the_engine_that_students_answer_with_bears_on_those_who_learn_from_that(tmp_path: Path):
+    own = "arms={own: {targets: {sequence: student}}}"
+    other = load(tmp_path, SMALLEST, own, "evaluate.engine.engine_kwargs={dtype: float32, max_num_seqs: 8}").identity()
+    base = load(tmp_path, SMALLEST, own, "evaluate.engine.engine_kwargs={max_num_seqs: 4}").identity()
+    assert {key for key in other if other[key] != base[key]} == {"evaluate.engine.engine_kwargs"}
 
 
 def test_overrides_are_read_as_yaml(tmp_path: Path):
@@ -167,4 +173,5 @@ def test_what_is_secret_is_not_configured_and_not_repeated(tmp_path: Path, path:
 
 
 def test_arguments_that_count_tokens_are_no_secrets(tmp_path: Path):
-    load(tmp_path, SMALLEST, "teacher.engine.engine_kwargs.max_num_batched_tokens=512")
+    found = load(tmp_path, SMALLEST, "teacher.engine.engine_kwargs.max_num_batched_tokens=512")
+    assert found.teacher.engine.engine_kwargs == {"max_num_batched_tokens": 512}

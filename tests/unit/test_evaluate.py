@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from raykd import answers, evaluate, models, protocols, records, storage
-from raykd.sections import Evaluate, Sampling, Student
+from raykd.sections import Engine, Evaluate, Sampling, Student
 
 END = 1
 
@@ -92,6 +92,7 @@ def test_each_way_of_asking_has_a_folder_of_its_own():
         Evaluate(sampling=Sampling(max_tokens=9)),
         Evaluate(sampling=Sampling(temperature=0.5)),
         Evaluate(sampling=Sampling(temperature=0.5), samples=3),
+        Evaluate(engine=Engine(engine_kwargs={"dtype": "float32"})),
     ]
     assert len({evaluate.folder_name(each) for each in ways}) == len(ways)
     # Of greedy answers chance is no part, and of none how many are asked at once.
