@@ -141,7 +141,7 @@ class Read:
 
     def __call__(self, batch: pa.Table) -> dict[str, list[int]]:
         rows = [row for item in batch.to_pylist() for row in self._rows(item)]
-        storage.write_part(self._folder, pa.Table.from_pylist(rows, schema=records.ATTENTION), "attention_id")
+        storage.write_part(self._folder, pa.Table.from_pylist(rows, schema=records.ATTENTION))
         return {"rows": [len(rows)], "tokens": [sum(row["num_tokens"] for row in rows)]}
 
     def _rows(self, item: Mapping[str, Any]) -> list[dict[str, Any]]:

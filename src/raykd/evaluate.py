@@ -344,7 +344,7 @@ class Score:
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[int]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         table = pa.Table.from_pylist([self._score(row) for row in rows], schema=records.PREDICTION)
-        storage.write_part(self._folder, table, "prediction_id")
+        storage.write_part(self._folder, table)
         return {"rows": [len(rows)], "tokens": [sum(table["num_tokens"].to_pylist())]}
 
     def _score(self, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def _keep_what_has_no_token(folder: Path, request: Request) -> int:
     ]
     if nothing:
         table = pa.Table.from_pylist(nothing, schema=records.COMPLETION)
-        storage.write_part(request.folder, table, "completion_id")
+        storage.write_part(request.folder, table)
     return len(nothing)
 
 
@@ -305,6 +305,7 @@ def _seal(request: Request, total: int, max_error_rate: float, seconds: float, v
     Raises:
         RuntimeError: where more than `max_error_rate` of them failed, naming some.
     """
+    storage.merge(request.folder, records.COMPLETION, "completion_id")
     rows = storage.open_rows(request.folder, records.COMPLETION)
     counts = {
         "answered": 0,

@@ -58,7 +58,8 @@ def prepare(problems: Problems, root: Path) -> Path:
                 f"problems.num_{split}={wanted or 'all'}, but the source {problems.source} has {counts[split]}"
                 f" problems left for {split}; ask for fewer"
             )
-    storage.write_json(folder / storage.MANIFEST, {**_identity(problems), **counts})
+    files = [folder / f"{split}.parquet" for split in SPLITS]
+    storage.write_manifest(folder, {**_identity(problems), **counts}, files)
     return folder
 
 

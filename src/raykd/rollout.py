@@ -77,7 +77,7 @@ class Keep:
         for trial_id in dict.fromkeys(row["trial_id"] for row in rows):
             made = [self._completion(row) for row in rows if row["trial_id"] == trial_id]
             table = pa.Table.from_pylist(made, schema=records.COMPLETION)
-            storage.write_part(self._folders[trial_id], table, "completion_id")
+            storage.write_part(self._folders[trial_id], table)
         return {"rows": [len(rows)], "tokens": [sum(len(row["generated_tokens"]) for row in rows)]}
 
     def _completion(self, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,16 @@
 """Storage: where things lie, under which key, and how they are written so that nothing half-written is read.
 
 A folder of rows is a set of Parquet parts and, once all rows are there, a manifest. A part appears under its
-name whole or not at all, so a stage that was killed goes on from the rows that are there.
+name whole or not at all, so a stage that was killed goes on from the rows that are there. The name of a part is
+the digest of its content, and a manifest holds that of itself and of every part: what was cut or altered is refused.
 """
 
+import functools
 import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ import pyarrow.parquet as pq
 
 MANIFEST = "manifest.json"
 _PART_GLOB = "part-*.parquet"
+# Rows. Small groups, so that a reader can stream and can split one file over several tasks.
+ROW_GROUP = 1024
 # A model's weights count into its fingerprint by content up to this many bytes, above that by their ends.
 _WHOLE_FILE_BYTES = 64 << 20
 
@@ -107,19 +111,34 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Writes a Parquet file that is there whole or not at all."""
-    # Small row groups, so that a reader can stream and can split one file over several tasks.
-    _replace(path, lambda temporary: pq.write_table(table, temporary, row_group_size=1024))
+    _replace(path, lambda temporary: pq.write_table(table, temporary, row_group_size=ROW_GROUP))
 
 
-def write_part(folder: Path, table: pa.Table, id_column: str) -> None:
-    """Writes rows as one part, named by their ids: the same rows written twice are one part."""
-    name = digest("\0".join(table[id_column].to_pylist()))[:20]
-    write_table(folder / f"part-{name}.parquet", table)
+def write_part(folder: Path, table: pa.Table) -> Path:
+    """Writes rows as one part, named by what it holds: the same rows written twice are one part."""
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, row_group_size=ROW_GROUP)
+    content = buffer.getvalue()
+    path = folder / f"part-{hashlib.sha256(content).hexdigest()[:20]}.parquet"
+    _replace(path, lambda temporary: temporary.write_bytes(content))
+    return path
 
 
 def parts(folder: Path) -> list[Path]:
     """The whole parts of a folder, in the order of their names."""
     return sorted(folder.glob(_PART_GLOB))
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of what a file holds; read once for as long as it stays as it is."""
+    state = file.stat()
+    return _file_digest(file, state.st_size, state.st_mtime_ns, state.st_ino)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _file_digest(file: Path, *_: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def open_rows(folder: Path, schema: pa.Schema) -> pyarrow.dataset.Dataset:
@@ -130,11 +149,9 @@ def open_rows(folder: Path, schema: pa.Schema) -> pyarrow.dataset.Dataset:
     """
     files = parts(folder)
     for file in files:
-        try:
-            found = pq.read_schema(file)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{file} is damaged ({error}); delete it, and its rows are made again") from None
-        if not found.equals(schema):
+        if f"part-{file_digest(file)[:20]}.parquet" != file.name:
+            raise ValueError(f"{file} was cut or altered after it was written; {_remedy(file)}")
+        if not pq.read_schema(file).equals(schema):
             raise ValueError(f"{file} has other columns than this version of raykd writes; delete its folder")
     if not files:
         return pyarrow.dataset.dataset(schema.empty_table())
@@ -181,16 +198,13 @@ def check_failures(folder: Path, schema: pa.Schema, id_column: str, whose: str, 
     return len(errors)
 
 
-def seal(folder: Path, schema: pa.Schema, id_column: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Declares a folder of rows complete, and writes its manifest.
+def merge(folder: Path, schema: pa.Schema, id_column: str) -> None:
+    """Leaves each row of a folder once.
 
-    Rows that failed once and were answered later are there twice; the failed ones are removed first.
-
-    Returns:
-        The manifest as written, with `parts` (rows by file) and `rows`.
+    Rows that failed and were answered later are there twice, and so are those that were asked by two: by a run that
+    was killed and went on for a moment, and by the next.
     """
     answered = done_ids(folder, schema, id_column)
-    counts = {}
     seen: set[str] = set()
     for file in parts(folder):
         table = pq.read_table(file)
@@ -200,15 +214,38 @@ def seal(folder: Path, schema: pa.Schema, id_column: str, manifest: Mapping[str,
             if keep[-1]:
                 seen.add(row_id)
         if not all(keep):
-            table = table.filter(pa.array(keep))
-            if not len(table):
-                file.unlink()
-                continue
-            write_table(file, table)
-        counts[file.name] = len(table)
+            if any(keep):
+                write_part(folder, table.filter(pa.array(keep)))
+            file.unlink()
+
+
+def seal(folder: Path, schema: pa.Schema, id_column: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Declares a folder of rows complete: merges it, and writes its manifest.
+
+    Returns:
+        The manifest as written, with `rows`, their number.
+    """
+    # What was declared complete earlier may be about to change.
+    (folder / MANIFEST).unlink(missing_ok=True)
+    merge(folder, schema, id_column)
     for leftover in folder.glob(".tmp-*"):
         leftover.unlink()
-    whole = {**manifest, "rows": sum(counts.values()), "parts": counts}
+    return write_manifest(folder, {**manifest, "rows": open_rows(folder, schema).count_rows()}, parts(folder))
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any], files: Iterable[Path]) -> dict[str, Any]:
+    """Declares a folder complete.
+
+    Args:
+        folder: the folder.
+        manifest: what is to be known of it.
+        files: what it holds; their digests go into the manifest, and that of the manifest itself.
+
+    Returns:
+        The manifest as written.
+    """
+    whole = {**manifest, "parts": {file.name: file_digest(file) for file in files}}
+    whole["digest"] = content_key(whole)
     write_json(folder / MANIFEST, whole)
     return whole
 
@@ -217,26 +254,25 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a complete folder; None where there is none yet.
 
     Raises:
-        ValueError: where a part that the manifest names is missing or has lost rows.
+        ValueError: where it, or a part that it names, was cut, altered or removed.
     """
-    if not (folder / MANIFEST).exists():
+    file = folder / MANIFEST
+    if not file.exists():
         return None
-    manifest = read_json(folder / MANIFEST)
-    parts = manifest.get("parts", {})
-    if not isinstance(parts, dict):
-        raise ValueError(f"{folder / MANIFEST} is damaged (parts: {str(parts)[:40]!r}); delete it")
-    for name, rows in parts.items():
-        file = folder / name
-        try:
-            found = pq.read_metadata(file).num_rows
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(
-                f"{file} is damaged or gone ({error}); delete it and {folder / MANIFEST}, "
-                "and the rows that are missing are made again"
-            ) from None
-        if found != rows:
-            raise ValueError(f"{file} holds {found} rows, {folder / MANIFEST} says {rows}; delete both")
+    manifest = read_json(file)
+    if manifest.get("digest") != content_key({name: each for name, each in manifest.items() if name != "digest"}):
+        raise ValueError(f"{file} was altered after it was written; delete it, and the stage is done again")
+    for name, known in manifest["parts"].items():
+        part = folder / name
+        if not part.is_file():
+            raise ValueError(f"{part} is gone; delete {file}, and what is missing is made again")
+        if file_digest(part) != known:
+            raise ValueError(f"{part} was cut or altered after it was written; {_remedy(part)}")
     return manifest
+
+
+def _remedy(part: Path) -> str:
+    return f"delete it and {part.parent / MANIFEST}, and what is missing is made again"
 
 
 def _replace(path: Path, write: Any) -> None:

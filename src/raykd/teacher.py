@@ -181,7 +181,7 @@ class AskTeacher:
             async with self._room:
                 answered = await self._ask(group, request)
             table = pa.Table.from_pylist(answered, schema=records.COMPLETION)
-            await asyncio.to_thread(storage.write_part, request.folder, table, "completion_id")
+            await asyncio.to_thread(storage.write_part, request.folder, table)
             yield {
                 "rows": [len(answered)],
                 "tokens": [sum(len(row["completion_token_ids"]) for row in answered)],

@@ -92,7 +92,7 @@ def scored(splits: Path) -> Path:
         }
         rows.append(row)
     folder = FOLDER / "scored"
-    storage.write_part(folder, pa.Table.from_pylist(rows, schema=records.COMPLETION), "completion_id")
+    storage.write_part(folder, pa.Table.from_pylist(rows, schema=records.COMPLETION))
     return folder
 
 

@@ -132,7 +132,7 @@ class Experiment:
                 row = {"attention_id": f"{trial_id}/{number}", "trial_id": trial_id, "arm": arm, "seed": seed}
                 row |= {"problem_id": f"problem-{number:03}", "num_tokens": 9, "values": values.ravel(), "error": ""}
                 rows.append(row)
-            write_part(folder, pa.Table.from_pylist(rows, schema=ATTENTION), "attention_id")
+            write_part(folder, pa.Table.from_pylist(rows, schema=ATTENTION))
         told = {"statistics": list(STATISTICS), "layers": shape[0], "heads": shape[1], "trials": list(trials)}
         seal(folder, ATTENTION, "attention_id", told)
         self.run["attention"] = "attention/key"
@@ -144,11 +144,7 @@ class Experiment:
         predictions = self.folder / "predictions"
         predictions.mkdir(exist_ok=True)
         for start in range(0, len(self.rows), 50):
-            write_part(
-                predictions,
-                pa.Table.from_pylist(self.rows[start : start + 50], schema=PREDICTION),
-                "prediction_id",
-            )
+            write_part(predictions, pa.Table.from_pylist(self.rows[start : start + 50], schema=PREDICTION))
         return self.folder
 
 

@@ -34,7 +34,7 @@ def rows_of(trial_id: str, arm: str, seed: int, values: np.ndarray, missing: int
 def written(folder: Path, rows: list[dict], late: set[str] = frozenset()) -> Path:
     for start in range(0, len(rows), 7):
         part = pa.Table.from_pylist(rows[start : start + 7], schema=records.ATTENTION)
-        storage.write_part(folder, part, "attention_id")
+        storage.write_part(folder, part)
     trials = sorted({row["trial_id"] for row in rows} - late)
     told = {"trials": trials, "statistics": STATISTICS, "layers": LAYERS, "heads": HEADS}
     storage.seal(folder, records.ATTENTION, "attention_id", told)

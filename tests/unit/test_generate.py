@@ -1,6 +1,5 @@
 """Generate: what the teacher is sent, and what does not fit."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +81,7 @@ def test_what_an_earlier_run_asked_serves_whoever_needs_no_more(experiment: Expe
     wide = Experiment.model_validate({**TREE, "arms": {"soft": {**TREE["arms"]["soft"], "targets.top_k": 32}}})
     stored = asked(wide, folder, tmp_path)["soft"]
     assert stored is not None
-    stored.folder.mkdir(parents=True)
-    (stored.folder / "manifest.json").write_text(json.dumps({"content": stored.content, "parts": {}}))
+    storage.write_manifest(stored.folder, {"content": stored.content}, [])
     found = asked(experiment, folder, tmp_path)
     for arm in ("soft", "hard"):
         request = found[arm]
@@ -164,7 +162,7 @@ def test_answers_without_a_token_are_kept_and_counted_when_rows_are_chosen(
         {**nothing, "completion_id": "c", "problem_id": "3", "completion_token_ids": [7]},
     ]
     written = tmp_path / "answers"
-    storage.write_part(written, pyarrow.Table.from_pylist(answers, schema=records.COMPLETION), "completion_id")
+    storage.write_part(written, pyarrow.Table.from_pylist(answers, schema=records.COMPLETION))
     assert generate._num_to_score(written) == 1
     for _ in range(2):  # the second time changes nothing
         assert generate._keep_what_has_no_token(written, request) == 2

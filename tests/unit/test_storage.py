@@ -22,15 +22,15 @@ def test_a_content_key_depends_on_content_alone():
 
 def test_the_same_rows_written_twice_are_one_part(tmp_path: Path):
     for _ in range(2):
-        storage.write_part(tmp_path, rows(("a", 1, ""), ("b", 2, "")), "row_id")
+        storage.write_part(tmp_path, rows(("a", 1, ""), ("b", 2, "")))
     assert len(storage.parts(tmp_path)) == 1
     assert storage.open_rows(tmp_path, SCHEMA).count_rows() == 2
 
 
 def test_failed_rows_are_not_done_and_give_way_to_their_answers(tmp_path: Path):
-    storage.write_part(tmp_path, rows(("a", 1, ""), ("b", 0, "timeout"), ("c", 0, "refused")), "row_id")
+    storage.write_part(tmp_path, rows(("a", 1, ""), ("b", 0, "timeout"), ("c", 0, "refused")))
     assert storage.done_ids(tmp_path, SCHEMA, "row_id") == {"a"}
-    storage.write_part(tmp_path, rows(("b", 2, "")), "row_id")
+    storage.write_part(tmp_path, rows(("b", 2, "")))
     manifest = storage.seal(tmp_path, SCHEMA, "row_id", {"what": "test"})
     assert manifest["rows"] == 3
     found = {row["row_id"]: row for row in storage.open_rows(tmp_path, SCHEMA).to_table().to_pylist()}
@@ -43,14 +43,14 @@ def test_more_failures_than_allowed_are_named_with_the_way_out(tmp_path: Path):
     schema = SCHEMA.append(pa.field("problem_id", pa.string()))
     made = rows(("a", 1, ""), ("b", 0, "timeout"), ("c", 0, "refused"), ("d", 1, ""))
     table = made.append_column("problem_id", pa.array(["p1", "p2", "p3", "p4"]))
-    storage.write_part(tmp_path, table, "row_id")
+    storage.write_part(tmp_path, table)
     assert storage.check_failures(tmp_path, schema, "row_id", "students", "evaluate.max_error_rate", 0.5) == 2
     with pytest.raises(RuntimeError) as caught:
         storage.check_failures(tmp_path, schema, "row_id", "students", "evaluate.max_error_rate", 0.4)
     for words in ("students: 2 of 4 rows", "evaluate.max_error_rate=0.4", "p2: timeout", "p3: refused", str(tmp_path)):
         assert words in str(caught.value)
     # What was answered later did not fail.
-    storage.write_part(tmp_path, table.slice(1, 1).set_column(2, "error", pa.array([""])), "row_id")
+    storage.write_part(tmp_path, table.slice(1, 1).set_column(2, "error", pa.array([""])))
     assert storage.check_failures(tmp_path, schema, "row_id", "students", "evaluate.max_error_rate", 0.4) == 1
 
 
@@ -67,33 +67,68 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
     assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
 
 
-def test_a_damaged_part_is_refused_by_name(tmp_path: Path):
-    storage.write_part(tmp_path, rows(("a", 1, "")), "row_id")
-    storage.seal(tmp_path, SCHEMA, "row_id", {})
-    part = storage.parts(tmp_path)[0]
-    part.write_bytes(part.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=part.name):
+def cut(content: bytes) -> bytes:
+    return content[:-20]
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def edited(content: bytes) -> bytes:
+    """Parquet as whole as before, of as many rows."""
+    table = pa.parquet.read_table(pa.BufferReader(content))
+    buffer = pa.BufferOutputStream()
+    pa.parquet.write_table(table.set_column(1, "value", pa.array([100] * len(table))), buffer)
+    return buffer.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("is_complete", [False, True])
+@pytest.mark.parametrize("damage", [cut, flipped, edited])
+def test_a_damaged_part_is_refused_by_name_until_it_is_deleted(tmp_path: Path, damage, is_complete: bool):
+    storage.write_part(tmp_path, rows(("a", 1, "")))
+    part = storage.write_part(tmp_path, rows(("b", 2, "")))
+    if is_complete:
+        storage.seal(tmp_path, SCHEMA, "row_id", {})
+    part.write_bytes(damage(part.read_bytes()))
+    with pytest.raises(ValueError, match=f"{part.name} was cut or altered.*delete it"):
         storage.open_rows(tmp_path, SCHEMA)
-    with pytest.raises(ValueError, match=part.name):
-        storage.read_manifest(tmp_path)
+    if is_complete:
+        with pytest.raises(ValueError, match=f"{part.name} was cut or altered.*delete it"):
+            storage.read_manifest(tmp_path)
+    # As the message says.
     part.unlink()
-    with pytest.raises(ValueError, match=part.name):
+    if is_complete:
+        with pytest.raises(ValueError, match=f"{part.name} is gone"):
+            storage.read_manifest(tmp_path)
+    (tmp_path / storage.MANIFEST).unlink(missing_ok=True)
+    assert storage.done_ids(tmp_path, SCHEMA, "row_id") == {"a"}
+
+
+@pytest.mark.parametrize("written", ['{"rows": ', '{"rows": 2, "parts": {}}', "[]", ""])
+def test_a_damaged_manifest_is_refused_by_name(tmp_path: Path, written: str):
+    (tmp_path / storage.MANIFEST).write_text(written)
+    with pytest.raises(ValueError, match=r"manifest\.json (is damaged|was altered)"):
         storage.read_manifest(tmp_path)
 
 
-def test_a_part_with_other_rows_than_the_manifest_says_is_refused(tmp_path: Path):
-    storage.write_part(tmp_path, rows(("a", 1, ""), ("b", 2, "")), "row_id")
-    storage.seal(tmp_path, SCHEMA, "row_id", {})
-    part = storage.parts(tmp_path)[0]
-    pa.parquet.write_table(rows(("a", 1, "")), part)
-    with pytest.raises(ValueError, match=f"{part.name} holds 1 rows"):
+def test_a_manifest_in_which_a_figure_was_changed_is_refused(tmp_path: Path):
+    storage.write_part(tmp_path, rows(("a", 1, ""), ("b", 2, "")))
+    storage.seal(tmp_path, SCHEMA, "row_id", {"correct": 1})
+    file = tmp_path / storage.MANIFEST
+    file.write_text(file.read_text().replace('"correct": 1', '"correct": 2'))
+    with pytest.raises(ValueError, match=r"manifest\.json was altered"):
         storage.read_manifest(tmp_path)
 
 
-def test_a_damaged_manifest_is_refused_by_name(tmp_path: Path):
-    (tmp_path / storage.MANIFEST).write_text('{"rows": ')
-    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
-        storage.read_manifest(tmp_path)
+def test_rows_that_were_asked_by_two_are_there_once(tmp_path: Path):
+    storage.write_part(tmp_path, rows(("a", 1, ""), ("b", 2, "")))
+    storage.write_part(tmp_path, rows(("b", 2, ""), ("c", 0, "timeout"), ("d", 0, "refused")))
+    storage.write_part(tmp_path, rows(("c", 3, ""), ("d", 0, "timeout")))
+    assert storage.seal(tmp_path, SCHEMA, "row_id", {})["rows"] == 4
+    found = storage.open_rows(tmp_path, SCHEMA).to_table().to_pylist()
+    assert sorted((row["row_id"], row["value"]) for row in found) == [("a", 1), ("b", 2), ("c", 3), ("d", 0)]
 
 
 def test_a_fingerprint_follows_content_and_names(tmp_path: Path):
