@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
-from conftest import free_port, wait_for_end
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 from raykd import cluster, sweep
 from raykd.sections import Train
+from runs import free_port, wait_for_end
 
 RAY = str(Path(sys.executable).parent / "ray")
 HEAD = "ray.head.default"

@@ -12,12 +12,14 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import MAX_TOKENS, Ran, finish, greedy
+from oracles import greedy
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from conftest import MAX_TOKENS
 from raykd import attention, harness, heads, models, records, storage
 from raykd.demo import resolve_model
+from runs import Ran, finish
 
 pytestmark = pytest.mark.timeout(1800)
 

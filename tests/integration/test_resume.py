@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import Ran, finish, kill_when, plan_of, wait_for_end
 from test_run import predictions
 
 from raykd import records, storage
+from runs import Ran, finish, kill_when, plan_of, wait_for_end
 
 pytestmark = pytest.mark.timeout(3000)
 

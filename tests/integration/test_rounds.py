@@ -8,13 +8,14 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from conftest import Ran, finish, greedy, kill_when, log_likelihoods, plan_of, wait_for_end
+from oracles import greedy, log_likelihoods
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from raykd import models, prompts, records, storage, student
 from raykd.demo import resolve_model
 from raykd.job import Job, problems_of_round
+from runs import Ran, finish, kill_when, plan_of, wait_for_end
 
 pytestmark = pytest.mark.timeout(1800)
 MAX_TOKENS = 24

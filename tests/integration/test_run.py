@@ -10,12 +10,14 @@ import pyarrow.parquet
 import pytest
 import safetensors.torch
 import torch
-from conftest import MAX_TOKENS, Ran, finish, greedy, log_likelihoods
+from oracles import greedy, log_likelihoods
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from conftest import MAX_TOKENS
 from raykd import evaluate, models, prompts, records, storage, student
 from raykd.demo import MODELS, resolve_model
+from runs import Ran, finish
 
 pytestmark = pytest.mark.timeout(1800)
 

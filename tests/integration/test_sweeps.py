@@ -13,10 +13,10 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from conftest import RAYKD, kill_when, plan_of, wait_for_end
 
 from raykd import pipeline, records, storage
 from raykd.job import COMPLETE, FAILED, STOPPED, Job, outcome
+from runs import RAYKD, kill_when, plan_of, wait_for_end
 
 pytestmark = pytest.mark.timeout(1800)
 GOOD, FAIR, POOR = 5e-3, 2e-3, 1e-7

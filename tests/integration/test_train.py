@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 import safetensors.torch
 import torch
-from conftest import log_likelihoods
+from oracles import log_likelihoods
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 

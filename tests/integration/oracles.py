@@ -1,0 +1,24 @@
+"""What transformers alone gives, for the pipeline to be compared with."""
+
+import torch
+
+
+def greedy(model, prompt: list[int], eos: int, max_tokens: int) -> list[int]:
+    """What a model answers, by transformers alone."""
+    with torch.no_grad():
+        out = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=max_tokens,
+            eos_token_id=eos,
+            pad_token_id=eos,
+        )
+    return out[0, len(prompt) :].tolist()
+
+
+def log_likelihoods(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """The model's own distribution at each token of an answer (T, V), float64, at temperature 1."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return torch.log_softmax(logits.double(), -1)
