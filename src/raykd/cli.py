@@ -54,9 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # What a user can mend; everything else is a fault, and keeps its traceback.
         print(f"raykd: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print(f"raykd: stopped; the same command goes on from here: {command}", file=sys.stderr)
-        return 130
+        return getattr(stopped, "status", 130)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ import ray
 import ray.data
 from ray.autoscaler.sdk import request_resources
 
-from raykd import progress
+from raykd import progress, signals
 
 LOGS = "/tmp/ray/session_latest/logs"
 # Ray's own; the next that is free where it is taken.
@@ -32,15 +32,21 @@ def connected(log: Path) -> Iterator[dict[str, float]]:
     with progress.libraries_write_to(log):
         address = os.environ.get("RAY_ADDRESS")
         context = ray.init(address=address, log_to_driver=False) if address else _start()
-        data = ray.data.DataContext.get_current()
-        data.enable_progress_bars = False
-        data.print_on_execution_start = False
-        dashboard = f"  dashboard: http://{context.dashboard_url}" if context.dashboard_url else ""
-        progress.say(f"Ray {ray.__version__}: {address or 'local'}{dashboard}  logs: {log}, {LOGS}")
-        try:
-            yield {name: float(amount) for name, amount in ray.cluster_resources().items()}
-        finally:
-            ray.shutdown()
+        with signals.end_in_order():
+            data = ray.data.DataContext.get_current()
+            data.enable_progress_bars = False
+            data.print_on_execution_start = False
+            dashboard = f"  dashboard: http://{context.dashboard_url}" if context.dashboard_url else ""
+            progress.say(f"Ray {ray.__version__}: {address or 'local'}{dashboard}  logs: {log}, {LOGS}")
+            try:
+                yield {name: float(amount) for name, amount in ray.cluster_resources().items()}
+            finally:
+                ray.shutdown()
+
+
+def is_joined() -> bool:
+    """Whether the cluster is one that goes on when this process ends."""
+    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 @contextmanager

@@ -239,13 +239,13 @@ def check(plan: Plan, resources: dict[str, float], stages: Sequence[str] = STAGE
     to_score = [(request, job.arm.targets.rollout) for name, job in own.items() if (request := plan.asked[name])]
     missing = completions.missing(plan.requests) if "generate" in stages else []
     will_predict = "evaluate" in stages and not _are_predicted(plan)
-    for name, engine, is_needed in (
-        ("teacher", experiment.teacher.engine, bool(missing or to_score)),
-        ("evaluate", experiment.evaluate.engine, bool(own) or will_predict),
+    for name, engine, replicas, is_needed in (
+        ("teacher", experiment.teacher.engine, experiment.teacher.replicas.min, bool(missing or to_score)),
+        ("evaluate", experiment.evaluate.engine, 1, bool(own) or will_predict),
     ):
         if is_needed:
             kind = placement.accelerator(engine.accelerator, resources)
-            placement.check_engine(f"{name}.engine", engine, kind, resources)
+            placement.check_engine(f"{name}.engine", engine, kind, resources, replicas)
     bounds = plan.undrawn.corners if plan.undrawn and "train" in stages else []
     for train in [job.arm.train for job in pending] + [each.arm.train for each in bounds]:
         placement.check_trial(train, placement.accelerator(train.accelerator, resources), resources)

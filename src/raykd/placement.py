@@ -129,21 +129,24 @@ def beside_the_teacher(teacher: Teacher, cluster: Mapping[str, float]) -> dict[s
     return {name: amount - taken.get(name, 0) for name, amount in cluster.items()}
 
 
-def check_engine(where: str, engine: Engine, kind: Accelerator, cluster: Mapping[str, float]) -> None:
-    """Raises ValueError where the cluster cannot hold one replica of an engine.
+def check_engine(
+    where: str, engine: Engine, kind: Accelerator, cluster: Mapping[str, float], replicas: int = 1
+) -> None:
+    """Raises ValueError where the cluster cannot hold an engine and the pipeline that feeds it.
 
     Args:
         where: the section that the engine belongs to, for the message.
         engine: its configuration.
         kind: the accelerator it runs on.
         cluster: the cluster's resources as Ray names them.
+        replicas: how many of it there are at least.
     """
-    bundles = engine_bundles(engine, kind)
-    need = {"CPU": len(bundles) + 1} | ({"GPU": len(bundles)} if kind == "gpu" else {})
-    for name, amount in need.items():
-        if cluster.get(name, 0) < amount:
+    for name, amount in engine_resources(engine, kind, max(1, replicas)).items():
+        # The pipeline that feeds it would wait for a core for ever.
+        need = amount + (name == "CPU")
+        if cluster.get(name, 0) < need:
             raise ValueError(
-                f"{where}: an engine of {engine.tensor_parallel_size} x {engine.pipeline_parallel_size} shards needs "
-                f"{amount} {name} (one CPU is the pipeline's), the cluster has {cluster.get(name, 0):g}; lower "
-                f"{where}.tensor_parallel_size or pipeline_parallel_size, or add nodes"
+                f"{where}: {max(1, replicas)} x {engine.tensor_parallel_size} x {engine.pipeline_parallel_size} shards "
+                f"(replicas x tensor x pipeline parallel) need {need:g} {name} (one CPU is the pipeline's), the "
+                f"cluster has {cluster.get(name, 0):g}; lower one of them, or add nodes"
             )

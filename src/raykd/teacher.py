@@ -5,25 +5,30 @@ import importlib
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.config import ProxyLocation
 
 from raykd import completions, placement, records, storage
+from raykd.cluster import is_joined
 from raykd.completions import Request
 from raykd.demo import resolve_model
 from raykd.progress import say
 from raykd.sections import Teacher
+from raykd.watch import watched
 
 MODEL_ID = "teacher"
-# How often a call is made again after the replica that had it died; Serve starts another meanwhile.
+# How often a call is made again after the replica that had it died. Until Serve has noticed that, which takes it three
+# looks, others of the calls may be given to it again, and fail at once.
 INFRASTRUCTURE_RETRIES = 6
+HEALTH_CHECK_EVERY_S = 2
+LONGEST_PAUSE_S = 8
 # What `AskTeacher` is given: one row for each completion that is wanted.
 QUESTION = pa.schema(
     [
@@ -63,6 +68,7 @@ def llm_config(teacher: Teacher, top_k: int, kind: placement.Accelerator) -> Any
         "max_ongoing_requests": 2 * teacher.concurrency,
         # The engine's processes have bundles of their own; the replica that feeds them needs no core.
         "ray_actor_options": {"num_cpus": 0},
+        "health_check_period_s": HEALTH_CHECK_EVERY_S,
         "health_check_timeout_s": 60,
         "graceful_shutdown_timeout_s": 10,
     }
@@ -114,15 +120,16 @@ def served(teacher: Teacher, top_k: int, app: str, cluster: Mapping[str, float])
     try:
         serve.start(proxy_location=ProxyLocation.Disabled)
         target = serve.RunTarget(build_llm_deployment(config), name=app, route_prefix=None)
-        serve.run_many([target], wait_for_applications_running=False)
-        yield
+        with watched(app) if is_joined() else nullcontext():
+            serve.run_many([target], wait_for_applications_running=False)
+            yield
     finally:
         serve.delete(app)
         quiet.setLevel(level)
 
 
 def wait_until_up(app: str, timeout_s: float) -> None:
-    """Waits until a replica of the teacher answers.
+    """Waits until a replica of the teacher can be asked.
 
     Args:
         app: the Serve application's name.
@@ -142,15 +149,16 @@ def wait_until_up(app: str, timeout_s: float) -> None:
 
 
 def is_up(app: str) -> bool:
-    """Whether the teacher has all the replicas it should have at least."""
+    """Whether a replica of the teacher is there; others may be loading still, at first or again."""
     status = serve.status().applications.get(app)
-    return status is not None and status.status == "RUNNING"
+    deployments = status.deployments.values() if status else ()
+    return any(state == "RUNNING" and count for each in deployments for state, count in each.replica_states.items())
 
 
 def failure(app: str) -> str:
-    """Why the teacher's engine does not start, in Serve's words; empty where it starts or runs."""
+    """Why the teacher's engine does not start, in Serve's words; empty where it starts, again perhaps, or runs."""
     status = serve.status().applications.get(app)
-    if status is None or status.status not in ("DEPLOY_FAILED", "UNHEALTHY"):
+    if status is None or status.status != "DEPLOY_FAILED":
         return ""
     messages = [status.message, *(deployment.message for deployment in status.deployments.values())]
     return f"the teacher did not start: {' '.join(message for message in messages if message)}"
@@ -169,7 +177,6 @@ class AskTeacher:
         self._requests = {request.folder: request for request in requests}
         self._room = asyncio.Semaphore(in_flight)
         self._up = asyncio.Lock()
-        self._is_up = False
 
     async def __call__(self, batch: dict[str, np.ndarray]) -> AsyncIterator[dict[str, list[int]]]:
         await self._wait_until_up()
@@ -190,10 +197,8 @@ class AskTeacher:
     async def _wait_until_up(self) -> None:
         """Loads what a request is made of while the engine loads, and waits for that."""
         async with self._up:
-            if not self._is_up:
-                importlib.import_module("ray.serve.llm.openai_api_models")
-                await asyncio.to_thread(wait_until_up, self._app, self._teacher.start_timeout_s)
-                self._is_up = True
+            importlib.import_module("ray.serve.llm.openai_api_models")
+            await asyncio.to_thread(wait_until_up, self._app, self._teacher.start_timeout_s)
 
     async def _ask(self, rows: list[dict[str, Any]], wanted: Request) -> list[dict[str, Any]]:
         """Completions of the rows, in their order; rows that cannot be answered carry an error."""
@@ -209,6 +214,10 @@ class AskTeacher:
         """The choices for the rows, or why there are none."""
         request, failure = _request(rows, wanted), ""
         for attempt in range(INFRASTRUCTURE_RETRIES):
+            if failure:
+                await asyncio.sleep(min(2**attempt, LONGEST_PAUSE_S))
+                # Loading a large model takes longer than an answer may.
+                await self._wait_until_up()
             try:
                 async with asyncio.timeout(self._teacher.timeout_s):
                     replies: Any = self._handle.options(stream=True).completions.remote(request)
@@ -218,10 +227,14 @@ class AskTeacher:
                         return f"refused: {reply.error.message}"
                 return "the teacher sent no answer"
             except TimeoutError:
-                return f"no answer within {self._teacher.timeout_s:g} s (teacher.timeout_s)"
+                failure = f"no answer within {self._teacher.timeout_s:g} s (teacher.timeout_s)"
+                if await asyncio.to_thread(is_up, self._app):
+                    return failure
             except RayError as error:
                 failure = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-                await asyncio.sleep(2**attempt)
+                if attempt and isinstance(error, RayTaskError) and type(error.cause).__name__ != "EngineDeadError":
+                    # It is up to the request, not to the replica.
+                    return failure
         return failure
 
 

@@ -18,6 +18,7 @@ FLOORS = [
         "statistics",
         "placement",
         "progress",
+        "signals",
         "targets",
         "losses",
         "comparison",
@@ -44,6 +45,7 @@ FLOORS = [
         "rollout",
         "validation",
         "cluster",
+        "watch",
     },
     {
         "variants",
@@ -74,7 +76,7 @@ FLOORS = [
     },
 ]
 # Sideways on the floor of the heavy libraries: to the modules that others build on.
-SIDEWAYS = {"heads", "student", "teacher", "models", "generate", "evaluate", "validation"}
+SIDEWAYS = {"cluster", "watch", "heads", "student", "teacher", "models", "generate", "evaluate", "validation"}
 HEAVY = ("torch", "transformers", "peft", "deepspeed", "ray", "vllm")
 LIGHT = [*sorted((FLOORS[0] | FLOORS[1]) - {"losses"}), "report", "cli"]
 

@@ -45,6 +45,10 @@ def test_an_engine_that_never_fits_is_refused_with_what_is_missing():
     with pytest.raises(ValueError, match=r"teacher\.engine.*8 x 2.*16 GPU.*has 8"):
         sharded = Engine(tensor_parallel_size=8, pipeline_parallel_size=2)
         placement.check_engine("teacher.engine", sharded, "gpu", {"CPU": 64, "GPU": 8})
+    # Two replicas that take all cores would leave none to read the problems with.
+    placement.check_engine("teacher.engine", Engine(), "cpu", {"CPU": 3}, 2)
+    with pytest.raises(ValueError, match=r"teacher\.engine: 2 x 1 x 1.*need 3 CPU.*has 2"):
+        placement.check_engine("teacher.engine", Engine(), "cpu", {"CPU": 2}, 2)
 
 
 def test_the_users_engine_arguments_come_before_ours():

@@ -1,0 +1,56 @@
+"""Watch: on a cluster that goes on, a served teacher is taken down with the run that started it, however that ends."""
+
+import asyncio
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+
+
+@ray.remote(num_cpus=0)
+class Run:
+    """Is there for as long as the process that made it."""
+
+    async def end(self) -> None:
+        await asyncio.Event().wait()
+
+
+@ray.remote(num_cpus=0)
+class Watch:
+    """Takes an application down when a run is gone."""
+
+    def __init__(self, app: str, run: Any) -> None:
+        threading.Thread(target=self._watch, args=(app, run), daemon=True).start()
+
+    def _watch(self, app: str, run: Any) -> None:
+        try:
+            ray.get(run.end.remote())
+        except RayError:
+            serve.delete(app)
+        # A detached actor stays until somebody ends it.
+        os._exit(0)
+
+
+@contextmanager
+def watched(app: str) -> Iterator[None]:
+    """Has an application of Ray Serve taken down should this process die within a `with` block.
+
+    Ray Serve keeps what it serves when the process that asked for it is gone, and with it its GPUs.
+
+    Args:
+        app: the application's name.
+    """
+    # Ray types a handle to an actor as its class, which `ray.kill` does not take.
+    run: Any = Run.remote()
+    name = f"raykd-watch-{ray.get_runtime_context().get_job_id()}-{app}"
+    watch: Any = Watch.options(name=name, lifetime="detached").remote(app, run)
+    try:
+        yield
+    finally:
+        ray.kill(watch)
+        ray.kill(run)

@@ -1,0 +1,63 @@
+"""Signals: the first unwinds, whoever's handler is called; nothing lasts longer than the grace."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+PROGRAM = """
+import signal, sys, time
+from raykd import signals
+signals.GRACE_S = float(sys.argv[2])
+
+def another(signum, frame):
+    sys.exit(signum)
+
+try:
+    with signals.end_in_order():
+        if sys.argv[1] == "overridden":
+            signal.signal(signal.SIGTERM, another)
+        print("in", flush=True)
+        try:
+            time.sleep(60)
+        finally:
+            if sys.argv[1] == "hangs":
+                while True:
+                    time.sleep(1)
+            print("tidied", flush=True)
+except KeyboardInterrupt as ended:
+    sys.exit(ended.status)
+"""
+
+
+def ended(how: str, *sent: int, grace_s: float = 30) -> tuple[int, str, float]:
+    """Exit status, what was printed, and how long it took from the last signal."""
+    program = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, how, str(grace_s)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert program.stdout and program.stdout.readline() == "in\n"
+    for signum in sent:
+        time.sleep(0.3)
+        program.send_signal(signum)
+    since = time.monotonic()
+    out, _ = program.communicate(timeout=30)
+    return program.returncode, out, time.monotonic() - since
+
+
+@pytest.mark.parametrize("how", ["plain", "overridden"])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_unwinds_and_is_told_by_the_exit_status(how: str, signum: int):
+    status, out, _ = ended(how, signum)
+    assert (status, out) == (128 + signum, "tidied\n")
+
+
+def test_a_second_signal_does_not_wait():
+    status, _, seconds = ended("hangs", signal.SIGTERM, signal.SIGTERM)
+    assert status == 128 + signal.SIGTERM
+    assert seconds < 20, "it would have gone on for the grace"
+
+
+def test_what_hangs_is_ended_when_the_grace_is_over():
+    assert ended("hangs", signal.SIGINT, grace_s=0.5)[0] == 128 + signal.SIGINT
