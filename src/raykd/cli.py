@@ -4,11 +4,13 @@ import argparse
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from raykd import __version__, config, lock
+from raykd import __version__, config, faults, lock, progress
 
 LOG_WIDTH = 160
 _EPILOG = """\
@@ -34,12 +36,13 @@ _STAGES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status (0 done, 1 a trial failed, 2 a mistake in the input)."""
+    """Runs a command; returns the exit status (0 done, 1 a fault or a trial that failed, 2 a mistake in the input)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(arguments)
     command = shlex.join(["raykd", *arguments])
     # vLLM greets on import; the engines, which have logs of their own, are told otherwise.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    experiment = None
     try:
         if options.stage == "compare":
             return _compare(options)
@@ -50,13 +53,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"{options.file}: has no section `sweep`; write one, or use `raykd run`")
         with lock.held(_folder(experiment), command):
             return _run_stage(options.stage, experiment, command, getattr(options, "retry_failed", False))
-    except ValueError as error:
-        # What a user can mend; everything else is a fault, and keeps its traceback.
-        print(f"raykd: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt as stopped:
         print(f"raykd: stopped; the same command goes on from here: {command}", file=sys.stderr)
         return getattr(stopped, "status", 130)
+    except Exception as fault:
+        if isinstance(fault, ValueError) and not faults.is_of_the_cluster(fault):
+            # What a user can mend.
+            print(f"raykd: {fault}", file=sys.stderr)
+            return 2
+        told = _told(fault)
+        if not told or experiment is None:
+            raise
+        log = _folder(experiment) / progress.LOG
+        with suppress(OSError), log.open("a", encoding="utf-8") as file:
+            traceback.print_exception(fault, file=file)
+        print(f"raykd: {told}. All that is there is kept; the same command goes on. Log: {log}", file=sys.stderr)
+        return 1
+
+
+def _told(fault: Exception) -> str:
+    """A fault in a sentence; empty where it is one of raykd's own, which keeps its traceback."""
+    if refused := faults.refusal(fault):
+        return f"the storage cannot be written to ({refused}); make room, or mend its permissions"
+    if faults.is_of_the_cluster(fault):
+        return faults.cause(fault)
+    # Said by a stage.
+    return str(fault) if type(fault) is RuntimeError else ""
 
 
 def _parser() -> argparse.ArgumentParser:

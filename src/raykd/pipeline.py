@@ -33,7 +33,7 @@ from raykd.cluster import connected
 from raykd.completions import Request
 from raykd.config import Experiment
 from raykd.job import Job
-from raykd.progress import say
+from raykd.progress import LOG, say
 from raykd.study import Make, Undrawn
 from raykd.variants import Point, Variant, arm_of, at, corners, lessons, variants
 
@@ -83,7 +83,7 @@ class Plan:
     @property
     def log(self) -> Path:
         """Where libraries write what they have to say."""
-        return self.folder / "driver.log"
+        return self.folder / LOG
 
     @property
     def requests(self) -> list[Request]:

@@ -9,6 +9,8 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Self, TextIO
 
+# In an experiment's folder: what libraries have to say, and what faults were.
+LOG = "driver.log"
 _screen: TextIO | None = None
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -276,12 +277,17 @@ def _remedy(part: Path) -> str:
 
 
 def _replace(path: Path, write: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
+    except OSError as error:
+        # Without the name of the temporary file, or of none.
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # Where there is nowhere to write there is nothing to tidy up either.
+        with suppress(OSError):
+            temporary.unlink()

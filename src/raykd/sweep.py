@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
-from raykd import completions, placement, storage, tracking
+from raykd import completions, faults, placement, storage, tracking
 from raykd.cluster import requested
 from raykd.completions import Request
 from raykd.config import Experiment
@@ -310,8 +310,11 @@ class _Records(tune.Callback):
             say(f"lost {job.trial_id} with its node; the same command goes on with it")
         else:
             # Tune has not brought it to the storage yet, where `trial.get_error` looks for it.
-            lines = Path(trial.error_file).read_text().strip().splitlines()
-            record(job, FAILED, lines[-1])
+            text = Path(trial.error_file).read_text().strip()
+            if faults.refusal(text):
+                # The next would fail as well, and this one has done no wrong.
+                raise RuntimeError(f"{job.trial_id}: {faults.refusal(text)}")
+            record(job, FAILED, text.splitlines()[-1])
 
 
 def _error(trial: Any) -> Exception | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raykd import placement, storage, targets
+from raykd import checkpoints, placement, storage, targets
 from raykd.job import COMPLETE, Job, problem_ids, problems_of_round, read_curve, record
 from raykd.sections import Train
 from raykd.targets import Target
@@ -215,6 +215,7 @@ def _checkpoint(engine: Any, metrics: dict[str, Any], report: Report) -> None:
             client_state={name: metrics[name] for name in ("step", "target_tokens", "seconds")},
             exclude_frozen_parameters=True,
         )
+        checkpoints.certify(Path(folder), engine.global_rank)
         report(metrics, Path(folder))
 
 
@@ -256,14 +257,15 @@ def fit(job: Job, kind: placement.Accelerator, callbacks: list[Any], storage_pat
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    gpu = kind == "gpu"
+    gpu, num_workers = kind == "gpu", job.arm.train.num_workers
+    mended = checkpoints.mend(storage_path / job.trial_id, num_workers)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(CONTROLLER_LOOKS_EVERY_S))
     TorchTrainer(
         _worker,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "resume": mended},
         torch_config=TorchConfig(backend=None if gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=job.arm.train.num_workers,
+            num_workers=num_workers,
             use_gpu=gpu,
             resources_per_worker=placement.worker_resources(kind),
         ),
@@ -290,7 +292,7 @@ def _worker(config: dict[str, Any]) -> None:
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        loop(config["job"], report, None)
+        loop(config["job"], report, config["resume"])
     else:
         with checkpoint.as_directory() as folder:
             loop(config["job"], report, Path(folder))

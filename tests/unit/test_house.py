@@ -19,6 +19,8 @@ FLOORS = [
         "placement",
         "progress",
         "signals",
+        "checkpoints",
+        "faults",
         "targets",
         "losses",
         "comparison",

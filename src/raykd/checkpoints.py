@@ -1,0 +1,71 @@
+"""Checkpoints: which of a trial's is whole, whatever was going on when it was written.
+
+Ray Train copies a checkpoint file by file, and writes its list of checkpoints (`checkpoint_manager_snapshot.json`) in
+place. A full disk, or a process that is killed at that moment, leaves half of either; a list that cannot be read ends
+the trial for good. So each worker notes beside its files what they hold.
+"""
+
+import shutil
+from pathlib import Path
+
+from raykd import storage
+
+LIST = "checkpoint_manager_snapshot.json"
+
+
+def certify(folder: Path, worker: int) -> None:
+    """Notes what a worker's files hold, beside them.
+
+    Args:
+        folder: the files of the worker's part.
+        worker: its rank.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    held = {str(file.relative_to(folder)): storage.file_digest(file) for file in files}
+    storage.write_json(folder / _certificate(worker), held)
+
+
+def is_whole(folder: Path, num_workers: int) -> bool:
+    """Whether all workers' parts are there, as they were written."""
+    try:
+        held = [storage.read_json(folder / _certificate(worker)) for worker in range(num_workers)]
+        return all(storage.file_digest(folder / name) == each[name] for each in held for name in each)
+    except (OSError, ValueError):
+        return False
+
+
+def mend(run: Path, num_workers: int) -> Path | None:
+    """Takes Ray Train's list of checkpoints away where it cannot be read or names one that is not whole.
+
+    Args:
+        run: the folder in which Ray Train keeps a trial's checkpoints.
+        num_workers: how many workers the trial has.
+
+    Returns:
+        The checkpoint to go on from where there is no list: the newest that is whole, if any. None where there is a
+        list: Ray Train finds it there.
+    """
+    file = run / LIST
+    if file.exists():
+        if _is_good(file, num_workers):
+            return None
+        file.unlink()
+    # Their names hold the time.
+    there = sorted(run.glob("checkpoint_*/"), reverse=True)
+    whole = next((folder for folder in there if is_whole(folder, num_workers)), None)
+    for folder in there:
+        if folder != whole:
+            shutil.rmtree(folder)
+    return whole
+
+
+def _is_good(file: Path, num_workers: int) -> bool:
+    try:
+        named = [each["checkpoint_dir_name"] for each in storage.read_json(file)["checkpoint_results"]]
+    except (ValueError, KeyError, TypeError):
+        return False
+    return all(is_whole(file.parent / name, num_workers) for name in named)
+
+
+def _certificate(worker: int) -> str:
+    return f"worker-{worker}.json"

@@ -1,0 +1,78 @@
+"""Checkpoints: half of one, or half of Ray Train's list of them, is never gone on from, and ends no trial."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raykd import checkpoints
+
+
+def checkpoint(run: Path, name: str, workers: int = 2) -> Path:
+    folder = run / name
+    for worker in range(workers):
+        # Each worker's part is a folder of its own before Ray Train copies it.
+        part = run.parent / f"part-{name}-{worker}"
+        (part / "checkpoint").mkdir(parents=True)
+        (part / "checkpoint" / f"rank_{worker}.pt").write_bytes(bytes([worker]) * 100)
+        checkpoints.certify(part, worker)
+        for file in part.rglob("*"):
+            if file.is_file():
+                copy = folder / file.relative_to(part)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(file.read_bytes())
+    return folder
+
+
+def listed(run: Path, *names: str) -> Path:
+    file = run / checkpoints.LIST
+    file.write_text(json.dumps({"checkpoint_results": [{"checkpoint_dir_name": name} for name in names]}))
+    return file
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "trial"
+    folder.mkdir()
+    return folder
+
+
+def test_a_good_list_is_left_to_ray(run: Path):
+    folder, file = checkpoint(run, "checkpoint_2"), listed(run, "checkpoint_2")
+    assert checkpoints.mend(run, 2) is None
+    assert file.exists() and folder.exists()
+
+
+def test_nothing_there_is_nothing_to_go_on_from(run: Path):
+    assert checkpoints.mend(run, 2) is None
+    assert checkpoints.mend(run / "not there", 2) is None
+
+
+@pytest.mark.parametrize("left", ["", '{"checkpoint_results": [{"check', "[]", '{"checkpoint_results": 3}'])
+def test_half_a_list_gives_way_to_the_newest_whole_checkpoint(run: Path, left: str):
+    whole, half = checkpoint(run, "checkpoint_1"), checkpoint(run, "checkpoint_2")
+    (half / "checkpoint" / "rank_1.pt").write_bytes(b"\x01" * 50)
+    file = listed(run)
+    file.write_text(left)
+    assert checkpoints.mend(run, 2) == whole
+    assert not file.exists() and not half.exists()
+    # Broken off again before there is a new one.
+    assert checkpoints.mend(run, 2) == whole
+
+
+@pytest.mark.parametrize("lost", ["checkpoint/rank_1.pt", "worker-1.json"])
+def test_a_checkpoint_without_one_workers_part_is_not_whole(run: Path, lost: str):
+    folder = checkpoint(run, "checkpoint_1")
+    assert checkpoints.is_whole(folder, 2)
+    (folder / lost).unlink()
+    listed(run, "checkpoint_1")
+    assert not checkpoints.is_whole(folder, 2)
+    assert checkpoints.mend(run, 2) is None
+    assert not folder.exists()
+
+
+def test_one_that_was_altered_is_not_whole(run: Path):
+    folder = checkpoint(run, "checkpoint_1")
+    file = folder / "checkpoint" / "rank_0.pt"
+    file.write_bytes(b"\x02" * 100)
+    assert not checkpoints.is_whole(folder, 2)
