@@ -13,33 +13,34 @@ from raykd import storage
 LIST = "checkpoint_manager_snapshot.json"
 
 
-def certify(folder: Path, worker: int) -> None:
+def certify(folder: Path, worker: int, num_workers: int) -> None:
     """Notes what a worker's files hold, beside them.
 
     Args:
         folder: the files of the worker's part.
         worker: its rank.
+        num_workers: how many there are.
     """
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     held = {str(file.relative_to(folder)): storage.file_digest(file) for file in files}
-    storage.write_json(folder / _certificate(worker), held)
+    storage.write_json(folder / _certificate(worker), {"num_workers": num_workers, "files": held})
 
 
-def is_whole(folder: Path, num_workers: int) -> bool:
+def is_whole(folder: Path) -> bool:
     """Whether all workers' parts are there, as they were written."""
     try:
-        held = [storage.read_json(folder / _certificate(worker)) for worker in range(num_workers)]
+        num_workers = storage.read_json(folder / _certificate(0))["num_workers"]
+        held = [storage.read_json(folder / _certificate(worker))["files"] for worker in range(num_workers)]
         return all(storage.file_digest(folder / name) == each[name] for each in held for name in each)
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError):
         return False
 
 
-def mend(run: Path, num_workers: int) -> Path | None:
+def mend(run: Path) -> Path | None:
     """Takes Ray Train's list of checkpoints away where it cannot be read or names one that is not whole.
 
     Args:
         run: the folder in which Ray Train keeps a trial's checkpoints.
-        num_workers: how many workers the trial has.
 
     Returns:
         The checkpoint to go on from where there is no list: the newest that is whole, if any. None where there is a
@@ -47,24 +48,24 @@ def mend(run: Path, num_workers: int) -> Path | None:
     """
     file = run / LIST
     if file.exists():
-        if _is_good(file, num_workers):
+        if _is_good(file):
             return None
         file.unlink()
     # Their names hold the time.
     there = sorted(run.glob("checkpoint_*/"), reverse=True)
-    whole = next((folder for folder in there if is_whole(folder, num_workers)), None)
+    whole = next((folder for folder in there if is_whole(folder)), None)
     for folder in there:
         if folder != whole:
             shutil.rmtree(folder)
     return whole
 
 
-def _is_good(file: Path, num_workers: int) -> bool:
+def _is_good(file: Path) -> bool:
     try:
         named = [each["checkpoint_dir_name"] for each in storage.read_json(file)["checkpoint_results"]]
     except (ValueError, KeyError, TypeError):
         return False
-    return all(is_whole(file.parent / name, num_workers) for name in named)
+    return all(is_whole(file.parent / name) for name in named)
 
 
 def _certificate(worker: int) -> str:

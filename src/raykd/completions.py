@@ -7,7 +7,7 @@ from typing import Any
 
 from raykd import answers, records, storage
 from raykd.config import Arm, Experiment
-from raykd.sections import Sampling
+from raykd.engine import Sampling
 from raykd.strategies import Strategy
 
 

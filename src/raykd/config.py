@@ -32,7 +32,12 @@ from raykd.strategies import BUILT_IN, Strategy
 UNTOUCHED = "untouched"
 Tracker = Literal["mlflow", "wandb"]
 # How a trial is carried out, which is no part of what it is.
-CARRIED_OUT_OF_TRAIN = ("train.accelerator", "train.checkpoint_every_steps", "train.max_failures")
+CARRIED_OUT_OF_TRAIN = (
+    "train.accelerator",
+    "train.checkpoint_every_steps",
+    "train.max_failures",
+    "train.min_workers",
+)
 # What may differ between arms. All else is shared, so that arms differ in nothing but what names them.
 ARM_SECTIONS = (
     "teacher.sampling",

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from raykd.config import Experiment
-from raykd.sections import Attention, Engine, Teacher, Train
+from raykd.engine import Engine
+from raykd.sections import Attention, Teacher, Train
 
 Accelerator = Literal["cpu", "gpu"]
 

@@ -8,9 +8,10 @@ import pyarrow as pa
 import ray.data
 
 from raykd import completions, models, placement, records, storage
+from raykd.engine import Sampling
 from raykd.evaluate import Contestant, answered, finish_reason
 from raykd.progress import Meter
-from raykd.sections import Evaluate, Sampling, Student
+from raykd.sections import Evaluate, Student
 
 
 def rollout(

@@ -1,37 +1,19 @@
 """Sections: the parts of an experiment, each with its fields, their defaults and what cannot go together."""
 
 import re
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from raykd.engine import Engine, Replicas, Sampling
 from raykd.space import Axis
 from raykd.strategies import Strategy
+from raykd.tree import Section
 
-SECRET = re.compile(r"token$|secret|password|api_?key|access_?key|credential", re.IGNORECASE)
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-# Arguments of vLLM that say how fast and in how much memory it answers, not what.
-SPEED_ARGUMENTS = frozenset(
-    [
-        "max_num_seqs",
-        "max_num_batched_tokens",
-        "gpu_memory_utilization",
-        "kv_cache_memory_bytes",
-        "enable_prefix_caching",
-        "enable_chunked_prefill",
-        "enforce_eager",
-        "disable_log_stats",
-    ]
-)
 
 
 Protocol = Literal["zero_shot_chat", "eight_shot_cot", "zero_shot_raw"]
-
-
-class Section(BaseModel):
-    """A part of the tree: frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Problems(Section):
@@ -61,61 +43,6 @@ class Problems(Section):
         if self.source == "demo" and not (self.num_train and self.num_test):
             raise ValueError("source demo generates problems without end: set num_train and num_test")
         return self
-
-
-class Sampling(Section):
-    temperature: float = Field(default=0.0, ge=0)
-    """0 is greedy."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    max_tokens: int = Field(default=512, ge=1)
-    """Completion tokens at most; what is cut there has finish_reason `length`."""
-    seed: int = 0
-    """Seed of each request where temperature > 0."""
-
-    def bearing(self) -> dict[str, Any]:
-        """The fields without what plays no part: greedy answers have no chance in them."""
-        return self.model_dump() if self.temperature else {"temperature": 0.0, "max_tokens": self.max_tokens}
-
-
-class Replicas(Section):
-    min: int = Field(default=1, ge=0)
-    max: int = Field(default=1, ge=1)
-    """Ray Serve scales between the two by the requests in flight."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.min > self.max:
-            raise ValueError(f"min ({self.min}) is above max ({self.max})")
-        return self
-
-
-class Engine(Section):
-    """How vLLM is started for a model."""
-
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    """`auto`: GPUs where the cluster has any, else the CPU."""
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    pipeline_parallel_size: int = Field(default=1, ge=1)
-    engine_kwargs: dict[str, Any] = {}
-    """Passed on to vLLM unchanged (https://docs.vllm.ai/en/latest/configuration/engine_args/)."""
-    env: dict[str, str] = {}
-    """Environment of the engine's processes, such as VLLM_CPU_KVCACHE_SPACE (GiB)."""
-
-    @model_validator(mode="after")
-    def _no_secrets(self) -> Self:
-        # Whatever is configured is written into the experiment's folder and its report.
-        for where, names in (("env", self.env), ("engine_kwargs", self.engine_kwargs)):
-            if secret := next((name for name in names if SECRET.search(str(name))), None):
-                raise ValueError(
-                    f"{where}.{secret}: what is secret is not configured, for the configuration is written down; set "
-                    "it in the environment of the cluster's nodes"
-                )
-        return self
-
-    @property
-    def arguments_of_answers(self) -> dict[str, Any]:
-        """Those of `engine_kwargs` that bear on what is answered."""
-        return {name: value for name, value in self.engine_kwargs.items() if name not in SPEED_ARGUMENTS}
 
 
 class Teacher(Section):
@@ -167,7 +94,7 @@ class Prompt(Section):
     """How the teacher is primed: a built-in strategy or one of `prompt.strategies`."""
     instruction: str = "End with a line of the form '#### 42' that holds the final number alone."
     """Said after the question to teacher and student alike; empty where the models know the form."""
-    strategies: dict[str, Strategy] = {}
+    strategies: dict[str, Strategy] = Field(default_factory=dict)
     """Strategies of your own, or built-in ones in other words."""
 
     @model_validator(mode="after")
@@ -253,6 +180,9 @@ class Train(Section):
     """Longer rows (prompt and completion, in tokens) are left out and counted, never cut."""
     num_workers: int = Field(default=1, ge=1)
     """Ray Train workers."""
+    min_workers: int | None = Field(default=None, ge=1)
+    """With how few a trial goes on from its last checkpoint when a node is lost; more are taken in as nodes come back.
+    null: with all of them, for whose place it waits. Steps are the same either way. Needs `zero_stage` 0 (float32)."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """`auto`: a GPU for each worker where the cluster has any, else the CPU."""
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -272,6 +202,18 @@ class Train(Section):
             raise ValueError(
                 "zero_stage 0 with dtype bfloat16: DeepSpeed sums gradients in float32 from stage 1 on only; set "
                 "train.zero_stage=2, on one GPU too, or train.dtype=float32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _goes_on_with_fewer(self) -> Self:
+        if self.min_workers is not None and not self.min_workers <= self.num_workers:
+            raise ValueError(f"min_workers {self.min_workers} is above num_workers {self.num_workers}")
+        if self.min_workers not in (None, self.num_workers) and self.zero_stage:
+            raise ValueError(
+                f"min_workers {self.min_workers}: only as many workers as wrote a checkpoint of ZeRO stage "
+                f"{self.zero_stage} can go on from it; set zero_stage to 0, which costs little where few weights are "
+                "optimised, or min_workers to null"
             )
         return self
 
@@ -351,7 +293,7 @@ class Sweep(Section):
     """A search for hyper-parameters. Every arm is searched by itself, with as many points as the others; whatever is
     chosen is chosen by validation problems, which nobody trains on (`problems.num_validation`)."""
 
-    space: dict[str, Axis] = {}
+    space: dict[str, Axis] = Field(default_factory=dict)
     """What is searched: fields in which arms may differ, by dotted path, such as `train.learning_rate: {loguniform:
     [1.0e-4, 1.0e-2]}`."""
     search: Literal["random", "optuna"] = "random"

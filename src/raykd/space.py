@@ -4,15 +4,14 @@ import math
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
 from raykd import storage
+from raykd.tree import Section
 
 
-class Axis(BaseModel):
+class Axis(Section):
     """The values that a field may take: exactly one of the ways below, by Ray Tune's names for them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     grid: tuple[Any, ...] = ()
     """Every one of these, at every point that is drawn of the other fields."""

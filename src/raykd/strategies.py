@@ -7,25 +7,23 @@ The meanings follow "Enhancing Knowledge Distillation for LLMs with Response-Pri
 from string import Formatter
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
+
+from raykd.tree import Section
 
 PLACEHOLDERS = {"reference_answer", "other_answer"}
 
 
-class Exemplar(BaseModel):
+class Exemplar(Section):
     """A worked problem that is shown to the teacher before the one it is asked."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     question: str = Field(min_length=1)
     answer: str = Field(min_length=1)
     """As the teacher should answer, in the form that `prompt.instruction` asks for."""
 
 
-class Strategy(BaseModel):
+class Strategy(Section):
     """One way to prime the teacher. The student never sees any of it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     place: Literal["system", "before", "after"] = "before"
     """Where the text goes: the system message, or before or after the question in the user's message."""

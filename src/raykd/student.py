@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from raykd import losses, models, prompts, records, storage
 from raykd.config import Arm
 from raykd.demo import resolve_model
-from raykd.sections import Student, Train
+from raykd.sections import Student
 from raykd.selection import select
 from raykd.targets import Target, soft_targets
 
@@ -290,8 +290,3 @@ def save_adapter(model: PeftModel, folder: Path, student: Student, write: bool, 
         raise RuntimeError(f"{temporary}: the adapter as saved is empty, untrained or not finite")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
-
-
-def micro_batch_size(train: Train) -> int:
-    """Rows in one worker's forward pass: never more than its share of an optimizer step."""
-    return min(train.micro_batch_size, train.batch_size // train.num_workers)

@@ -67,7 +67,9 @@ def jobs(
                 **bearing,
                 "weights": dict(student),
                 # How a trial is carried out changes nothing of what it is.
-                "train": arm.train.model_dump(exclude={"accelerator", "checkpoint_every_steps", "max_failures"}),
+                "train": arm.train.model_dump(
+                    exclude={"accelerator", "checkpoint_every_steps", "max_failures", "min_workers"}
+                ),
                 "instruction": arm.prompt.instruction,
                 "rows": completions.identity(request, arm) if request else problems.name,
                 "problems": problems.name,

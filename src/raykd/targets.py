@@ -89,9 +89,7 @@ def segment(num_steps: int, number: int, rounds: int) -> range:
     return range(number * num_steps // rounds, (number + 1) * num_steps // rounds)
 
 
-def share(
-    rows: Sequence[int], worker: int, num_workers: int, rows_per_worker: int, micro_batch_size: int
-) -> list[list[int]]:
+def share(rows: Sequence[int], worker: int, num_workers: int, micro_batch_size: int, number: int) -> list[list[int]]:
     """One worker's micro-batches of an optimizer step.
 
     Their number is the same for every worker and step, short steps included; some may be empty.
@@ -100,8 +98,8 @@ def share(
         rows: the row numbers of the step.
         worker: this worker's rank.
         num_workers: how many there are.
-        rows_per_worker: rows of a full step for each.
         micro_batch_size: rows in a forward pass at most.
+        number: how many micro-batches there are; with the workers and their size they hold a full step.
     """
     mine = list(rows[worker::num_workers])
-    return [mine[start : start + micro_batch_size] for start in range(0, rows_per_worker, micro_batch_size)]
+    return [mine[start : start + micro_batch_size] for start in range(0, number * micro_batch_size, micro_batch_size)]

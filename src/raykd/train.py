@@ -6,6 +6,7 @@ but rounding.
 """
 
 import json
+import math
 import os
 import tempfile
 import time
@@ -28,17 +29,21 @@ REPORTS = 20
 CONTROLLER_LOOKS_EVERY_S = 0.25
 
 
-def deepspeed_config(train: Train, micro_batch_size: int) -> dict[str, Any]:
+def deepspeed_config(train: Train, num_workers: int) -> dict[str, Any]:
     """DeepSpeed's configuration for a trial (https://www.deepspeed.ai/docs/config-json/).
 
     Args:
         train: the configuration's section.
-        micro_batch_size: completions in one worker's forward pass.
+        num_workers: how many workers there are: as many as were asked for, or those that are left.
     """
+    rows = math.ceil(train.batch_size / num_workers)
+    micro = min(train.micro_batch_size, rows)
+    accumulation = math.ceil(rows / micro)
     return {
-        "train_batch_size": train.batch_size,
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": train.batch_size // train.num_workers // micro_batch_size,
+        # Where workers do not divide a step's rows, some of their last forward passes are short or empty.
+        "train_batch_size": micro * accumulation * num_workers,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": train.max_grad_norm,
         "bf16": {"enabled": train.dtype == "bfloat16"},
         # Gradients of many micro-batches are summed in float32, whatever the weights are.
@@ -76,11 +81,12 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
     from raykd import models, student, validation
 
     train = job.arm.train
-    micro = student.micro_batch_size(train)
-    config = deepspeed_config(train, micro)
+    deepspeed.init_distributed()
+    worker, num_workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    config = deepspeed_config(train, num_workers)
+    micro, accumulation = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
     # Must exist before the model is loaded: under ZeRO stage 3 each worker then loads its own part only.
     zero3_marker = HfDeepSpeedConfig(config)
-    deepspeed.init_distributed()
     tokenizer = models.load_tokenizer(job.arm.student.model, job.arm.student.revision)
     lesson = _lesson(job, tokenizer)
     steps, mine = lesson.steps, targets.segment(len(lesson.steps), job.round or 0, job.rounds)
@@ -96,7 +102,6 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
         ),
     )
     del zero3_marker
-    worker, num_workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
     first, tokens, seconds_before = 0, 0, 0.0
     if resume is not None:
         _, state = engine.load_checkpoint(
@@ -119,7 +124,7 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
         count = lesson.tokens(batch)
         # Dropout repeats itself when a step is done again after a failure.
         torch.manual_seed((job.seed << 40) + (step << 16) + worker)
-        shares = targets.share(batch, worker, num_workers, train.batch_size // num_workers, micro)
+        shares = targets.share(batch, worker, num_workers, micro, accumulation)
         if not count:
             # Nothing to learn from: no step, for the optimizer's momentum alone would move the weights.
             engine.lr_scheduler.step()
@@ -129,7 +134,7 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
             loss_sum = engine({key: tensor.to(engine.device) for key, tensor in inputs.items()})
             # DeepSpeed averages over workers and accumulation steps; this turns its mean into the sum over
             # all of the step's tokens, divided by their number.
-            scale = num_workers * config["gradient_accumulation_steps"] / count
+            scale = num_workers * accumulation / count
             engine.backward(loss_sum * scale)
             engine.step()
             totals[0] += loss_sum.detach().double()
@@ -215,7 +220,7 @@ def _checkpoint(engine: Any, metrics: dict[str, Any], report: Report) -> None:
             client_state={name: metrics[name] for name in ("step", "target_tokens", "seconds")},
             exclude_frozen_parameters=True,
         )
-        checkpoints.certify(Path(folder), engine.global_rank)
+        checkpoints.certify(Path(folder), engine.global_rank, engine.world_size)
         report(metrics, Path(folder))
 
 
@@ -257,22 +262,23 @@ def fit(job: Job, kind: placement.Accelerator, callbacks: list[Any], storage_pat
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    gpu, num_workers = kind == "gpu", job.arm.train.num_workers
-    mended = checkpoints.mend(storage_path / job.trial_id, num_workers)
+    gpu, train = kind == "gpu", job.arm.train
+    mended = checkpoints.mend(storage_path / job.trial_id)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(CONTROLLER_LOOKS_EVERY_S))
     TorchTrainer(
         _worker,
         train_loop_config={"job": job, "resume": mended},
         torch_config=TorchConfig(backend=None if gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=num_workers,
+            num_workers=(train.min_workers, train.num_workers) if train.min_workers else train.num_workers,
             use_gpu=gpu,
             resources_per_worker=placement.worker_resources(kind),
         ),
         run_config=RunConfig(
             name=job.trial_id,
             storage_path=str(storage_path),
-            failure_config=FailureConfig(max_failures=job.arm.train.max_failures),
+            # Nodes that are missing are waited for.
+            failure_config=FailureConfig(max_failures=train.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             callbacks=callbacks,
             worker_runtime_env={"env_vars": {} if gpu else {"DS_ACCELERATOR": "cpu"}},

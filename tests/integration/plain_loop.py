@@ -3,8 +3,8 @@
 A variant is words such as `zero2-micro4-packed-killed`: the ZeRO stage, the rows of a forward pass, whether targets are
 soft, whether computed with in bfloat16, whether rows are packed, whether activations are checkpointed, whether the loss
 is made in many chunks, whether the student is measured on validation problems on the way (by its loss, or by what it
-answers), and whether the loop is broken off after its first checkpoint: the whole process ends there, and goes on when
-it is started for the same variant again.
+answers), and whether the loop is broken off after its first checkpoint (`killed`): the whole process ends there, and
+goes on when it is started for the same variant again; or it goes on with other workers than its two (`elastic`).
 """
 
 import os
@@ -28,6 +28,8 @@ FOLDER = Path(sys.argv[1])
 def job(variant: str, workers: int) -> Job:
     """A trial on reference solutions, with the targets of a teacher that is drawn from a seed where they are soft."""
     words = variant.split("-")
+    is_elastic = "elastic" in words
+    workers = 2 if is_elastic else workers
     experiment = config.Experiment.model_validate(
         {
             "name": "plain",
@@ -43,6 +45,7 @@ def job(variant: str, workers: int) -> Job:
                 "micro_batch_size": int(words[1].removeprefix("micro")),
                 "learning_rate": 5e-3,
                 "num_workers": workers,
+                "min_workers": 1 if is_elastic else None,
                 "zero_stage": int(words[0].removeprefix("zero")),
                 "dtype": "bfloat16" if "bf16" in words else "float32",
                 "packing": "packed" in words,
@@ -52,9 +55,11 @@ def job(variant: str, workers: int) -> Job:
         }
     )
     name = f"workers{workers}-{variant}"
-    splits = problems.prepare(experiment.problems, FOLDER)
-    # Any problems that are not trained on will do.
-    shutil.copyfile(splits / "test.parquet", splits / "validation.parquet")
+    splits = FOLDER / "splits"
+    if not splits.exists():
+        shutil.copytree(problems.prepare(experiment.problems, FOLDER), splits)
+        # Any problems that are not trained on will do.
+        shutil.copyfile(splits / "test.parquet", splits / "validation.parquet")
     measured = Sweep(metric="loss" if "loss" in words else "accuracy", validations=2, validation_batch_size=2)
     return Job(
         trial_id=name,
@@ -108,7 +113,7 @@ def run(variant: str, workers: int) -> None:
             torch.distributed.barrier()
             os._exit(0)
 
-    is_first = "killed" in variant and not kept.exists()
+    is_first = {"killed", "elastic"} & set(variant.split("-")) and not kept.exists()
     train.loop(made, break_off if is_first else lambda metrics, checkpoint: None, kept if kept.exists() else None)
 
 

@@ -32,6 +32,8 @@ HARD = {
         "zero3-micro2-checkpointed-answers-killed",
     ],
 }
+# Begun with two workers, gone on with from the first checkpoint by one, and by three.
+ELASTIC = {1: ["zero0-micro2-elastic"], 3: ["zero0-micro2-packed-elastic"]}
 SOFT = {1: ["zero0-micro8-soft", "zero2-micro4-soft-packed-chunked"], 2: ["zero3-micro2-soft-chunked"]}
 BFLOAT16 = {1: ["zero2-micro8-bf16", "zero1-micro4-bf16"], 2: ["zero2-micro4-bf16-checkpointed", "zero3-micro4-bf16"]}
 
@@ -48,6 +50,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         killed = [variant for variant in variants if "killed" in variant]
         run(folder, workers, [*(variant for variant in variants if variant not in killed), *killed])
         run(folder, workers, killed)
+    for workers, variants in ELASTIC.items():
+        for variant in variants:
+            # The process ends at the checkpoint, with whatever else it had to do.
+            run(folder, 2, [variant])
+        run(folder, workers, variants)
     return folder
 
 
@@ -72,10 +79,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("first", "name"), [(names(group)[0], name) for group in (HARD, SOFT) for name in names(group)[1:]]
+    ("first", "name"),
+    [(names(group)[0], name) for group in (HARD, SOFT) for name in names(group)[1:]]
+    + [(names(HARD)[0], f"workers2-{variant}") for each in ELASTIC.values() for variant in each],
 )
 def test_how_it_is_carried_out_changes_nothing_but_rounding(trained: Path, first: str, name: str):
-    """Workers, micro-batches, ZeRO stage, packing, checkpointed activations, chunks, and being broken off."""
+    """Workers, micro-batches, ZeRO stage, packing, checkpointed activations, chunks, being broken off, and gone on with
+    by fewer workers or by more."""
     expected = trained / first
     assert len(losses(expected)) == 6
     assert losses(trained / name) == pytest.approx(losses(expected), rel=1e-4)
@@ -102,7 +112,7 @@ def test_the_loss_on_validation_problems_is_that_of_the_saved_adapter(trained: P
     base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(trained / name / "adapter")).eval()
     tokenizer = models.load_tokenizer("raykd/demo-student", None)
-    (file,) = trained.glob("problems/*/validation.parquet")
+    (file,) = trained.glob("splits/validation.parquet")
     nats, tokens = 0.0, 0
     for problem in pyarrow.parquet.read_table(file).to_pylist():
         prompt = models.prompt_token_ids(tokenizer, prompts.student_messages(problem))

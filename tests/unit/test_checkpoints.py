@@ -15,7 +15,7 @@ def checkpoint(run: Path, name: str, workers: int = 2) -> Path:
         part = run.parent / f"part-{name}-{worker}"
         (part / "checkpoint").mkdir(parents=True)
         (part / "checkpoint" / f"rank_{worker}.pt").write_bytes(bytes([worker]) * 100)
-        checkpoints.certify(part, worker)
+        checkpoints.certify(part, worker, workers)
         for file in part.rglob("*"):
             if file.is_file():
                 copy = folder / file.relative_to(part)
@@ -39,13 +39,13 @@ def run(tmp_path: Path) -> Path:
 
 def test_a_good_list_is_left_to_ray(run: Path):
     folder, file = checkpoint(run, "checkpoint_2"), listed(run, "checkpoint_2")
-    assert checkpoints.mend(run, 2) is None
+    assert checkpoints.mend(run) is None
     assert file.exists() and folder.exists()
 
 
 def test_nothing_there_is_nothing_to_go_on_from(run: Path):
-    assert checkpoints.mend(run, 2) is None
-    assert checkpoints.mend(run / "not there", 2) is None
+    assert checkpoints.mend(run) is None
+    assert checkpoints.mend(run / "not there") is None
 
 
 @pytest.mark.parametrize("left", ["", '{"checkpoint_results": [{"check', "[]", '{"checkpoint_results": 3}'])
@@ -54,20 +54,20 @@ def test_half_a_list_gives_way_to_the_newest_whole_checkpoint(run: Path, left: s
     (half / "checkpoint" / "rank_1.pt").write_bytes(b"\x01" * 50)
     file = listed(run)
     file.write_text(left)
-    assert checkpoints.mend(run, 2) == whole
+    assert checkpoints.mend(run) == whole
     assert not file.exists() and not half.exists()
     # Broken off again before there is a new one.
-    assert checkpoints.mend(run, 2) == whole
+    assert checkpoints.mend(run) == whole
 
 
 @pytest.mark.parametrize("lost", ["checkpoint/rank_1.pt", "worker-1.json"])
 def test_a_checkpoint_without_one_workers_part_is_not_whole(run: Path, lost: str):
     folder = checkpoint(run, "checkpoint_1")
-    assert checkpoints.is_whole(folder, 2)
+    assert checkpoints.is_whole(folder)
     (folder / lost).unlink()
     listed(run, "checkpoint_1")
-    assert not checkpoints.is_whole(folder, 2)
-    assert checkpoints.mend(run, 2) is None
+    assert not checkpoints.is_whole(folder)
+    assert checkpoints.mend(run) is None
     assert not folder.exists()
 
 
@@ -75,4 +75,4 @@ def test_one_that_was_altered_is_not_whole(run: Path):
     folder = checkpoint(run, "checkpoint_1")
     file = folder / "checkpoint" / "rank_0.pt"
     file.write_bytes(b"\x02" * 100)
-    assert not checkpoints.is_whole(folder, 2)
+    assert not checkpoints.is_whole(folder)

@@ -127,7 +127,8 @@ def test_a_strategy_of_your_own_stands_beside_the_built_in_ones(tmp_path: Path):
 
 def test_identity_is_what_bears_on_results(tmp_path: Path):
     base = load(tmp_path, SMALLEST)
-    same = ["teacher.concurrency=9", "train.max_failures=9", "arms={other: {}}", "seeds=[5]", "storage=elsewhere"]
+    same = ["teacher.concurrency=9", "train.max_failures=9", "arms={other: {}}", "seeds=[5]"]
+    same += ["storage=elsewhere", "train.min_workers=1"]
     assert load(tmp_path, SMALLEST, *same).identity() == base.identity()
     elsewhere = ["teacher.engine.tensor_parallel_size=8", "teacher.engine.engine_kwargs={max_num_seqs: 8}"]
     assert load(tmp_path, SMALLEST, *elsewhere).identity() == base.identity()
@@ -175,3 +176,17 @@ def test_what_is_secret_is_not_configured_and_not_repeated(tmp_path: Path, path:
 def test_arguments_that_count_tokens_are_no_secrets(tmp_path: Path):
     found = load(tmp_path, SMALLEST, "teacher.engine.engine_kwargs.max_num_batched_tokens=512")
     assert found.teacher.engine.engine_kwargs == {"max_num_batched_tokens": 512}
+
+
+def test_fewer_workers_than_a_trial_has_need_checkpoints_that_are_not_in_parts(tmp_path: Path):
+    def fewer(least: int, stage: int) -> config.Experiment:
+        return load(
+            tmp_path, SMALLEST, f"train={{num_workers: 4, min_workers: {least}, zero_stage: {stage}, dtype: float32}}"
+        )
+
+    assert fewer(2, 0).train.min_workers == 2
+    assert fewer(4, 2).train.min_workers == 4
+    with pytest.raises(ValueError, match="min_workers 5 is above num_workers 4"):
+        fewer(5, 0)
+    with pytest.raises(ValueError, match=r"ZeRO stage 2 .*set zero_stage to 0"):
+        fewer(2, 2)

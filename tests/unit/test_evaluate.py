@@ -9,7 +9,8 @@ import pyarrow.parquet
 import pytest
 
 from raykd import answers, evaluate, models, protocols, records, storage
-from raykd.sections import Engine, Evaluate, Sampling, Student
+from raykd.engine import Engine, Sampling
+from raykd.sections import Evaluate, Student
 
 END = 1
 

@@ -9,7 +9,8 @@ import pytest
 from raykd import completions, generate, models, problems, records, storage, variants
 from raykd.completions import Request
 from raykd.config import Experiment
-from raykd.sections import Engine, Teacher
+from raykd.engine import Engine
+from raykd.sections import Teacher
 from raykd.selection import select
 
 TREE: dict[str, Any] = {

@@ -11,7 +11,7 @@ import raykd
 
 SOURCE = Path(raykd.__file__).parent
 FLOORS = [
-    {"config", "lock", "sections", "space", "mistakes", "records", "storage", "strategies", "demo"},
+    {"config", "lock", "tree", "engine", "sections", "space", "mistakes", "records", "storage", "strategies", "demo"},
     {
         "prompts",
         "answers",

@@ -4,7 +4,8 @@ import pytest
 
 from raykd import placement
 from raykd.config import Experiment
-from raykd.sections import Attention, Engine, Replicas, Teacher, Train
+from raykd.engine import Engine, Replicas
+from raykd.sections import Attention, Teacher, Train
 
 
 def test_auto_takes_gpus_where_there_are_any():

@@ -1,5 +1,7 @@
 """Targets: aligned or refused, and an order of training that depends on nothing but rows, seed and size."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -64,10 +66,11 @@ def test_every_epoch_sees_every_row_once_in_an_order_of_its_own():
     micro=st.integers(1, 12),
 )
 def test_workers_share_a_step_without_loss_and_keep_pace(rows: int, workers: int, rows_per_worker: int, micro: int):
+    number = math.ceil(rows_per_worker / micro)
     batch = list(range(min(rows, workers * rows_per_worker)))
-    shares = [targets.share(batch, worker, workers, rows_per_worker, micro) for worker in range(workers)]
+    shares = [targets.share(batch, worker, workers, micro, number) for worker in range(workers)]
     assert sorted(row for share in shares for part in share for row in part) == batch
-    assert len({len(share) for share in shares}) == 1
+    assert {len(share) for share in shares} == {number}
     assert all(len(part) <= micro for share in shares for part in share)
 
 
