@@ -4,7 +4,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +31,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def finish(arguments: list[str], cwd: Path) -> Ran:
+def finish(arguments: list[str], cwd: Path, environment: dict[str, str] | None = None) -> Ran:
     """Runs a command to its end, which must be a good one."""
-    done = subprocess.run([RAYKD, *arguments], cwd=cwd, capture_output=True, text=True, timeout=1500)
+    done = subprocess.run([RAYKD, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return Ran(plan_of(arguments), done.stdout, done.stderr)
 
@@ -42,30 +43,54 @@ def plan_of(arguments: list[str]) -> pipeline.Plan:
     return pipeline.prepare(config.load(arguments[1], arguments[2:]), "test")
 
 
+@contextmanager
+def started(
+    condition: Callable[[], bool],
+    arguments: list[str],
+    cwd: Path,
+    environment: dict[str, str] | None = None,
+    timeout_s: float = 900,
+) -> Iterator[subprocess.Popen[str]]:
+    """Starts a command and waits until a condition holds; what it printed is in `cwd`, in `started.log`.
+
+    Yields:
+        the process, which is gone after the block.
+    """
+    log = cwd / "started.log"
+    with log.open("w") as stream:
+        driver = subprocess.Popen(
+            [RAYKD, *arguments], cwd=cwd, env=environment, stdout=stream, stderr=subprocess.STDOUT, text=True
+        )
+    try:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert driver.poll() is None, f"ended too early:\n{log.read_text()}"
+            assert time.monotonic() < deadline, f"never came so far:\n{log.read_text()}"
+            time.sleep(0.05)
+        yield driver
+    finally:
+        driver.kill()
+        driver.wait()
+
+
 def kill_when(
-    condition: Callable[[], bool], arguments: list[str], cwd: Path, timeout_s: float = 900
+    condition: Callable[[], bool],
+    arguments: list[str],
+    cwd: Path,
+    environment: dict[str, str] | None = None,
 ) -> list[psutil.Process]:
     """Starts a command and kills its driver (SIGKILL) as soon as a condition holds.
 
     Returns:
         the processes that it had, the driver apart: all of them must end by themselves.
     """
-    log = cwd / "killed.log"
-    with log.open("w") as stream:
-        driver = subprocess.Popen([RAYKD, *arguments], cwd=cwd, stdout=stream, stderr=subprocess.STDOUT)
-    family: list[psutil.Process] = []
-    try:
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            assert driver.poll() is None, f"ended before it could be killed:\n{log.read_text()}"
-            assert time.monotonic() < deadline, f"never came so far:\n{log.read_text()}"
-            time.sleep(0.05)
-    finally:
-        if driver.poll() is None:
-            family = psutil.Process(driver.pid).children(recursive=True)
-        driver.kill()
-        driver.wait()
-    return family
+    with started(condition, arguments, cwd, environment) as driver:
+        return psutil.Process(driver.pid).children(recursive=True)
+
+
+def parts(folder: Path) -> list[Path]:
+    """The parts of rows anywhere below a folder."""
+    return sorted(folder.rglob("part-*.parquet"))
 
 
 def wait_for_end(family: list[psutil.Process], timeout_s: float = 120) -> None:

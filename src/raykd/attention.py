@@ -14,10 +14,8 @@ import pyarrow.parquet as pq
 import ray.data
 import torch
 from peft import PeftModel
-from transformers import AutoConfig
 
 from raykd import heads, models, placement, prompts, records, spans, storage
-from raykd.demo import resolve_model
 from raykd.evaluate import Contestant, test_ids
 from raykd.progress import Meter
 from raykd.sections import Attention, Student
@@ -100,7 +98,7 @@ def measure(
             )
             for row in read.iter_rows():
                 meter.add(row["rows"], row["tokens"])
-    config = AutoConfig.from_pretrained(resolve_model(student.model), revision=student.revision).get_text_config()
+    config = models.load_config(student).get_text_config()
     storage.seal(
         folder,
         records.ATTENTION,
@@ -133,9 +131,9 @@ class Read:
         folder: Path,
     ) -> None:
         self._base = load_base(student, getattr(torch, dtype)).to("cuda" if kind == "gpu" else "cpu").eval()
-        self._tokenizer = models.load_tokenizer(student.model, student.revision)
+        self._tokenizer = models.load_tokenizer(student)
         self._problems = {row["problem_id"]: row for row in pq.read_table(problems / "test.parquet").to_pylist()}
-        self._limit = models.context_length(student.model, student.revision, {})
+        self._limit = models.context_length(student, {})
         self._attention, self._instruction, self._folder = attention, instruction, folder
         self._adapter, self._model = "", self._base
 

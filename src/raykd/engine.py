@@ -62,6 +62,12 @@ class Engine(Section):
     """Environment of the engine's processes, such as VLLM_CPU_KVCACHE_SPACE (GiB)."""
 
     @model_validator(mode="after")
+    def _trusts_by_name(self) -> Self:
+        if "trust_remote_code" in self.engine_kwargs:
+            raise ValueError("engine_kwargs.trust_remote_code: is set beside the model's name, for all that loads it")
+        return self
+
+    @model_validator(mode="after")
     def _no_secrets(self) -> Self:
         # Whatever is configured is written into the experiment's folder and its report.
         for where, names in (("env", self.env), ("engine_kwargs", self.engine_kwargs)):

@@ -83,7 +83,7 @@ def evaluate(
                 batch_size=evaluation.batch_size,
                 fn_constructor_kwargs={
                     "folder": folder,
-                    "ends": models.end_token_ids(student.model, student.revision),
+                    "ends": models.end_token_ids(student),
                     "evaluation": evaluation,
                 },
                 compute=ray.data.ActorPoolStrategy(size=1),
@@ -142,10 +142,10 @@ def check_lengths(split: Path, student: Student, evaluation: Evaluate, instructi
         instruction: what is said about the form of the answer.
         whose: who answers what, for the message.
     """
-    limit = models.context_length(student.model, student.revision, evaluation.engine.engine_kwargs)
+    limit = models.context_length(student, evaluation.engine.engine_kwargs)
     if limit is None:
         return
-    tokenizer = models.load_tokenizer(student.model, student.revision)
+    tokenizer = models.load_tokenizer(student)
     rows = pq.read_table(split, columns=["problem_id", "question"]).to_pylist()
     room = evaluation.sampling.max_tokens
     needs = (
@@ -237,6 +237,7 @@ def _processor(
         }
     if student.revision:
         kwargs["revision"] = student.revision
+    kwargs["trust_remote_code"] = student.trust_remote_code
     return build_processor(
         vLLMEngineProcessorConfig(
             model_source=resolve_model(student.model),
@@ -273,7 +274,7 @@ class Ask:
     def __init__(
         self, contestants: list[Contestant], student: Student, evaluation: Evaluate, instruction: str, done: set[str]
     ) -> None:
-        self._tokenizer = models.load_tokenizer(student.model, student.revision)
+        self._tokenizer = models.load_tokenizer(student)
         self._contestants, self._model = contestants, resolve_model(student.model)
         self._evaluation, self._instruction, self._done = evaluation, instruction, done
 

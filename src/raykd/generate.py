@@ -179,7 +179,7 @@ class Render:
     def __init__(
         self, requests: list[Request], teacher: Teacher, instruction: str, done: Mapping[Path, set[str]]
     ) -> None:
-        self._tokenizer = models.load_tokenizer(teacher.model, teacher.revision)
+        self._tokenizer = models.load_tokenizer(teacher)
         self._requests, self._instruction, self._done = requests, instruction, done
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -205,7 +205,7 @@ class RenderAnswers:
         instruction: str,
         done: Mapping[Path, set[str]],
     ) -> None:
-        self._tokenizer = models.load_tokenizer(teacher.model, teacher.revision)
+        self._tokenizer = models.load_tokenizer(teacher)
         self._wanted, self._instruction, self._done = wanted, instruction, done
         rows = pq.read_table(problems / "train.parquet").to_pylist()
         self._problems = {row["problem_id"]: row for row in rows}
@@ -274,10 +274,10 @@ def check_lengths(wanted: list[Request], problems: Path, teacher: Teacher, instr
         instruction: what is said about the form of the answer.
         max_tokens: how long an answer may be that is not there yet.
     """
-    limit = models.context_length(teacher.model, teacher.revision, teacher.engine.engine_kwargs)
+    limit = models.context_length(teacher, teacher.engine.engine_kwargs)
     if limit is None:
         return
-    tokenizer = models.load_tokenizer(teacher.model, teacher.revision)
+    tokenizer = models.load_tokenizer(teacher)
     total = pq.read_metadata(problems / "train.parquet").num_rows
     for request in wanted:
         whose = f"teacher, strategy {request.strategy_name!r}"

@@ -8,48 +8,74 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from raykd import prompts, protocols, storage
 from raykd.demo import resolve_model
-from raykd.sections import Protocol
+from raykd.sections import Protocol, Student, Teacher
+
+Model = Teacher | Student
 
 # Some chat templates (Llama 3.2's) tell the model the date, by default that of the day: the same question would be
 # another one tomorrow. This is what Llama 3.1's template says.
 DATE_STRING = "26 Jul 2024"
 
 
-def identify(model: str, revision: str | None) -> dict[str, str]:
+def identify(named: Model) -> dict[str, str]:
     """What identifies a model's weights and tokenizer: the folder's content, or the hub's commit.
 
     Raises:
         ValueError: where the model can neither be found on disk nor on the hub.
     """
-    path = Path(resolve_model(model))
+    model, path = named.model, Path(resolve_model(named.model))
     if path.is_dir():
         return {"model": model, "revision": storage.fingerprint(path)}
     try:
-        config = AutoConfig.from_pretrained(model, revision=revision)
-    except (OSError, ValueError) as error:
+        config = load_config(named)
+    except OSError as error:
         raise ValueError(
             f"model {model!r}: neither a folder here nor to be had from the hub ({' '.join(str(error).split())[:200]})"
         ) from None
-    return {"model": model, "revision": getattr(config, "_commit_hash", None) or revision or "unknown"}
+    return {"model": model, "revision": getattr(config, "_commit_hash", None) or named.revision or "unknown"}
 
 
-def load_tokenizer(model: str, revision: str | None) -> Any:
+def load_config(named: Model) -> Any:
+    """The configuration of a model.
+
+    Raises:
+        ValueError: where it cannot be read, or needs code of its own that is not trusted.
+    """
+    return _load(AutoConfig, named)
+
+
+def load_tokenizer(named: Model) -> Any:
     """The tokenizer of a model, which must have a chat template.
 
     Raises:
-        ValueError: where it has none.
+        ValueError: where it has none, cannot be read, or needs code of its own that is not trusted.
     """
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(model), revision=revision)
+    tokenizer = _load(AutoTokenizer, named)
     if not tokenizer.chat_template:
-        raise ValueError(f"model {model!r} has no chat template; use an instruct model")
+        raise ValueError(f"model {named.model!r} has no chat template; use an instruct model")
     return tokenizer
 
 
-def end_token_ids(model: str, revision: str | None) -> set[int]:
-    """The tokens that end an answer, by the tokenizer and by the model's generation configuration."""
-    tokenizer = load_tokenizer(model, revision)
+def _load(kind: Any, named: Model) -> Any:
     try:
-        ends = GenerationConfig.from_pretrained(resolve_model(model), revision=revision or "main").eos_token_id
+        return kind.from_pretrained(
+            resolve_model(named.model), revision=named.revision, trust_remote_code=named.trust_remote_code
+        )
+    except ValueError as error:
+        # Of the ways out that transformers names only one is ours.
+        told = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"model {named.model!r}: {told}. Where it comes with code of its own, read that, and set trust_remote_code "
+            "beside the model's name"
+        ) from None
+
+
+def end_token_ids(named: Model) -> set[int]:
+    """The tokens that end an answer, by the tokenizer and by the model's generation configuration."""
+    tokenizer = load_tokenizer(named)
+    try:
+        revision = named.revision or "main"
+        ends = GenerationConfig.from_pretrained(resolve_model(named.model), revision=revision).eos_token_id
     except OSError:
         # Not every model has one.
         ends = None
@@ -69,11 +95,11 @@ def answer_token_ids(tokenizer: Any, text: str, is_whole: bool) -> list[int]:
     return [*tokens, tokenizer.eos_token_id] if is_whole else tokens
 
 
-def context_length(model: str, revision: str | None, engine_kwargs: Mapping[str, Any]) -> int | None:
+def context_length(named: Model, engine_kwargs: Mapping[str, Any]) -> int | None:
     """How many tokens an engine takes, prompt and answer together; None where the model does not say."""
     if told := engine_kwargs.get("max_model_len"):
         return int(told)
-    config = AutoConfig.from_pretrained(resolve_model(model), revision=revision)
+    config = load_config(named)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 

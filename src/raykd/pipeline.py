@@ -169,10 +169,13 @@ def prepare(experiment: Experiment, command: str, retry_failed: bool = False) ->
     root = Path(experiment.storage).absolute()
     folder = root / "experiments" / experiment.name
     journal.claim(experiment, folder)
-    teacher_model = models.identify(experiment.teacher.model, experiment.teacher.revision)
-    student_model = models.identify(experiment.student.model, experiment.student.revision)
-    teacher_tokenizer = models.load_tokenizer(experiment.teacher.model, experiment.teacher.revision)
-    student_tokenizer = models.load_tokenizer(experiment.student.model, experiment.student.revision)
+    for named in (experiment.teacher, experiment.student):
+        if named.trust_remote_code:
+            say(f"warning: code that comes with {named.model} is run (trust_remote_code)")
+    teacher_model = models.identify(experiment.teacher)
+    student_model = models.identify(experiment.student)
+    teacher_tokenizer = models.load_tokenizer(experiment.teacher)
+    student_tokenizer = models.load_tokenizer(experiment.student)
     same_tokens = models.same_tokens(teacher_tokenizer, student_tokenizer)
     drawn = study.drawn(experiment, folder)
     trained = variants(experiment, drawn)

@@ -40,6 +40,8 @@ def engine_settings(engine: Engine, kind: Accelerator) -> tuple[dict[str, Any], 
         # Sampling is what the experiment says; by default vLLM takes what it leaves open (top_k, a repetition penalty)
         # from the model's generation_config.json. The tokens that end an answer are read from there all the same.
         "generation_config": "vllm",
+        # Never by pickle, which can hold code; by default vLLM takes that where there is nothing else.
+        "load_format": "safetensors",
     }
     env = {"VLLM_LOGGING_LEVEL": "INFO"}
     if kind == "cpu":
@@ -59,9 +61,9 @@ def trial_bundles(train: Train, kind: Accelerator) -> list[dict[str, float]]:
 
 
 def room(train: Train, kind: Accelerator, cluster: Mapping[str, float]) -> int:
-    """How many trials the cluster holds at a time."""
-    need = {name: amount * train.num_workers for name, amount in worker_resources(kind).items()}
-    return int(min(cluster.get(name, 0) // amount for name, amount in need.items()))
+    """How many trials the cluster holds at a time; one, too, where it holds the least of its workers only."""
+    workers = int(min(cluster.get(name, 0) // amount for name, amount in worker_resources(kind).items()))
+    return workers // train.num_workers or int(workers >= (train.min_workers or train.num_workers))
 
 
 def check_trial(train: Train, kind: Accelerator, cluster: Mapping[str, float]) -> None:

@@ -76,8 +76,8 @@ def prompts_of(experiment: Experiment, wanted: str) -> str:
         ValueError: where there is no such problem.
     """
     problem = _problem(problems.prepare(experiment.problems, Path(experiment.storage).absolute()), wanted)
-    teacher = models.load_tokenizer(experiment.teacher.model, experiment.teacher.revision)
-    student = models.load_tokenizer(experiment.student.model, experiment.student.revision)
+    teacher = models.load_tokenizer(experiment.teacher)
+    student = models.load_tokenizer(experiment.student)
     instruction = experiment.prompt.instruction
     blocks = [f"problem {problem['problem_id']}, reference answer {problem['reference_answer']}"]
     asking: dict[str, list[str]] = {}

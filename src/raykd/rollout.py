@@ -49,7 +49,7 @@ def rollout(
                 batch_size=evaluation.batch_size,
                 fn_constructor_kwargs={
                     "folders": {each.trial_id: folder for each, folder in folders.items()},
-                    "ends": models.end_token_ids(student.model, student.revision),
+                    "ends": models.end_token_ids(student),
                 },
                 compute=ray.data.ActorPoolStrategy(size=1),
                 num_cpus=0,

@@ -34,6 +34,7 @@ class Scoreboard(tune.Callback):
         self._jobs = jobs
         self._num_trials = num_trials
         self._seen: dict[str, dict[str, Any]] = {}
+        self._furthest: dict[str, tuple[int, int]] = {}
         self._measured: dict[str, dict[str, Any]] = {}
         self._states: dict[str, str] = {}
         self._meter: Meter | None = None
@@ -66,10 +67,12 @@ class Scoreboard(tune.Callback):
             self._measured[trial_id] = result["validation"]
         if "step" not in result:
             return
-        before, self._seen[trial_id] = self._seen.get(trial_id, {"step": 0, "target_tokens": 0}), result
+        self._seen[trial_id] = result
         self._meter.total = self._total()
-        gone = (max(result[name] - before[name], 0) for name in ("step", "target_tokens"))
-        self._meter.add(*gone)
+        # Steps that are done again, from a checkpoint on, were counted.
+        before = self._furthest.get(trial_id, (0, 0))
+        self._furthest[trial_id] = (max(before[0], result["step"]), max(before[1], result["target_tokens"]))
+        self._meter.add(*(now - then for now, then in zip(self._furthest[trial_id], before, strict=True)))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._ended(trial.config["trial_id"])

@@ -32,12 +32,15 @@ class Search(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial, as what Tune calls its configuration; None for not yet, or `Searcher.FINISHED`."""
+        # First of all: where nodes were lost there may be no room any more, for which nothing needs to wait.
+        if not self._queue and not any(study.num_open for study in self._studies.values()):
+            return Searcher.FINISHED
         if len(self._under_way) >= self._room():
             return None
         while not self._queue:
             # In turns, so that the arms get on alike.
-            study = max(self._studies.values(), key=lambda each: each.num_open, default=None)
-            if study is None or not study.num_open:
+            study = max(self._studies.values(), key=lambda each: each.num_open)
+            if not study.num_open:
                 return Searcher.FINISHED
             for job in study.draw():
                 self._jobs[job.trial_id] = job

@@ -50,6 +50,8 @@ class Teacher(Section):
     """Folder, hub name, or `raykd/demo-teacher`."""
     revision: str | None = None
     """Revision of the model on the hub; null for its newest."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the model is run, with all the rights that this process has."""
     engine: Engine = Engine()
     replicas: Replicas = Replicas()
     sampling: Sampling = Sampling()
@@ -86,6 +88,8 @@ class Student(Section):
     model: str
     """Folder, hub name, or `raykd/demo-student`."""
     revision: str | None = None
+    trust_remote_code: bool = False
+    """As `teacher.trust_remote_code`."""
     lora: Lora = Lora()
 
 

@@ -32,7 +32,14 @@ CHUNK_ELEMENTS = 1 << 26
 
 def load_base(student: Student, dtype: torch.dtype) -> Any:
     """The frozen base model."""
-    return AutoModelForCausalLM.from_pretrained(resolve_model(student.model), revision=student.revision, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(
+        resolve_model(student.model),
+        revision=student.revision,
+        trust_remote_code=student.trust_remote_code,
+        # Never by pickle, which can hold code.
+        use_safetensors=True,
+        dtype=dtype,
+    )
 
 
 def add_lora(model: Any, student: Student, seed: int) -> PeftModel:

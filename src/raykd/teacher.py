@@ -59,6 +59,7 @@ def llm_config(teacher: Teacher, top_k: int, kind: placement.Accelerator) -> Any
     kwargs, env = placement.engine_settings(teacher.engine, kind)
     if teacher.revision:
         kwargs["revision"] = teacher.revision
+    kwargs["trust_remote_code"] = teacher.trust_remote_code
     if top_k:
         kwargs.setdefault("max_logprobs", max(top_k, 20))
         # vLLM's default, and the only mode that gives the model's own distribution whatever the sampling.
@@ -204,8 +205,9 @@ class AskTeacher:
         """Completions of the rows, in their order; rows that cannot be answered carry an error."""
         reply = await self._call(rows, wanted)
         if isinstance(reply, str) and len(rows) > 1:
-            # One bad row makes the engine refuse all of a call: find it, and answer the others.
-            return [answer for row in rows for answer in await self._ask([row], wanted)]
+            # One bad row makes the engine refuse all of a call, one slow row takes its time: the others are answered.
+            alone = await asyncio.gather(*(self._ask([row], wanted) for row in rows))
+            return [answer for answers in alone for answer in answers]
         if isinstance(reply, str):
             return [_failed(rows[0], reply)]
         return [_completion(row, choice, wanted.top_k) for row, choice in zip(rows, reply, strict=True)]

@@ -87,7 +87,7 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
     micro, accumulation = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
     # Must exist before the model is loaded: under ZeRO stage 3 each worker then loads its own part only.
     zero3_marker = HfDeepSpeedConfig(config)
-    tokenizer = models.load_tokenizer(job.arm.student.model, job.arm.student.revision)
+    tokenizer = models.load_tokenizer(job.arm.student)
     lesson = _lesson(job, tokenizer)
     steps, mine = lesson.steps, targets.segment(len(lesson.steps), job.round or 0, job.rounds)
     model = student.learner(job.arm, job.seed)

@@ -68,7 +68,7 @@ def _answer(engine: Any, model: Any, tokenizer: Any, job: Job, problems: list[di
         generation_config=GenerationConfig(
             do_sample=False,
             max_new_tokens=job.max_tokens,
-            eos_token_id=sorted(models.end_token_ids(job.arm.student.model, job.arm.student.revision)),
+            eos_token_id=sorted(models.end_token_ids(job.arm.student)),
             pad_token_id=pad,
         ),
         synced_gpus=job.arm.train.zero_stage == 3 and job.arm.train.num_workers > 1,

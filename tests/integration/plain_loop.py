@@ -20,7 +20,7 @@ import torch.distributed
 
 from raykd import config, models, problems, records, storage, student, train
 from raykd.job import Job
-from raykd.sections import Sweep
+from raykd.sections import Student, Sweep
 
 FOLDER = Path(sys.argv[1])
 
@@ -79,7 +79,7 @@ def job(variant: str, workers: int) -> Job:
 
 def scored(splits: Path) -> Path:
     """The reference solutions with six log-probabilities for each of their tokens."""
-    draw, tokenizer = np.random.default_rng(0), models.load_tokenizer("raykd/demo-student", None)
+    draw, tokenizer = np.random.default_rng(0), models.load_tokenizer(Student(model="raykd/demo-student"))
     rows = []
     for problem in pyarrow.parquet.read_table(splits / "train.parquet").to_pylist():
         tokens = models.answer_token_ids(tokenizer, problem["reference_solution"], is_whole=True)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from conftest import MAX_TOKENS
 from raykd import attention, harness, heads, models, records, storage
 from raykd.demo import resolve_model
+from raykd.sections import Student
 from runs import Ran, finish
 
 pytestmark = pytest.mark.timeout(1800)
@@ -37,7 +38,7 @@ def test_every_student_read_the_same_texts_and_what_its_heads_did_is_what_the_mo
     expected = sorted(f"{trial}/{problem['problem_id']}" for trial in students for problem in problems)
     assert sorted(row["attention_id"] for row in rows) == expected
     assert not any(row["error"] for row in rows)
-    tokenizer = models.load_tokenizer("raykd/demo-student", None)
+    tokenizer = models.load_tokenizer(Student(model="raykd/demo-student"))
     texts = {each["problem_id"]: attention.text_of(each, tokenizer, "", None) for each in problems[:3]}
     seen = []
     for trial, adapter in students.items():
@@ -126,7 +127,7 @@ def test_eight_worked_problems_come_before_the_question(ran: Ran, experiment_fil
     told = ["evaluate.protocol=eight_shot_cot", "evaluate.max_error_rate=0.2"]
     other = finish(["evaluate", str(experiment_file), f"storage={ran.plan.root}", *told], ran.plan.root)
     finish(["report", str(experiment_file), f"storage={ran.plan.root}"], ran.plan.root)
-    tokenizer = models.load_tokenizer("raykd/demo-student", None)
+    tokenizer = models.load_tokenizer(Student(model="raykd/demo-student"))
     base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32).eval()
     rows = answers(other.plan.predictions)
     assert len(rows) == 50 and {row["protocol"] for row in rows} == {"eight_shot_cot"}

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from raykd import models, prompts, records, storage, student
 from raykd.demo import resolve_model
 from raykd.job import Job, problems_of_round
+from raykd.sections import Student
 from runs import Ran, finish, kill_when, plan_of, wait_for_end
 
 pytestmark = pytest.mark.timeout(1800)
@@ -56,7 +57,7 @@ def taught(own_answers: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return models.load_tokenizer("raykd/demo-student", None)
+    return models.load_tokenizer(Student(model="raykd/demo-student"))
 
 
 def rows(folder: Path) -> list[dict]:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from conftest import MAX_TOKENS
 from raykd import evaluate, models, prompts, records, storage, student
 from raykd.demo import MODELS, resolve_model
+from raykd.sections import Student, Teacher
 from runs import Ran, finish
 
 pytestmark = pytest.mark.timeout(1800)
@@ -43,7 +44,7 @@ def teacher_model():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return models.load_tokenizer("raykd/demo-student", None)
+    return models.load_tokenizer(Student(model="raykd/demo-student"))
 
 
 @pytest.mark.parametrize("arm", ["none", "soft"])
@@ -247,7 +248,7 @@ def test_an_arm_may_have_the_teacher_answer_in_another_way(ran: Ran, experiment_
     request = other.plan.asked["greedy"]
     assert request
     rows = storage.open_rows(request.folder, records.COMPLETION).to_table().to_pylist()
-    eos = models.load_tokenizer("raykd/demo-teacher", None).eos_token_id
+    eos = models.load_tokenizer(Teacher(model="raykd/demo-teacher")).eos_token_id
     for row in rows[:6]:
         answer = greedy(teacher_model, row["prompt_token_ids"], eos, MAX_TOKENS)
         assert row["completion_token_ids"] == answer

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from raykd import models, prompts
 from raykd.demo import resolve_model
+from raykd.sections import Student
 
 pytestmark = pytest.mark.timeout(900)
 SCRIPT = Path(__file__).parent / "plain_loop.py"
@@ -111,7 +112,7 @@ def test_the_loss_on_validation_problems_is_that_of_the_saved_adapter(trained: P
     ]
     base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(trained / name / "adapter")).eval()
-    tokenizer = models.load_tokenizer("raykd/demo-student", None)
+    tokenizer = models.load_tokenizer(Student(model="raykd/demo-student"))
     (file,) = trained.glob("splits/validation.parquet")
     nats, tokens = 0.0, 0
     for problem in pyarrow.parquet.read_table(file).to_pylist():

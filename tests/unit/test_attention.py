@@ -28,7 +28,7 @@ PROBLEMS = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return models.load_tokenizer("raykd/demo-student", None)
+    return models.load_tokenizer(Student(model="raykd/demo-student"))
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_each_student_is_read_with_its_own_adapter_and_the_untouched_one_with_no
     for item in items(["", str(adapter), "", str(adapter)], ids):
         assert reader(item) == {"rows": [5], "tokens": [sum_of_tokens()]}
     found = values(problems)
-    tokenizer = models.load_tokenizer("raykd/demo-student", None)
+    tokenizer = models.load_tokenizer(Student(model="raykd/demo-student"))
     base = load_base(STUDENT, torch.float32).eval()
     texts = [attention.text_of(row, tokenizer, "", None) for row in PROBLEMS]
     untouched = heads.measure(base, texts, 0)
@@ -95,7 +95,7 @@ def test_each_student_is_read_with_its_own_adapter_and_the_untouched_one_with_no
 
 
 def sum_of_tokens() -> int:
-    tokenizer = models.load_tokenizer("raykd/demo-student", None)
+    tokenizer = models.load_tokenizer(Student(model="raykd/demo-student"))
     return sum(len(tokenizer(row["reference_solution"])["input_ids"]) + 1 for row in PROBLEMS)
 
 

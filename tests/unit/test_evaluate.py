@@ -63,7 +63,7 @@ def test_a_stop_string_ends_an_answer_and_is_no_part_of_it(tmp_path: Path):
 
 
 def test_the_tokens_that_end_an_answer_are_those_of_the_model():
-    assert models.end_token_ids("raykd/demo-student", None) == {END}
+    assert models.end_token_ids(Student(model="raykd/demo-student")) == {END}
 
 
 def test_an_untouched_student_alone_needs_no_adapter(tmp_path: Path):
@@ -113,7 +113,7 @@ def test_each_student_is_asked_its_own_problems_one_student_after_the_other():
     asked = ask(pa.Table.from_pylist(problems, schema=records.PROBLEM)).to_pylist()
     assert [row["prediction_id"] for row in asked] == ["a/0", "a/1", "a/3", "b/1", "b/3"]
     assert [row["model"] for row in asked] == ["a"] * 3 + ["b"] * 2
-    tokenizer = models.load_tokenizer("raykd/demo-student", None)
+    tokenizer = models.load_tokenizer(Student(model="raykd/demo-student"))
     for row in asked:
         assert f"What is {row['problem_id']} + 1?" in tokenizer.decode(row["tokenized_prompt"])
     assert len({row["answer_seed"] for row in asked}) == 5
@@ -127,7 +127,7 @@ def asked(protocol: str, samples: int = 1, instruction: str = "") -> list[dict]:
 
 
 def test_eight_worked_problems_come_before_the_question_as_turns():
-    tokenizer = models.load_tokenizer("raykd/demo-student", None)
+    tokenizer = models.load_tokenizer(Student(model="raykd/demo-student"))
     (row,) = asked("eight_shot_cot", instruction="End with '#### N'.")
     text = tokenizer.decode(row["tokenized_prompt"])
     assert text.count("<|user|>") == 9 and text.count("<|assistant|>") == 9
@@ -136,7 +136,7 @@ def test_eight_worked_problems_come_before_the_question_as_turns():
 
 
 def test_a_raw_question_is_a_text_without_turns():
-    tokenizer = models.load_tokenizer("raykd/demo-student", None)
+    tokenizer = models.load_tokenizer(Student(model="raykd/demo-student"))
     (row,) = asked("zero_shot_raw")
     assert row["tokenized_prompt"] == tokenizer("Question: What is 1 + 1?\nAnswer:")["input_ids"]
 

@@ -96,7 +96,7 @@ def test_what_an_earlier_run_asked_serves_whoever_needs_no_more(experiment: Expe
 
 
 def test_what_is_scored_is_the_solution_and_its_end(experiment: Experiment, folder: Path, tmp_path: Path):
-    tokenizer = models.load_tokenizer("raykd/demo-teacher", None)
+    tokenizer = models.load_tokenizer(Teacher(model="raykd/demo-teacher"))
     problem = pyarrow.parquet.read_table(folder / "train.parquet").to_pylist()[0]
     found = asked(experiment, folder, tmp_path)
     scored, written = (found[name] for name in ("scored", "soft"))
@@ -117,7 +117,7 @@ def teacher(max_model_len: int, max_error_rate: float = 0.01) -> Teacher:
 
 def test_prompts_that_leave_no_room_are_counted_and_named(experiment: Experiment, folder: Path, tmp_path: Path):
     wanted = [request for name in ("none", "soft") if (request := asked(experiment, folder, tmp_path)[name])]
-    tokenizer = models.load_tokenizer("raykd/demo-teacher", None)
+    tokenizer = models.load_tokenizer(Teacher(model="raykd/demo-teacher"))
     rows = pyarrow.parquet.read_table(folder / "train.parquet").to_pylist()
     lengths = [
         [len(generate.question(tokenizer, row, request, "", 0)["prompt_token_ids"]) for row in rows]

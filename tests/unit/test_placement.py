@@ -34,6 +34,12 @@ def test_trials_at_a_time_are_as_many_as_have_workers(workers: int, kind, cluste
     assert placement.room(train, kind, cluster) == trials
 
 
+@pytest.mark.parametrize(("cores", "trials"), [(9, 2), (8, 2), (7, 1), (3, 1), (2, 1), (1, 0)])
+def test_a_trial_that_can_do_with_fewer_workers_has_room_where_these_fit(cores: int, trials: int):
+    train = Train(num_workers=4, min_workers=2, batch_size=8, zero_stage=0, dtype="float32")
+    assert placement.room(train, "cpu", {"CPU": cores}) == trials
+
+
 def test_a_trial_that_never_fits_is_refused_with_what_is_missing():
     with pytest.raises(ValueError, match=r"4 GPU.*num_workers=4.*has 2"):
         placement.check_trial(Train(num_workers=4, batch_size=8), "gpu", {"CPU": 64, "GPU": 2})

@@ -93,3 +93,17 @@ def test_in_a_log_every_end_is_a_line(jobs: dict[str, Job], monkeypatch: pytest.
         "1/3 bare, seed 0 at train.learning_rate=0.001: stopped, 40.0 % of 10 (1 of 2)",
         "2/3 bare, seed 0 at train.learning_rate=0.01: complete, 90.0 % of 10 (2 of 2)",
     ]
+
+
+def test_steps_that_are_done_again_count_once(jobs: dict[str, Job], monkeypatch: pytest.MonkeyPatch):
+    log = io.StringIO()
+    monkeypatch.setattr(progress, "screen", lambda: log)
+    job = next(iter(jobs.values()))
+    scoreboard = Scoreboard({job.trial_id: job}, 1)
+    scoreboard.setup()
+    scoreboard.on_trial_start(1, [], Trial(job))
+    # A worker is lost after the eighth step; the checkpoint is of the fifth.
+    for step in (5, 8, 6, 9, 10):
+        scoreboard.on_trial_result(1, [], Trial(job), {"step": step, "steps": 10, "target_tokens": 20 * step})
+    scoreboard.close()
+    assert "training: 10/10 steps" in log.getvalue().splitlines()[-1]

@@ -13,7 +13,7 @@ from raykd import answers, models, problems, prompts, student, validation
 from raykd.config import Experiment
 from raykd.demo import resolve_model
 from raykd.job import Job
-from raykd.sections import Sweep
+from raykd.sections import Sweep, Teacher
 from raykd.strategies import BUILT_IN
 
 
@@ -77,7 +77,7 @@ def one_by_one(job: Job, model, tokenizer, max_tokens: int) -> list[bool]:
 
 @pytest.mark.parametrize("max_tokens", [160, 40])
 def test_accuracy_is_that_of_greedy_answers(job: Job, engine: student.Distillation, max_tokens: int):
-    tokenizer = models.load_tokenizer("raykd/demo-teacher", None)
+    tokenizer = models.load_tokenizer(Teacher(model="raykd/demo-teacher"))
     base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-teacher"), dtype=torch.float32).eval()
     right = one_by_one(job, base, tokenizer, max_tokens)
     assert sum(right) >= 7 or max_tokens < 160, "it is right most of the time, unless it is cut"
@@ -88,7 +88,7 @@ def test_accuracy_is_that_of_greedy_answers(job: Job, engine: student.Distillati
 
 
 def test_it_leaves_the_student_in_training(job: Job, engine: student.Distillation):
-    tokenizer = models.load_tokenizer("raykd/demo-teacher", None)
+    tokenizer = models.load_tokenizer(Teacher(model="raykd/demo-teacher"))
     before = {name: parameter.clone() for name, parameter in engine.named_parameters()}
     found = validation.measure(engine, engine.model, tokenizer, replace(job, sweep=Sweep(metric="loss")), 1)
     assert found["n"] == 10

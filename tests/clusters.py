@@ -1,0 +1,52 @@
+"""Clusters: several of Ray's nodes on this machine, and what is left on them of a run."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+from ray.cluster_utils import Cluster
+
+from runs import wait_for_end
+
+
+@contextmanager
+def cluster(*nodes: int) -> Iterator[Cluster]:
+    """A cluster of nodes with so many cores each, beside a head with one; nothing is left of it afterwards."""
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
+    try:
+        for cores in nodes:
+            made.add_node(num_cpus=cores)
+        yield made
+    finally:
+        family = psutil.Process(os.getpid()).children(recursive=True)
+        made.shutdown()
+        wait_for_end(family)
+
+
+def joining(made: Cluster) -> dict[str, str]:
+    """The environment in which a command joins a cluster."""
+    return {**os.environ, "RAY_ADDRESS": made.address}
+
+
+def processes(name: str) -> list[psutil.Process]:
+    """The processes below this one whose command line holds a name."""
+    found = []
+    for process in psutil.Process(os.getpid()).children(recursive=True):
+        try:
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def holders(made: Cluster) -> list[Any]:
+    """The nodes of a cluster that hold an engine's process, but for the head."""
+    engines = {parent.pid for engine in processes("EngineCore") for parent in engine.parents()}
+    return [
+        node
+        for node in made.worker_nodes
+        if any(each.process.pid in engines for infos in node.all_processes.values() for each in infos)
+    ]

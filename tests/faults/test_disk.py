@@ -1,0 +1,112 @@
+"""The disk fills up: a clear error, nothing half-written is read as whole, and with room the same command goes on."""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from raykd import records, storage
+from runs import finish, parts, plan_of, started
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of its own, of 64 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a disk of its own needs the right to mount one: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        # Lazily: what was killed may still have a file open.
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextmanager
+def full(disk: Path) -> Iterator[None]:
+    """Not a byte more goes onto the disk within the block."""
+    filler = disk / "filler"
+    file = os.open(filler, os.O_WRONLY | os.O_CREAT)
+    try:
+        for size in (1 << 20, 1 << 12, 1):
+            try:
+                while True:
+                    os.write(file, b"x" * size)
+            except OSError:
+                continue
+        yield
+    finally:
+        os.close(file)
+        filler.unlink()
+
+
+ROWS = pa.table({"row_id": ["a", "b"], "error": ["", ""]})
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: storage.write_json(folder / "run.json", {"new": "x" * 10_000}),
+        lambda folder: storage.write_table(folder / "all.parquet", ROWS),
+        lambda folder: storage.write_part(folder, ROWS),
+        lambda folder: storage.write_bytes(folder / "picture.png", b"x" * 10_000),
+    ],
+)
+def test_what_cannot_be_written_is_not_there_and_what_was_there_stays(disk: Path, write: Callable[[Path], object]):
+    storage.write_json(disk / "run.json", {"old": True})
+    before = {path.name for path in disk.iterdir()}
+    with full(disk), pytest.raises(OSError, match=rf"No space left on device: '{disk}/"):
+        write(disk)
+    assert {path.name for path in disk.iterdir()} == before
+    assert storage.read_json(disk / "run.json") == {"old": True}
+    write(disk)
+
+
+def command(root: Path) -> list[str]:
+    return [
+        *["run", str(ROOT / "configs/quickstart.yaml"), f"storage={root}", "problems.num_train=200"],
+        *["problems.num_test=60", "train.checkpoint_every_steps=5", "train.epochs=6", "attention=null"],
+        "arms={one: {prompt.strategy: ground_truth}}",
+    ]
+
+
+def fails_clearly(condition: Callable[[], bool], arguments: list[str], cwd: Path, disk: Path) -> None:
+    with started(condition, arguments, cwd) as run, full(disk):
+        assert run.wait(300) == 1
+    said = (cwd / "started.log").read_text()
+    last = said.splitlines()[-1]
+    assert "raykd: the storage cannot be written to ([Errno 28] No space left on device" in last
+    assert "make room" in last
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_when_there_is_room_again(disk: Path, tmp_path: Path):
+    arguments = command(disk / "storage")
+    plan = plan_of(arguments)
+    checkpoints = plan.folder / "checkpoints"
+    fails_clearly(lambda: len(parts(disk)) >= 1, arguments, tmp_path, disk)
+    fails_clearly(lambda: any(checkpoints.rglob("*.pt")), arguments, tmp_path, disk)
+    fails_clearly(lambda: len(parts(plan.predictions)) >= 1, arguments, tmp_path, disk)
+    done = finish(arguments, tmp_path).plan
+    (request,), (job,) = done.requests, done.jobs
+    rows = storage.open_rows(request.folder, records.COMPLETION).to_table()
+    assert len(set(rows["problem_id"].to_pylist())) == len(rows) == 200
+    answers = storage.open_rows(done.predictions, records.PREDICTION).to_table()
+    assert len(set(answers["prediction_id"].to_pylist())) == len(answers) == 120
+    steps = [point["step"] for point in storage.read_json_lines(job.folder / "metrics.jsonl")]
+    assert steps == sorted(set(steps)) and steps[-1] == storage.read_json(job.folder / "trial.json")["steps"]
+    # Undisturbed, on a disk with room.
+    elsewhere = finish(command(tmp_path / "elsewhere"), tmp_path).plan
+    theirs = storage.open_rows(elsewhere.predictions, records.PREDICTION).to_table()
+    columns = ["prediction_id", "completion"]
+    assert answers.select(columns).sort_by(columns[0]).equals(theirs.select(columns).sort_by(columns[0]))

@@ -1,0 +1,109 @@
+"""The teacher is lost while it answers: an engine, its only replica, a node, the run that asked. Nothing else is."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from ray import serve
+from ray.cluster_utils import Cluster
+
+from clusters import cluster, holders, joining, processes
+from raykd import records, storage
+from runs import kill_when, parts, plan_of, started
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Cluster]:
+    with cluster(1, 1) as made:
+        yield made
+
+
+def command(root: Path, replicas: int) -> list[str]:
+    return [
+        *["generate", str(ROOT / "configs/quickstart.yaml"), f"storage={root}", f"name={root.name}"],
+        *["problems.num_train=400", f"teacher.replicas={{min: {replicas}, max: {replicas}}}"],
+        "arms={one: {prompt.strategy: ground_truth}, two: {prompt.strategy: teacher}}",
+        "teacher.engine.engine_kwargs.enable_log_requests=true",
+    ]
+
+
+def check_all_is_there_once(arguments: list[str]) -> int:
+    """Every problem has its one completion under each strategy; returns how many there are."""
+    total = 0
+    for request in plan_of(arguments).requests:
+        rows = storage.open_rows(request.folder, records.COMPLETION).to_table(columns=["problem_id", "error"])
+        assert storage.read_manifest(request.folder)["rows"] == len(rows) == 400  # type: ignore[index]
+        assert len(set(rows["problem_id"].to_pylist())) == 400
+        assert set(rows["error"].to_pylist()) == {""}
+        total += len(rows)
+    return total
+
+
+def test_an_engine_is_killed_of_two(nodes: Cluster, tmp_path: Path):
+    arguments = command(tmp_path, 2)
+    with started(lambda: len(parts(tmp_path)) >= 4, arguments, tmp_path, joining(nodes)) as run:
+        engines = processes("EngineCore")
+        assert len(engines) == 2
+        engines[0].kill()
+        assert run.wait(400) == 0, (tmp_path / "started.log").read_text()
+    check_all_is_there_once(arguments)
+
+
+@pytest.mark.slow
+def test_the_only_replica_is_killed(nodes: Cluster, tmp_path: Path):
+    arguments = command(tmp_path, 1)
+    with started(lambda: len(parts(tmp_path)) >= 4, arguments, tmp_path, joining(nodes)) as run:
+        (replica,) = processes("ServeReplica")
+        replica.kill()
+        assert run.wait(400) == 0, (tmp_path / "started.log").read_text()
+    check_all_is_there_once(arguments)
+
+
+@pytest.mark.slow
+def test_a_node_goes(nodes: Cluster, tmp_path: Path):
+    arguments = command(tmp_path, 2)
+    with started(lambda: len(parts(tmp_path)) >= 4, arguments, tmp_path, joining(nodes)) as run:
+        lost = holders(nodes)[0]
+        nodes.remove_node(lost, allow_graceful=False)
+        assert run.wait(500) == 0, (tmp_path / "started.log").read_text()
+    check_all_is_there_once(arguments)
+    nodes.add_node(num_cpus=1)
+
+
+@pytest.mark.slow
+def test_the_run_is_killed_and_its_teacher_goes_with_it(nodes: Cluster, tmp_path: Path):
+    """At most the requests that were in flight are asked again."""
+    arguments = command(tmp_path, 1)
+    # A head of a session keeps the logs of all its nodes.
+    logs = Path(nodes.head_node.get_session_dir_path()) / "logs"
+    before = asked(logs)
+    kill_when(lambda: len(parts(tmp_path)) >= 4, arguments, tmp_path, joining(nodes))
+    kept = {path.name for path in parts(tmp_path)}
+    engines = processes("EngineCore")
+    _, alive = psutil.wait_procs(engines, timeout=60)
+    assert not alive, "the teacher outlived its run"
+    ray.init(address=nodes.address, log_to_driver=False, namespace="test")
+    try:
+        assert f"raykd-{tmp_path.name}" not in serve.status().applications
+    finally:
+        ray.shutdown()
+    with started(lambda: len(parts(tmp_path)) > len(kept), arguments, tmp_path, joining(nodes)) as run:
+        assert run.wait(400) == 0, (tmp_path / "started.log").read_text()
+    total = check_all_is_there_once(arguments)
+    assert kept <= {path.name for path in parts(tmp_path)}, "what was answered is kept as it was"
+    teacher = plan_of(arguments).experiment.teacher
+    again = asked(logs) - before - total
+    assert 0 <= again <= teacher.concurrency * teacher.batch_size
+
+
+def asked(logs: Path) -> int:
+    """How many prompts the engines on this cluster were given, by their own logs."""
+    files = [file for file in logs.rglob("*") if file.is_file() and file.suffix in (".log", ".out", ".err")]
+    found = {name for file in files for name in re.findall(r"Added request (\S+)", file.read_text(errors="replace"))}
+    return len(found)

@@ -1,0 +1,117 @@
+"""A worker or a node is lost while a student is trained: it goes on from its last checkpoint to the same adapter."""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import safetensors.torch
+import torch
+
+from clusters import cluster, joining
+from raykd.job import Job
+from runs import finish, plan_of, started
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(600)
+STEPS, EVERY = 48, 5
+
+
+def command(root: Path, *more: str) -> list[str]:
+    return [
+        *[
+            "train",
+            str(ROOT / "configs/quickstart.yaml"),
+            f"storage={root}",
+            "arms={own: {targets.sequence: reference}}",
+        ],
+        *["problems.num_train=96", "train.batch_size=8", "train.micro_batch_size=4", "train.epochs=4"],
+        *["train.num_workers=2", "train.zero_stage=0", f"train.checkpoint_every_steps={EVERY}", *more],
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    root = tmp_path_factory.mktemp("undisturbed")
+    return finish(command(root), root).plan.jobs[0]
+
+
+def curve(job: Job) -> list[dict]:
+    file = job.folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def has_come_far(job: Job) -> bool:
+    """Past its second checkpoint, and some way still to go."""
+    points = curve(job)
+    return bool(points) and 2 * EVERY < points[-1]["step"] < STEPS - EVERY
+
+
+def goes_on(job: Job, run: subprocess.Popen[str], disturb: Callable[[], None]) -> None:
+    """Disturbs a run, which must end well, and must not have begun anew."""
+    disturb()
+    least = len(curve(job))
+    deadline = time.monotonic() + 400
+    while run.poll() is None:
+        assert time.monotonic() < deadline, "it did not go on"
+        least = min(least, len(curve(job)))
+        time.sleep(0.1)
+    assert run.returncode == 0
+    assert least >= EVERY, "it began anew"
+
+
+def check_the_same(job: Job, undisturbed: Job) -> None:
+    ours, theirs = curve(job), curve(undisturbed)
+    assert [point["step"] for point in ours] == [point["step"] for point in theirs] == list(range(1, STEPS + 1))
+    assert [point["loss"] for point in ours] == pytest.approx([point["loss"] for point in theirs], rel=1e-3)
+    weights = [
+        safetensors.torch.load_file(each.folder / "adapter" / "adapter_model.safetensors")
+        for each in (job, undisturbed)
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][name], atol=2e-3), name
+
+
+def test_a_worker_is_killed(undisturbed: Job, tmp_path: Path):
+    arguments = command(tmp_path)
+    (job,) = plan_of(arguments).jobs
+    with started(lambda: has_come_far(job), arguments, tmp_path) as run:
+
+        def kill() -> None:
+            below = psutil.Process(run.pid).children(recursive=True)
+            workers = [each for each in below if "RayTrainWorker" in " ".join(each.cmdline())]
+            assert len(workers) == 2
+            workers[0].kill()
+
+        goes_on(job, run, kill)
+    check_the_same(job, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_node_is_lost_and_its_place_is_waited_for(undisturbed: Job, tmp_path: Path):
+    arguments = command(tmp_path)
+    (job,) = plan_of(arguments).jobs
+    with cluster(1) as nodes, started(lambda: has_come_far(job), arguments, tmp_path, joining(nodes)) as run:
+
+        def lose() -> None:
+            nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
+            time.sleep(40)
+            assert run.poll() is None, "it waits"
+            assert len(curve(job)) < STEPS
+            nodes.add_node(num_cpus=1)
+
+        goes_on(job, run, lose)
+    check_the_same(job, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_node_is_lost_and_those_that_are_left_go_on(undisturbed: Job, tmp_path: Path):
+    arguments = command(tmp_path, "train.min_workers=1")
+    (job,) = plan_of(arguments).jobs
+    with cluster(1) as nodes, started(lambda: has_come_far(job), arguments, tmp_path, joining(nodes)) as run:
+        goes_on(job, run, lambda: nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False))
+    check_the_same(job, undisturbed)
