@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 
 from raykd import heads, models, placement, prompts, records, spans, storage
-from raykd.evaluate import Contestant, test_ids
+from raykd.evaluate import Contestant, check_adapters, test_ids
 from raykd.progress import Meter
 from raykd.sections import Attention, Student
 from raykd.student import load_base
@@ -65,7 +65,11 @@ def measure(
 
     Returns:
         How many texts could not be read.
+
+    Raises:
+        ValueError: where an adapter is damaged, naming it.
     """
+    check_adapters(contestants)
     ids = test_ids(problems)[: attention.num_problems]
     done = storage.done_ids(folder, records.ATTENTION, "attention_id")
     items = []

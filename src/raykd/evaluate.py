@@ -16,7 +16,7 @@ import ray.data
 import safetensors.numpy
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-from raykd import answers, models, placement, protocols, records, storage
+from raykd import adapters, answers, models, placement, protocols, records, storage
 from raykd.config import UNTOUCHED
 from raykd.demo import resolve_model
 from raykd.progress import Meter
@@ -63,7 +63,9 @@ def evaluate(
 
     Raises:
         RuntimeError: where more than `evaluation.max_error_rate` of the rows failed, naming some.
+        ValueError: where an adapter is damaged, naming it.
     """
+    check_adapters(contestants)
     ids = test_ids(problems)
     wanted = {
         _prediction_id(each, problem_id, sample)
@@ -103,6 +105,13 @@ def evaluate(
             "problems": problems.name,
         },
     )
+
+
+def check_adapters(contestants: Sequence[Contestant]) -> None:
+    """Raises ValueError where an adapter is not as raykd writes it, naming the file."""
+    for each in contestants:
+        if each.adapter:
+            adapters.check(each.adapter, each.rank)
 
 
 def folder_name(evaluation: Evaluate) -> str:

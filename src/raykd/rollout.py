@@ -9,7 +9,7 @@ import ray.data
 
 from raykd import completions, models, placement, records, storage
 from raykd.engine import Sampling
-from raykd.evaluate import Contestant, answered, finish_reason
+from raykd.evaluate import Contestant, answered, check_adapters, finish_reason
 from raykd.progress import Meter
 from raykd.sections import Evaluate, Student
 
@@ -36,7 +36,9 @@ def rollout(
 
     Raises:
         RuntimeError: where more than `evaluation.max_error_rate` of a student's answers failed, naming some.
+        ValueError: where an adapter is damaged, naming it.
     """
+    check_adapters(list(folders))
     done = {id_ for folder in folders.values() for id_ in storage.done_ids(folder, records.COMPLETION, "completion_id")}
     total = sum(len(each.problem_ids or ()) for each in folders)
     with Meter("rollouts", total, done=len(done), unit="answers") as meter:

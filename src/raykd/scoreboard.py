@@ -12,7 +12,7 @@ from rich.text import Text
 
 from raykd import progress
 from raykd.config import shown
-from raykd.job import FAILED, Job, outcome
+from raykd.job import FAILED, Job, outcome, read_curve
 from raykd.progress import Meter
 from raykd.sections import Sweep
 
@@ -65,8 +65,11 @@ class Scoreboard(tune.Callback):
             return
         if "validation" in result:
             self._measured[trial_id] = result["validation"]
-        if "step" not in result:
-            return
+        if "step" in result:
+            self._count(trial_id, result)
+
+    def _count(self, trial_id: str, result: dict[str, Any]) -> None:
+        assert self._meter is not None, "it is there before any result"
         self._seen[trial_id] = result
         self._meter.total = self._total()
         # Steps that are done again, from a checkpoint on, were counted.
@@ -97,8 +100,9 @@ class Scoreboard(tune.Callback):
         if job is None:
             return
         self._states[trial_id] = outcome(job)
-        if self._meter is not None and self._seen:
-            self._meter.total = self._total()
+        if self._meter is not None and (curve := read_curve(job.folder / "metrics.jsonl")):
+            # Of a trial whose workers were lost Tune is not told the last.
+            self._count(trial_id, curve[-1])
         if job.sweep and self._live is None and self._meter is not None:
             over = sum(state not in ("", "training") for state in self._states.values())
             at = f" at {shown(job.values)}" if job.values else ""

@@ -6,15 +6,18 @@ How many cases are tried is `RAYKD_CASES`, for each test.
 import copy
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.numpy
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raykd import answers, config, disagreements, problems, records, report, spans, storage
+from raykd import adapters, answers, config, disagreements, problems, records, report, spans, storage
 
 ROOT = Path(__file__).parents[2]
 CASES = int(os.environ.get("RAYKD_CASES", "60"))
@@ -171,6 +174,44 @@ def test_any_bytes_where_a_manifest_or_rows_are_expected(tmp_path: Path, content
             read()
         except ValueError as error:
             assert str(tmp_path) in str(error) and type(error) is ValueError, repr(error)
+
+
+def written(names: list[str], shapes: list[tuple[int, ...]], fill: float) -> bytes:
+    return safetensors.numpy.save({n: np.full(s, fill, np.float32) for n, s in zip(names, shapes, strict=False)})
+
+
+tensors = st.builds(
+    written,
+    st.lists(st.sampled_from(["x.lora_A.weight", "x.lora_B.weight", "y.lora_A.weight", "z"]), unique=True, max_size=4),
+    st.lists(st.sampled_from([(2, 3), (3, 2), (2, 2), (2,), (), (0, 2)]), min_size=4, max_size=4),
+    st.sampled_from([0.0, 1.0, float("nan"), float("inf")]),
+)
+said = st.sampled_from(["peft_type", "r", "auto_mapping", "megatron_config"])
+configs = trees | st.dictionaries(said, scalars | st.sampled_from(["LORA", 2]), max_size=4)
+
+
+@many
+@given(
+    config=st.binary(max_size=40) | configs.map(lambda tree: json.dumps(tree).encode()),
+    weights=st.binary(max_size=80) | tensors | tensors.map(lambda content: content[:-3]),
+    more=st.sampled_from(["", "adapter_model.bin", "own.py"]),
+)
+def test_any_adapter_folder(tmp_path: Path, config: bytes, weights: bytes, more: str):
+    folder = tmp_path / "trial" / "adapter"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / adapters.CONFIG).write_bytes(config)
+    (folder / adapters.WEIGHTS).write_bytes(weights)
+    if more:
+        (folder / more).touch()
+    try:
+        adapters.check(folder, 2)
+    except ValueError as error:
+        assert str(folder) in str(error) and "delete" in str(error) and type(error) is ValueError, repr(error)
+        return
+    assert not more and json.loads(config)["r"] == 2
+    held = safetensors.numpy.load(weights)
+    assert held and all(np.isfinite(value).all() for value in held.values())
 
 
 @many

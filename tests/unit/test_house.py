@@ -19,6 +19,7 @@ FLOORS = [
         "placement",
         "progress",
         "signals",
+        "adapters",
         "checkpoints",
         "faults",
         "targets",

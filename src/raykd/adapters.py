@@ -1,0 +1,61 @@
+"""Adapters: what must hold of an adapter's folder before anything loads it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from raykd import storage
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# By these peft would import modules, or look into other files, that a configuration names.
+_NAMING_CODE = ("auto_mapping", "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
+
+
+def check(folder: Path, rank: int) -> None:
+    """Raises ValueError where a folder does not hold a LoRA adapter of a rank as raykd writes it, naming the file.
+
+    Weights are read as safetensors only: other formats can hold code.
+
+    Args:
+        folder: in peft's format.
+        rank: of every pair of matrices.
+    """
+    config, weights = folder / CONFIG, folder / WEIGHTS
+    for file in (config, weights):
+        if not file.is_file():
+            raise _refused(file, "is not there")
+    if strange := sorted(file.name for file in folder.iterdir() if file not in (config, weights)):
+        raise _refused(folder / strange[0], "does not belong there")
+    told = storage.read_json(config)
+    for name, wanted in (("peft_type", "LORA"), ("r", rank)):
+        if told.get(name) != wanted:
+            raise _refused(config, f"{name} is {str(told.get(name))[:40]!r}, not {wanted!r}")
+    for name in _NAMING_CODE:
+        if told.get(name):
+            raise _refused(config, f"{name} is set")
+    try:
+        with safe_open(weights, framework="np") as file:
+            shapes = {name: _shape(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, TypeError, OSError) as error:
+        raise _refused(weights, f"is damaged ({error})") from None
+    if not shapes:
+        raise _refused(weights, "holds nothing")
+    for name, shape in shapes.items():
+        first, second = ("lora_A", "lora_B") if "lora_A" in name else ("lora_B", "lora_A")
+        pair = shapes.get(name.replace(first, second))
+        # A is rank x inputs, B outputs x rank.
+        inner = shape[0] if first == "lora_A" else shape[-1]
+        if first not in name or pair is None or len(shape) != 2 or inner != rank:
+            raise _refused(weights, f"{name[:80]!r} {list(shape)} is no half of a pair of rank {rank}")
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    if not np.issubdtype(tensor.dtype, np.floating) or not np.isfinite(tensor).all():
+        raise ValueError("not all of it is finite numbers")
+    return tensor.shape
+
+
+def _refused(file: Path, why: str) -> ValueError:
+    return ValueError(f"{file}: {why}; delete {file.parent.parent}, and the student is trained anew")
