@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",$$/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu quickstart check test test-all test-faults lock clean
+.PHONY: help install install-gpu quickstart check test test-all test-faults soak lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -42,8 +42,11 @@ test: install ## unit and integration tests; GSM8K's files are looked for in $RA
 test-all: install ## the same, and the tests that take minutes each
 	$(BIN)/pytest -m "slow or not slow"
 
-test-faults: install ## bad input, 20,000 cases of it and more
-	RAYKD_CASES=2500 $(BIN)/pytest tests/faults
+test-faults: install ## kills, lost nodes, full disks, 20,000 cases of bad input
+	RAYKD_CASES=2500 $(BIN)/pytest -m "slow or not slow" tests/faults
+
+soak: install ## an hour of the quickstart while a script kills what it finds
+	$(BIN)/python benchmarks/soak.py --minutes 60
 
 lock: ## make both lock files anew
 	PYTHON=$(PYTHON) tools/lock.sh

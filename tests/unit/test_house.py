@@ -132,3 +132,21 @@ def test_every_file_says_first_what_it_owns_and_holds_one_thing():
         text = file.read_text()
         assert ast.get_docstring(ast.parse(text)), f"{file} has no docstring"
         assert len(text.splitlines()) <= 400, f"{file} holds more than one thing"
+
+
+def test_every_package_is_pinned_exactly():
+    for file in (SOURCE.parents[1] / "requirements").glob("*.txt"):
+        lines = [line for line in file.read_text().splitlines() if line and not line.startswith(("#", "--"))]
+        assert len(lines) > 50
+        assert [line for line in lines if "==" not in line.split(";")[0]] == [], file
+
+
+def test_nothing_but_tunes_own_record_of_an_error_is_unpickled():
+    loads = ("pickle.load", "torch.load(", "joblib.load", "yaml.load(", "yaml.unsafe_load")
+    found = [
+        file.name
+        for file in SOURCE.rglob("*.py")
+        for line in file.read_text().splitlines()
+        if any(word in line for word in loads) and "weights_only=True" not in line
+    ]
+    assert found == ["sweep.py"]

@@ -1,0 +1,68 @@
+"""What is secret stays so: nothing that a run writes holds a token, and nobody without one gets in while it runs."""
+
+import os
+import re
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from runs import parts, started
+
+ROOT = Path(__file__).parents[2]
+PLANTED = {
+    "HF_TOKEN": "hf_planted0aG9yc2ViYXR0ZXJ5c3RhcGxl",
+    "WANDB_API_KEY": "planted1c29tZXRoaW5nIGVsc2U0MGNoYXJhY3RlcnM",
+    "AWS_SECRET_ACCESS_KEY": "planted2d2hhdGV2ZXIgaXQgdGFrZXM",
+    "OPENAI_API_KEY": "sk-planted3bm90aGluZyB0byBzZWU",
+}
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture
+def session() -> Iterator[Path]:
+    """Where Ray writes; a short path, for its sockets lie there."""
+    folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def refused(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=10)
+    except urllib.error.HTTPError as error:
+        return error.code == 401
+    return False
+
+
+@pytest.mark.slow
+def test_a_planted_token_is_nowhere_and_nobody_gets_in(tmp_path: Path, session: Path):
+    arguments = ["run", str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path / 'storage'}"]
+    arguments += ["problems.num_train=200", "problems.num_test=20", "train.epochs=1", "arms={one: {}}"]
+    environment = {**os.environ, **PLANTED, "RAY_TMPDIR": str(session)}
+    log = tmp_path / "started.log"
+    with started(lambda: len(parts(tmp_path)) >= 1, arguments, tmp_path, environment) as run:
+        found = re.search(r"dashboard: (http://\S+)", log.read_text())
+        assert found
+        for path in ("/api/jobs/", "/api/v0/actors", "/api/serve/applications/"):
+            assert refused(found[1] + path), path
+        below = psutil.Process(run.pid).children(recursive=True)
+        names = [" ".join(each.cmdline()) for each in below]
+        assert any("ServeReplica" in name for name in names), "the teacher is up"
+        assert not any("Proxy" in name for name in names), "it is served on no port"
+        assert run.wait(400) == 0, log.read_text()
+    searched = 0
+    for file in [log, *tmp_path.rglob("*"), *session.rglob("*")]:
+        if not file.is_file():
+            continue
+        content = file.read_bytes()
+        searched += 1
+        for name, secret in PLANTED.items():
+            assert secret.encode() not in content, f"{name} is in {file}"
+    assert any("python-core" in file.name for file in session.rglob("*")), "Ray's logs were searched"
+    assert searched > 100
