@@ -134,14 +134,14 @@ def processes(word: str) -> list[psutil.Process]:
 def watch(driver: int, peak: dict[str, float], over: threading.Event) -> None:
     """Notes the most memory (resident, MB) of the driver and of Serve's controller."""
     while not over.wait(2):
-        for name, found in (("driver", [psutil.Process(driver)] if psutil.pid_exists(driver) else []),):
-            peak[name] = max([peak[name], *map(resident, found)])
-        peak["controller"] = max([peak["controller"], *map(resident, processes("ServeController"))])
+        found = {"driver": [driver], "controller": [each.pid for each in processes("ServeController")]}
+        for name, pids in found.items():
+            peak[name] = max([peak[name], *map(resident, pids)])
 
 
-def resident(process: psutil.Process) -> float:
+def resident(pid: int) -> float:
     try:
-        return process.memory_info().rss / 1e6
+        return psutil.Process(pid).memory_info().rss / 1e6
     except psutil.Error:
         return 0.0
 

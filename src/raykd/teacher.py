@@ -178,9 +178,11 @@ class AskTeacher:
         self._requests = {request.folder: request for request in requests}
         self._room = asyncio.Semaphore(in_flight)
         self._up = asyncio.Lock()
+        self._was_up = False
 
     async def __call__(self, batch: dict[str, np.ndarray]) -> AsyncIterator[dict[str, list[int]]]:
-        await self._wait_until_up()
+        if not self._was_up:
+            await self._wait_until_up()
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         # All prompts of a call share a seed, so a problem's samples, which must differ, go into different calls.
         for folder, sample_index in dict.fromkeys((row["folder"], row["sample_index"]) for row in rows):
@@ -200,6 +202,7 @@ class AskTeacher:
         async with self._up:
             importlib.import_module("ray.serve.llm.openai_api_models")
             await asyncio.to_thread(wait_until_up, self._app, self._teacher.start_timeout_s)
+            self._was_up = True
 
     async def _ask(self, rows: list[dict[str, Any]], wanted: Request) -> list[dict[str, Any]]:
         """Completions of the rows, in their order; rows that cannot be answered carry an error."""

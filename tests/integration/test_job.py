@@ -16,6 +16,8 @@ from runs import free_port, wait_for_end
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
 
+PLANTED = "hf_planted0aG9yc2ViYXR0ZXJ5c3RhcGxl"
+
 pytestmark = pytest.mark.timeout(1500)
 
 
@@ -30,6 +32,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        "HF_TOKEN": PLANTED,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     environment.pop("RAY_ADDRESS", None)
@@ -85,6 +88,11 @@ def test_a_job_runs_the_whole_experiment(head: dict[str, str], tmp_path: Path):
     assert report
     assert Path(report[1]).exists()
     assert (tmp_path / "experiments" / "quickstart" / "results.csv").read_text().count("\n") == 3
+    # What the environment holds is in nothing that was written, nor in what Ray tells of its jobs.
+    listed = subprocess.run([RAY, "job", "list"], env=head, capture_output=True, text=True, timeout=120)
+    assert "rayjobs/run.py" in listed.stdout + listed.stderr
+    assert PLANTED not in done.stdout + done.stderr + listed.stdout + listed.stderr
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and PLANTED.encode() in file.read_bytes()]
 
 
 def test_a_job_with_a_mistake_fails_and_says_so(head: dict[str, str]):
