@@ -8,6 +8,8 @@ from raykd.engine import Engine
 from raykd.sections import Attention, Teacher, Train
 
 Accelerator = Literal["cpu", "gpu"]
+# A resource that Ray gives to the head alone, which no autoscaler takes away.
+HEAD = "node:__internal_head__"
 
 
 def accelerator(wanted: Literal["auto", "cpu", "gpu"], cluster: Mapping[str, float]) -> Accelerator:

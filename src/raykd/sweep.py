@@ -29,9 +29,6 @@ from raykd.variants import Variant
 # What a scheduler takes for time, as Tune flattens what a trial reports: how often it was measured.
 TIME = "validation/number"
 
-# A resource that Ray gives to the head alone.
-HEAD = "node:__internal_head__"
-
 Held = tuple[Train, placement.Accelerator]
 """What a cluster must hold for a trial: its workers, on this kind of accelerator."""
 
@@ -169,7 +166,7 @@ def run(
     tuner = tune.Tuner(
         # The driver of a trial waits for its workers and needs no core itself, but Tune wants it to need something. On
         # the head it is not lost with a node that its workers are on.
-        tune.with_resources(trainable, {"CPU": 0, "memory": 1 << 20, HEAD: 0.0001}),
+        tune.with_resources(trainable, {"CPU": 0, "memory": 1 << 20, placement.HEAD: 0.0001}),
         tune_config=tune.TuneConfig(
             search_alg=Search(list(known.values()), jobs, room, studies),
             # Until the search says that there is nothing more.

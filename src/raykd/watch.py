@@ -10,6 +10,9 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raykd import placement
 
 
 @ray.remote(num_cpus=0)
@@ -45,10 +48,13 @@ def watched(app: str) -> Iterator[None]:
     Args:
         app: the application's name.
     """
+    context = ray.get_runtime_context()
+    # It must not go with another node.
+    here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)
     # Ray types a handle to an actor as its class, which `ray.kill` does not take.
-    run: Any = Run.remote()
-    name = f"raykd-watch-{ray.get_runtime_context().get_job_id()}-{app}"
-    watch: Any = Watch.options(name=name, lifetime="detached").remote(app, run)
+    run: Any = Run.options(scheduling_strategy=here).remote()
+    told = {"name": f"raykd-watch-{context.get_job_id()}-{app}", "lifetime": "detached"}
+    watch: Any = Watch.options(**told, resources={placement.HEAD: 0.0001}).remote(app, run)
     try:
         yield
     finally:
