@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _told(fault: Exception) -> str:
     """A fault in a sentence; empty where it is one of raykd's own, which keeps its traceback."""
     if refused := faults.refusal(fault):
-        return f"the storage cannot be written to ({refused}); make room, or mend its permissions"
+        return f"a file cannot be read or written: {refused}; make room, or mend its permissions"
     if faults.is_of_the_cluster(fault):
         return faults.cause(fault)
     # Said by a stage.

@@ -10,7 +10,7 @@ _REFUSAL = re.compile(rf"\[Errno (?:{'|'.join(map(str, REFUSALS))})\] [^\n]+", r
 
 
 def refusal(error: BaseException | str) -> str:
-    """What the operating system said when the storage could not be written; empty where something else went wrong.
+    """What the operating system said when a file was refused; empty where something else went wrong.
 
     Args:
         error: what was raised, or its text: an error of a process on another machine is told by its traceback.

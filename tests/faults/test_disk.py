@@ -84,7 +84,7 @@ def fails_clearly(condition: Callable[[], bool], arguments: list[str], cwd: Path
         assert run.wait(300) == 1
     said = (cwd / "started.log").read_text()
     last = said.splitlines()[-1]
-    assert "raykd: the storage cannot be written to ([Errno 28] No space left on device" in last
+    assert "raykd: a file cannot be read or written: [Errno 28] No space left on device" in last
     assert "make room" in last
     assert "Traceback" not in said
 

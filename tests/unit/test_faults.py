@@ -40,7 +40,11 @@ def test_the_cause_is_what_a_process_died_of():
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        (no_space(), "the storage cannot be written to ([Errno 28] No space left on device"),
+        (no_space(), "a file cannot be read or written: [Errno 28] No space left on device: '/data/part-1.parquet'"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/data/x"),
+            "[Errno 13] Permission denied: '/data/x'; make",
+        ),
         (RuntimeError("students: 3 of 4 rows failed"), "raykd: students: 3 of 4 rows failed."),
         (RayTaskError("f", "ray::f()\nvllm.Error: no such layer\n", ValueError()), "raykd: vllm.Error: no such layer."),
         (RayTaskError("f", "ray::f()\nValueError: 7\n", ValueError(7)).as_instanceof_cause(), "raykd: ValueError: 7."),
