@@ -25,7 +25,7 @@ from ray.cluster_utils import Cluster
 from rich.console import Console
 from rich.table import Table
 
-from raykd import config, pipeline, records, storage
+from raykd import config, pipeline, problems, records, storage
 
 ROOT = Path(__file__).parents[1]
 RAYKD = str(Path(sys.executable).parent / "raykd")
@@ -151,19 +151,26 @@ def counted(typed: list[str]) -> dict[str, Any]:
     plan = pipeline.prepare(config.load(typed[1], typed[2:]), "soak")
     wrong = [] if plan.is_complete() else ["not complete"]
     completions = 0
+    num_train, num_test = (problems.split_size(plan.problems, split) for split in ("train", "test"))
     for request in plan.requests:
         rows = storage.open_rows(request.folder, records.COMPLETION).to_table(columns=["completion_id", "error"])
         completions += len(rows)
-        wrong += once(rows, "completion_id", request.strategy_name)
+        wrong += once(rows, "completion_id", request.strategy_name, num_train * request.samples)
     answers = storage.open_rows(plan.predictions, records.PREDICTION).to_table(columns=["prediction_id", "error"])
-    wrong += once(answers, "prediction_id", "students")
+    expected = num_test * len(plan.contestants) * plan.experiment.evaluate.samples
+    wrong += once(answers, "prediction_id", "students", expected)
+    if plan.attention and plan.experiment.attention:
+        read = storage.open_rows(plan.attention, records.ATTENTION).to_table(columns=["attention_id", "error"])
+        texts = min(num_test, plan.experiment.attention.num_problems) * len(plan.contestants)
+        wrong += once(read, "attention_id", "attention", texts)
     return {"completions": completions, "answers": len(answers), "wrong": "; ".join(wrong)}
 
 
-def once(rows: Any, name: str, whose: str) -> list[str]:
+def once(rows: Any, name: str, whose: str, expected: int) -> list[str]:
     ids, errors = rows[name].to_pylist(), [error for error in rows["error"].to_pylist() if error]
     doubled = len(ids) - len(set(ids))
-    return [f"{whose}: {doubled} doubled"] * bool(doubled) + [f"{whose}: {len(errors)} failed"] * bool(errors)
+    missing = [f"{whose}: {len(set(ids))} of {expected}"] * (len(set(ids)) != expected)
+    return missing + [f"{whose}: {doubled} doubled"] * bool(doubled) + [f"{whose}: {len(errors)} failed"] * bool(errors)
 
 
 def table(rounds: list[dict[str, Any]]) -> Table:

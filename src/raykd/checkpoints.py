@@ -32,7 +32,7 @@ def is_whole(folder: Path) -> bool:
         num_workers = storage.read_json(folder / _certificate(0))["num_workers"]
         held = [storage.read_json(folder / _certificate(worker))["files"] for worker in range(num_workers)]
         return all(storage.file_digest(folder / name) == each[name] for each in held for name in each)
-    except (OSError, ValueError, KeyError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return False
 
 

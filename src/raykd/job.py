@@ -100,7 +100,7 @@ def record(job: Job, status: str, error: str = "", **more: Any) -> None:
             "status": status,
             "error": error,
             **more,
-            "num_workers": job.arm.train.num_workers,
+            "num_workers": last.get("num_workers", job.arm.train.num_workers),
             "accelerator": last.get("accelerator", ""),
             **{name: last.get(name, 0) for name in ("target_tokens", "seconds")},
             "steps": last.get("step", 0),

@@ -10,12 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 FILE = "run.lock"
+OTHER_NAME = ", or give this experiment a name of its own (name=...)"
 # File systems without locks; there it is left to the user.
 _UNKNOWN = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextmanager
-def held(folder: Path, command: str) -> Iterator[None]:
+def held(folder: Path, command: str, otherwise: str = OTHER_NAME) -> Iterator[None]:
     """Holds an experiment's folder for a `with` block.
 
     The lock is the operating system's, and goes with the process that has it, however that ends: what is left of a run
@@ -24,6 +25,7 @@ def held(folder: Path, command: str) -> Iterator[None]:
     Args:
         folder: the experiment's.
         command: what was typed, for whoever comes second.
+        otherwise: what else than wait for the first, or end it, the second can do.
 
     Raises:
         ValueError: where another process holds it, with who that is.
@@ -35,10 +37,7 @@ def held(folder: Path, command: str) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             who = " ".join(file.read().split()) or "another process"
-            raise ValueError(
-                f"{folder} is being worked on by {who}. Wait for it, end it, or give this experiment a name of its own "
-                "(name=...)"
-            ) from None
+            raise ValueError(f"{folder} is being worked on by {who}. Wait for it, end it{otherwise}") from None
         except OSError as error:
             if error.errno not in _UNKNOWN:
                 raise

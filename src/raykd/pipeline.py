@@ -6,6 +6,7 @@ after whatever ended it.
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from raykd import (
     generate,
     harness,
     journal,
+    lock,
     models,
     placement,
     problems,
@@ -275,11 +277,18 @@ def check(plan: Plan, resources: dict[str, float], stages: Sequence[str] = STAGE
 
 def make_completions(plan: Plan, resources: dict[str, float]) -> None:
     """Step 2: the primed teacher, served, answers the training problems under every strategy."""
-    missing = completions.missing(plan.requests)
-    if not missing:
-        return
     experiment = plan.experiment
-    app = f"raykd-{experiment.name}"
+    with ExitStack() as locks:
+        # Another experiment may be asking the same.
+        for request in completions.missing(plan.requests):
+            locks.enter_context(lock.held(request.folder, f"experiment {experiment.name!r}", ": it asks the same"))
+        if missing := completions.missing(plan.requests):
+            _ask_teacher(plan, missing, resources)
+
+
+def _ask_teacher(plan: Plan, missing: list[Request], resources: dict[str, float]) -> None:
+    experiment = plan.experiment
+    app = teacher.app_name(experiment.name)
     top_k, versions = max(request.top_k for request in missing), journal.versions()
     held = placement.engine_processors(experiment.teacher.engine, resources, experiment.teacher.replicas.max)
     with (

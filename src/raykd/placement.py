@@ -71,11 +71,12 @@ def room(train: Train, kind: Accelerator, cluster: Mapping[str, float]) -> int:
 def check_trial(train: Train, kind: Accelerator, cluster: Mapping[str, float]) -> None:
     """Raises ValueError where the cluster does not hold one trial, with what is missing."""
     for name, each in worker_resources(kind).items():
-        amount = each * train.num_workers
+        amount = each * (train.min_workers or train.num_workers)
         if cluster.get(name, 0) < amount:
             raise ValueError(
-                f"a trial needs {amount:g} {name} (train.num_workers={train.num_workers}, {kind}), the cluster "
-                f"has {cluster.get(name, 0):g}; lower train.num_workers or add nodes"
+                f"a trial needs {amount:g} {name} (train.num_workers={train.num_workers}, "
+                f"min_workers={train.min_workers}, {kind}), the cluster has {cluster.get(name, 0):g}; lower one "
+                "of them or add nodes"
             )
 
 

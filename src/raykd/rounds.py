@@ -42,7 +42,11 @@ def run(
     """
     soft = [request for job in pending if (request := asked[job.lesson])]
     top_k = max((request.top_k for request in soft), default=0)
-    stays = bool(soft) and placement.hold_together(experiment, [job.arm.train for job in pending], cluster)
+    trains = [job.arm.train for job in pending]
+    # Ray Train counts what nodes have as if nothing else held any of it: a trial that is to go on with fewer workers
+    # would wait for the teacher's.
+    is_elastic = any(train.min_workers for train in trains)
+    stays = bool(soft) and not is_elastic and placement.hold_together(experiment, trains, cluster)
     with _serving(experiment, top_k, folder, cluster) if stays else nullcontext():
         for number in range(max(job.rounds for job in pending)):
             parts = [dataclasses.replace(job, round=number) for job in pending if number < job.rounds]
@@ -85,7 +89,7 @@ def _answered(
 
 
 def _app(experiment: Experiment) -> str:
-    return f"raykd-{experiment.name}"
+    return teacher.app_name(experiment.name)
 
 
 def _is_ready(part: Job) -> bool:

@@ -199,15 +199,19 @@ def check_failures(folder: Path, schema: pa.Schema, id_column: str, whose: str, 
     return len(errors)
 
 
-def merge(folder: Path, schema: pa.Schema, id_column: str) -> None:
-    """Leaves each row of a folder once.
+def merge(folder: Path, schema: pa.Schema, id_column: str) -> int:
+    """Leaves each row of a folder once, and returns how many there are.
 
     Rows that failed and were answered later are there twice, and so are those that were asked by two: by a run that
     was killed and went on for a moment, and by the next.
     """
     answered = done_ids(folder, schema, id_column)
     seen: set[str] = set()
+    written: set[Path] = set()
     for file in parts(folder):
+        if file in written:
+            # What was left of another part: from here, or from a merge that was broken off.
+            continue
         table = pq.read_table(file)
         keep = []
         for row_id, error in zip(table[id_column].to_pylist(), table["error"].to_pylist(), strict=True):
@@ -216,8 +220,9 @@ def merge(folder: Path, schema: pa.Schema, id_column: str) -> None:
                 seen.add(row_id)
         if not all(keep):
             if any(keep):
-                write_part(folder, table.filter(pa.array(keep)))
+                written.add(write_part(folder, table.filter(pa.array(keep))))
             file.unlink()
+    return len(seen)
 
 
 def seal(folder: Path, schema: pa.Schema, id_column: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,10 +233,11 @@ def seal(folder: Path, schema: pa.Schema, id_column: str, manifest: Mapping[str,
     """
     # What was declared complete earlier may be about to change.
     (folder / MANIFEST).unlink(missing_ok=True)
-    merge(folder, schema, id_column)
+    num_rows = merge(folder, schema, id_column)
     for leftover in folder.glob(".tmp-*"):
         leftover.unlink()
-    return write_manifest(folder, {**manifest, "rows": open_rows(folder, schema).count_rows()}, parts(folder))
+    assert open_rows(folder, schema).count_rows() == num_rows, "merging loses no row"
+    return write_manifest(folder, {**manifest, "rows": num_rows}, parts(folder))
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any], files: Iterable[Path]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.config import ProxyLocation
@@ -95,6 +96,11 @@ def llm_config(teacher: Teacher, top_k: int, kind: placement.Accelerator) -> Any
     )
 
 
+def app_name(experiment: str) -> str:
+    """What the teacher of an experiment is called in Ray Serve: otherwise for each process that works on it."""
+    return f"raykd-{experiment}-{ray.get_runtime_context().get_job_id()}"
+
+
 @contextmanager
 def served(teacher: Teacher, top_k: int, app: str, cluster: Mapping[str, float]) -> Iterator[None]:
     """Serves the teacher inside this cluster, on no network port, for the time of a `with` block.
@@ -122,10 +128,12 @@ def served(teacher: Teacher, top_k: int, app: str, cluster: Mapping[str, float])
         serve.start(proxy_location=ProxyLocation.Disabled)
         target = serve.RunTarget(build_llm_deployment(config), name=app, route_prefix=None)
         with watched(app) if is_joined() else nullcontext():
-            serve.run_many([target], wait_for_applications_running=False)
-            yield
+            try:
+                serve.run_many([target], wait_for_applications_running=False)
+                yield
+            finally:
+                serve.delete(app)
     finally:
-        serve.delete(app)
         quiet.setLevel(level)
 
 
@@ -150,8 +158,11 @@ def wait_until_up(app: str, timeout_s: float) -> None:
 
 
 def is_up(app: str) -> bool:
-    """Whether a replica of the teacher is there; others may be loading still, at first or again."""
+    """Whether the teacher can be asked: a replica is there, or, where it scales from none, will be when it is asked."""
     status = serve.status().applications.get(app)
+    if status is not None and status.status == "RUNNING":
+        return True
+    # Other replicas may be loading still, at first or again.
     deployments = status.deployments.values() if status else ()
     return any(state == "RUNNING" and count for each in deployments for state, count in each.replica_states.items())
 
@@ -188,8 +199,7 @@ class AskTeacher:
         for folder, sample_index in dict.fromkeys((row["folder"], row["sample_index"]) for row in rows):
             group = [row for row in rows if (row["folder"], row["sample_index"]) == (folder, sample_index)]
             request = self._requests[Path(folder)]
-            async with self._room:
-                answered = await self._ask(group, request)
+            answered = await self._ask(group, request)
             table = pa.Table.from_pylist(answered, schema=records.COMPLETION)
             await asyncio.to_thread(storage.write_part, request.folder, table)
             yield {
@@ -224,7 +234,8 @@ class AskTeacher:
                 # Loading a large model takes longer than an answer may.
                 await self._wait_until_up()
             try:
-                async with asyncio.timeout(self._teacher.timeout_s):
+                # What waits for room in the engine does not wait for its answer yet.
+                async with self._room, asyncio.timeout(self._teacher.timeout_s):
                     replies: Any = self._handle.options(stream=True).completions.remote(request)
                     async for reply in replies:
                         if hasattr(reply, "choices"):

@@ -153,6 +153,7 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
                 "target_tokens": tokens,
                 "seconds": round(seconds_before + time.monotonic() - started, 3),
                 "steps": len(steps),
+                "num_workers": num_workers,
                 "accelerator": "gpu" if engine.device.type == "cuda" else engine.device.type,
                 **({"validation": measured} if measured else {}),
             }

@@ -3,8 +3,9 @@
 import asyncio
 import os
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -13,6 +14,8 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raykd import placement
+
+ATTEMPTS = 30
 
 
 @ray.remote(num_cpus=0)
@@ -31,10 +34,15 @@ class Watch:
         threading.Thread(target=self._watch, args=(app, run), daemon=True).start()
 
     def _watch(self, app: str, run: Any) -> None:
-        try:
+        with suppress(RayError):
             ray.get(run.end.remote())
-        except RayError:
-            serve.delete(app)
+        for _ in range(ATTEMPTS):
+            try:
+                serve.delete(app)
+                break
+            except (RayError, TimeoutError):
+                # Serve's controller may be starting again.
+                time.sleep(10)
         # A detached actor stays until somebody ends it.
         os._exit(0)
 

@@ -60,3 +60,10 @@ def test_in_every_later_stage(tmp_path: Path):
     end(lambda: attention.exists(), arguments, tmp_path, signal.SIGINT)
     finish(arguments, tmp_path)
     assert plan_of(arguments).is_complete()
+    # The untouched student's and the arm's.
+    for folder, schema, name in (
+        (plan.predictions, records.PREDICTION, "prediction_id"),
+        (attention, records.ATTENTION, "attention_id"),
+    ):
+        ids = storage.open_rows(folder, schema).to_table()[name].to_pylist()
+        assert len(ids) == len(set(ids)) == 200

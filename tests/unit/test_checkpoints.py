@@ -71,6 +71,15 @@ def test_a_checkpoint_without_one_workers_part_is_not_whole(run: Path, lost: str
     assert not folder.exists()
 
 
+def test_a_storage_that_hiccups_costs_no_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, file = checkpoint(run, "checkpoint_1"), listed(run, "checkpoint_1")
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints.storage, "file_digest", lambda _: (_ for _ in ()).throw(OSError(5, "I/O error")))
+        with pytest.raises(OSError, match="I/O"):
+            checkpoints.mend(run)
+    assert folder.exists() and file.exists()
+
+
 def test_one_that_was_altered_is_not_whole(run: Path):
     folder = checkpoint(run, "checkpoint_1")
     file = folder / "checkpoint" / "rank_0.pt"

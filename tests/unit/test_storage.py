@@ -131,6 +131,22 @@ def test_rows_that_were_asked_by_two_are_there_once(tmp_path: Path):
     assert sorted((row["row_id"], row["value"]) for row in found) == [("a", 1), ("b", 2), ("c", 3), ("d", 0)]
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_a_merge_that_was_broken_off_loses_nothing(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch):
+    """Which part comes first depends on what they hold."""
+    storage.write_part(tmp_path, rows(("a", 0, f"timeout {seed}"), ("b", seed, "")))
+    storage.write_part(tmp_path, rows(("a", seed, ""), ("c", seed, "")))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError("killed")))
+        with pytest.raises(OSError, match="killed"):
+            storage.merge(tmp_path, SCHEMA, "row_id")
+    assert storage.seal(tmp_path, SCHEMA, "row_id", {})["rows"] == 3
+    found = storage.open_rows(tmp_path, SCHEMA).to_table().to_pylist()
+    assert sorted((row["row_id"], row["value"], row["error"]) for row in found) == [
+        (name, seed, "") for name in ("a", "b", "c")
+    ]
+
+
 def test_a_fingerprint_follows_content_and_names(tmp_path: Path):
     folder = tmp_path / "model"
     folder.mkdir()
