@@ -8,13 +8,14 @@ from typing import Any
 import psutil
 from ray.cluster_utils import Cluster
 
-from runs import wait_for_end
+from runs import free_port, wait_for_end
 
 
 @contextmanager
 def cluster(*nodes: int) -> Iterator[Cluster]:
     """A cluster of nodes with so many cores each, beside a head with one; nothing is left of it afterwards."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
+    head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": free_port()}
+    made = Cluster(initialize_head=True, head_node_args=head)
     try:
         for cores in nodes:
             made.add_node(num_cpus=cores)
