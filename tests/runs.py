@@ -31,9 +31,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def finish(arguments: list[str], cwd: Path, environment: dict[str, str] | None = None) -> Ran:
+def finish(arguments: list[str], cwd: Path) -> Ran:
     """Runs a command to its end, which must be a good one."""
-    done = subprocess.run([RAYKD, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=1500)
+    done = subprocess.run([RAYKD, *arguments], cwd=cwd, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return Ran(plan_of(arguments), done.stdout, done.stderr)
 

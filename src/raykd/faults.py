@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 # What a storage answers that is full, over its quota, read-only, or not allowed.
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-_REFUSAL = re.compile(rf"\[Errno (?:{'|'.join(map(str, REFUSALS))})\] [^\n]+", re.IGNORECASE)
+_REFUSAL = re.compile(rf"\[Errno (?:{'|'.join(map(str, REFUSALS))})\] [^\n]+")
 
 
 def refusal(error: BaseException | str) -> str:

@@ -1,4 +1,4 @@
-"""Lock: one process at a time works on an experiment's folder; whoever comes second is told who does."""
+"""Lock: one process at a time works on an experiment, or on completions; whoever comes second is told who does."""
 
 import errno
 import fcntl
@@ -17,13 +17,13 @@ _UNKNOWN = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 @contextmanager
 def held(folder: Path, command: str, otherwise: str = OTHER_NAME) -> Iterator[None]:
-    """Holds an experiment's folder for a `with` block.
+    """Holds a folder for a `with` block.
 
     The lock is the operating system's, and goes with the process that has it, however that ends: what is left of a run
     that was killed keeps nobody out. On a shared file system it is as good as that file system's.
 
     Args:
-        folder: the experiment's.
+        folder: the experiment's, or that of completions that experiments share.
         command: what was typed, for whoever comes second.
         otherwise: what else than wait for the first, or end it, the second can do.
 

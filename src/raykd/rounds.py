@@ -82,14 +82,10 @@ def _answered(
     missing = {answers: each for answers, each in scored.items() if storage.read_manifest(each.folder) is None}
     if missing:
         with serving:
-            instruction, app = experiment.prompt.instruction, _app(experiment)
+            instruction, app = experiment.prompt.instruction, teacher.app_name(experiment.name)
             generate.score(missing, problems, experiment.teacher, instruction, app, versions)
     folders = {_answers(part): _answers(part) for part in parts} | {path: each.folder for path, each in scored.items()}
     return [dataclasses.replace(part, completions=folders[_answers(part)]) for part in parts]
-
-
-def _app(experiment: Experiment) -> str:
-    return teacher.app_name(experiment.name)
 
 
 def _is_ready(part: Job) -> bool:
@@ -120,7 +116,7 @@ def _serving(experiment: Experiment, top_k: int, folder: Path, cluster: Mapping[
     held = placement.engine_processors(experiment.teacher.engine, cluster, experiment.teacher.replicas.max)
     with (
         journal.occupied(folder, journal.TEACHER, *held),
-        teacher.served(experiment.teacher, top_k, _app(experiment), dict(cluster)),
+        teacher.served(experiment.teacher, top_k, teacher.app_name(experiment.name), dict(cluster)),
     ):
         yield
 
