@@ -11,6 +11,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -44,7 +45,9 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="fields of configs/quickstart.yaml")
     options = parser.parse_args()
     chance = random.Random(options.seed)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    # Ray Train needs the dashboard to free what an early-stopped trial held.
+    head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": free_port()}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
         cluster.add_node(num_cpus=1)
     rounds: list[dict[str, Any]] = []
@@ -60,6 +63,12 @@ def main() -> int:
         cluster.shutdown()
     Console(width=140).print(table(rounds))
     return 0 if all(each["wrong"] == "" for each in rounds) else 1
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def soak(cluster: Cluster, chance: random.Random, root: Path, overrides: list[str], number: int) -> dict[str, Any]:

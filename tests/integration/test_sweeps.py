@@ -83,12 +83,27 @@ def swept(sweep_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     command("generate", told, folder, status=0)
     plan = plan_of(["sweep", *told])
     test, hidden = plan.problems / "test.parquet", plan.problems / "test.hidden"
-    # Whoever wanted to read the test problems would fail.
-    test.rename(hidden)
-    family = kill_when(lambda: any(outcome(job) == COMPLETE for job in plan.jobs), ["train", *told], folder)
+
+    def hide(log: str) -> bool:
+        """Once students are trained, whoever wanted to read the test problems fails; before, they are checked."""
+        if test.exists() and "training" in (folder / log).read_text():
+            test.rename(hidden)
+        return hidden.exists()
+
+    def disturb(driver: subprocess.Popen) -> None:
+        while not hide("err.log"):
+            assert driver.poll() is None, (folder / "err.log").read_text()
+            time.sleep(0.05)
+        kill_a_worker(driver, plan)
+
+    def one_is_complete() -> bool:
+        return hide("started.log") and any(outcome(job) == COMPLETE for job in plan.jobs)
+
+    family = kill_when(one_is_complete, ["train", *told], folder)
+    hidden.rename(test)
     first = next(job for job in plan.jobs if outcome(job) == COMPLETE)
     written = adapter(first).stat().st_mtime_ns
-    trained = command("train", told, folder, status=0, meanwhile=lambda driver: kill_a_worker(driver, plan))
+    trained = command("train", told, folder, status=0, meanwhile=disturb)
     hidden.rename(test)
     # A trial failed for good, and it says so.
     done = command("sweep", told, folder, status=1)
