@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray import cloudpickle, tune
 from ray.exceptions import RayActorError
+from ray.tune.execution import class_cache
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
@@ -26,6 +27,7 @@ from raykd.study import Make, Study, Undrawn
 from raykd.train import fit
 from raykd.variants import Variant
 
+CLOUD_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 # What a scheduler takes for time, as Tune flattens what a trial reports: how often it was measured.
 TIME = "validation/number"
 
@@ -226,6 +228,8 @@ def _quiet() -> None:
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     # A trial tells its steps more often than it is measured.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+    # Tune copies these into the trials' runtime environment, which Ray writes into its logs. Nodes have their own.
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(CLOUD_KEYS)
 
 
 class _OfEachArm(FIFOScheduler):

@@ -92,6 +92,7 @@ def llm_config(teacher: Teacher, top_k: int, kind: placement.Accelerator) -> Any
         },
         engine_kwargs=kwargs,
         runtime_env={"env_vars": env},
+        callback_config={"callback_class": "raykd.hub_tokens.KeepHubTokens"},  # pyright: ignore[reportArgumentType]
         deployment_config=deployment,
     )
 

@@ -17,8 +17,10 @@ from runs import parts, started
 ROOT = Path(__file__).parents[2]
 PLANTED = {
     "HF_TOKEN": "hf_planted0aG9yc2ViYXR0ZXJ5c3RhcGxl",
+    "HUGGING_FACE_HUB_TOKEN": "hf_planted4bW9yZSBvZiB0aGUgc2FtZQ",
     "WANDB_API_KEY": "planted1c29tZXRoaW5nIGVsc2U0MGNoYXJhY3RlcnM",
     "AWS_SECRET_ACCESS_KEY": "planted2d2hhdGV2ZXIgaXQgdGFrZXM",
+    "AWS_SESSION_TOKEN": "planted5YW5kIGFub3RoZXIgb25l",
     "OPENAI_API_KEY": "sk-planted3bm90aGluZyB0byBzZWU",
 }
 pytestmark = pytest.mark.timeout(600)

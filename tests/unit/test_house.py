@@ -49,6 +49,7 @@ FLOORS = [
         "validation",
         "cluster",
         "watch",
+        "hub_tokens",
     },
     {
         "variants",
