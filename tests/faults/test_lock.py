@@ -4,11 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from raykd import cli, lock
+from runs import RAYKD, plan_of
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -21,17 +24,24 @@ with lock.held(Path(sys.argv[1]), "raykd run mine.yaml"):
 """
 
 
+@contextmanager
+def holding(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that works on a folder."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout and process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.fixture
 def holder(tmp_path: Path):
     """A process that works on an experiment."""
     folder = tmp_path / "experiments" / "quickstart"
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout and process.stdout.readline() == "held\n"
+    with holding(folder) as process:
         yield process, folder
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.mark.parametrize("stage", ["run", "train", "report"])
@@ -43,6 +53,18 @@ def test_the_second_is_told_who_the_first_is(holder, tmp_path: Path, capsys, sta
     assert "raykd run mine.yaml" in said and "name=..." in said
     # Nothing was touched.
     assert [path.name for path in folder.iterdir()] == [lock.FILE]
+
+
+@pytest.mark.timeout(300)
+def test_whoever_asks_the_same_is_told_who_asks(tmp_path: Path):
+    arguments = ["generate", str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path}", "arms={one: {}}"]
+    (request,) = plan_of(arguments).requests
+    with holding(request.folder) as process:
+        done = subprocess.run([RAYKD, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 2, done.stderr
+    assert f"{request.folder} is being worked on by process {process.pid} on " in done.stderr
+    assert "(it asks the same)" in done.stderr
+    assert [path.name for path in request.folder.iterdir()] == [lock.FILE], "nothing was asked"
 
 
 def test_a_dead_one_keeps_nobody_out(holder):
