@@ -33,6 +33,7 @@ RAYKD = str(Path(sys.executable).parent / "raykd")
 # What is killed, by a word of its command line; and how often, in seconds.
 PROCESSES = {"engine": "EngineCore", "replica": "ServeReplica", "worker": "RayTrainWorker", "actor": "MapWorker"}
 EVERY_S = (20, 90)
+PREFERRED = 3
 # No round takes so many attempts unless something is wrong for good.
 MOST_ATTEMPTS = 60
 
@@ -112,7 +113,8 @@ def soak(cluster: Cluster, chance: random.Random, root: Path, overrides: list[st
 def kill(cluster: Cluster, run: "subprocess.Popen[bytes]", chance: random.Random) -> str:
     """Kills something that is there; returns what."""
     there = {name: found for name, word in PROCESSES.items() if (found := processes(word))}
-    what = chance.choice([*sorted(there), "driver", "driver, SIGTERM", "node"])
+    # A run that has just begun has nothing else to be killed: else it would seldom be anything but the run.
+    what = chance.choice([*PREFERRED * sorted(there), "driver", "driver, SIGTERM", "node"])
     if what in there:
         victim = chance.choice(there[what])
         try:
