@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import ray.data
 from ray.autoscaler.sdk import request_resources
 
 from raykd import progress, signals
+from raykd.watch import given_back
 
 LOGS = "/tmp/ray/session_latest/logs"
 # Ray's own; the next that is free where it is taken.
@@ -39,7 +40,8 @@ def connected(log: Path) -> Iterator[dict[str, float]]:
             dashboard = f"  dashboard: http://{context.dashboard_url}" if context.dashboard_url else ""
             progress.say(f"Ray {ray.__version__}: {address or 'local'}{dashboard}  logs: {log}, {LOGS}")
             try:
-                yield {name: float(amount) for name, amount in ray.cluster_resources().items()}
+                with given_back() if address else nullcontext():
+                    yield {name: float(amount) for name, amount in ray.cluster_resources().items()}
             finally:
                 ray.shutdown()
 

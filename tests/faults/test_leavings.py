@@ -1,0 +1,72 @@
+"""What a run held is given back when it is gone, also what its actors take as their last."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+from ray.util import placement_group_table
+
+from clusters import cluster, joining
+
+# The actor stands for Ray Train's controller, which lives for up to 30 s more and may take another place in that time:
+# it is meant to outlive the run, so that it surely does.
+RUN = """
+import sys, threading, time
+from pathlib import Path
+import ray
+from ray.util import placement_group
+from raykd.cluster import connected
+
+@ray.remote(num_cpus=0)
+class Controller:
+    def __init__(self, marker):
+        threading.Thread(target=self.hold, args=(marker,), daemon=True).start()
+
+    def hold(self, marker):
+        time.sleep(8)
+        held = placement_group([{"CPU": 1}])
+        assert held.wait(30)
+        Path(marker).write_text(held.id.hex())
+
+    def is_there(self):
+        return True
+
+with connected(Path(sys.argv[1]) / "log"):
+    controller = Controller.options(name="controller", lifetime="detached").remote(sys.argv[1] + "/marker")
+    ray.get(controller.is_there.remote())
+    Path(sys.argv[1], "works").touch()
+    time.sleep(1 if sys.argv[2] == "ends" else 300)
+"""
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.mark.parametrize("how", ["ends", "killed"])
+def test_a_place_that_is_taken_after_the_end_is_given_back(tmp_path: Path, how: str):
+    marker = tmp_path / "marker"
+    with cluster(1) as made:
+        ray.init(address=made.address, log_to_driver=False)
+        run = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path), how], env=joining(made))
+        try:
+            wait_for((tmp_path / "works").exists)
+            if how == "killed":
+                run.kill()
+            run.wait(60)
+            assert not marker.exists()
+            wait_for(marker.exists)
+            wait_for(lambda: placement_group_table()[marker.read_text()]["state"] == "REMOVED")
+            wait_for(lambda: ray.available_resources().get("CPU") == 2)
+        finally:
+            run.kill()
+            run.wait()
+            ray.shutdown()
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "never came to be"
+        time.sleep(0.5)
