@@ -4,8 +4,9 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import ray
@@ -35,43 +36,41 @@ class Run:
 
 @ray.remote(num_cpus=0)
 class Watch:
-    """Takes an application down when a run is gone."""
+    """Does something when a run is gone, and ends."""
 
-    def __init__(self, app: str, run: Any) -> None:
-        threading.Thread(target=self._watch, args=(app, run), daemon=True).start()
+    def __init__(self, run: Any, then: Callable[[], None]) -> None:
+        threading.Thread(target=self._watch, args=(run, then), daemon=True).start()
 
-    def _watch(self, app: str, run: Any) -> None:
-        with suppress(RayError):
-            ray.get(run.end.remote())
-        for _ in range(ATTEMPTS):
-            try:
-                serve.delete(app)
-                break
-            except (RayError, TimeoutError):
-                # Serve's controller may be starting again.
-                time.sleep(10)
-        # A detached actor stays until somebody ends it.
-        os._exit(0)
+    def _watch(self, run: Any, then: Callable[[], None]) -> None:
+        try:
+            with suppress(RayError):
+                ray.get(run.end.remote())
+            then()
+        finally:
+            # A detached actor stays until somebody ends it.
+            os._exit(0)
 
 
-@ray.remote(num_cpus=0)
-class GiveBack:
-    """Removes the placement groups that a run has left when it is gone."""
+def take_down(app: str) -> None:
+    """Takes an application of Ray Serve down."""
+    for _ in range(ATTEMPTS):
+        try:
+            serve.delete(app)
+            break
+        except (RayError, TimeoutError):
+            # Serve's controller may be starting again.
+            time.sleep(10)
 
-    def __init__(self, job_id: str, run: Any) -> None:
-        threading.Thread(target=self._watch, args=(job_id, run), daemon=True).start()
 
-    def _watch(self, job_id: str, run: Any) -> None:
-        with suppress(RayError):
-            ray.get(run.end.remote())
-        until = time.monotonic() + LINGERS_S
-        while time.monotonic() < until:
-            time.sleep(LOOKS_EVERY_S)
-            # Ray's dashboard, which is asked, may be busy.
-            with suppress(RayError, RayStateApiException, TimeoutError):
-                for group in left_by(job_id):
-                    remove_placement_group(group)
-        os._exit(0)
+def give_back(job_id: str) -> None:
+    """Removes the placement groups of a job that is over, also those that are made for a while after."""
+    until = time.monotonic() + LINGERS_S
+    while time.monotonic() < until:
+        time.sleep(LOOKS_EVERY_S)
+        # Ray's dashboard, which is asked, may be busy.
+        with suppress(RayError, RayStateApiException, TimeoutError):
+            for group in left_by(job_id):
+                remove_placement_group(group)
 
 
 def left_by(job_id: str) -> list[PlacementGroup]:
@@ -94,15 +93,9 @@ def given_back() -> Iterator[None]:
     for room makes one more group after that, as its last, which nobody frees: it waits for room for ever, takes it when
     there is some, and whatever comes after waits behind it.
     """
-    context = ray.get_runtime_context()
-    here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)
-    run: Any = Run.options(scheduling_strategy=here).remote()
-    told = {"name": f"raykd-give-back-{context.get_job_id()}", "lifetime": "detached"}
-    GiveBack.options(**told, resources={placement.HEAD: 0.0001}).remote(context.get_job_id(), run)
-    try:
+    job_id = ray.get_runtime_context().get_job_id()
+    with _watching(f"raykd-give-back-{job_id}", partial(give_back, job_id)):
         yield
-    finally:
-        ray.kill(run)
 
 
 @contextmanager
@@ -114,15 +107,23 @@ def watched(app: str) -> Iterator[None]:
     Args:
         app: the application's name.
     """
-    context = ray.get_runtime_context()
+    name = f"raykd-watch-{ray.get_runtime_context().get_job_id()}-{app}"
+    with _watching(name, partial(take_down, app)) as watch:
+        try:
+            yield
+        finally:
+            ray.kill(watch)
+
+
+@contextmanager
+def _watching(name: str, then: Callable[[], None]) -> Iterator[Any]:
+    """A detached actor on the head that does something at the end of a `with` block, or of this process within."""
     # It must not go with another node.
-    here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # Ray types a handle to an actor as its class, which `ray.kill` does not take.
     run: Any = Run.options(scheduling_strategy=here).remote()
-    told = {"name": f"raykd-watch-{context.get_job_id()}-{app}", "lifetime": "detached"}
-    watch: Any = Watch.options(**told, resources={placement.HEAD: 0.0001}).remote(app, run)
+    watch: Any = Watch.options(name=name, lifetime="detached", resources={placement.HEAD: 0.0001}).remote(run, then)
     try:
-        yield
+        yield watch
     finally:
-        ray.kill(watch)
         ray.kill(run)
