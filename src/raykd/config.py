@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from raykd.mistakes import did_you_mean, explain
+from raykd.mistakes import did_you_mean, explain, on_one_line
 from raykd.sections import (
     NAME_PATTERN,
     Attention,
@@ -370,5 +370,6 @@ def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
             tree[parent] = {}
         tree = tree[parent]
         if not isinstance(tree, dict):
-            raise ValueError(f"{path}: {'.'.join(parents[: depth + 1])} is a value and has no keys below it")
+            value_at = ".".join(parents[: depth + 1])
+            raise ValueError(on_one_line(f"{path}: {value_at} is a value and has no keys below it"))
     tree[last] = value

@@ -21,7 +21,12 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         elif problem["type"] != "value_error":
             message = f"{message}, not {problem['input']!r}"
         lines.append(f"{place}: {message}" if place else message)
-    return "; ".join(lines)
+    return on_one_line("; ".join(lines))
+
+
+def on_one_line(text: str) -> str:
+    """A text with what cannot be seen, such as the end of a line, as it is written in code."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def _shown(part: int | str) -> str:
