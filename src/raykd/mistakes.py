@@ -11,7 +11,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """One line that names each place in the tree, what is wrong there, and the way out."""
     lines = []
     for problem in error.errors(include_url=False):
-        place = ".".join(_shown(part) for part in problem["loc"])
+        place = ".".join(map(str, problem["loc"]))
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             known = _keys_beside(model, problem["loc"])
@@ -27,12 +27,6 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 def on_one_line(text: str) -> str:
     """A text with what cannot be seen, such as the end of a line, as it is written in code."""
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
-
-
-def _shown(part: int | str) -> str:
-    """A key as it was typed, where it can be seen."""
-    text = str(part)
-    return text if text.isprintable() else repr(text)
 
 
 def _keys_beside(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -192,7 +192,7 @@ def test_fewer_workers_than_a_trial_has_need_checkpoints_that_are_not_in_parts(t
         fewer(2, 2)
 
 
-@pytest.mark.parametrize("typed", ["name.\n=1", "arms={a: {'prompt.strategy': {'\\n': 1}}}", "'x\\ny'=1"])
+@pytest.mark.parametrize("typed", ["name.\n=1", 'arms={a: {"prompt.strategy": {"\\n": 1}}}', "x\ny=1"])
 def test_what_cannot_be_seen_does_not_break_a_message(typed: str):
     with pytest.raises(ValueError) as refused:
         config.load("configs/quickstart.yaml", [typed])
