@@ -62,7 +62,7 @@ class Teacher(Section):
     concurrency: int = Field(default=4, ge=1)
     """Calls in flight for each replica."""
     timeout_s: float = Field(default=600, gt=0)
-    """Seconds after which one call is given up, and its rows carry the error."""
+    """Seconds after which a prompt is given up, and its row carries the error."""
     start_timeout_s: float = Field(default=3600, gt=0)
     """Seconds that the engine may take to load."""
     max_error_rate: float = Field(default=0.01, ge=0, le=1)
@@ -193,8 +193,9 @@ class Train(Section):
     """DeepSpeed ZeRO stage (Rajbhandari et al., arXiv 1910.02054)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the frozen weights and of the computation."""
-    packing: bool = False
-    """Whether a forward pass holds its completions in one sequence without padding, none attending to another."""
+    packing: bool = True
+    """Whether a forward pass holds its completions in one sequence without padding, none attending to another; false
+    for the few models whose attention cannot be told of rows."""
     gradient_checkpointing: bool = False
     checkpoint_every_steps: int = Field(default=50, ge=1)
     max_failures: int = Field(default=3, ge=0)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from raykd import losses, models, prompts, records, storage
+from raykd import losses, models, packed, prompts, records, storage
 from raykd.config import Arm
 from raykd.demo import resolve_model
 from raykd.sections import Student
@@ -71,7 +71,13 @@ def learner(arm: Arm, seed: int) -> "Distillation":
         arm: how.
         seed: of the LoRA layers.
     """
-    base = load_base(arm.student, getattr(torch, arm.train.dtype))
+    return wrap(load_base(arm.student, getattr(torch, arm.train.dtype)), arm, seed)
+
+
+def wrap(base: Any, arm: Arm, seed: int) -> "Distillation":
+    """As `learner`, around a base model that is there."""
+    if arm.train.packing:
+        base.set_attn_implementation(packed.NAME)
     if arm.train.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
@@ -160,8 +166,8 @@ def collate(rows: list[Target], pad_token_id: int, packing: bool) -> dict[str, T
 
     Returns:
         `input_ids` (B, T), with `attention_mask` (B, T) or, when packed, `position_ids` (1, T), which begin anew with
-        each row; `positions` (N): where in the flattened B x T the logits that predict target tokens are;
-        `token_ids` (N); for soft targets `topk_ids`, `topk_logprobs` (N, K).
+        each row, and `row_starts` (B + 1) int32; `positions` (N): where in the flattened B x T the logits that predict
+        target tokens are; `token_ids` (N); for soft targets `topk_ids`, `topk_logprobs` (N, K).
     """
     # A worker whose share of the last step is empty runs a row without targets, to keep pace with the others.
     sequences = [row.prompt_token_ids + row.completion_token_ids for row in rows] or [[pad_token_id]]
@@ -171,6 +177,7 @@ def collate(rows: list[Target], pad_token_id: int, packing: bool) -> dict[str, T
             "input_ids": torch.tensor([[token for sequence in sequences for token in sequence]]),
             "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
         }
+        batch["row_starts"] = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
         starts = np.cumsum([0, *lengths[:-1]])
     else:
         longest = max(lengths)
@@ -211,7 +218,11 @@ class Distillation(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """The summed loss of a micro-batch from `collate`, in nats."""
         base: Any = self.model.get_base_model()
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+        inputs: dict[str, Any] = {
+            name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch
+        }
+        if "row_starts" in batch:
+            inputs |= packed.arguments(batch["row_starts"])
         hidden_BTD = base.model(**inputs, use_cache=False).last_hidden_state
         hidden_ND = hidden_BTD.flatten(0, 1)[batch["positions"]]
         size = max(1, self._chunk_elements // base.config.get_text_config().vocab_size)

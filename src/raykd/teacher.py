@@ -1,7 +1,6 @@
 """Teacher: the served engine. Built from the configuration, waited for, asked, and taken down."""
 
 import asyncio
-import importlib
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -29,6 +28,8 @@ MODEL_ID = "teacher"
 # looks, others of the calls may be given to it again, and fail at once.
 INFRASTRUCTURE_RETRIES = 6
 HEALTH_CHECK_EVERY_S = 2
+# A replica gives up rows by itself; only one that does not answer at all is given up.
+REPLICA_GRACE_S = 60
 LONGEST_PAUSE_S = 8
 # What `AskTeacher` is given: one row for each completion that is wanted.
 QUESTION = pa.schema(
@@ -121,13 +122,16 @@ def served(teacher: Teacher, top_k: int, app: str, cluster: Mapping[str, float])
     # Loads vLLM, which takes seconds.
     from ray.serve.llm import build_llm_deployment
 
+    from raykd.replica import Replica
+
     config = llm_config(teacher, top_k, kind)
     quiet = logging.getLogger("ray.serve")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
     try:
         serve.start(proxy_location=ProxyLocation.Disabled)
-        target = serve.RunTarget(build_llm_deployment(config), name=app, route_prefix=None)
+        deployment = build_llm_deployment(config, deployment_cls=Replica)
+        target = serve.RunTarget(deployment, name=app, route_prefix=None)
         with watched(app) if is_joined() else nullcontext():
             try:
                 serve.run_many([target], wait_for_applications_running=False)
@@ -209,40 +213,31 @@ class AskTeacher:
             }
 
     async def _wait_until_up(self) -> None:
-        """Loads what a request is made of while the engine loads, and waits for that."""
         async with self._up:
-            importlib.import_module("ray.serve.llm.openai_api_models")
             await asyncio.to_thread(wait_until_up, self._app, self._teacher.start_timeout_s)
             self._was_up = True
 
     async def _ask(self, rows: list[dict[str, Any]], wanted: Request) -> list[dict[str, Any]]:
         """Completions of the rows, in their order; rows that cannot be answered carry an error."""
-        reply = await self._call(rows, wanted)
-        if isinstance(reply, str) and len(rows) > 1:
-            # One bad row makes the engine refuse all of a call, one slow row takes its time: the others are answered.
-            alone = await asyncio.gather(*(self._ask([row], wanted) for row in rows))
-            return [answer for answers in alone for answer in answers]
-        if isinstance(reply, str):
-            return [_failed(rows[0], reply)]
-        return [_completion(row, choice, wanted.top_k) for row, choice in zip(rows, reply, strict=True)]
+        replies = await self._call(rows, wanted)
+        if isinstance(replies, str):
+            return [_failed(row, replies) for row in rows]
+        return [_completion(row, reply, wanted.top_k) for row, reply in zip(rows, replies, strict=True)]
 
-    async def _call(self, rows: list[dict[str, Any]], wanted: Request) -> list[Any] | str:
-        """The choices for the rows, or why there are none."""
-        request, failure = _request(rows, wanted), ""
+    async def _call(self, rows: list[dict[str, Any]], wanted: Request) -> list[dict[str, Any]] | str:
+        """The replica's replies to the rows, or why there are none."""
+        prompts = [row["prompt_token_ids"].tolist() + row["given_token_ids"].tolist() for row in rows]
+        told = (prompts, _sampling(rows[0], wanted), self._teacher.timeout_s)
+        failure = ""
         for attempt in range(INFRASTRUCTURE_RETRIES):
             if failure:
                 await asyncio.sleep(min(2**attempt, LONGEST_PAUSE_S))
                 # Loading a large model takes longer than an answer may.
                 await self._wait_until_up()
             try:
-                # What waits for room in the engine does not wait for its answer yet.
-                async with self._room, asyncio.timeout(self._teacher.timeout_s):
-                    replies: Any = self._handle.options(stream=True).completions.remote(request)
-                    async for reply in replies:
-                        if hasattr(reply, "choices"):
-                            return sorted(reply.choices, key=lambda choice: choice.index)
-                        return f"refused: {reply.error.message}"
-                return "the teacher sent no answer"
+                # What waits for room does not wait for its answer yet.
+                async with self._room, asyncio.timeout(self._teacher.timeout_s + REPLICA_GRACE_S):
+                    return await self._handle.answer.remote(*told)
             except TimeoutError:
                 failure = f"no answer within {self._teacher.timeout_s:g} s (teacher.timeout_s)"
                 if await asyncio.to_thread(is_up, self._app):
@@ -250,61 +245,45 @@ class AskTeacher:
             except RayError as error:
                 failure = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
                 if attempt and isinstance(error, RayTaskError) and type(error.cause).__name__ != "EngineDeadError":
-                    # It is up to the request, not to the replica.
+                    # It is up to the call, not to the replica.
                     return failure
         return failure
 
 
-def _request(rows: list[dict[str, Any]], wanted: Request) -> Any:
-    # Not before a worker needs it: it loads vLLM.
-    from ray.serve.llm.openai_api_models import CompletionRequest
-
-    prompt = [row["prompt_token_ids"].tolist() + row["given_token_ids"].tolist() for row in rows]
-    if len(rows[0]["given_token_ids"]):
+def _sampling(row: Mapping[str, Any], wanted: Request) -> dict[str, Any]:
+    """vLLM's sampling parameters."""
+    if len(row["given_token_ids"]):
         # The engine cannot but write a token of its own; it is thrown away.
-        return CompletionRequest(
-            model=MODEL_ID, prompt=prompt, max_tokens=1, temperature=0.0, prompt_logprobs=wanted.top_k
-        )
+        return {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": wanted.top_k}
     sampling = wanted.sampling
-    return CompletionRequest(
-        model=MODEL_ID,
-        prompt=prompt,
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=sampling.seed + int(rows[0]["sample_index"]) if sampling.temperature else None,
-        logprobs=wanted.top_k or None,
-        return_token_ids=True,
-        return_tokens_as_token_ids=True if wanted.top_k else None,
-    )
+    return {
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "seed": sampling.seed + int(row["sample_index"]) if sampling.temperature else None,
+        "logprobs": wanted.top_k or None,
+    }
 
 
-def _completion(row: Mapping[str, Any], choice: Any, top_k: int) -> dict[str, Any]:
-    """A row of `records.COMPLETION` from one choice of the engine's reply."""
-    given = row["given_token_ids"].tolist()
-    if given:
+def _completion(row: Mapping[str, Any], reply: Mapping[str, Any], top_k: int) -> dict[str, Any]:
+    """A row of `records.COMPLETION` from a replica's reply."""
+    if error := reply.get("error"):
+        return _failed(row, error)
+    if given := row["given_token_ids"].tolist():
         text, tokens, finish = row["given_text"], given, row["given_finish_reason"]
-        positions = [
-            {int(token): each.logprob for token, each in position.items()}
-            for position in choice.prompt_logprobs[-len(given) :]
-        ]
     else:
-        text, tokens, finish = choice.text, list(choice.token_ids), choice.finish_reason
-        positions = [
-            {int(token.removeprefix("token_id:")): logprob for token, logprob in position.items()}
-            for position in (choice.logprobs.top_logprobs if top_k else [])
-        ]
-    # The token itself comes along even where it is none of the k best; the k best are wanted.
-    best = [sorted(position.items(), key=lambda item: -item[1])[:top_k] for position in positions]
-    assert len(best) == (len(tokens) if top_k else 0), "a log-probability for every completion token"
+        text, tokens, finish = reply["text"], reply["token_ids"].tolist(), reply["finish_reason"]
+    # Where the engine scored, it scored the prompt, too.
+    ids, logprobs = (reply[name][-len(tokens) :].tolist() if top_k else [] for name in ("topk_ids", "topk_logprobs"))
+    assert len(ids) == (len(tokens) if top_k else 0), "log-probabilities for every completion token"
     return {
         **_identity(row),
         "completion": text,
         "completion_token_ids": tokens,
         "finish_reason": finish,
         **completions.answers_of(text, row["reference_answer"]),
-        "topk_ids": [[token for token, _ in position] for position in best],
-        "topk_logprobs": [[logprob for _, logprob in position] for position in best],
+        "topk_ids": ids,
+        "topk_logprobs": logprobs,
         "error": "",
     }
 

@@ -50,6 +50,8 @@ FLOORS = [
         "cluster",
         "watch",
         "hub_tokens",
+        "replica",
+        "packed",
     },
     {
         "variants",
@@ -80,7 +82,8 @@ FLOORS = [
     },
 ]
 # Sideways on the floor of the heavy libraries: to the modules that others build on.
-SIDEWAYS = {"cluster", "watch", "heads", "student", "teacher", "models", "generate", "evaluate", "validation"}
+SIDEWAYS = {"cluster", "watch", "heads", "student", "teacher", "replica", "packed", "models", "generate", "evaluate"}
+SIDEWAYS |= {"validation"}
 HEAVY = ("torch", "transformers", "peft", "deepspeed", "ray", "vllm")
 LIGHT = [*sorted((FLOORS[0] | FLOORS[1]) - {"losses"}), "report", "cli"]
 

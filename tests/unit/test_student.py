@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from raykd import student
+from raykd import packed, student
 from raykd.config import Arm
 from raykd.sections import Lora, Loss, Prompt, Student, Targets, Teacher, Train
 from raykd.targets import Target
@@ -38,7 +38,9 @@ def model() -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    adapted: Any = student.add_lora(LlamaForCausalLM(config), Student(model="none"), seed=0)
+    base = LlamaForCausalLM(config)
+    base.set_attn_implementation(packed.NAME)
+    adapted: Any = student.add_lora(base, Student(model="none"), seed=0)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -136,8 +138,8 @@ def test_packed_rows_do_not_see_each_other(model):
     first, second, _ = rows(soft=False)
     distillation = student.Distillation(model, arm())
 
-    def loss_of(*packed: Target) -> float:
-        return float(distillation(student.collate(list(packed), 0, packing=True)).detach())
+    def loss_of(*made: Target) -> float:
+        return float(distillation(student.collate(list(made), 0, packing=True)).detach())
 
     assert loss_of(first, second) == pytest.approx(loss_of(first) + loss_of(second), rel=1e-5)
     assert loss_of(second, first) == pytest.approx(loss_of(first, second), rel=1e-5)
