@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",$$/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu quickstart check test test-all test-faults soak lock clean
+.PHONY: help install install-gpu quickstart check test test-all test-faults bench soak lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -45,8 +45,15 @@ test-all: install ## the same, and the tests that take minutes each
 test-faults: install ## kills, lost nodes, full disks, 20,000 cases of bad input
 	RAYKD_CASES=2500 $(BIN)/pytest -m "slow or not slow" tests/faults
 
+bench: install ## short versions of the measurements in docs/performance.md
+	$(BIN)/python benchmarks/generation.py --requests 256 --rounds 2
+	$(BIN)/python benchmarks/training.py --steps 16 --rounds 1
+	$(BIN)/python benchmarks/evaluation.py --adapters 4 --problems 32
+	$(BIN)/python benchmarks/sweep.py --runs 1
+	$(BIN)/python benchmarks/gpu_step.py --layers 2 --width 512 --vocabulary 8192 --tokens 512 --steps 3
+
 soak: install ## an hour of the quickstart while a script kills what it finds
-	$(BIN)/python benchmarks/soak.py --minutes 60
+	$(BIN)/python benchmarks/soak.py --minutes 60 --out build/benchmarks/soak.json
 
 lock: ## make both lock files anew
 	PYTHON=$(PYTHON) tools/lock.sh

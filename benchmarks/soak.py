@@ -45,6 +45,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("soak.json"), help="where the table goes as JSON")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="fields of configs/quickstart.yaml")
     options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     chance = random.Random(options.seed)
     # Ray Train needs the dashboard to free what an early-stopped trial held.
     head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": free_port()}

@@ -74,8 +74,11 @@ def attend(
     if _has_kernel(query) and not dropout:
         from torch.nn.attention.varlen import varlen_attn
 
+        by_position = [each[0].transpose(0, 1) for each in (query, key, value)]
         rows: Any = varlen_attn(
-            *(each[0].transpose(0, 1) for each in (query, key, value)),
+            by_position[0],
+            by_position[1],
+            by_position[2],
             starts,
             starts,
             more["max_length_q"],

@@ -1,0 +1,177 @@
+"""Generation: `raykd generate` against plain offline vLLM, same model, prompts, sampling and cores.
+
+    python benchmarks/generation.py [--millions 33] [--requests 512] [--tokens 64] [--top-k 0] [--rounds 3]
+
+Both engines are loaded and warm; they take turns. Ours goes all the way, from problems in Parquet through Ray Data and
+Ray Serve to completions in Parquet, and is timed from the first call of the teacher to the last row written; offline
+vLLM is given its best: from the first prompt that its engine takes up to the last token, or the whole of `LLM.chat`.
+Then each once more from nothing, start-up included.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import bench
+import peer
+import pyarrow.parquet as pq
+import random_llama
+
+from raykd import config, generate, journal, pipeline, placement, prompts, records, storage, teacher
+from raykd.cluster import connected
+from raykd.demo import problems as demo_problems
+from raykd.sections import Teacher
+
+RAYKD = str(Path(sys.executable).parent / "raykd")
+CALLS = "calls.jsonl"
+OURS, PEER = "raykd generate", "offline LLM.chat"
+
+
+class Timed(teacher.AskTeacher):
+    """Notes beside the completions when each call began and ended."""
+
+    async def _call(self, rows: list[dict[str, Any]], wanted: Any) -> Any:
+        began = time.time()
+        reply = await super()._call(rows, wanted)
+        with (wanted.folder.parents[1] / CALLS).open("a") as file:
+            file.write(json.dumps([began, time.time(), len(rows)]) + "\n")
+        return reply
+
+
+def main() -> int:
+    parser = bench.parser(__doc__, "generation", rounds=3)
+    parser.add_argument("--millions", type=int, default=33, choices=sorted(random_llama.SHAPES), help="of parameters")
+    parser.add_argument("--requests", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer")
+    parser.add_argument("--top-k", type=int, default=0, help="log-probabilities at each token (0: none)")
+    parser.add_argument("--no-start-up", action="store_true", help="leave out the whole runs from nothing")
+    parser.add_argument("overrides", nargs="*", metavar="teacher.path=value", help="fields of the experiment")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench") as folder:
+        root = Path(folder)
+        problems_told = demo_problems.generate("train", 512, seed=0)
+        model = random_llama.write(root / "model", options.millions, (each["question"] for each in problems_told))
+        file = root / "experiment.yaml"
+        file.write_text(json.dumps(experiment_of(model, options)))
+        measured = alternately(file, root, options)
+        whole = {} if options.no_start_up else from_nothing(file, root, options)
+    ratio = bench.ratios(measured, OURS, PEER, "tokens/s")
+    rows: dict[str, dict[str, Any]] = {**bench.medians(measured)}
+    rows["ratio"] = {"tokens/s": f"{ratio[0]:.3f} ({ratio[1]:.3f} to {ratio[2]:.3f})"}
+    for name, seconds in whole.items():
+        rows[name]["from nothing, s"] = seconds
+    logprobs = f", top {options.top_k} log-probabilities" if options.top_k else ""
+    bench.table(f"{options.millions}M parameters, {options.requests} x {options.tokens} tokens{logprobs}", rows)
+    bench.write(options.out, options=vars(options), measured=measured, ratio=ratio, from_nothing=whole)
+    return 0
+
+
+def experiment_of(model: Path, options: Any) -> dict[str, Any]:
+    """The experiment whose completions are made."""
+    soft = {"targets.kind": "top_k", "targets.top_k": options.top_k} if options.top_k else {"targets.kind": "hard"}
+    return {
+        "name": "generation",
+        "problems": {"source": "demo", "num_train": options.requests, "num_test": 1},
+        "teacher": {
+            "model": str(model),
+            "engine": {"engine_kwargs": {"dtype": "bfloat16", "max_model_len": random_llama.CONTEXT}},
+            "sampling": {"max_tokens": options.tokens},
+        },
+        "student": {"model": str(model)},
+        "arms": {"one": {"prompt.strategy": "ground_truth", **soft}},
+    }
+
+
+def alternately(file: Path, root: Path, options: Any) -> dict[str, list[dict[str, float]]]:
+    """Both engines up, in turns."""
+    # Ray Data takes the class from there.
+    generate.AskTeacher = Timed
+    first = plan_of(file, root / "warm", [*options.overrides, "problems.num_train=64"])
+    wanted = first.experiment.teacher
+    with connected(root / "log") as resources, offline(wanted, options.top_k, resources) as process:
+        app = teacher.app_name("generation")
+        with teacher.served(wanted, options.top_k, app, resources):
+            teacher.wait_until_up(app, wanted.start_timeout_s)
+
+            def ours(plan: pipeline.Plan | None = None) -> dict[str, float]:
+                plan = plan or plan_of(file, Path(tempfile.mkdtemp(dir=root)), options.overrides)
+                began = time.time()
+                instruction = plan.experiment.prompt.instruction
+                generate.generate(
+                    plan.requests, plan.problems, plan.experiment.teacher, instruction, app, journal.versions()
+                )
+                return figures(plan, began)
+
+            def theirs(plan: pipeline.Plan = first) -> dict[str, float]:
+                return answered(process, conversations(plan), options)
+
+            print("warming up", file=sys.stderr)
+            ours(first)
+            theirs()
+            full = plan_of(file, root / "full", options.overrides)
+            return bench.by_turns({OURS: ours, PEER: lambda: theirs(full)}, options.rounds)
+
+
+def plan_of(file: Path, storage_folder: Path, overrides: list[str]) -> pipeline.Plan:
+    return pipeline.prepare(config.load(file, [f"storage={storage_folder}", *overrides]), "benchmark")
+
+
+def figures(plan: pipeline.Plan, began: float) -> dict[str, float]:
+    """What the completions say that were just made."""
+    (request,) = plan.requests
+    rows = storage.open_rows(request.folder, records.COMPLETION).to_table(columns=["completion_token_ids", "error"])
+    assert not any(rows["error"].to_pylist()), "a row failed"
+    tokens = sum(map(len, rows["completion_token_ids"].to_pylist()))
+    calls = [json.loads(line) for line in (plan.root / CALLS).read_text().splitlines()]
+    last = max(file.stat().st_mtime for file in request.folder.glob("part-*.parquet"))
+    busy = last - min(call[0] for call in calls)
+    return {"tokens": tokens, "tokens/s": tokens / busy, "stage, s": time.time() - began}
+
+
+def conversations(plan: pipeline.Plan) -> Path:
+    """The same prompts as messages, in a file."""
+    (request,) = plan.requests
+    told = [
+        prompts.teacher_messages(problem, request.strategy, plan.experiment.prompt.instruction)
+        for problem in pq.read_table(plan.problems / "train.parquet").to_pylist()
+    ]
+    file = plan.root / "conversations.json"
+    file.write_text(json.dumps(told))
+    return file
+
+
+@contextmanager
+def offline(wanted: Teacher, top_k: int, resources: dict[str, float]) -> Iterator["subprocess.Popen[str]"]:
+    """The peer, whose engine loads, under the same arguments and environment as ours."""
+    kind = placement.accelerator(wanted.engine.accelerator, resources)
+    kwargs, env = placement.engine_settings(wanted.engine, kind)
+    with peer.running(kwargs | {"model": wanted.model, "max_logprobs": max(top_k, 20)}, env) as process:
+        yield process
+
+
+def answered(process: "subprocess.Popen[str]", file: Path, options: Any) -> dict[str, float]:
+    """Has the peer answer."""
+    told = peer.ask(process, conversations=str(file), max_tokens=options.tokens, top_k=options.top_k)
+    return {"tokens": told["tokens"], "tokens/s": told["tokens"] / told["engine_seconds"], "stage, s": told["seconds"]}
+
+
+def from_nothing(file: Path, root: Path, options: Any) -> dict[str, float]:
+    """Seconds of each as a command of its own, from its start to its end."""
+    storage_folder, began = root / "from_nothing", time.monotonic()
+    typed = ["generate", str(file), f"storage={storage_folder}", *options.overrides]
+    subprocess.run([RAYKD, *typed], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    ours, began = time.monotonic() - began, time.monotonic()
+    plan = plan_of(file, storage_folder, options.overrides)
+    with offline(plan.experiment.teacher, options.top_k, {}) as process:
+        answered(process, conversations(plan), options)
+    return {OURS: ours, PEER: time.monotonic() - began}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

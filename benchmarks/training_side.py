@@ -1,0 +1,169 @@
+"""One side of the training benchmark, in a process of its own: `python training_side.py FOLDER SIDE`.
+
+Prints one line of JSON: target tokens per second, milliseconds a step, the process' peak memory, the losses.
+The sides: raykd's loop on `hard` and on `top_k` targets, `packed`; TRL's SFTTrainer as it is (`trl`) and with packing
+(`trl_packed`). All take the same rows in the same order from the same initial LoRA weights.
+"""
+
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bench
+
+from raykd import config, student, targets, train
+from raykd.config import Experiment
+from raykd.job import Job, read_curve
+
+# Steps before these figures begin: the first ones pay for what is loaded late.
+WARM = 3
+PACKED_LENGTH = 1024
+
+
+def main() -> None:
+    folder, side = Path(sys.argv[1]), sys.argv[2]
+    # What libraries print must not come between.
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    experiment = config.load(folder / "experiment.yaml", [])
+    made = job(experiment, folder, side)
+    points = _trl(made, side == "trl_packed") if side.startswith("trl") else _ours(made)
+    points = points[WARM:]
+    tokens = points[-1]["target_tokens"] - points[0]["target_tokens"]
+    steps = [later["seconds"] - earlier["seconds"] for earlier, later in itertools.pairwise(points)]
+    figures = {
+        "tokens/s": tokens / (points[-1]["seconds"] - points[0]["seconds"]),
+        "step, ms": 1000 * statistics.median(steps),
+        "peak MB": bench.peak_mb(),
+        "losses": [point["loss"] for point in points],
+    }
+    print(json.dumps(figures), file=answer, flush=True)
+
+
+def job(experiment: Experiment, folder: Path, side: str) -> Job:
+    """The trial: the experiment's arm of that name, TRL's being the one on hard targets."""
+    name = side if side in experiment.arms else "hard"
+    (problems,) = (folder / "problems").glob("*/")
+    return Job(
+        trial_id=side,
+        arm_name=name,
+        arm=experiment.arm(name),
+        seed=0,
+        overrides={},
+        problems=problems,
+        completions=folder / "completions",
+        same_tokens=True,
+        folder=folder / "trials" / f"{side}-{time.time_ns()}",
+        lesson=name,
+    )
+
+
+def _ours(made: Job) -> list[dict[str, Any]]:
+    # As torchrun would.
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    # A point for each step.
+    train.CURVE_POINTS = 1 << 30
+    train.loop(made, lambda metrics, checkpoint: None, None)
+    return read_curve(made.folder / "metrics.jsonl")
+
+
+def _trl(made: Job, packing: bool) -> list[dict[str, Any]]:
+    """TRL's trainer on the same model, rows and order."""
+    import torch
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+    from transformers import TrainerCallback
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    told, points = made.arm.train, []
+    tokenizer, rows = _rows(made)
+
+    class Notes(TrainerCallback):
+        """When each step ended."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+            if "loss" in (logs or {}):
+                points.append({"seconds": time.monotonic(), "target_tokens": 0, "loss": logs["loss"]})
+
+    class InOrder(SFTTrainer):
+        """Takes the rows as they come, for they were shuffled as ours are."""
+
+        def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
+            return SequentialSampler(self.train_dataset)  # pyright: ignore[reportArgumentType]
+
+    model = student.add_lora(
+        student.load_base(made.arm.student, getattr(torch, told.dtype)), made.arm.student, made.seed
+    )
+    trainer = InOrder(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(list(_examples(rows))),
+        args=SFTConfig(
+            output_dir=str(made.folder),
+            # As many tokens a step as unpacked, about.
+            per_device_train_batch_size=1 if packing else told.batch_size,
+            num_train_epochs=1,
+            learning_rate=told.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=round(told.warmup_fraction * len(rows) // told.batch_size),
+            max_grad_norm=told.max_grad_norm,
+            weight_decay=told.weight_decay,
+            bf16=False,
+            max_length=PACKED_LENGTH if packing else told.max_length,
+            packing=packing,
+            gradient_checkpointing=told.gradient_checkpointing,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=not torch.cuda.is_available(),
+            disable_tqdm=True,
+        ),
+        callbacks=[Notes()],
+    )
+    counted = _count_targets(trainer)
+    trainer.train()
+    for point, tokens in zip(points, counted, strict=False):
+        point["target_tokens"] = tokens
+    return points
+
+
+def _rows(made: Job) -> tuple[Any, list[targets.Target]]:
+    """The tokenizer, and the rows of all steps in our order."""
+    from raykd import models
+
+    tokenizer, arm = models.load_tokenizer(made.arm.student), made.arm
+    rows, _ = student.training_rows(arm, made.problems, made.completions, tokenizer, made.same_tokens)
+    order = targets.batches(len(rows), arm.train.batch_size, arm.train.epochs, made.seed)
+    return tokenizer, [rows[number] for _, batch in order for number in batch]
+
+
+def _examples(rows: list[targets.Target]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        yield {
+            "input_ids": [*row.prompt_token_ids, *row.completion_token_ids],
+            "completion_mask": [0] * len(row.prompt_token_ids) + [1] * len(row.completion_token_ids),
+        }
+
+
+def _count_targets(trainer: Any) -> list[int]:
+    """A list that fills with the number of targets up to the end of each step."""
+    counted: list[int] = []
+    inner = trainer.compute_loss
+
+    def counting(model: Any, inputs: Any, *more: Any, **named: Any) -> Any:
+        counted.append((counted[-1] if counted else 0) + int((inputs["labels"][:, 1:] != -100).sum()))
+        return inner(model, inputs, *more, **named)
+
+    trainer.compute_loss = counting
+    return counted
+
+
+if __name__ == "__main__":
+    main()
