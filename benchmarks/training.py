@@ -25,7 +25,7 @@ from raykd.sections import Student
 
 HERE = Path(__file__).parent
 TOP_K = 16
-SIDES = ("hard", "top_k", "packed", "trl", "trl_packed")
+SIDES = ("hard", "top_k", "padded", "trl", "trl_packed", "one_worker", "two_workers")
 
 
 def main() -> int:
@@ -47,7 +47,13 @@ def main() -> int:
     for name in rows:
         rows[name]["last loss"] = losses[name][-1]
     ratios = {}
-    for ours, peer in (("hard", "trl"), ("hard", "trl_packed"), ("packed", "trl"), ("top_k", "hard")):
+    for ours, peer in (
+        ("hard", "trl"),
+        ("hard", "trl_packed"),
+        ("hard", "padded"),
+        ("top_k", "hard"),
+        ("two_workers", "one_worker"),
+    ):
         if {ours, peer} <= set(measured):
             ratios[f"{ours} / {peer}"] = ratio = bench.ratios(measured, ours, peer, "tokens/s")
             rows[f"{ours} / {peer}"] = {"tokens/s": f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})"}
@@ -86,7 +92,9 @@ def prepare(folder: Path, options: Any) -> None:
         "arms": {
             "hard": {},
             "top_k": {"targets.kind": "top_k", "targets.top_k": TOP_K},
-            "packed": {"train.packing": True},
+            "padded": {"train.packing": False},
+            "one_worker": {"train.num_workers": 1},
+            "two_workers": {"train.num_workers": 2},
         },
     }
     (folder / "experiment.yaml").write_text(json.dumps(experiment))

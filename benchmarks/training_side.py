@@ -1,8 +1,9 @@
 """One side of the training benchmark, in a process of its own: `python training_side.py FOLDER SIDE`.
 
 Prints one line of JSON: target tokens per second, milliseconds a step, the process' peak memory, the losses.
-The sides: raykd's loop on `hard` and on `top_k` targets, `packed`; TRL's SFTTrainer as it is (`trl`) and with packing
-(`trl_packed`). All take the same rows in the same order from the same initial LoRA weights.
+The sides: raykd's loop on `hard` and on `top_k` targets, and on hard ones `padded` to the longest; TRL's SFTTrainer as
+it is (`trl`) and with packing (`trl_packed`); `one_worker` and `two_workers` of Ray Train, with a core each. All take
+the same rows in the same order from the same initial LoRA weights.
 """
 
 import itertools
@@ -33,7 +34,10 @@ def main() -> None:
     os.dup2(2, 1)
     experiment = config.load(folder / "experiment.yaml", [])
     made = job(experiment, folder, side)
-    points = _trl(made, side == "trl_packed") if side.startswith("trl") else _ours(made)
+    if side.startswith("trl"):
+        points = _trl(made, side == "trl_packed")
+    else:
+        points = _workers(made) if "worker" in side else _ours(made)
     points = points[WARM:]
     tokens = points[-1]["target_tokens"] - points[0]["target_tokens"]
     steps = [later["seconds"] - earlier["seconds"] for earlier, later in itertools.pairwise(points)]
@@ -70,6 +74,16 @@ def _ours(made: Job) -> list[dict[str, Any]]:
     # A point for each step.
     train.CURVE_POINTS = 1 << 30
     train.loop(made, lambda metrics, checkpoint: None, None)
+    return read_curve(made.folder / "metrics.jsonl")
+
+
+def _workers(made: Job) -> list[dict[str, Any]]:
+    """As `raykd train` does it. The peak memory is the driver's."""
+    import ray
+
+    ray.init(address="local", num_cpus=made.arm.train.num_workers, include_dashboard=False, log_to_driver=False)
+    train.fit(made, "cpu", [], made.folder / "checkpoints")
+    ray.shutdown()
     return read_curve(made.folder / "metrics.jsonl")
 
 

@@ -126,6 +126,19 @@ def check_room(
         )
 
 
+def check_packing(named: Model) -> None:
+    """Raises ValueError where a model has layers that cannot keep packed rows apart (see `raykd.packed`)."""
+    config = load_config(named).get_text_config()
+    strange = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if getattr(config, "attn_logit_softcapping", None):
+        strange.add("soft-capped attention")
+    if strange:
+        raise ValueError(
+            f"model {named.model!r} has {', '.join(sorted(strange))}, where packed rows would mix: set "
+            "train.packing=false"
+        )
+
+
 def same_tokens(first: Any, second: Any) -> bool:
     """Whether two tokenizers give every id the same meaning, so that ids may pass from one to the other."""
     return first.get_vocab() == second.get_vocab() and first.eos_token_id == second.eos_token_id

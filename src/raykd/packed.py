@@ -34,6 +34,18 @@ def arguments(row_starts: Tensor) -> dict[str, Any]:
     }
 
 
+def use(model: Any) -> None:
+    """Has a model attend so.
+
+    Raises:
+        ValueError: where it does not attend by transformers' AttentionInterface, or carries a state from row to row.
+    """
+    model.set_attn_implementation(NAME)
+    # Where it cannot be set, transformers only warns.
+    if model.config.get_text_config()._attn_implementation != NAME or getattr(model, "_is_stateful", False):
+        raise ValueError(f"{type(model).__name__} cannot keep packed rows apart: set train.packing=false")
+
+
 def attend(
     module: nn.Module,
     query: Tensor,

@@ -188,6 +188,8 @@ def prepare(experiment: Experiment, command: str, retry_failed: bool = False) ->
                 f"arm {variant.arm_name!r}: soft targets need one tokenizer, but {experiment.teacher.model} and "
                 f"{experiment.student.model} have different ones; set targets.kind=hard"
             )
+    if any(variant.arm.train.packing for variant in [*trained, *bounds]):
+        models.check_packing(experiment.student)
     splits = problems.prepare(experiment.problems, root)
     for variant in trained:
         arm = variant.arm

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
 MANIFEST = "manifest.json"
 _PART_GLOB = "part-*.parquet"
+_IS_ANSWERED = pyarrow.dataset.field("error") == ""
 # Rows. Small groups, so that a reader can stream and can split one file over several tasks.
 ROW_GROUP = 1024
 # A model's weights count into its fingerprint by content up to this many bytes, above that by their ends.
@@ -162,7 +164,7 @@ def open_rows(folder: Path, schema: pa.Schema) -> pyarrow.dataset.Dataset:
 def done_ids(folder: Path, schema: pa.Schema, id_column: str) -> set[str]:
     """The ids of all rows of a folder that carry no error."""
     rows = open_rows(folder, schema)
-    done = rows.to_table(columns=[id_column], filter=pyarrow.dataset.field("error") == "")
+    done = rows.to_table(columns=[id_column], filter=_IS_ANSWERED)
     return set(done[id_column].to_pylist())
 
 
@@ -180,16 +182,13 @@ def check_failures(folder: Path, schema: pa.Schema, id_column: str, whose: str, 
     Raises:
         RuntimeError: where more failed, naming some, and why.
     """
-    columns = [id_column, "problem_id", "error"]
-    failed: dict[str, str] = {}
-    answered: set[str] = set()
-    for batch in open_rows(folder, schema).to_batches(columns=columns):
-        for row_id, problem_id, error in zip(*(batch[name].to_pylist() for name in columns), strict=True):
-            if error:
-                failed[row_id] = f"{problem_id}: {error}"
-            else:
-                answered.add(row_id)
-    errors, total = sorted(failed.keys() - answered), len(failed.keys() | answered)
+    rows = open_rows(folder, schema)
+    ids = rows.to_table(columns=[id_column])[id_column]
+    answered = rows.to_table(columns=[id_column], filter=_IS_ANSWERED)[id_column]
+    found = rows.to_table(columns=[id_column, "problem_id", "error"], filter=~_IS_ANSWERED)
+    found = found.filter(pc.invert(pc.is_in(found[id_column], value_set=answered)))
+    failed = {row[id_column]: f"{row['problem_id']}: {row['error']}" for row in found.to_pylist()}
+    errors, total = sorted(failed), pc.count_distinct(ids).as_py()
     if len(errors) > limit * total:
         shown = "; ".join(failed[each] for each in errors[:3])
         raise RuntimeError(
@@ -205,24 +204,31 @@ def merge(folder: Path, schema: pa.Schema, id_column: str) -> int:
     Rows that failed and were answered later are there twice, and so are those that were asked by two: by a run that
     was killed and went on for a moment, and by the next.
     """
-    answered = done_ids(folder, schema, id_column)
+    # In Arrow, where an id takes a few bytes: there may be millions, of which few are there twice.
+    rows = open_rows(folder, schema).to_table(columns=[id_column, "error"])
+    counts = pc.value_counts(rows[id_column])
+    twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    if not len(twice):
+        return len(counts)
+    again = rows.filter(pc.is_in(rows[id_column], value_set=twice))
+    doubled, answered = set(twice.to_pylist()), set(again.filter(_IS_ANSWERED)[id_column].to_pylist())
     seen: set[str] = set()
     written: set[Path] = set()
     for file in parts(folder):
-        if file in written:
-            # What was left of another part: from here, or from a merge that was broken off.
+        if file in written or not pc.any(pc.is_in(pq.read_table(file, columns=[id_column])[id_column], twice)).as_py():
+            # `written`: what was left of another part, from here or from a merge that was broken off.
             continue
         table = pq.read_table(file)
         keep = []
         for row_id, error in zip(table[id_column].to_pylist(), table["error"].to_pylist(), strict=True):
-            keep.append(row_id not in seen and (not error or row_id not in answered))
+            keep.append(row_id not in doubled or (row_id not in seen and (not error or row_id not in answered)))
             if keep[-1]:
                 seen.add(row_id)
         if not all(keep):
             if any(keep):
                 written.add(write_part(folder, table.filter(pa.array(keep))))
             file.unlink()
-    return len(seen)
+    return len(counts)
 
 
 def seal(folder: Path, schema: pa.Schema, id_column: str, manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def learner(arm: Arm, seed: int) -> "Distillation":
 def wrap(base: Any, arm: Arm, seed: int) -> "Distillation":
     """As `learner`, around a base model that is there."""
     if arm.train.packing:
-        base.set_attn_implementation(packed.NAME)
+        packed.use(base)
     if arm.train.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,21 @@ def test_an_engines_arguments_are_no_way_around_it():
                 "student": {"model": "b"},
             }
         )
+
+
+@pytest.mark.parametrize(
+    "told, words",
+    [
+        ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, "has soft-capped attention"),
+        ({"model_type": "qwen3_next"}, "has linear_attention"),
+        ({"model_type": "mistral", "sliding_window": 8}, None),
+    ],
+)
+def test_a_model_in_which_packed_rows_would_mix_is_known_by_its_configuration(tmp_path: Path, told, words):
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    refused = pytest.raises(ValueError, match=f"{words}.*train.packing=false") if words else nullcontext()
+    with refused:
+        models.check_packing(Student(model=str(tmp_path)))
 
 
 def test_weights_in_a_pickle_are_refused(tmp_path: Path):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
 from raykd import packed
 
@@ -73,7 +73,7 @@ def test_a_model_says_of_packed_rows_what_it_says_of_each(make: Any):
     rows = [torch.randint(50, (length,), generator=torch.Generator().manual_seed(length)) for length in LENGTHS]
     wanted = torch.cat([make()(input_ids=row[None]).logits[0] for row in rows])
     model = make()
-    model.set_attn_implementation(packed.NAME)
+    packed.use(model)
     starts = torch.tensor(np.cumsum([0, *LENGTHS]), dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
     made = model(
@@ -90,6 +90,12 @@ def test_what_does_not_pass_on_the_rows_fails():
     told = packed.arguments(torch.tensor([0, 3, 5], dtype=torch.int32))
     with pytest.raises(RuntimeError):
         model(input_ids=torch.arange(5)[None], attention_mask=told["attention_mask"], use_cache=False)
+
+
+def test_a_model_that_carries_a_state_from_row_to_row_is_refused():
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "vocab_size": 50}
+    with pytest.raises(ValueError, match=r"MambaForCausalLM.*train\.packing=false"):
+        packed.use(MambaForCausalLM(MambaConfig(**shape)))
 
 
 def test_attention_of_another_kind_is_refused():

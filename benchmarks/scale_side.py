@@ -1,0 +1,107 @@
+"""One point of the scale benchmark, in a process of its own: `python scale_side.py JSON`.
+
+The argument: `rows`, `replicas`, `nodes` of a cluster that is pretended on this machine, and of the simulated engine
+`latency_s`. Prints one line of JSON: rows per second from the first call to the last row written, seconds of the whole
+stage, the most memory that this process, which is the run's driver, had.
+"""
+
+import asyncio
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import bench
+import numpy as np
+from ray import serve
+from ray.cluster_utils import Cluster
+from ray.serve.config import ProxyLocation
+
+from raykd import config, generate, pipeline, records, storage
+from raykd.cluster import connected
+
+# Of a pretended node: Ray's workers, and simulated engines; bytes of its object store.
+NODE: dict[str, Any] = {"num_cpus": 2, "resources": {"engine": 2}, "object_store_memory": 256 << 20}
+TEXT = "Each of the boxes holds the same number, so they hold them all together. " * 3 + "\n#### 42"
+NUM_TOKENS = 64
+APP = "simulated"
+
+
+class Simulated:
+    """Stands in for an engine: whatever it is asked, the answer takes as long, for so many calls at a time.
+
+    Args:
+        calls: how many it answers at a time.
+        latency_s: seconds that each takes.
+    """
+
+    def __init__(self, calls: int, latency_s: float) -> None:
+        self._room, self._latency_s = asyncio.Semaphore(calls), latency_s
+
+    async def answer(
+        self, prompts: list[list[int]], sampling: dict[str, Any], timeout_s: float
+    ) -> list[dict[str, Any]]:
+        """As `raykd.replica.Replica.answer`."""
+        async with self._room:
+            await asyncio.sleep(self._latency_s)
+        tokens = np.arange(NUM_TOKENS, dtype=np.int32)
+        return [{"text": TEXT, "token_ids": tokens, "finish_reason": "stop"} for _ in prompts]
+
+
+def main() -> None:
+    told = json.loads(sys.argv[1])
+    # What libraries print must not come between.
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    try:
+        for _ in range(told["nodes"] - 1):
+            cluster.add_node(**NODE)
+        os.environ["RAY_ADDRESS"] = cluster.address
+        with tempfile.TemporaryDirectory(prefix="bench") as folder:
+            figures = measure(told, Path(folder))
+    finally:
+        cluster.shutdown()
+    print(json.dumps(figures), file=answer, flush=True)
+
+
+def measure(told: dict[str, Any], root: Path) -> dict[str, float]:
+    """All rows, from problems in Parquet to completions in Parquet and their manifest."""
+    file = root / "experiment.yaml"
+    file.write_text(json.dumps(experiment_of(told)))
+    plan = pipeline.prepare(config.load(file, [f"storage={root}"]), "benchmark")
+    teacher, (request,) = plan.experiment.teacher, plan.requests
+    with connected(root / "log"):
+        deployment: Any = serve.deployment(Simulated)
+        deployment = deployment.options(
+            num_replicas=told["replicas"],
+            max_ongoing_requests=2 * teacher.concurrency,
+            ray_actor_options={"num_cpus": 0, "resources": {"engine": 1}},
+        )
+        serve.start(proxy_location=ProxyLocation.Disabled)
+        serve.run(deployment.bind(teacher.concurrency, told["latency_s"]), name=APP, route_prefix=None)
+        before, began = bench.peak_mb(), time.monotonic()
+        generate.generate([request], plan.problems, teacher, plan.experiment.prompt.instruction, APP, {})
+        stage = time.monotonic() - began
+        serve.shutdown()
+    assert storage.open_rows(request.folder, records.COMPLETION).count_rows() == told["rows"]
+    written = [part.stat().st_mtime for part in storage.parts(request.folder)]
+    busy = max(written) - min(written) + told["latency_s"]
+    return {"rows/s": told["rows"] / busy, "stage, s": stage, "driver, MB": bench.peak_mb(), "before, MB": before}
+
+
+def experiment_of(told: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": "scale",
+        "problems": {"source": "demo", "num_train": told["rows"], "num_test": 1},
+        "teacher": {"model": "raykd/demo-teacher", "replicas": {"min": told["replicas"], "max": told["replicas"]}},
+        "student": {"model": "raykd/demo-student"},
+        "arms": {"one": {"prompt.strategy": "ground_truth"}},
+    }
+
+
+if __name__ == "__main__":
+    main()
