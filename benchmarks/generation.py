@@ -151,6 +151,8 @@ def offline(wanted: Teacher, top_k: int, resources: dict[str, float]) -> Iterato
     """The peer, whose engine loads, under the same arguments and environment as ours."""
     kind = placement.accelerator(wanted.engine.accelerator, resources)
     kwargs, env = placement.engine_settings(wanted.engine, kind)
+    # Offline, vLLM's defaults are those of throughput already.
+    del kwargs["performance_mode"]
     with peer.running(kwargs | {"model": wanted.model, "max_logprobs": max(top_k, 20)}, env) as process:
         yield process
 

@@ -3,8 +3,8 @@
     python benchmarks/scale.py [--rows 1000,10000,100000] [--replicas 1,2,4,8,16] [--rounds 1]
 
 What is measured is everything but the engine: reading problems, rendering prompts, calls, checking answers, writing
-Parquet. Nodes are pretended: each is a raylet of its own on this machine. A simulated replica answers as many calls at
-a time as `teacher.concurrency` says, each in `latency` seconds, and so has a known rate.
+Parquet. Nodes are pretended: each is a raylet of its own on this machine. A simulated replica answers four calls of 32
+rows at a time, each in `latency` seconds, and so has a known rate; as many calls again wait for it.
 """
 
 import json
@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import bench
-
-from raykd.sections import Teacher
+import scale_side
 
 HERE = Path(__file__).parent
 # Of each replica, where replicas are counted.
@@ -71,8 +70,7 @@ def named(point: dict[str, Any]) -> str:
 
 def capacity(point: dict[str, Any]) -> float:
     """Rows per second that the simulated engines make when they never wait."""
-    told = Teacher.model_fields
-    return point["replicas"] * told["concurrency"].default * told["batch_size"].default / point["latency_s"]
+    return point["replicas"] * scale_side.CALLS * scale_side.BATCH / point["latency_s"]
 
 
 def measure(point: dict[str, Any]) -> dict[str, float]:

@@ -28,6 +28,8 @@ NODE: dict[str, Any] = {"num_cpus": 2, "resources": {"engine": 2}, "object_store
 TEXT = "Each of the boxes holds the same number, so they hold them all together. " * 3 + "\n#### 42"
 NUM_TOKENS = 64
 APP = "simulated"
+# Calls that an engine answers at a time, and prompts in each.
+CALLS, BATCH = 4, 32
 
 
 class Simulated:
@@ -82,7 +84,7 @@ def measure(told: dict[str, Any], root: Path) -> dict[str, float]:
             ray_actor_options={"num_cpus": 0, "resources": {"engine": 1}},
         )
         serve.start(proxy_location=ProxyLocation.Disabled)
-        serve.run(deployment.bind(teacher.concurrency, told["latency_s"]), name=APP, route_prefix=None)
+        serve.run(deployment.bind(CALLS, told["latency_s"]), name=APP, route_prefix=None)
         before, began = bench.peak_mb(), time.monotonic()
         generate.generate([request], plan.problems, teacher, plan.experiment.prompt.instruction, APP, {})
         stage = time.monotonic() - began
@@ -97,7 +99,12 @@ def experiment_of(told: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": "scale",
         "problems": {"source": "demo", "num_train": told["rows"], "num_test": 1},
-        "teacher": {"model": "raykd/demo-teacher", "replicas": {"min": told["replicas"], "max": told["replicas"]}},
+        "teacher": {
+            "model": "raykd/demo-teacher",
+            "replicas": {"min": told["replicas"], "max": told["replicas"]},
+            "concurrency": 2 * CALLS,
+            "batch_size": BATCH,
+        },
         "student": {"model": "raykd/demo-student"},
         "arms": {"one": {"prompt.strategy": "ground_truth"}},
     }

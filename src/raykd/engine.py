@@ -13,6 +13,7 @@ SPEED_ARGUMENTS = frozenset(
     [
         "max_num_seqs",
         "max_num_batched_tokens",
+        "performance_mode",
         "gpu_memory_utilization",
         "kv_cache_memory_bytes",
         "enable_prefix_caching",

@@ -59,8 +59,9 @@ class Teacher(Section):
     """Completions of each problem; more than one needs a temperature above 0."""
     batch_size: int = Field(default=32, ge=1)
     """Prompts in one call of the served teacher; also what is written at once."""
-    concurrency: int = Field(default=4, ge=1)
-    """Calls in flight for each replica."""
+    concurrency: int = Field(default=16, ge=1)
+    """Calls in flight for each replica. Together they should hold more prompts than the engine takes at a time
+    (`max_num_seqs`), so that it never waits for the next."""
     timeout_s: float = Field(default=600, gt=0)
     """Seconds after which a prompt is given up, and its row carries the error."""
     start_timeout_s: float = Field(default=3600, gt=0)
