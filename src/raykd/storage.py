@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
+# Its functions are made when it is loaded, where no type checker sees them.
+pc: Any = pyarrow.compute
 MANIFEST = "manifest.json"
 _PART_GLOB = "part-*.parquet"
 _IS_ANSWERED = pyarrow.dataset.field("error") == ""
