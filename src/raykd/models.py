@@ -129,7 +129,8 @@ def check_room(
 def check_packing(named: Model) -> None:
     """Raises ValueError where a model has layers that cannot keep packed rows apart (see `raykd.packed`)."""
     config = load_config(named).get_text_config()
-    strange = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    kinds: Iterable[str] = getattr(config, "layer_types", None) or ()
+    strange = set(kinds) - {"full_attention", "sliding_attention"}
     if getattr(config, "attn_logit_softcapping", None):
         strange.add("soft-capped attention")
     if strange:
