@@ -62,7 +62,7 @@ def main() -> None:
     try:
         for _ in range(told["nodes"] - 1):
             cluster.add_node(**NODE)
-        os.environ["RAY_ADDRESS"] = cluster.address
+        os.environ["RAY_ADDRESS"] = str(cluster.address)
         with tempfile.TemporaryDirectory(prefix="bench") as folder:
             figures = measure(told, Path(folder))
     finally:
