@@ -57,15 +57,17 @@ def ratios(
 
 
 def table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Prints rows under the names of what was measured."""
+    """Prints a title, and rows under the names of what was measured."""
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    made = Table(title=title, box=None, title_justify="left")
+    made = Table(box=None)
     made.add_column("")
     for column in columns:
         made.add_column(column, justify="right")
     for name, row in rows.items():
         made.add_row(name, *(_cell(row.get(column, "")) for column in columns))
-    Console(width=160).print(made)
+    console = Console(width=200)
+    console.print(title, highlight=False)
+    console.print(made)
 
 
 def _cell(value: Any) -> str:

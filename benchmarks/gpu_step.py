@@ -4,8 +4,7 @@
 
 Random weights, LoRA of rank 16 on all linear layers, bfloat16, rows as long as GSM8K's. Needs torch, transformers and
 peft, but neither Ray nor vLLM nor DeepSpeed. Utilisation is of the matrix products' rate on this device, measured
-here: 4 operations for each frozen weight and token (forward, and backward to the activations; of the output layer for
-target tokens only), 6 for each of LoRA's, and attention's; what is computed twice counts once.
+here.
 """
 
 import gc
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import bench
+import limits
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--vocabulary", type=int, default=128_256)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rate = product_rate(device)
+    rate = limits.product_rate(device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{name}: {rate / 1e12:.3g} T operations/s in matrix products", file=sys.stderr)
     rows: dict[str, dict[str, Any]] = {}
@@ -61,20 +61,6 @@ def main() -> int:
     return 0
 
 
-def product_rate(device: torch.device) -> float:
-    """Operations per second of a large matrix product in bfloat16."""
-    size = 8192 if device.type == "cuda" else 1024
-    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    times = []
-    for _ in range(20):
-        finished(device)
-        began = time.perf_counter()
-        _ = left @ right
-        finished(device)
-        times.append(time.perf_counter() - began)
-    return 2 * size**3 / statistics.median(times[5:])
-
-
 def measure(
     side: str, tokens: int, checkpointing: bool, device: torch.device, rate: float, options: Any
 ) -> dict[str, float | str]:
@@ -88,17 +74,17 @@ def measure(
             torch.cuda.reset_peak_memory_stats()
         times = []
         for _ in range(WARM + options.steps):
-            finished(device)
+            limits.finished(device)
             began = time.perf_counter()
             step().backward()
             optimizer.step()
             optimizer.zero_grad()
-            finished(device)
+            limits.finished(device)
             times.append(time.perf_counter() - began)
     except torch.cuda.OutOfMemoryError:
         return {"tokens/s": "out of memory"}
     finally:
-        operations = count_operations(model, rows) if model is not None else 0
+        operations = limits.count_operations(model, rows) if model is not None else 0
         del model
         gc.collect()
         if device.type == "cuda":
@@ -112,11 +98,6 @@ def measure(
         "utilisation, %": 100 * operations / seconds / rate,
         "peak, GB": peak,
     }
-
-
-def finished(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def drawn(tokens: int, vocabulary: int, soft: bool) -> Iterator[Target]:
@@ -193,23 +174,6 @@ def random_base(device: torch.device, options: Any) -> Any:
             return LlamaForCausalLM(config)
         finally:
             torch.set_default_dtype(torch.float32)
-
-
-def count_operations(model: Any, rows: list[Target]) -> float:
-    """Of a step, as the utilisation counts them."""
-    num_tokens, num_targets = sum(map(len, rows)), sum(len(row.completion_token_ids) for row in rows)
-    total = 0.0
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            total += 6 * parameter.numel() * num_tokens
-        elif "lm_head" in name:
-            total += 4 * parameter.numel() * num_targets
-        elif "embed_tokens" not in name:
-            total += 4 * parameter.numel() * num_tokens
-    config = next(each.config for each in model.modules() if isinstance(each, LlamaForCausalLM))
-    # Scores and their use, forward once and backward twice, of causal attention half.
-    each = sum(len(row) ** 2 for row in rows)
-    return total + config.num_hidden_layers * 6 * each * config.hidden_size
 
 
 if __name__ == "__main__":

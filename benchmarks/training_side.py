@@ -1,6 +1,7 @@
 """One side of the training benchmark, in a process of its own: `python training_side.py FOLDER SIDE`.
 
-Prints one line of JSON: target tokens per second, milliseconds a step, the process' peak memory, the losses.
+Prints one line of JSON: target tokens per second, milliseconds a step, the process' peak memory, what share of the time
+the matrix products alone would take on this machine, the losses.
 The sides: raykd's loop on `hard` and on `top_k` targets, and on hard ones `padded` to the longest; TRL's SFTTrainer as
 it is (`trl`) and with packing (`trl_packed`); `one_worker` and `two_workers` of Ray Train, with a core each. All take
 the same rows in the same order from the same initial LoRA weights.
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import bench
+import limits
 
-from raykd import config, student, targets, train
+from raykd import config, placement, student, targets, train
 from raykd.config import Experiment
 from raykd.job import Job, read_curve
 
@@ -38,13 +40,17 @@ def main() -> None:
         points = _trl(made, side == "trl_packed")
     else:
         points = _workers(made) if "worker" in side else _ours(made)
+    peak, whole = bench.peak_mb(), points[-1]["target_tokens"]
     points = points[WARM:]
     tokens = points[-1]["target_tokens"] - points[0]["target_tokens"]
+    seconds = points[-1]["seconds"] - points[0]["seconds"]
     steps = [later["seconds"] - earlier["seconds"] for earlier, later in itertools.pairwise(points)]
     figures = {
-        "tokens/s": tokens / (points[-1]["seconds"] - points[0]["seconds"]),
+        "tokens/s": tokens / seconds,
         "step, ms": 1000 * statistics.median(steps),
-        "peak MB": bench.peak_mb(),
+        "peak MB": peak,
+        # The limit is measured on all cores of this process.
+        **({} if "worker" in side else {"of the limit, %": 100 * tokens / whole * _at_best(made) / seconds}),
         "losses": [point["loss"] for point in points],
     }
     print(json.dumps(figures), file=answer, flush=True)
@@ -68,8 +74,20 @@ def job(experiment: Experiment, folder: Path, side: str) -> Job:
     )
 
 
+def _at_best(made: Job) -> float:
+    """Seconds that all steps together would take were they nothing but matrix products, at the rate of large ones."""
+    import torch
+
+    _, rows = _rows(made)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return limits.count_operations(student.learner(made.arm, made.seed), rows) / limits.product_rate(device)
+
+
 def _ours(made: Job) -> list[dict[str, Any]]:
-    # As torchrun would.
+    import torch
+
+    # As torchrun would, and Ray Train's workers have it.
+    os.environ |= placement.worker_env("gpu" if torch.cuda.is_available() else "cpu")
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     # A point for each step.
     train.CURVE_POINTS = 1 << 30
@@ -131,6 +149,7 @@ def _trl(made: Job, packing: bool) -> list[dict[str, Any]]:
             weight_decay=told.weight_decay,
             bf16=False,
             max_length=PACKED_LENGTH if packing else told.max_length,
+            completion_only_loss=True,
             packing=packing,
             gradient_checkpointing=told.gradient_checkpointing,
             logging_steps=1,

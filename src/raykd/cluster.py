@@ -14,6 +14,8 @@ from ray.autoscaler.sdk import request_resources
 from raykd import progress, signals
 from raykd.watch import given_back
 
+# Blocks that a task of Ray Data may hand on between two looks of its scheduler.
+BLOCKS_AT_A_LOOK = 16
 LOGS = "/tmp/ray/session_latest/logs"
 # Ray's own; the next that is free where it is taken.
 DASHBOARD_PORT = 8265
@@ -37,6 +39,9 @@ def connected(log: Path) -> Iterator[dict[str, float]]:
             data = ray.data.DataContext.get_current()
             data.enable_progress_bars = False
             data.print_on_execution_start = False
+            # Ray Data looks ten times a second, and takes at most so many blocks of a task each time, by default 2. A
+            # block of ours is a call, and one task cuts up thousands: the teacher would get 20 calls a second.
+            data._max_num_blocks_in_streaming_gen_buffer = BLOCKS_AT_A_LOOK
             dashboard = f"  dashboard: http://{context.dashboard_url}" if context.dashboard_url else ""
             progress.say(f"Ray {ray.__version__}: {address or 'local'}{dashboard}  logs: {log}, {LOGS}")
             try:

@@ -282,7 +282,7 @@ def fit(job: Job, kind: placement.Accelerator, callbacks: list[Any], storage_pat
             failure_config=FailureConfig(max_failures=train.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             callbacks=callbacks,
-            worker_runtime_env={"env_vars": {} if gpu else {"DS_ACCELERATOR": "cpu"}},
+            worker_runtime_env={"env_vars": placement.worker_env(kind)},
         ),
     ).fit()
 
