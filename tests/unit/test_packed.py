@@ -11,6 +11,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCau
 from raykd import packed
 
 LENGTHS = (7, 1, 12, 4)
+SHAPE: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def dense(query: np.ndarray, key: np.ndarray, value: np.ndarray, scaling: float, window: int | None) -> np.ndarray:
@@ -46,26 +54,12 @@ def test_each_row_attends_to_itself_alone(window: int | None, scaling: float | N
 
 def llama(**more: Any) -> Any:
     torch.manual_seed(0)
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape, **more)).double().eval()
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, **more)).double().eval()
 
 
 def mistral(**more: Any) -> Any:
     torch.manual_seed(0)
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    return MistralForCausalLM(MistralConfig(vocab_size=50, sliding_window=3, **shape, **more)).double().eval()
+    return MistralForCausalLM(MistralConfig(sliding_window=3, **SHAPE, **more)).double().eval()
 
 
 @pytest.mark.parametrize("make", [llama, mistral])
