@@ -50,6 +50,7 @@ bench: install ## short versions of the measurements in docs/performance.md
 	$(BIN)/python benchmarks/training.py --steps 16 --rounds 1
 	$(BIN)/python benchmarks/evaluation.py --adapters 4 --problems 32
 	$(BIN)/python benchmarks/sweep.py --runs 1
+	$(BIN)/python benchmarks/scale.py --rows 1000,10000 --rows-latency 0.25 --replicas 1,4 --latency 2
 	$(BIN)/python benchmarks/gpu_step.py --layers 2 --width 512 --vocabulary 8192 --tokens 512 --steps 3
 
 soak: install ## an hour of the quickstart while a script kills what it finds

@@ -118,7 +118,7 @@ def measure(
         },
     )
     failed = pyarrow.dataset.field("error") != ""
-    return storage.open_rows(folder, records.ATTENTION).count_rows(filter=failed)
+    return storage.open_rows(folder, records.ATTENTION, where=failed).count_rows()
 
 
 class Read:

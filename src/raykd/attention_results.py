@@ -116,13 +116,13 @@ def _students(
     folder: Path, arms: Mapping[str, Sequence[str]], answers: Mapping[str, Answers], shape: tuple[int, int]
 ) -> tuple[list[_Student], list[str], list[str]]:
     """All students, the problems that each of them has read, and what was said of those that one could not read."""
-    rows = storage.open_rows(folder, records.ATTENTION)
-    failed = rows.to_table(columns=["error"], filter=ds.field("error") != "")["error"].to_pylist()
+    failed = storage.open_rows(folder, records.ATTENTION, ["error"], ds.field("error") != "").to_table()
+    failed = failed["error"].to_pylist()
     found: list[tuple[str, str, dict[str, np.ndarray]]] = []
     for arm, trials in arms.items():
         for trial in trials:
             is_of_trial = (ds.field("trial_id") == trial) & (ds.field("error") == "")
-            own = rows.to_table(columns=["problem_id", "values"], filter=is_of_trial)
+            own = storage.open_rows(folder, records.ATTENTION, ["problem_id", "values"], is_of_trial).to_table()
             values = own["values"].combine_chunks().flatten().to_numpy().reshape(-1, *shape)
             if len(values):
                 found.append((arm, trial, dict(zip(own["problem_id"].to_pylist(), values, strict=True))))

@@ -114,8 +114,8 @@ def _done(wanted: list[Request]) -> dict[Path, set[str]]:
 
 def _num_to_score(folder: Path) -> int:
     """How many answers have at least a token."""
-    rows = storage.open_rows(folder, records.COMPLETION)
-    return sum(bool(tokens) for tokens in rows.to_table()["completion_token_ids"].to_pylist())
+    rows = storage.open_rows(folder, records.COMPLETION, ["completion_token_ids"]).to_table()
+    return sum(map(bool, rows["completion_token_ids"].to_pylist()))
 
 
 def _keep_what_has_no_token(folder: Path, request: Request) -> int:
@@ -213,7 +213,7 @@ class RenderAnswers:
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
         for folder in map(Path, batch["answers"]):
             request = self._wanted[folder]
-            for part in storage.open_rows(folder, records.COMPLETION).to_batches(batch_size=256):
+            for part in storage.open_rows(folder, records.COMPLETION, batch_size=256).to_batches():
                 yield pa.Table.from_pylist(list(self._rows(part.to_pylist(), request)), schema=QUESTION)
 
     def _rows(self, answers: list[dict[str, Any]], request: Request) -> Iterator[dict[str, Any]]:
@@ -306,7 +306,6 @@ def _seal(request: Request, total: int, max_error_rate: float, seconds: float, v
         RuntimeError: where more than `max_error_rate` of them failed, naming some.
     """
     storage.merge(request.folder, records.COMPLETION, "completion_id")
-    rows = storage.open_rows(request.folder, records.COMPLETION)
     counts = {
         "answered": 0,
         "correct": 0,
@@ -320,7 +319,7 @@ def _seal(request: Request, total: int, max_error_rate: float, seconds: float, v
         request.folder, records.COMPLETION, "completion_id", whose, "teacher.max_error_rate", max_error_rate
     )
     columns = ["is_correct", "completion", "completion_token_ids", "prompt_token_ids", "finish_reason", "error"]
-    for batch in rows.to_batches(columns=columns):
+    for batch in storage.open_rows(request.folder, records.COMPLETION, columns).to_batches():
         for row in batch.to_pylist():
             if row["error"]:
                 continue

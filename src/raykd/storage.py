@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ _PART_GLOB = "part-*.parquet"
 _IS_ANSWERED = pyarrow.dataset.field("error") == ""
 # Rows. Small groups, so that a reader can stream and can split one file over several tasks.
 ROW_GROUP = 1024
+# Rows that are read at a time, of a size that suits Arrow (its own default).
+BATCH = 1 << 17
 # A model's weights count into its fingerprint by content up to this many bytes, above that by their ends.
 _WHOLE_FILE_BYTES = 64 << 20
 
@@ -146,8 +148,21 @@ def _file_digest(file: Path, *_: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def open_rows(folder: Path, schema: pa.Schema) -> pyarrow.dataset.Dataset:
-    """All parts of a folder as one dataset, which streams.
+def open_rows(
+    folder: Path,
+    schema: pa.Schema,
+    columns: Sequence[str] | None = None,
+    where: pyarrow.dataset.Expression | None = None,
+    batch_size: int = BATCH,
+) -> pyarrow.dataset.Scanner:
+    """All parts of a folder as one scan, which streams.
+
+    Args:
+        folder: of rows.
+        schema: theirs.
+        columns: those that are wanted; None for all.
+        where: which rows are wanted; None for all.
+        batch_size: the most rows at a time.
 
     Raises:
         ValueError: where a part is cut or altered, with its path and what to do.
@@ -159,14 +174,16 @@ def open_rows(folder: Path, schema: pa.Schema) -> pyarrow.dataset.Dataset:
         if not pq.read_schema(file).equals(schema):
             raise ValueError(f"{file} has other columns than this version of raykd writes; delete its folder")
     if not files:
-        return pyarrow.dataset.dataset(schema.empty_table())
-    return pyarrow.dataset.dataset([str(file) for file in files], schema=schema, format="parquet")
+        found = pyarrow.dataset.dataset(schema.empty_table())
+    else:
+        found = pyarrow.dataset.dataset([str(file) for file in files], schema=schema, format="parquet")
+    # Else each file leaves 60 KB behind, and there may be tens of thousands.
+    return found.scanner(columns=columns, filter=where, batch_size=batch_size, cache_metadata=False)
 
 
 def done_ids(folder: Path, schema: pa.Schema, id_column: str) -> set[str]:
     """The ids of all rows of a folder that carry no error."""
-    rows = open_rows(folder, schema)
-    done = rows.to_table(columns=[id_column], filter=_IS_ANSWERED)
+    done = open_rows(folder, schema, [id_column], _IS_ANSWERED).to_table()
     return set(done[id_column].to_pylist())
 
 
@@ -184,13 +201,14 @@ def check_failures(folder: Path, schema: pa.Schema, id_column: str, whose: str, 
     Raises:
         RuntimeError: where more failed, naming some, and why.
     """
-    rows = open_rows(folder, schema)
-    ids = rows.to_table(columns=[id_column])[id_column]
-    answered = rows.to_table(columns=[id_column], filter=_IS_ANSWERED)[id_column]
-    found = rows.to_table(columns=[id_column, "problem_id", "error"], filter=~_IS_ANSWERED)
+    rows = open_rows(folder, schema, [id_column, "error"]).to_table()
+    answered, total = rows.filter(_IS_ANSWERED)[id_column], pc.count_distinct(rows[id_column]).as_py()
+    if len(answered) == len(rows):
+        return 0
+    found = open_rows(folder, schema, [id_column, "problem_id", "error"], ~_IS_ANSWERED).to_table()
     found = found.filter(pc.invert(pc.is_in(found[id_column], value_set=answered)))
     failed = {row[id_column]: f"{row['problem_id']}: {row['error']}" for row in found.to_pylist()}
-    errors, total = sorted(failed), pc.count_distinct(ids).as_py()
+    errors = sorted(failed)
     if len(errors) > limit * total:
         shown = "; ".join(failed[each] for each in errors[:3])
         raise RuntimeError(
@@ -207,7 +225,7 @@ def merge(folder: Path, schema: pa.Schema, id_column: str) -> int:
     was killed and went on for a moment, and by the next.
     """
     # In Arrow, where an id takes a few bytes: there may be millions, of which few are there twice.
-    rows = open_rows(folder, schema).to_table(columns=[id_column, "error"])
+    rows = open_rows(folder, schema, [id_column, "error"]).to_table()
     counts = pc.value_counts(rows[id_column])
     twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
     if not len(twice):

@@ -161,7 +161,7 @@ def told(job: Job) -> dict[str, Any]:
 
 def test_the_teacher_was_asked_once_for_all_trials(swept: Swept):
     (request,) = swept.plan.requests
-    rows = storage.open_rows(request.folder, records.COMPLETION).to_table(columns=["problem_id"])
+    rows = storage.open_rows(request.folder, records.COMPLETION, ["problem_id"]).to_table()
     assert len(rows) == len(set(rows["problem_id"].to_pylist())) == 96
     assert {job.completions for job in by_arm(swept, "scored").values()} == {request.folder}
     assert "starting the teacher" not in swept.stderr
