@@ -125,7 +125,7 @@ def plan_of(file: Path, storage_folder: Path, overrides: list[str]) -> pipeline.
 def figures(plan: pipeline.Plan, began: float) -> dict[str, float]:
     """What the completions say that were just made."""
     (request,) = plan.requests
-    rows = storage.open_rows(request.folder, records.COMPLETION, ["completion_token_ids", "error"]).to_table()
+    rows = storage.read_rows(request.folder, records.COMPLETION, ["completion_token_ids", "error"])
     assert not any(rows["error"].to_pylist()), "a row failed"
     tokens = sum(map(len, rows["completion_token_ids"].to_pylist()))
     calls = [json.loads(line) for line in (plan.root / CALLS).read_text().splitlines()]

@@ -165,14 +165,14 @@ def counted(typed: list[str]) -> dict[str, Any]:
     completions = 0
     num_train, num_test = (problems.split_size(plan.problems, split) for split in ("train", "test"))
     for request in plan.requests:
-        rows = storage.open_rows(request.folder, records.COMPLETION, ["completion_id", "error"]).to_table()
+        rows = storage.read_rows(request.folder, records.COMPLETION, ["completion_id", "error"])
         completions += len(rows)
         wrong += once(rows, "completion_id", request.strategy_name, num_train * request.samples)
-    answers = storage.open_rows(plan.predictions, records.PREDICTION, ["prediction_id", "error"]).to_table()
+    answers = storage.read_rows(plan.predictions, records.PREDICTION, ["prediction_id", "error"])
     expected = num_test * len(plan.contestants) * plan.experiment.evaluate.samples
     wrong += once(answers, "prediction_id", "students", expected)
     if plan.attention and plan.experiment.attention:
-        read = storage.open_rows(plan.attention, records.ATTENTION, ["attention_id", "error"]).to_table()
+        read = storage.read_rows(plan.attention, records.ATTENTION, ["attention_id", "error"])
         texts = min(num_test, plan.experiment.attention.num_problems) * len(plan.contestants)
         wrong += once(read, "attention_id", "attention", texts)
     return {"completions": completions, "answers": len(answers), "wrong": "; ".join(wrong)}

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.dataset as ds
 
 from raykd import records, storage
 from raykd.comparison import Answers
@@ -116,16 +115,16 @@ def _students(
     folder: Path, arms: Mapping[str, Sequence[str]], answers: Mapping[str, Answers], shape: tuple[int, int]
 ) -> tuple[list[_Student], list[str], list[str]]:
     """All students, the problems that each of them has read, and what was said of those that one could not read."""
-    failed = storage.open_rows(folder, records.ATTENTION, ["error"], ds.field("error") != "").to_table()
-    failed = failed["error"].to_pylist()
-    found: list[tuple[str, str, dict[str, np.ndarray]]] = []
-    for arm, trials in arms.items():
-        for trial in trials:
-            is_of_trial = (ds.field("trial_id") == trial) & (ds.field("error") == "")
-            own = storage.open_rows(folder, records.ATTENTION, ["problem_id", "values"], is_of_trial).to_table()
-            values = own["values"].combine_chunks().flatten().to_numpy().reshape(-1, *shape)
-            if len(values):
-                found.append((arm, trial, dict(zip(own["problem_id"].to_pylist(), values, strict=True))))
+    failed: list[str] = []
+    by_trial: dict[str, dict[str, np.ndarray]] = {}
+    for part in storage.stream_rows(folder, records.ATTENTION, ["trial_id", "problem_id", "values", "error"]):
+        names = (part[name].to_pylist() for name in ("trial_id", "problem_id", "error"))
+        for trial, problem_id, error, values in zip(*names, part["values"], strict=True):
+            if error:
+                failed.append(error)
+            else:
+                by_trial.setdefault(trial, {})[problem_id] = values.values.to_numpy().reshape(shape)
+    found = [(arm, trial, by_trial[trial]) for arm, trials in arms.items() for trial in trials if trial in by_trial]
     common = sorted(set.intersection(*(set(values) for *_, values in found))) if found else []
     students = []
     for arm, trial, values in found:

@@ -134,7 +134,7 @@ def collect(folder: Path, file: Path) -> None:
         return
     tables = []
     for manifest in manifests:
-        table = storage.open_rows(manifest.parent, records.PREDICTION).to_table()
+        table = storage.read_rows(manifest.parent, records.PREDICTION)
         table = table.sort_by([(name, "ascending") for name in ("trial_id", "problem_id", "sample_index")])
         name = pa.array([manifest.parent.name] * len(table), pa.string())
         tables.append(table.add_column(0, "evaluation", name))

@@ -114,13 +114,13 @@ def _done(wanted: list[Request]) -> dict[Path, set[str]]:
 
 def _num_to_score(folder: Path) -> int:
     """How many answers have at least a token."""
-    rows = storage.open_rows(folder, records.COMPLETION, ["completion_token_ids"]).to_table()
+    rows = storage.read_rows(folder, records.COMPLETION, ["completion_token_ids"])
     return sum(map(bool, rows["completion_token_ids"].to_pylist()))
 
 
 def _keep_what_has_no_token(folder: Path, request: Request) -> int:
     """Adds the answers that cannot be scored to those that were, so that they are counted where rows are chosen."""
-    rows = storage.open_rows(folder, records.COMPLETION).to_table().to_pylist()
+    rows = storage.read_rows(folder, records.COMPLETION).to_pylist()
     nothing = [
         {
             **row,
@@ -213,7 +213,7 @@ class RenderAnswers:
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
         for folder in map(Path, batch["answers"]):
             request = self._wanted[folder]
-            for part in storage.open_rows(folder, records.COMPLETION, batch_size=256).to_batches():
+            for part in storage.stream_rows(folder, records.COMPLETION):
                 yield pa.Table.from_pylist(list(self._rows(part.to_pylist(), request)), schema=QUESTION)
 
     def _rows(self, answers: list[dict[str, Any]], request: Request) -> Iterator[dict[str, Any]]:
@@ -305,7 +305,6 @@ def _seal(request: Request, total: int, max_error_rate: float, seconds: float, v
     Raises:
         RuntimeError: where more than `max_error_rate` of them failed, naming some.
     """
-    storage.merge(request.folder, records.COMPLETION, "completion_id")
     counts = {
         "answered": 0,
         "correct": 0,
@@ -319,8 +318,8 @@ def _seal(request: Request, total: int, max_error_rate: float, seconds: float, v
         request.folder, records.COMPLETION, "completion_id", whose, "teacher.max_error_rate", max_error_rate
     )
     columns = ["is_correct", "completion", "completion_token_ids", "prompt_token_ids", "finish_reason", "error"]
-    for batch in storage.open_rows(request.folder, records.COMPLETION, columns).to_batches():
-        for row in batch.to_pylist():
+    for part in storage.stream_rows(request.folder, records.COMPLETION, columns):
+        for row in part.to_pylist():
             if row["error"]:
                 continue
             counts["answered"] += 1

@@ -10,25 +10,22 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-import pyarrow.dataset
 import pyarrow.parquet as pq
 
 # Its functions are made when it is loaded, where no type checker sees them.
 pc: Any = pyarrow.compute
 MANIFEST = "manifest.json"
 _PART_GLOB = "part-*.parquet"
-_IS_ANSWERED = pyarrow.dataset.field("error") == ""
 # Rows. Small groups, so that a reader can stream and can split one file over several tasks.
 ROW_GROUP = 1024
-# Rows that are read at a time, of a size that suits Arrow (its own default).
-BATCH = 1 << 17
 # A model's weights count into its fingerprint by content up to this many bytes, above that by their ends.
 _WHOLE_FILE_BYTES = 64 << 20
 
@@ -148,47 +145,45 @@ def _file_digest(file: Path, *_: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def open_rows(
-    folder: Path,
-    schema: pa.Schema,
-    columns: Sequence[str] | None = None,
-    where: pyarrow.dataset.Expression | None = None,
-    batch_size: int = BATCH,
-) -> pyarrow.dataset.Scanner:
-    """All parts of a folder as one scan, which streams.
+def stream_rows(folder: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """The rows of a folder part by part, of which there may be tens of thousands.
+
+    Not by `pyarrow.dataset`, which reads all of them ahead of whoever takes them one by one, and keeps 60 KB of each.
 
     Args:
         folder: of rows.
         schema: theirs.
         columns: those that are wanted; None for all.
-        where: which rows are wanted; None for all.
-        batch_size: the most rows at a time.
 
     Raises:
         ValueError: where a part is cut or altered, with its path and what to do.
     """
-    files = parts(folder)
-    for file in files:
+    for file in parts(folder):
         if f"part-{file_digest(file)[:20]}.parquet" != file.name:
             raise ValueError(f"{file} was cut or altered after it was written; {_remedy(file)}")
-        if not pq.read_schema(file).equals(schema):
-            raise ValueError(f"{file} has other columns than this version of raykd writes; delete its folder")
-    if not files:
-        found = pyarrow.dataset.dataset(schema.empty_table())
-    else:
-        found = pyarrow.dataset.dataset([str(file) for file in files], schema=schema, format="parquet")
-    # Else each file leaves 60 KB behind, and there may be tens of thousands.
-    return found.scanner(columns=columns, filter=where, batch_size=batch_size, cache_metadata=False)
+        with pq.ParquetFile(file) as opened:
+            if not opened.schema_arrow.equals(schema):
+                raise ValueError(f"{file} has other columns than this version of raykd writes; delete its folder")
+            table = opened.read(columns, use_threads=False)
+        yield table
+
+
+def read_rows(folder: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    """All rows of a folder; arguments and errors as those of `stream_rows`."""
+    nothing = schema.empty_table().select(columns or schema.names)
+    return pa.concat_tables([nothing, *stream_rows(folder, schema, columns)]).combine_chunks()
 
 
 def done_ids(folder: Path, schema: pa.Schema, id_column: str) -> set[str]:
     """The ids of all rows of a folder that carry no error."""
-    done = open_rows(folder, schema, [id_column], _IS_ANSWERED).to_table()
-    return set(done[id_column].to_pylist())
+    done: set[str] = set()
+    for rows in stream_rows(folder, schema, [id_column, "error"]):
+        done.update(rows.filter(_is_answered(rows))[id_column].to_pylist())
+    return done
 
 
 def check_failures(folder: Path, schema: pa.Schema, id_column: str, whose: str, option: str, limit: float) -> int:
-    """How many rows of a folder failed and were not answered later.
+    """Merges a folder, and returns how many of its rows failed and were not answered later.
 
     Args:
         folder: of rows.
@@ -201,13 +196,12 @@ def check_failures(folder: Path, schema: pa.Schema, id_column: str, whose: str, 
     Raises:
         RuntimeError: where more failed, naming some, and why.
     """
-    rows = open_rows(folder, schema, [id_column, "error"]).to_table()
-    answered, total = rows.filter(_IS_ANSWERED)[id_column], pc.count_distinct(rows[id_column]).as_py()
-    if len(answered) == len(rows):
-        return 0
-    found = open_rows(folder, schema, [id_column, "problem_id", "error"], ~_IS_ANSWERED).to_table()
-    found = found.filter(pc.invert(pc.is_in(found[id_column], value_set=answered)))
-    failed = {row[id_column]: f"{row['problem_id']}: {row['error']}" for row in found.to_pylist()}
+    total = merge(folder, schema, id_column)
+    failed = {
+        row[id_column]: f"{row['problem_id']}: {row['error']}"
+        for rows in stream_rows(folder, schema, [id_column, "problem_id", "error"])
+        for row in rows.filter(pc.invert(_is_answered(rows))).to_pylist()
+    }
     errors = sorted(failed)
     if len(errors) > limit * total:
         shown = "; ".join(failed[each] for each in errors[:3])
@@ -224,31 +218,49 @@ def merge(folder: Path, schema: pa.Schema, id_column: str) -> int:
     Rows that failed and were answered later are there twice, and so are those that were asked by two: by a run that
     was killed and went on for a moment, and by the next.
     """
-    # In Arrow, where an id takes a few bytes: there may be millions, of which few are there twice.
-    rows = open_rows(folder, schema, [id_column, "error"]).to_table()
-    counts = pc.value_counts(rows[id_column])
-    twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    # 8 bytes a row: there may be millions, of which few are there twice.
+    hashes = np.concatenate(
+        [np.zeros(0, np.int64), *(_hashes(each, id_column) for each in stream_rows(folder, schema, [id_column]))]
+    )
+    ordered = np.sort(hashes)
+    twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     if not len(twice):
-        return len(counts)
-    again = rows.filter(pc.is_in(rows[id_column], value_set=twice))
-    doubled, answered = set(twice.to_pylist()), set(again.filter(_IS_ANSWERED)[id_column].to_pylist())
-    seen: set[str] = set()
+        return len(hashes)
+    answered: set[str] = set()
+    for rows in stream_rows(folder, schema, [id_column, "error"]):
+        again = rows.filter(np.isin(_hashes(rows, id_column), twice))
+        answered.update(again.filter(_is_answered(again))[id_column].to_pylist())
+    # What was declared complete earlier is about to change.
+    (folder / MANIFEST).unlink(missing_ok=True)
+    count, seen = 0, set[str]()
     written: set[Path] = set()
     for file in parts(folder):
-        if file in written or not pc.any(pc.is_in(pq.read_table(file, columns=[id_column])[id_column], twice)).as_py():
-            # `written`: what was left of another part, from here or from a merge that was broken off.
+        if file in written:
+            # What was left of another part, from here or from a merge that was broken off.
             continue
         table = pq.read_table(file)
+        doubled = np.isin(_hashes(table, id_column), twice)
         keep = []
-        for row_id, error in zip(table[id_column].to_pylist(), table["error"].to_pylist(), strict=True):
-            keep.append(row_id not in doubled or (row_id not in seen and (not error or row_id not in answered)))
-            if keep[-1]:
+        for row_id, error, is_doubled in zip(
+            table[id_column].to_pylist(), table["error"].to_pylist(), doubled, strict=True
+        ):
+            keep.append(not is_doubled or (row_id not in seen and (not error or row_id not in answered)))
+            if is_doubled and keep[-1]:
                 seen.add(row_id)
+        count += sum(keep)
         if not all(keep):
             if any(keep):
                 written.add(write_part(folder, table.filter(pa.array(keep))))
             file.unlink()
-    return len(counts)
+    return count
+
+
+def _is_answered(rows: pa.Table) -> Any:
+    return pc.equal(rows["error"], "")
+
+
+def _hashes(rows: pa.Table, id_column: str) -> np.ndarray:
+    return np.fromiter(map(hash, rows[id_column].to_pylist()), np.int64, len(rows))
 
 
 def seal(folder: Path, schema: pa.Schema, id_column: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,7 +274,7 @@ def seal(folder: Path, schema: pa.Schema, id_column: str, manifest: Mapping[str,
     num_rows = merge(folder, schema, id_column)
     for leftover in folder.glob(".tmp-*"):
         leftover.unlink()
-    assert open_rows(folder, schema).count_rows() == num_rows, "merging loses no row"
+    assert num_rows == sum(pq.read_metadata(file).num_rows for file in parts(folder)), "merging loses no row"
     return write_manifest(folder, {**manifest, "rows": num_rows}, parts(folder))
 
 

@@ -143,8 +143,8 @@ def _by_problem(arm: Arm, completions: Path) -> dict[str, list[dict[str, Any]]]:
     if arm.targets.kind == "top_k":
         columns += ["topk_ids", "topk_logprobs"]
     found: dict[str, list[dict[str, Any]]] = {}
-    for batch in storage.open_rows(completions, records.COMPLETION, columns).to_batches():
-        for row in batch.to_pylist():
+    for part in storage.stream_rows(completions, records.COMPLETION, columns):
+        for row in part.to_pylist():
             found.setdefault(row["problem_id"], []).append(row)
     for rows in found.values():
         rows.sort(key=lambda row: row["sample_index"])

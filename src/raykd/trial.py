@@ -10,7 +10,7 @@ from typing import Any
 from raykd.comparison import Answers
 from raykd.measured import Measured, Row, measure
 from raykd.records import PREDICTION
-from raykd.storage import open_rows, read_json
+from raykd.storage import read_json, read_rows
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def read_predictions(folder: Path) -> dict[str, dict[tuple[str, int], Row]]:
     rows: dict[str, dict[tuple[str, int], Row]] = {}
     if not folder.is_dir():
         return rows
-    for row in open_rows(folder, PREDICTION).to_table().to_pylist():
+    for row in read_rows(folder, PREDICTION).to_pylist():
         of_trial = rows.setdefault(row["trial_id"], {})
         answer = (row["problem_id"], row["sample_index"])
         earlier = of_trial.get(answer)

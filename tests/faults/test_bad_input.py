@@ -167,7 +167,7 @@ def test_any_bytes_where_a_manifest_or_rows_are_expected(tmp_path: Path, content
     (tmp_path / "part-0.parquet").write_bytes(content)
     for read in (
         lambda: storage.read_manifest(tmp_path),
-        lambda: storage.open_rows(tmp_path, records.PREDICTION),
+        lambda: storage.read_rows(tmp_path, records.PREDICTION),
         lambda: storage.read_json_lines(tmp_path / storage.MANIFEST),
     ):
         try:

@@ -99,14 +99,14 @@ def test_a_run_goes_on_when_there_is_room_again(disk: Path, tmp_path: Path):
     fails_clearly(lambda: len(parts(plan.predictions)) >= 1, arguments, tmp_path, disk)
     done = finish(arguments, tmp_path).plan
     (request,), (job,) = done.requests, done.jobs
-    rows = storage.open_rows(request.folder, records.COMPLETION).to_table()
+    rows = storage.read_rows(request.folder, records.COMPLETION)
     assert len(set(rows["problem_id"].to_pylist())) == len(rows) == 200
-    answers = storage.open_rows(done.predictions, records.PREDICTION).to_table()
+    answers = storage.read_rows(done.predictions, records.PREDICTION)
     assert len(set(answers["prediction_id"].to_pylist())) == len(answers) == 120
     steps = [point["step"] for point in storage.read_json_lines(job.folder / "metrics.jsonl")]
     assert steps == sorted(set(steps)) and steps[-1] == storage.read_json(job.folder / "trial.json")["steps"]
     # Undisturbed, on a disk with room.
     elsewhere = finish(command(tmp_path / "elsewhere"), tmp_path).plan
-    theirs = storage.open_rows(elsewhere.predictions, records.PREDICTION).to_table()
+    theirs = storage.read_rows(elsewhere.predictions, records.PREDICTION)
     columns = ["prediction_id", "completion"]
     assert answers.select(columns).sort_by(columns[0]).equals(theirs.select(columns).sort_by(columns[0]))

@@ -43,7 +43,7 @@ def test_while_it_generates(tmp_path: Path):
     kept = {path.name for path in parts(tmp_path)}
     finish(arguments, tmp_path)
     (request,) = plan_of(arguments).requests
-    rows = storage.open_rows(request.folder, records.COMPLETION).to_table()
+    rows = storage.read_rows(request.folder, records.COMPLETION)
     assert len(set(rows["problem_id"].to_pylist())) == len(rows) == 200
     assert kept <= {path.name for path in parts(tmp_path)}
 
@@ -65,5 +65,5 @@ def test_in_every_later_stage(tmp_path: Path):
         (plan.predictions, records.PREDICTION, "prediction_id"),
         (attention, records.ATTENTION, "attention_id"),
     ):
-        ids = storage.open_rows(folder, schema).to_table()[name].to_pylist()
+        ids = storage.read_rows(folder, schema)[name].to_pylist()
         assert len(ids) == len(set(ids)) == 200

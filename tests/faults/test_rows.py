@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(600)
 
 def rows_of(arguments: list[str]) -> list[dict]:
     (request,) = plan_of(arguments).requests
-    return storage.open_rows(request.folder, records.COMPLETION).to_table().to_pylist()
+    return storage.read_rows(request.folder, records.COMPLETION).to_pylist()
 
 
 def test_prompts_that_are_too_long(tmp_path: Path):

@@ -37,7 +37,7 @@ def check_all_is_there_once(arguments: list[str]) -> int:
     """Every problem has its one completion under each strategy; returns how many there are."""
     total = 0
     for request in plan_of(arguments).requests:
-        rows = storage.open_rows(request.folder, records.COMPLETION, ["problem_id", "error"]).to_table()
+        rows = storage.read_rows(request.folder, records.COMPLETION, ["problem_id", "error"])
         assert storage.read_manifest(request.folder)["rows"] == len(rows) == 400  # type: ignore[index]
         assert len(set(rows["problem_id"].to_pylist())) == 400
         assert set(rows["error"].to_pylist()) == {""}

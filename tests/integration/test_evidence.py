@@ -26,13 +26,13 @@ pytestmark = pytest.mark.timeout(1800)
 
 
 def answers(folder: Path) -> list[dict]:
-    return storage.open_rows(folder, records.PREDICTION).to_table().to_pylist()
+    return storage.read_rows(folder, records.PREDICTION).to_pylist()
 
 
 def test_every_student_read_the_same_texts_and_what_its_heads_did_is_what_the_model_says(ran: Ran):
     plan = ran.plan
     assert plan.attention
-    rows = storage.open_rows(plan.attention, records.ATTENTION).to_table().to_pylist()
+    rows = storage.read_rows(plan.attention, records.ATTENTION).to_pylist()
     problems = pyarrow.parquet.read_table(plan.problems / "test.parquet").to_pylist()
     students = {"untouched": None, **{job.trial_id: job.folder / "adapter" for job in plan.jobs}}
     expected = sorted(f"{trial}/{problem['problem_id']}" for trial in students for problem in problems)

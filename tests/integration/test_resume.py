@@ -53,7 +53,7 @@ def test_completions_are_those_of_an_undisturbed_run(ran: Ran, killed: Ran):
         assert whole.folder.name == resumed.folder.name
         columns = ["completion_id", "prompt_token_ids", "completion_token_ids", "error"]
         tables = [
-            storage.open_rows(request.folder, records.COMPLETION, columns).to_table().sort_by("completion_id")
+            storage.read_rows(request.folder, records.COMPLETION, columns).sort_by("completion_id")
             for request in (whole, resumed)
         ]
         assert tables[0].equals(tables[1])

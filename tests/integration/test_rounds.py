@@ -61,7 +61,7 @@ def tokenizer():
 
 
 def rows(folder: Path) -> list[dict]:
-    return storage.open_rows(folder, records.COMPLETION).to_table().to_pylist()
+    return storage.read_rows(folder, records.COMPLETION).to_pylist()
 
 
 def job_of(ran: Ran, arm: str) -> Job:

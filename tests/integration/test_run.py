@@ -26,11 +26,11 @@ pytestmark = pytest.mark.timeout(1800)
 def completions(ran: Ran, arm: str) -> list[dict]:
     request = ran.plan.asked[arm]
     assert request is not None
-    return storage.open_rows(request.folder, records.COMPLETION).to_table().to_pylist()
+    return storage.read_rows(request.folder, records.COMPLETION).to_pylist()
 
 
 def predictions(ran: Ran) -> list[dict]:
-    return storage.open_rows(ran.plan.predictions, records.PREDICTION).to_table().to_pylist()
+    return storage.read_rows(ran.plan.predictions, records.PREDICTION).to_pylist()
 
 
 def split(ran: Ran, name: str) -> list[dict]:
@@ -247,7 +247,7 @@ def test_an_arm_may_have_the_teacher_answer_in_another_way(ran: Ran, experiment_
     assert "teacher: 40/40 rows" in other.stderr
     request = other.plan.asked["greedy"]
     assert request
-    rows = storage.open_rows(request.folder, records.COMPLETION).to_table().to_pylist()
+    rows = storage.read_rows(request.folder, records.COMPLETION).to_pylist()
     eos = models.load_tokenizer(Teacher(model="raykd/demo-teacher")).eos_token_id
     for row in rows[:6]:
         answer = greedy(teacher_model, row["prompt_token_ids"], eos, MAX_TOKENS)

@@ -161,7 +161,7 @@ def told(job: Job) -> dict[str, Any]:
 
 def test_the_teacher_was_asked_once_for_all_trials(swept: Swept):
     (request,) = swept.plan.requests
-    rows = storage.open_rows(request.folder, records.COMPLETION, ["problem_id"]).to_table()
+    rows = storage.read_rows(request.folder, records.COMPLETION, ["problem_id"])
     assert len(rows) == len(set(rows["problem_id"].to_pylist())) == 96
     assert {job.completions for job in by_arm(swept, "scored").values()} == {request.folder}
     assert "starting the teacher" not in swept.stderr
@@ -200,7 +200,7 @@ def test_a_lost_worker_left_no_gap(swept: Swept):
 
 
 def test_the_best_of_each_arm_and_the_untouched_student_were_tested(swept: Swept):
-    rows = storage.open_rows(swept.plan.predictions, records.PREDICTION).to_table().to_pylist()
+    rows = storage.read_rows(swept.plan.predictions, records.PREDICTION).to_pylist()
     asked = {row["trial_id"] for row in rows}
     best = set()
     for arm in ("scored", "reference"):

@@ -57,7 +57,7 @@ def items(adapters: list[str], ids: list[str]) -> list[pa.Table]:
 
 
 def values(problems: Path) -> dict[str, np.ndarray]:
-    rows = storage.open_rows(problems / "rows", records.ATTENTION).to_table().to_pylist()
+    rows = storage.read_rows(problems / "rows", records.ATTENTION).to_pylist()
     return {row["attention_id"]: np.array(row["values"]) for row in rows}
 
 
@@ -104,7 +104,7 @@ def test_a_text_that_cannot_be_read_carries_why_and_the_others_are_there(problem
     rows = [PROBLEMS[0], long, *PROBLEMS[2:]]
     storage.write_table(problems / "test.parquet", pa.Table.from_pylist(rows, schema=records.PROBLEM))
     read(problems)(items([""], [row["problem_id"] for row in rows])[0])
-    found = storage.open_rows(problems / "rows", records.ATTENTION).to_table().to_pylist()
+    found = storage.read_rows(problems / "rows", records.ATTENTION).to_pylist()
     errors = {row["problem_id"]: row["error"] for row in found}
     assert "more than the model's" in errors.pop("p31")
     assert set(errors.values()) == {""}

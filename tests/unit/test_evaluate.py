@@ -22,7 +22,7 @@ def scored(folder: Path, rows: list[dict], **told) -> list[dict]:
     batch = {name: np.array([row[name] for row in rows], dtype=object) for name in rows[0]}
     counts = evaluate.Score(folder, {END}, Evaluate(**told))(batch)
     assert counts["rows"] == [len(rows)]
-    return storage.open_rows(folder, records.PREDICTION).to_table().sort_by("prediction_id").to_pylist()
+    return storage.read_rows(folder, records.PREDICTION).sort_by("prediction_id").to_pylist()
 
 
 def answer(text: str, tokens: list[int], error: str = "") -> dict:

@@ -167,7 +167,7 @@ def test_answers_without_a_token_are_kept_and_counted_when_rows_are_chosen(
     assert generate._num_to_score(written) == 1
     for _ in range(2):  # the second time changes nothing
         assert generate._keep_what_has_no_token(written, request) == 2
-    kept = storage.open_rows(request.folder, records.COMPLETION).to_table().to_pylist()
+    kept = storage.read_rows(request.folder, records.COMPLETION).to_pylist()
     assert [(row["problem_id"], row["strategy"]) for row in kept] == [("1", "teacher"), ("2", "teacher")]
     reasons = [select([row], experiment.arm("own").targets)[1] for row in kept]
     assert reasons == [{"error": 1}, {"empty": 1}]

@@ -24,7 +24,7 @@ def test_the_same_rows_written_twice_are_one_part(tmp_path: Path):
     for _ in range(2):
         storage.write_part(tmp_path, rows(("a", 1, ""), ("b", 2, "")))
     assert len(storage.parts(tmp_path)) == 1
-    assert storage.open_rows(tmp_path, SCHEMA).count_rows() == 2
+    assert len(storage.read_rows(tmp_path, SCHEMA)) == 2
 
 
 def test_failed_rows_are_not_done_and_give_way_to_their_answers(tmp_path: Path):
@@ -33,7 +33,7 @@ def test_failed_rows_are_not_done_and_give_way_to_their_answers(tmp_path: Path):
     storage.write_part(tmp_path, rows(("b", 2, "")))
     manifest = storage.seal(tmp_path, SCHEMA, "row_id", {"what": "test"})
     assert manifest["rows"] == 3
-    found = {row["row_id"]: row for row in storage.open_rows(tmp_path, SCHEMA).to_table().to_pylist()}
+    found = {row["row_id"]: row for row in storage.read_rows(tmp_path, SCHEMA).to_pylist()}
     assert (found["b"]["value"], found["b"]["error"]) == (2, "")
     assert found["c"]["error"] == "refused"
     assert storage.read_manifest(tmp_path) == manifest
@@ -93,7 +93,7 @@ def test_a_damaged_part_is_refused_by_name_until_it_is_deleted(tmp_path: Path, d
         storage.seal(tmp_path, SCHEMA, "row_id", {})
     part.write_bytes(damage(part.read_bytes()))
     with pytest.raises(ValueError, match=f"{part.name} was cut or altered.*delete it"):
-        storage.open_rows(tmp_path, SCHEMA)
+        storage.read_rows(tmp_path, SCHEMA)
     if is_complete:
         with pytest.raises(ValueError, match=f"{part.name} was cut or altered.*delete it"):
             storage.read_manifest(tmp_path)
@@ -127,7 +127,7 @@ def test_rows_that_were_asked_by_two_are_there_once(tmp_path: Path):
     storage.write_part(tmp_path, rows(("b", 2, ""), ("c", 0, "timeout"), ("d", 0, "refused")))
     storage.write_part(tmp_path, rows(("c", 3, ""), ("d", 0, "timeout")))
     assert storage.seal(tmp_path, SCHEMA, "row_id", {})["rows"] == 4
-    found = storage.open_rows(tmp_path, SCHEMA).to_table().to_pylist()
+    found = storage.read_rows(tmp_path, SCHEMA).to_pylist()
     assert sorted((row["row_id"], row["value"]) for row in found) == [("a", 1), ("b", 2), ("c", 3), ("d", 0)]
 
 
@@ -141,7 +141,7 @@ def test_a_merge_that_was_broken_off_loses_nothing(tmp_path: Path, seed: int, mo
         with pytest.raises(OSError, match="killed"):
             storage.merge(tmp_path, SCHEMA, "row_id")
     assert storage.seal(tmp_path, SCHEMA, "row_id", {})["rows"] == 3
-    found = storage.open_rows(tmp_path, SCHEMA).to_table().to_pylist()
+    found = storage.read_rows(tmp_path, SCHEMA).to_pylist()
     assert sorted((row["row_id"], row["value"], row["error"]) for row in found) == [
         (name, seed, "") for name in ("a", "b", "c")
     ]
