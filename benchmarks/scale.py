@@ -3,8 +3,8 @@
     python benchmarks/scale.py [--rows 1000,10000,100000] [--replicas 1,2,4,8,16] [--rounds 1]
 
 What is measured is everything but the engine: reading problems, rendering prompts, calls, checking answers, writing
-Parquet. Nodes are pretended: each is a raylet of its own on this machine. A simulated replica answers four calls of 32
-rows at a time, each in `latency` seconds, and so has a known rate; as many calls again wait for it.
+Parquet. Nodes are pretended: each is a raylet of its own on this machine. A simulated replica answers four calls at a
+time, each in `latency` seconds, and so has a known rate; as many calls again wait for it.
 """
 
 import json
@@ -27,9 +27,12 @@ def main() -> int:
     parser.add_argument("--replicas", default="1,2,4,8,16", help="separated by commas")
     parser.add_argument("--latency", default="4,2,1", help="seconds of a call, where replicas are counted")
     parser.add_argument("--rows-latency", type=float, default=0.5, help="seconds of a call, where rows are counted")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows of a call")
     options = parser.parse_args()
+    batch = {"batch": options.batch_size}
     by_rows = [
-        {"rows": rows, "replicas": 2, "nodes": 1, "latency_s": options.rows_latency} for rows in numbers(options.rows)
+        {"rows": rows, "replicas": 2, "nodes": 1, "latency_s": options.rows_latency, **batch}
+        for rows in numbers(options.rows)
     ]
     by_replicas = [
         {
@@ -37,13 +40,14 @@ def main() -> int:
             "replicas": replicas,
             "nodes": max(1, replicas // REPLICAS_A_NODE),
             "latency_s": latency,
+            **batch,
         }
         for latency in numbers(options.latency)
         for replicas in numbers(options.replicas)
     ]
-    title = "Rows (simulated engine)"
-    rows = table(title, by_rows, options.rounds)
-    replicas = table("Replicas (simulated engines, pretended nodes)", by_replicas, options.rounds)
+    simulated = f"simulated engines, {options.batch_size} rows a call"
+    rows = table(f"Rows ({simulated})", by_rows, options.rounds)
+    replicas = table(f"Replicas ({simulated}, pretended nodes)", by_replicas, options.rounds)
     bench.write(options.out, options=vars(options), rows=rows, replicas=replicas)
     return 0
 
@@ -70,7 +74,7 @@ def named(point: dict[str, Any]) -> str:
 
 def capacity(point: dict[str, Any]) -> float:
     """Rows per second that the simulated engines make when they never wait."""
-    return point["replicas"] * scale_side.CALLS * scale_side.BATCH / point["latency_s"]
+    return point["replicas"] * scale_side.CALLS * point["batch"] / point["latency_s"]
 
 
 def measure(point: dict[str, Any]) -> dict[str, float]:

@@ -1,8 +1,9 @@
 """One point of the scale benchmark, in a process of its own: `python scale_side.py JSON`.
 
-The argument: `rows`, `replicas`, `nodes` of a cluster that is pretended on this machine, and of the simulated engine
-`latency_s`. Prints one line of JSON: rows per second from the first call to the last row written, seconds of the whole
-stage, the most memory that this process, which is the run's driver, had.
+The argument: `rows`, `replicas`, `nodes` of a cluster that is pretended on this machine, of the simulated engine
+`latency_s`, and `batch`, the rows of a call. Prints one line of JSON: rows per second from the first call to the last
+row written, seconds of the whole stage, the most memory that this process, which is the run's driver, had, and the
+processor time that the driver and the actors of the path took for a row.
 """
 
 import asyncio
@@ -10,12 +11,16 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import bench
 import numpy as np
+import psutil
 from ray import serve
 from ray.cluster_utils import Cluster
 from ray.serve.config import ProxyLocation
@@ -28,8 +33,11 @@ NODE: dict[str, Any] = {"num_cpus": 2, "resources": {"engine": 2}, "object_store
 TEXT = "Each of the boxes holds the same number, so they hold them all together. " * 3 + "\n#### 42"
 NUM_TOKENS = 64
 APP = "simulated"
-# Calls that an engine answers at a time, and prompts in each.
-CALLS, BATCH = 4, 32
+# Calls that an engine answers at a time.
+CALLS = 4
+# What Ray calls the processes whose time is told.
+ROLES = {"AskTeacher": "asking", "Render": "rendering", "ServeController": "controller"}
+LOOKS_EVERY_S = 1.0
 
 
 class Simulated:
@@ -86,7 +94,8 @@ def measure(told: dict[str, Any], root: Path) -> dict[str, float]:
         serve.start(proxy_location=ProxyLocation.Disabled)
         serve.run(deployment.bind(CALLS, told["latency_s"]), name=APP, route_prefix=None)
         before, began = bench.peak_mb(), time.monotonic()
-        generate.generate([request], plan.problems, teacher, plan.experiment.prompt.instruction, APP, {})
+        with processor_seconds() as taken:
+            generate.generate([request], plan.problems, teacher, plan.experiment.prompt.instruction, APP, {})
         stage = time.monotonic() - began
         serve.shutdown()
     peak = bench.peak_mb()
@@ -94,7 +103,43 @@ def measure(told: dict[str, Any], root: Path) -> dict[str, float]:
     assert manifest and manifest["rows"] == told["rows"]
     written = [part.stat().st_mtime for part in storage.parts(request.folder)]
     busy = max(written) - min(written) + told["latency_s"]
-    return {"rows/s": told["rows"] / busy, "stage, s": stage, "driver, MB": peak, "before, MB": before}
+    figures = {"rows/s": told["rows"] / busy, "stage, s": stage, "driver, MB": peak, "before, MB": before}
+    return figures | {f"{name}, ms/row": 1000 * taken[name] / told["rows"] for name in taken}
+
+
+@contextmanager
+def processor_seconds() -> Iterator[dict[str, float]]:
+    """What the driver and the actors of the path take of the processors during a `with` block."""
+    taken = dict.fromkeys(("driver", *ROLES.values()), 0.0)
+    last: dict[int, float] = {}
+    ended, own = threading.Event(), psutil.Process()
+
+    def look() -> None:
+        for process in own.children(recursive=True):
+            try:
+                title, times = " ".join(process.cmdline()), process.cpu_times()
+            except psutil.Error:
+                continue
+            now = times.user + times.system
+            role = next((role for name, role in ROLES.items() if title.startswith("ray::") and name in title), None)
+            if role:
+                taken[role] += now - last.get(process.pid, 0.0)
+            last[process.pid] = now
+
+    def watch() -> None:
+        while not ended.wait(LOOKS_EVERY_S):
+            look()
+
+    look()
+    taken.update(dict.fromkeys(taken, 0.0))
+    watcher, before = threading.Thread(target=watch), time.process_time()
+    watcher.start()
+    try:
+        yield taken
+    finally:
+        ended.set()
+        watcher.join()
+        taken["driver"] = time.process_time() - before
 
 
 def experiment_of(told: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +150,7 @@ def experiment_of(told: dict[str, Any]) -> dict[str, Any]:
             "model": "raykd/demo-teacher",
             "replicas": {"min": told["replicas"], "max": told["replicas"]},
             "concurrency": 2 * CALLS,
-            "batch_size": BATCH,
+            "batch_size": told["batch"],
         },
         "student": {"model": "raykd/demo-student"},
         "arms": {"one": {"prompt.strategy": "ground_truth"}},
