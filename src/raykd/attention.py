@@ -81,7 +81,7 @@ def measure(
     missing = sum(len(item["problem_ids"]) for item in items)
     with Meter("attention", total, done=total - missing, unit="texts") as meter:
         if items:
-            resources = placement.worker_resources(kind)
+            resources = placement.processor(kind, attention.accelerator_type)
             # A block a part, so that what is done is seen to be done.
             read = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
                 Read,
@@ -97,8 +97,9 @@ def measure(
                     "folder": folder,
                 },
                 compute=ray.data.ActorPoolStrategy(size=min(num_workers, len(items))),
-                num_cpus=resources["CPU"],
-                num_gpus=resources.get("GPU", 0),
+                num_cpus=resources.pop("CPU"),
+                num_gpus=resources.pop("GPU", 0),
+                resources=resources,
             )
             for row in read.iter_rows():
                 meter.add(row["rows"], row["tokens"])

@@ -2,16 +2,17 @@
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import ray
+import ray._private.state
 import ray.data
 from ray.autoscaler.sdk import request_resources
 
-from raykd import progress, signals
+from raykd import placement, progress, signals
 from raykd.watch import given_back
 
 # Blocks that a task of Ray Data may hand on between two looks of its scheduler.
@@ -30,7 +31,7 @@ def connected(log: Path) -> Iterator[dict[str, float]]:
         log: the file for what Ray, vLLM and other libraries have to say in this process.
 
     Yields:
-        The cluster's resources, as Ray names them.
+        `capacity()`.
     """
     with progress.libraries_write_to(log):
         address = os.environ.get("RAY_ADDRESS")
@@ -46,9 +47,38 @@ def connected(log: Path) -> Iterator[dict[str, float]]:
             progress.say(f"Ray {ray.__version__}: {address or 'local'}{dashboard}  logs: {log}, {LOGS}")
             try:
                 with given_back() if address else nullcontext():
-                    yield {name: float(amount) for name, amount in ray.cluster_resources().items()}
+                    yield capacity()
             finally:
                 ray.shutdown()
+
+
+def live() -> dict[str, float]:
+    """What the cluster's nodes have now: Ray's names, and `GPU:H100` and such for the GPUs of nodes of a kind."""
+    return _total((node["Resources"], 1) for node in ray.nodes() if node["Alive"])
+
+
+def capacity() -> dict[str, float]:
+    """What the cluster has, or may come to have by its autoscaler: nodes that go when idle are not there at first.
+
+    There is no public way to ask what an autoscaler may bring; Ray Train asks in the same one.
+    """
+    there, config = live(), ray._private.state.state.get_cluster_config()
+    if config is None:
+        return there
+    heads = [(node["Resources"], 1) for node in ray.nodes() if node["Alive"] and placement.HEAD in node["Resources"]]
+    grown = _total([*heads, *((dict(group.resources), max(0, group.max_count)) for group in config.node_group_configs)])
+    return {name: max(there.get(name, 0), grown.get(name, 0)) for name in {*there, *grown}}
+
+
+def _total(nodes: Iterable[tuple[Mapping[str, float], int]]) -> dict[str, float]:
+    """The resources of so many nodes of each."""
+    found: dict[str, float] = {}
+    for resources, number in nodes:
+        kinds = [name.removeprefix(placement.TYPE) for name in resources if name.startswith(placement.TYPE)]
+        of_a_kind = {f"GPU:{kind}": resources.get("GPU", 0) for kind in kinds}
+        for name, amount in {**resources, **of_a_kind}.items():
+            found[name] = found.get(name, 0) + float(amount) * number
+    return found
 
 
 def is_joined() -> bool:

@@ -34,6 +34,7 @@ Tracker = Literal["mlflow", "wandb"]
 # How a trial is carried out, which is no part of what it is.
 CARRIED_OUT_OF_TRAIN = (
     "train.accelerator",
+    "train.accelerator_type",
     "train.checkpoint_every_steps",
     "train.max_failures",
     "train.min_workers",

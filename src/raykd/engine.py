@@ -24,6 +24,12 @@ SPEED_ARGUMENTS = frozenset(
 )
 
 
+def check_accelerator(accelerator: str, accelerator_type: str | None) -> None:
+    """Raises ValueError where a kind of GPU is named for what runs on the CPU."""
+    if accelerator == "cpu" and accelerator_type:
+        raise ValueError(f"accelerator_type {accelerator_type!r} is a kind of GPU, and accelerator is cpu: drop one")
+
+
 class Sampling(Section):
     temperature: float = Field(default=0.0, ge=0)
     """0 is greedy."""
@@ -55,12 +61,19 @@ class Engine(Section):
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """`auto`: GPUs where the cluster has any, else the CPU."""
+    accelerator_type: str | None = None
+    """Kind of GPU where a cluster has several, as Ray names it: `A10G`, `L4`, `A100-80G`, `H100`; null for any."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     pipeline_parallel_size: int = Field(default=1, ge=1)
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed on to vLLM unchanged (https://docs.vllm.ai/en/latest/configuration/engine_args/)."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment of the engine's processes, such as VLLM_CPU_KVCACHE_SPACE (GiB)."""
+
+    @model_validator(mode="after")
+    def _of_a_kind(self) -> Self:
+        check_accelerator(self.accelerator, self.accelerator_type)
+        return self
 
     @model_validator(mode="after")
     def _trusts_by_name(self) -> Self:

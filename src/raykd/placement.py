@@ -10,6 +10,8 @@ from raykd.sections import Attention, Teacher, Train
 Accelerator = Literal["cpu", "gpu"]
 # A resource that Ray gives to the head alone, which no autoscaler takes away.
 HEAD = "node:__internal_head__"
+# Before the kind of GPU, in the name of the resource that a node with such GPUs has.
+TYPE = "accelerator_type:"
 
 
 def accelerator(wanted: Literal["auto", "cpu", "gpu"], cluster: Mapping[str, float]) -> Accelerator:
@@ -24,10 +26,25 @@ def accelerator(wanted: Literal["auto", "cpu", "gpu"], cluster: Mapping[str, flo
     return wanted
 
 
+def processor(kind: Accelerator, accelerator_type: str | None) -> dict[str, float]:
+    """What Ray is asked to give one process: a shard of an engine, or a worker."""
+    if kind == "cpu":
+        return {"CPU": 1}
+    # A node has one of its kind, of which whoever wants to be there takes a little.
+    return {"CPU": 1, "GPU": 1} | ({TYPE + accelerator_type: 0.001} if accelerator_type else {})
+
+
+def need(kind: Accelerator, accelerator_type: str | None, processes: int = 1) -> dict[str, float]:
+    """What so many processes take of a cluster's resources (`raykd.cluster.live`), GPUs of a kind counted apart."""
+    if kind == "cpu":
+        return {"CPU": processes}
+    names = ["CPU", "GPU"] + ([f"GPU:{accelerator_type}"] if accelerator_type else [])
+    return dict.fromkeys(names, processes)
+
+
 def engine_bundles(engine: Engine, kind: Accelerator) -> list[dict[str, float]]:
     """One placement bundle for each process of a sharded engine (tensor x pipeline parallel)."""
-    bundle: dict[str, float] = {"CPU": 1, "GPU": 1} if kind == "gpu" else {"CPU": 1}
-    return [bundle] * (engine.tensor_parallel_size * engine.pipeline_parallel_size)
+    return [processor(kind, engine.accelerator_type)] * (engine.tensor_parallel_size * engine.pipeline_parallel_size)
 
 
 def engine_settings(engine: Engine, kind: Accelerator) -> tuple[dict[str, Any], dict[str, str]]:
@@ -54,11 +71,6 @@ def engine_settings(engine: Engine, kind: Accelerator) -> tuple[dict[str, Any], 
     return kwargs | engine.engine_kwargs, env | engine.env
 
 
-def worker_resources(kind: Accelerator) -> dict[str, float]:
-    """What one training worker is given."""
-    return {"CPU": 1, "GPU": 1} if kind == "gpu" else {"CPU": 1}
-
-
 def worker_env(kind: Accelerator) -> dict[str, str]:
     """Environment of a training worker.
 
@@ -73,24 +85,23 @@ def worker_env(kind: Accelerator) -> dict[str, str]:
 
 def trial_bundles(train: Train, kind: Accelerator) -> list[dict[str, float]]:
     """One placement bundle for each worker of a trial."""
-    return [worker_resources(kind)] * train.num_workers
+    return [processor(kind, train.accelerator_type)] * train.num_workers
 
 
 def room(train: Train, kind: Accelerator, cluster: Mapping[str, float]) -> int:
     """How many trials the cluster holds at a time; one, too, where it holds the least of its workers only."""
-    workers = int(min(cluster.get(name, 0) // amount for name, amount in worker_resources(kind).items()))
+    workers = int(max(0, min(cluster.get(name, 0) for name in need(kind, train.accelerator_type))))
     return workers // train.num_workers or int(workers >= (train.min_workers or train.num_workers))
 
 
 def check_trial(train: Train, kind: Accelerator, cluster: Mapping[str, float]) -> None:
     """Raises ValueError where the cluster does not hold one trial, with what is missing."""
-    for name, each in worker_resources(kind).items():
-        amount = each * (train.min_workers or train.num_workers)
+    for name, amount in need(kind, train.accelerator_type, train.min_workers or train.num_workers).items():
         if cluster.get(name, 0) < amount:
             raise ValueError(
                 f"a trial needs {amount:g} {name} (train.num_workers={train.num_workers}, "
-                f"min_workers={train.min_workers}, {kind}), the cluster has {cluster.get(name, 0):g}; lower one "
-                "of them or add nodes"
+                f"min_workers={train.min_workers}, {kind}), the cluster has {cluster.get(name, 0):g}"
+                f"{_other_kinds(name, cluster)}; lower one of them or add nodes"
             )
 
 
@@ -100,22 +111,22 @@ def attention_workers(attention: Attention, kind: Accelerator, cluster: Mapping[
     Raises:
         ValueError: where it holds none.
     """
-    need = worker_resources(kind)
+    needed = need(kind, attention.accelerator_type)
     # One core stays for the pipeline.
-    fit = int(min((cluster.get(name, 0) - (name == "CPU")) // amount for name, amount in need.items()))
+    fit = int(min(cluster.get(name, 0) - (name == "CPU") for name in needed))
     if fit < 1:
         raise ValueError(
-            f"attention: a worker needs {', '.join(f'{amount:g} {name}' for name, amount in need.items())} and the "
-            f"pipeline one CPU, the cluster has {cluster.get('CPU', 0):g} CPU and {cluster.get('GPU', 0):g} GPU; set "
-            "attention.accelerator, add nodes, or leave it out by attention=null"
+            f"attention: a worker needs {', '.join(f'{amount:g} {name}' for name, amount in needed.items())} and the "
+            f"pipeline one CPU, the cluster has {cluster.get('CPU', 0):g} CPU and {cluster.get('GPU', 0):g} GPU"
+            f"{_other_kinds([*needed][-1], cluster)}; set attention.accelerator, add nodes, or leave it out by "
+            "attention=null"
         )
     return min(fit, attention.num_workers)
 
 
 def engine_resources(engine: Engine, kind: Accelerator, replicas: int = 1) -> dict[str, float]:
     """What so many replicas of an engine take."""
-    bundles = engine_bundles(engine, kind)
-    return {name: replicas * sum(bundle.get(name, 0) for bundle in bundles) for name in ("CPU", "GPU")}
+    return need(kind, engine.accelerator_type, replicas * len(engine_bundles(engine, kind)))
 
 
 def engine_processors(engine: Engine, cluster: Mapping[str, float], replicas: int = 1) -> tuple[Accelerator, int]:
@@ -136,17 +147,21 @@ def hold_together(experiment: Experiment, trains: Iterable[Train], cluster: Mapp
     students = experiment.evaluate.engine
     needs = [engine_resources(students, accelerator(students.accelerator, cluster))]
     for train in trains:
-        worker = worker_resources(accelerator(train.accelerator, cluster))
-        needs.append({name: amount * train.num_workers for name, amount in worker.items()})
+        needs.append(need(accelerator(train.accelerator, cluster), train.accelerator_type, train.num_workers))
     # One core stays for the pipeline that feeds the engines.
     return all(free.get(name, 0) - (name == "CPU") >= amount for need in needs for name, amount in need.items())
 
 
 def beside_the_teacher(teacher: Teacher, cluster: Mapping[str, float]) -> dict[str, float]:
     """What a cluster has left while the teacher is served."""
-    kind = accelerator(teacher.engine.accelerator, cluster)
-    taken = engine_resources(teacher.engine, kind, teacher.replicas.max)
+    taken = taken_by_the_teacher(teacher, cluster)
     return {name: amount - taken.get(name, 0) for name, amount in cluster.items()}
+
+
+def taken_by_the_teacher(teacher: Teacher, cluster: Mapping[str, float]) -> dict[str, float]:
+    """What all replicas of the teacher take of a cluster."""
+    kind = accelerator(teacher.engine.accelerator, cluster)
+    return engine_resources(teacher.engine, kind, teacher.replicas.max)
 
 
 def check_engine(
@@ -163,10 +178,16 @@ def check_engine(
     """
     for name, amount in engine_resources(engine, kind, max(1, replicas)).items():
         # The pipeline that feeds it would wait for a core for ever.
-        need = amount + (name == "CPU")
-        if cluster.get(name, 0) < need:
+        wanted = amount + (name == "CPU")
+        if cluster.get(name, 0) < wanted:
             raise ValueError(
                 f"{where}: {max(1, replicas)} x {engine.tensor_parallel_size} x {engine.pipeline_parallel_size} shards "
-                f"(replicas x tensor x pipeline parallel) need {need:g} {name} (one CPU is the pipeline's), the "
-                f"cluster has {cluster.get(name, 0):g}; lower one of them, or add nodes"
+                f"(replicas x tensor x pipeline parallel) need {wanted:g} {name} (one CPU is the pipeline's), the "
+                f"cluster has {cluster.get(name, 0):g}{_other_kinds(name, cluster)}; lower one of them, or add nodes"
             )
+
+
+def _other_kinds(name: str, cluster: Mapping[str, float]) -> str:
+    """Which kinds of GPU there are, where one of them is missing, for a message."""
+    kinds = ", ".join(f"{amount:g} {each}" for each, amount in cluster.items() if each.startswith("GPU:"))
+    return f" ({kinds or 'no GPU whose kind is known'})" if name.startswith("GPU:") else ""

@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from raykd.engine import Engine, Replicas, Sampling
+from raykd.engine import Engine, Replicas, Sampling, check_accelerator
 from raykd.space import Axis
 from raykd.strategies import Strategy
 from raykd.tree import Section
@@ -190,6 +190,8 @@ class Train(Section):
     null: with all of them, for whose place it waits. Steps are the same either way. Needs `zero_stage` 0 (float32)."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """`auto`: a GPU for each worker where the cluster has any, else the CPU."""
+    accelerator_type: str | None = None
+    """As `teacher.engine.accelerator_type`."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage (Rajbhandari et al., arXiv 1910.02054)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -201,6 +203,11 @@ class Train(Section):
     checkpoint_every_steps: int = Field(default=50, ge=1)
     max_failures: int = Field(default=3, ge=0)
     """How often a trial resumes from its last checkpoint after a worker was lost."""
+
+    @model_validator(mode="after")
+    def _of_a_kind(self) -> Self:
+        check_accelerator(self.accelerator, self.accelerator_type)
+        return self
 
     @model_validator(mode="after")
     def _accumulates_in_float32(self) -> Self:
@@ -278,10 +285,17 @@ class Attention(Section):
     """Students that are read with at the same time, each with a model of its own."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """`auto`: a GPU for each worker where the cluster has any, else the CPU."""
+    accelerator_type: str | None = None
+    """As `teacher.engine.accelerator_type`."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Type of the model, null for `train.dtype`; weights of the heads are float32 in any case."""
     batch_size: int = Field(default=8, ge=1)
     """Texts that are read side by side."""
+
+    @model_validator(mode="after")
+    def _of_a_kind(self) -> Self:
+        check_accelerator(self.accelerator, self.accelerator_type)
+        return self
 
 
 class Prices(Section):

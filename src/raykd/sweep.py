@@ -5,9 +5,9 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import ray
 from ray import cloudpickle, tune
 from ray.exceptions import RayActorError
 from ray.tune.execution import class_cache
@@ -15,9 +15,9 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
 from raykd import completions, faults, placement, storage, tracking
-from raykd.cluster import requested
+from raykd.cluster import live, requested
 from raykd.completions import Request
-from raykd.config import Experiment
+from raykd.config import CARRIED_OUT_OF_TRAIN, Experiment
 from raykd.job import COMPLETE, FAILED, STOPPED, Job, is_complete, outcome, reached, read_curve, record, validations
 from raykd.progress import say
 from raykd.scoreboard import Scoreboard
@@ -69,9 +69,7 @@ def jobs(
                 **bearing,
                 "weights": dict(student),
                 # How a trial is carried out changes nothing of what it is.
-                "train": arm.train.model_dump(
-                    exclude={"accelerator", "checkpoint_every_steps", "max_failures", "min_workers"}
-                ),
+                "train": arm.train.model_dump(exclude={name.removeprefix("train.") for name in CARRIED_OUT_OF_TRAIN}),
                 "instruction": arm.prompt.instruction,
                 "rows": completions.identity(request, arm) if request else problems.name,
                 "problems": problems.name,
@@ -127,6 +125,7 @@ def run(
     cluster: Mapping[str, float],
     earlier: Sequence[Job] = (),
     undrawn: Undrawn | None = None,
+    taken: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
     """Trains the students of the given trials under Ray Tune; how each of them ends is recorded as it ends.
 
@@ -134,11 +133,13 @@ def run(
         pending: trials that have not come to their end.
         experiment: the experiment.
         folder: its folder.
-        cluster: the cluster's resources that they may have. From these, and nodes that come and go, the number of
-            trials at a time is computed: Tune sees only a trial's driver, and more of them than there is room for would
-            wait on each other. An autoscaler is asked for room for all of them, or `max_concurrent_trials`.
+        cluster: the cluster's resources, with what its autoscaler may bring. From what is there, as nodes come and go,
+            the number of trials at a time is computed: Tune sees only a trial's driver, and more of them than there is
+            room for would wait on each other. The autoscaler is asked for room for all of them, or
+            `max_concurrent_trials`.
         earlier: trials of the same sweep that have come to their end; they tell again what they reached.
         undrawn: the points that will be chosen by what others reached; None where all are known.
+        taken: what is held beside them all the time, such as by the teacher.
     """
     sweep = experiment.sweep
     again = [job for job in earlier if outcome(job) != FAILED] if sweep and sweep.scheduler != "none" else []
@@ -152,7 +153,7 @@ def run(
     at_a_time = min(num_trials, experiment.max_concurrent_trials or num_trials)
     scoreboard = Scoreboard(jobs, num_trials)
     held: list[Held] = [(train, placement.accelerator(train.accelerator, cluster)) for train in trains]
-    room = _room(held, cluster, experiment.max_concurrent_trials)
+    room = _room(held, taken, experiment.max_concurrent_trials)
     bundles = max((placement.trial_bundles(train, kind) for train, kind in held), key=len)
     _quiet()
 
@@ -199,13 +200,11 @@ def run(
         _clear(job, folder)
 
 
-def _room(held: Sequence[Held], cluster: Mapping[str, float], at_most: int | None) -> Callable[[], int]:
+def _room(held: Sequence[Held], taken: Mapping[str, float], at_most: int | None) -> Callable[[], int]:
     """How many trials there is room for at a time, whatever they need, as nodes come and go."""
-    before = ray.cluster_resources()
 
     def room() -> int:
-        now = ray.cluster_resources()
-        there = {name: cluster.get(name, 0) + now.get(name, 0) - before.get(name, 0) for name in {*cluster, *now}}
+        there = {name: amount - taken.get(name, 0) for name, amount in live().items()}
         fitting = min(placement.room(train, kind, there) for train, kind in held)
         return min(fitting, at_most or fitting)
 

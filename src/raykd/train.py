@@ -273,7 +273,7 @@ def fit(job: Job, kind: placement.Accelerator, callbacks: list[Any], storage_pat
         scaling_config=ScalingConfig(
             num_workers=(train.min_workers, train.num_workers) if train.min_workers else train.num_workers,
             use_gpu=gpu,
-            resources_per_worker=placement.worker_resources(kind),
+            resources_per_worker=placement.processor(kind, train.accelerator_type),
         ),
         run_config=RunConfig(
             name=job.trial_id,

@@ -94,20 +94,21 @@ def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         wait_for_end(family)
 
 
-def grow(address: str, log: Path) -> tuple[int, int, float]:
-    """How many trials there is room for, of the four that are wanted, before and after, and for how many cores."""
+def grow(address: str, log: Path) -> tuple[float, int, int, float]:
+    """How many cores there may be; for how many of four trials there is room before and after they come, and how many
+    have come."""
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address}
-    with cluster.connected(log) as resources:
-        room = sweep._room([(Train(num_workers=1), "cpu")], resources, at_most=4)
+    with cluster.connected(log) as capacity:
+        room = sweep._room([(Train(num_workers=1), "cpu")], {}, at_most=4)
         before = room()
         with cluster.requested([{"CPU": 1}] * 5):
             deadline = time.monotonic() + 240
             while ray.cluster_resources()["CPU"] < 5 and time.monotonic() < deadline:
                 time.sleep(1)
-            return before, room(), ray.cluster_resources()["CPU"]
+            return capacity["CPU"], before, room(), ray.cluster_resources()["CPU"]
 
 
 def test_nodes_come_when_trials_want_room_and_trials_when_nodes_come(growing: str, tmp_path: Path):
     # Ray ends a process whose head is gone.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        assert pool.submit(grow, growing, tmp_path / "driver.log").result(timeout=400) == (1, 4, 5)
+        assert pool.submit(grow, growing, tmp_path / "driver.log").result(timeout=400) == (5, 1, 4, 5)

@@ -89,6 +89,36 @@ def test_the_teacher_stays_up_where_students_have_room_beside_it(cluster: dict, 
     assert placement.hold_together(experiment, [Train(num_workers=1)], cluster) == together
 
 
+def test_a_kind_of_gpu_is_asked_for_with_every_process_and_counted_apart():
+    engine = Engine(tensor_parallel_size=8, pipeline_parallel_size=2, accelerator_type="H100")
+    assert placement.engine_bundles(engine, "gpu") == [{"CPU": 1, "GPU": 1, "accelerator_type:H100": 0.001}] * 16
+    assert placement.engine_bundles(engine, "cpu") == [{"CPU": 1}] * 16
+    cluster = {"CPU": 400, "GPU": 24, "GPU:H100": 8, "GPU:A10G": 16}
+    with pytest.raises(ValueError, match=r"need 16 GPU:H100.*has 8 \(8 GPU:H100, 16 GPU:A10G\)"):
+        placement.check_engine("teacher.engine", engine, "gpu", cluster)
+    placement.check_engine("teacher.engine", engine, "gpu", cluster | {"GPU:H100": 16})
+
+
+def test_trials_have_room_on_nodes_of_their_kind_only():
+    cluster = {"CPU": 400, "GPU": 24, "GPU:H100": 8, "GPU:A10G": 16}
+    train = Train(num_workers=4, batch_size=32, accelerator_type="A10G")
+    assert placement.trial_bundles(train, "gpu") == [{"CPU": 1, "GPU": 1, "accelerator_type:A10G": 0.001}] * 4
+    assert placement.room(train, "gpu", cluster) == 4
+    assert placement.room(Train(num_workers=4, batch_size=32), "gpu", cluster) == 6
+    # What the teacher holds may be more than has come yet.
+    assert placement.room(train, "gpu", {"CPU": -3}) == 0
+    with pytest.raises(ValueError, match=r"4 GPU:L4.*has 0 \(8 GPU:H100, 16 GPU:A10G\)"):
+        placement.check_trial(Train(num_workers=4, batch_size=32, accelerator_type="L4"), "gpu", cluster)
+    with pytest.raises(ValueError, match=r"1 GPU:L4.*no GPU whose kind is known"):
+        placement.attention_workers(Attention(accelerator_type="L4"), "gpu", {"CPU": 8, "GPU": 1})
+
+
+@pytest.mark.parametrize("section", [Engine, Train, Attention])
+def test_a_kind_of_gpu_for_what_runs_on_the_cpu_is_refused(section: type):
+    with pytest.raises(ValueError, match=r"'H100' is a kind of GPU, and accelerator is cpu"):
+        section(accelerator="cpu", accelerator_type="H100")
+
+
 def test_beside_the_teacher_is_what_its_replicas_leave():
     teacher = Teacher(model="a", engine=Engine(tensor_parallel_size=4), replicas=Replicas(min=1, max=2))
     assert placement.beside_the_teacher(teacher, {"CPU": 32, "GPU": 16}) == {"CPU": 24, "GPU": 8}
