@@ -1,5 +1,6 @@
 """Placement: what an experiment needs against what a cluster has."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ Accelerator = Literal["cpu", "gpu"]
 HEAD = "node:__internal_head__"
 # Before the kind of GPU, in the name of the resource that a node with such GPUs has.
 TYPE = "accelerator_type:"
+# Of an engine for which nothing else is said.
+START_TIMEOUT_S = 3600
 
 
 def accelerator(wanted: Literal["auto", "cpu", "gpu"], cluster: Mapping[str, float]) -> Accelerator:
@@ -47,8 +50,15 @@ def engine_bundles(engine: Engine, kind: Accelerator) -> list[dict[str, float]]:
     return [processor(kind, engine.accelerator_type)] * (engine.tensor_parallel_size * engine.pipeline_parallel_size)
 
 
-def engine_settings(engine: Engine, kind: Accelerator) -> tuple[dict[str, Any], dict[str, str]]:
+def engine_settings(
+    engine: Engine, kind: Accelerator, start_timeout_s: float = START_TIMEOUT_S
+) -> tuple[dict[str, Any], dict[str, str]]:
     """vLLM's arguments and environment for an engine, with what a CPU needs added where it is not set.
+
+    Args:
+        engine: its configuration.
+        kind: what it runs on.
+        start_timeout_s: seconds that it may take to load.
 
     Returns:
         Engine arguments and environment variables.
@@ -64,7 +74,13 @@ def engine_settings(engine: Engine, kind: Accelerator) -> tuple[dict[str, Any], 
         # Nobody waits for the single answer: twice the sequences and tokens in a step that vLLM would take as a server.
         "performance_mode": "throughput",
     }
-    env = {"VLLM_LOGGING_LEVEL": "INFO"}
+    timeout = str(math.ceil(start_timeout_s))
+    env = {
+        "VLLM_LOGGING_LEVEL": "INFO",
+        # vLLM gives up after ten minutes by itself, in which hundreds of gigabytes are not always read.
+        "VLLM_ENGINE_READY_TIMEOUT_S": timeout,
+        "RAYLLM_ENGINE_START_TIMEOUT_S": timeout,
+    }
     if kind == "cpu":
         kwargs["enforce_eager"] = True
         env["VLLM_CPU_KVCACHE_SPACE"] = "1"

@@ -65,7 +65,7 @@ class Teacher(Section):
     timeout_s: float = Field(default=600, gt=0)
     """Seconds after which a prompt is given up, and its row carries the error."""
     start_timeout_s: float = Field(default=3600, gt=0)
-    """Seconds that the engine may take to load."""
+    """Seconds that the engine may take to load, and its nodes to come where an autoscaler brings them."""
     max_error_rate: float = Field(default=0.01, ge=0, le=1)
     """The share of rows that may fail before the stage does."""
 

@@ -58,7 +58,7 @@ def llm_config(teacher: Teacher, top_k: int, kind: placement.Accelerator) -> Any
     # Loads vLLM, which takes seconds that a run without anything to ask should not pay.
     from ray.serve.llm import LLMConfig
 
-    kwargs, env = placement.engine_settings(teacher.engine, kind)
+    kwargs, env = placement.engine_settings(teacher.engine, kind, teacher.start_timeout_s)
     if teacher.revision:
         kwargs["revision"] = teacher.revision
     kwargs["trust_remote_code"] = teacher.trust_remote_code

@@ -68,6 +68,15 @@ def test_the_users_engine_arguments_come_before_ours():
     assert env["VLLM_CPU_KVCACHE_SPACE"] == "9"
 
 
+def test_a_large_engine_is_given_the_time_it_may_take_to_load():
+    """vLLM 0.29 gives up after 600 s, Serve LLM of Ray 2.60 after 3,600 s, whatever else waits longer."""
+    for timeout_s, told in ((5400, "5400"), (0.5, "1")):
+        _, env = placement.engine_settings(Engine(), "gpu", timeout_s)
+        assert env["VLLM_ENGINE_READY_TIMEOUT_S"] == env["RAYLLM_ENGINE_START_TIMEOUT_S"] == told
+    _, env = placement.engine_settings(Engine(env={"VLLM_ENGINE_READY_TIMEOUT_S": "60"}), "gpu")
+    assert env["VLLM_ENGINE_READY_TIMEOUT_S"] == "60"
+
+
 @pytest.mark.parametrize(
     ("cluster", "together"),
     [

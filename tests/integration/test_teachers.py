@@ -1,0 +1,208 @@
+"""The teacher over several processes and nodes: sharded, with replicas, and gone before students train."""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+import ray.train
+import torch
+from oracles import greedy
+from ray import serve
+from ray.cluster_utils import Cluster
+from ray.serve.config import ProxyLocation
+from ray.serve.llm import build_llm_deployment
+from ray.serve.llm.deployment import LLMServer
+from ray.train import ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util import placement_group, placement_group_table, remove_placement_group
+from transformers import AutoModelForCausalLM
+
+from clusters import cluster
+from raykd import models, placement, teacher
+from raykd.demo import resolve_model
+from raykd.replica import Replica
+from raykd.sections import Student, Teacher, Train
+
+pytestmark = pytest.mark.timeout(600)
+
+MODEL = "raykd/demo-teacher"
+ENGINE = {"engine_kwargs": {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8}}
+GREEDY = {"max_tokens": 12, "temperature": 0.0}
+QUESTIONS = ["A box holds 4 pens. How many do 3 boxes hold?", "Ann has 7 eggs and eats 2. How many are left?"]
+# Nothing is loaded onto the GPUs of these tests, for they are pretended.
+SHARDED = {"accelerator": "gpu", "tensor_parallel_size": 8, "pipeline_parallel_size": 2, "accelerator_type": "H100"}
+
+
+class Located(Replica):
+    """A replica that tells where it answered."""
+
+    async def answer(self, *told: Any) -> list[dict[str, Any]]:
+        node = ray.get_runtime_context().get_node_id()
+        return [{"node": node, **reply} for reply in await super().answer(*told)]
+
+
+class Pretended(LLMServer):
+    """A replica with the place of its engine, and without the engine."""
+
+    async def __init__(self, llm_config: Any) -> None:  # pyright: ignore[reportInconsistentConstructor]
+        self._llm_config = llm_config
+
+    async def check_health(self) -> None:
+        pass
+
+    async def answer(self, seconds: float) -> str:
+        import asyncio
+
+        await asyncio.sleep(seconds)
+        return ray.get_runtime_context().get_node_id()
+
+
+@contextlib.contextmanager
+def joined(made: Cluster) -> Iterator[None]:
+    ray.init(address=made.address, log_to_driver=False)
+    try:
+        serve.start(proxy_location=ProxyLocation.Disabled)
+        yield
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def deployed(told: Teacher, kind: placement.Accelerator, deployment: type[LLMServer]) -> Iterator[Any]:
+    """The teacher as raykd configures it, behind a deployment of the test's; yields its handle."""
+    app = build_llm_deployment(teacher.llm_config(told, 0, kind), deployment_cls=deployment)
+    try:
+        yield serve.run(app, name="tested", route_prefix=None)
+    finally:
+        serve.delete("tested")
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    tokenizer = models.load_tokenizer(Student(model=MODEL))
+    return [models.prompt_token_ids(tokenizer, [{"role": "user", "content": text}]) for text in QUESTIONS]
+
+
+@pytest.fixture(scope="module")
+def expected(prompts: list[list[int]]) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(resolve_model(MODEL), dtype=torch.float32).eval()
+    eos = models.load_tokenizer(Student(model=MODEL)).eos_token_id
+    return [greedy(model, prompt, eos, GREEDY["max_tokens"]) for prompt in prompts]
+
+
+def test_an_engine_of_two_shards_answers_as_the_model_does(prompts: list[list[int]], expected: list[list[int]]):
+    told = Teacher.model_validate(
+        {
+            "model": MODEL,
+            # Without it, vLLM looks for a NUMA node for each.
+            "engine": {**ENGINE, "tensor_parallel_size": 2, "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}},
+        }
+    )
+    with cluster(2) as made, joined(made), deployed(told, "cpu", Replica) as handle:
+        replies = handle.answer.remote(prompts, GREEDY, 120).result(timeout_s=240)
+        (group,) = [each for each in placement_group_table().values() if each["state"] == "CREATED"]
+    assert [reply["token_ids"].tolist() for reply in replies] == expected
+    assert group["strategy"] == "PACK"
+    assert len(set(group["bundles_to_node_id"].values())) == 1
+
+
+def test_two_replicas_on_two_nodes_both_answer(prompts: list[list[int]], expected: list[list[int]]):
+    told = Teacher.model_validate({"model": MODEL, "engine": ENGINE, "replicas": {"min": 2, "max": 2}})
+    with cluster(1, 1) as made, joined(made), deployed(told, "cpu", Located) as handle:
+        calls = [handle.answer.remote(prompts, GREEDY, 120) for _ in range(16)]
+        replies = [reply for call in calls for reply in call.result(timeout_s=240)]
+    assert [reply["token_ids"].tolist() for reply in replies] == expected * 16
+    answered = Counter(reply["node"] for reply in replies)
+    assert len(answered) == 2, answered
+
+
+@pytest.fixture(scope="module")
+def pretended() -> Iterator[Cluster]:
+    """Three nodes of eight GPUs that there are not, two of one kind and one of another, beside a head without any."""
+    with cluster() as made:
+        for kind in ("H100", "H100", "A10G"):
+            # Memory, too: a node has this machine's, and they share it.
+            made.add_node(num_cpus=10, num_gpus=8, resources={f"accelerator_type:{kind}": 1})
+        with joined(made):
+            yield made
+
+
+def nodes_of(kind: str) -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if f"accelerator_type:{kind}" in node["Resources"]}
+
+
+def test_a_replica_of_sixteen_gpus_lies_on_two_nodes_and_students_get_them_when_it_is_gone(pretended: Cluster):
+    told = Teacher.model_validate({"model": MODEL, "engine": SHARDED})
+    workers = Train(num_workers=2, batch_size=2, accelerator="gpu", accelerator_type="H100")
+    with deployed(told, "gpu", Pretended) as handle:
+        assert handle.answer.remote(0).result(timeout_s=60) in nodes_of("H100")
+        (group,) = [each for each in placement_group_table().values() if each["state"] == "CREATED"]
+        assert set(group["bundles_to_node_id"].values()) == nodes_of("H100")
+        assert sorted(Counter(group["bundles_to_node_id"].values()).values()) == [8, 8]
+        place = placement_group(placement.trial_bundles(workers, "gpu"))
+        assert not place.wait(5), "the teacher holds all GPUs of the kind"
+    assert place.wait(60)
+    remove_placement_group(place)
+    held = train_on(workers)
+    assert len(held) == 2
+    assert {node for node, _ in held} <= nodes_of("H100")
+    assert all(len(gpus) == 1 for _, gpus in held)
+
+
+def train_on(train: Train) -> list[tuple[str, list[int]]]:
+    """Has Ray Train's workers tell on which node they are, and which GPUs they were given."""
+
+    def tell() -> None:
+        context = ray.get_runtime_context()
+        ray.get(told.put.remote((context.get_node_id(), context.get_accelerator_ids()["GPU"])))
+
+    told = Told.remote()
+    TorchTrainer(
+        tell,
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=train.num_workers,
+            use_gpu=True,
+            resources_per_worker=placement.processor("gpu", train.accelerator_type),
+        ),
+    ).fit()
+    return ray.get(told.all.remote())
+
+
+@ray.remote(num_cpus=0)
+class Told:
+    """What workers told."""
+
+    def __init__(self) -> None:
+        self._all: list[Any] = []
+
+    def put(self, told: Any) -> None:
+        self._all.append(told)
+
+    def all(self) -> list[Any]:
+        return self._all
+
+
+def test_replicas_come_with_the_calls_in_flight_and_go_again(pretended: Cluster):
+    told = Teacher.model_validate(
+        {
+            "model": MODEL,
+            "engine": {**SHARDED, "pipeline_parallel_size": 1},
+            "replicas": {"min": 0, "max": 2},
+            "concurrency": 2,
+        }
+    )
+    with deployed(told, "gpu", Pretended) as handle:
+        assert ray.available_resources()["GPU"] == 24
+        calls = [handle.answer.remote(20) for _ in range(8)]
+        found = {call.result(timeout_s=300) for call in calls}
+        assert found == nodes_of("H100"), "a replica of eight GPUs on each"
+        deadline = time.monotonic() + 180
+        while ray.available_resources()["GPU"] < 24:
+            assert time.monotonic() < deadline, "the replicas stay"
+            time.sleep(1)
