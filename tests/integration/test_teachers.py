@@ -14,15 +14,12 @@ from oracles import greedy
 from ray import serve
 from ray.cluster_utils import Cluster
 from ray.serve.config import ProxyLocation
-from ray.serve.llm import build_llm_deployment
-from ray.serve.llm.deployment import LLMServer
-from ray.train import ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from transformers import AutoModelForCausalLM
 
 from clusters import cluster
-from raykd import models, placement, teacher
+from pretended import Pretended, deployed, train_on
+from raykd import models, placement
 from raykd.demo import resolve_model
 from raykd.replica import Replica
 from raykd.sections import Student, Teacher, Train
@@ -45,22 +42,6 @@ class Located(Replica):
         return [{"node": node, **reply} for reply in await super().answer(*told)]
 
 
-class Pretended(LLMServer):
-    """A replica with the place of its engine, and without the engine."""
-
-    async def __init__(self, llm_config: Any) -> None:  # pyright: ignore[reportInconsistentConstructor]
-        self._llm_config = llm_config
-
-    async def check_health(self) -> None:
-        pass
-
-    async def answer(self, seconds: float) -> str:
-        import asyncio
-
-        await asyncio.sleep(seconds)
-        return ray.get_runtime_context().get_node_id()
-
-
 @contextlib.contextmanager
 def joined(made: Cluster) -> Iterator[None]:
     ray.init(address=made.address, log_to_driver=False)
@@ -70,16 +51,6 @@ def joined(made: Cluster) -> Iterator[None]:
     finally:
         serve.shutdown()
         ray.shutdown()
-
-
-@contextlib.contextmanager
-def deployed(told: Teacher, kind: placement.Accelerator, deployment: type[LLMServer]) -> Iterator[Any]:
-    """The teacher as raykd configures it, behind a deployment of the test's; yields its handle."""
-    app = build_llm_deployment(teacher.llm_config(told, 0, kind), deployment_cls=deployment)
-    try:
-        yield serve.run(app, name="tested", route_prefix=None)
-    finally:
-        serve.delete("tested")
 
 
 @pytest.fixture(scope="module")
@@ -152,40 +123,6 @@ def test_a_replica_of_sixteen_gpus_lies_on_two_nodes_and_students_get_them_when_
     assert len(held) == 2
     assert {node for node, _ in held} <= nodes_of("H100")
     assert all(len(gpus) == 1 for _, gpus in held)
-
-
-def train_on(train: Train) -> list[tuple[str, list[int]]]:
-    """Has Ray Train's workers tell on which node they are, and which GPUs they were given."""
-
-    def tell() -> None:
-        context = ray.get_runtime_context()
-        ray.get(told.put.remote((context.get_node_id(), context.get_accelerator_ids()["GPU"])))
-
-    told = Told.remote()
-    TorchTrainer(
-        tell,
-        torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=train.num_workers,
-            use_gpu=True,
-            resources_per_worker=placement.processor("gpu", train.accelerator_type),
-        ),
-    ).fit()
-    return ray.get(told.all.remote())
-
-
-@ray.remote(num_cpus=0)
-class Told:
-    """What workers told."""
-
-    def __init__(self) -> None:
-        self._all: list[Any] = []
-
-    def put(self, told: Any) -> None:
-        self._all.append(told)
-
-    def all(self) -> list[Any]:
-        return self._all
 
 
 def test_replicas_come_with_the_calls_in_flight_and_go_again(pretended: Cluster):

@@ -1,0 +1,94 @@
+"""Growing: a cluster whose nodes Ray's real autoscaler brings by Ray's own fake provider, all on this machine."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+
+from runs import free_port, wait_for_end
+
+RAY = str(Path(sys.executable).parent / "ray")
+HEAD = "ray.head.default"
+# Nothing is run on a fake node, but the autoscaler wants to be told so.
+LISTS = (
+    "initialization_commands",
+    "setup_commands",
+    "head_setup_commands",
+    "worker_setup_commands",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+    "cluster_synced_files",
+)
+
+
+@contextmanager
+def growing(folder: Path, types: dict[str, Any], idle_timeout_minutes: float) -> Iterator[str]:
+    """A head of one core, whose autoscaler may add nodes; nothing is left of them afterwards.
+
+    Args:
+        folder: for its configuration and its log.
+        types: `available_node_types` of a `ray up` file, but for the head's.
+        idle_timeout_minutes: after which a node that nobody uses goes.
+
+    Yields:
+        the head's address.
+    """
+    port = free_port()
+    config = {
+        "cluster_name": "growing",
+        "max_workers": sum(each["max_workers"] for each in types.values()),
+        "idle_timeout_minutes": idle_timeout_minutes,
+        "provider": {
+            # Not by its name: Ray's package lacks the file of its defaults.
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "gcs_address": f"127.0.0.1:{port}",
+            "launch_multiple": True,
+            "head_node_id": FAKE_HEAD_NODE_ID,
+        },
+        "available_node_types": {HEAD: {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0}, **types},
+        "head_node_type": HEAD,
+        "upscaling_speed": 1.0,
+        # A user, or it cannot take nodes away.
+        "auth": {"ssh_user": "nobody"},
+        "file_mounts": {},
+        **{key: [] for key in LISTS},
+    }
+    file, log = folder / "cluster.json", folder / "head.log"
+    file.write_text(json.dumps(config))
+    environment = {
+        **os.environ,
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+        "RAY_AUTH_MODE": "disabled",
+    }
+    command = [RAY, "start", "--head", "--block", "--num-cpus=1", f"--port={port}", "--include-dashboard=false"]
+    with log.open("w") as stream:
+        head = subprocess.Popen(
+            [*command, "--node-ip-address=127.0.0.1", f"--autoscaling-config={file}"],
+            env=environment,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        family = psutil.Process(head.pid).children(recursive=True)
+        head.terminate()
+        head.wait(timeout=120)
+        for process in family:
+            # The fake nodes are the autoscaler's, which does not take them down.
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        wait_for_end(family)

@@ -1,0 +1,93 @@
+"""What a run asks of a cloud: nodes of cluster/aws.yaml, brought and taken by Ray's real autoscaler with its stages."""
+
+import multiprocessing
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from ray import serve
+from ray.serve.config import ProxyLocation
+
+from growing import growing
+from pretended import Pretended, deployed, train_on
+from raykd import cluster, placement
+from raykd.sections import Teacher, Train
+
+ROOT = Path(__file__).parents[2]
+TEACHER = {"model": "raykd/demo-teacher", "engine": {"tensor_parallel_size": 8, "pipeline_parallel_size": 2}}
+# Of a kind that the file names, so that the nodes of the one pool are not brought for the other.
+TEACHER["engine"]["accelerator_type"] = "H100"  # type: ignore[index]
+STUDENTS = Train(num_workers=2, batch_size=2, accelerator_type="A10G")
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A head whose autoscaler may bring what cluster/aws.yaml says, but for where from."""
+    types = yaml.safe_load((ROOT / "cluster/aws.yaml").read_text())["available_node_types"]
+    types = {name: {**each, "node_config": {}} for name, each in types.items() if name != "head"}
+    with growing(tmp_path_factory.mktemp("cloud"), types, idle_timeout_minutes=0.1) as address:
+        yield address
+
+
+def kinds() -> dict[str, int]:
+    """How many nodes there are of each kind of GPU."""
+    found: Counter[str] = Counter()
+    for node in ray.nodes():
+        if node["Alive"]:
+            found.update(name.removeprefix(placement.TYPE) for name in node["Resources"] if placement.TYPE in name)
+    return dict(found)
+
+
+def until(condition: Callable[[], bool], seconds: float = 240) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return condition()
+
+
+def follow(address: str, log: Path) -> dict[str, Any]:
+    """What comes and goes while a teacher is up, after it, while students train, and after them."""
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address}
+    seen: dict[str, Any] = {}
+    with cluster.connected(log) as capacity:
+        seen["capacity"] = capacity
+        seen["auto"] = placement.accelerator("auto", capacity)
+        seen["before"] = kinds()
+        told = Teacher.model_validate(TEACHER)
+        placement.check_engine("teacher.engine", told.engine, "gpu", capacity)
+        serve.start(proxy_location=ProxyLocation.Disabled)
+        with deployed(told, "gpu", Pretended) as handle:
+            handle.answer.remote(0).result(timeout_s=300)
+            seen["teacher"] = kinds()
+        seen["teacher is gone"] = until(lambda: not kinds())
+        with cluster.requested(placement.trial_bundles(STUDENTS, "gpu")):
+            workers = train_on(STUDENTS)
+            seen["students"] = kinds()
+        seen["workers"] = len(workers)
+        seen["students are gone"] = until(lambda: not kinds())
+        serve.shutdown()
+    return seen
+
+
+def test_nodes_come_for_each_stage_and_go_after_it(cloud: str, tmp_path: Path):
+    # Ray ends a process whose head is gone.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        seen = pool.submit(follow, cloud, tmp_path / "driver.log").result(timeout=800)
+    # None of them is there yet; all of them count.
+    assert seen["before"] == {}
+    assert seen["auto"] == "gpu"
+    assert (seen["capacity"]["GPU:H100"], seen["capacity"]["GPU:A10G"]) == (16, 32)
+    assert seen["teacher"] == {"H100": 2}
+    assert seen["teacher is gone"]
+    assert seen["students"] == {"A10G": 1}
+    assert seen["workers"] == 2
+    assert seen["students are gone"]
