@@ -1,0 +1,320 @@
+"""Files of cluster/: each is read by those who will read it, and what it names is there.
+
+Ray reads the files of `ray up` and the specs of KubeRay; Ray's own scheduler says which nodes an experiment brings.
+"""
+
+import copy
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
+from ray.core.generated.autoscaler_pb2 import GangResourceRequest
+from ray.scripts.scripts import cli as ray_cli
+from ray.util.accelerators import accelerators
+
+from raykd import cli, config, placement
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "cluster"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+IMAGE = f"FILL_IN_REGISTRY/raykd:{PROJECT['version']}"
+# Where the image has the project.
+INSTALLED = "/opt/raykd"
+CLOUDS = ("aws", "gcp", "azure")
+LAUNCHED = (*CLOUDS, "local")
+MANIFESTS = ("shared", "raycluster", "rayjob", "rayservice")
+FILES = sorted(file for file in FOLDER.rglob("*") if file.is_file())
+# The fields of KubeRay 1.6.2 and of Kubernetes that there are, of those that the manifests could use
+# (docs.ray.io/en/master/cluster/kubernetes/references/api.html).
+CLUSTER = {"rayVersion", "authOptions", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec"}
+FIELDS = {
+    "RayCluster": {*CLUSTER, "workerGroupSpecs", "gcsFaultToleranceOptions", "suspend", "managedBy"},
+    "RayJob": {
+        *("entrypoint", "rayClusterSpec", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "submissionMode"),
+        *("runtimeEnvYAML", "entrypointNumCpus", "backoffLimit", "activeDeadlineSeconds", "clusterSelector", "suspend"),
+    },
+    "RayService": {"serveConfigV2", "rayClusterConfig", "upgradeStrategy", "serveService", "excludeHeadPodFromServeSvc"},
+    "authOptions": {"mode", "secretName", "enableK8sTokenAuth"},
+    "autoscalerOptions": {"version", "idleTimeoutSeconds", "upscalingMode", "resources", "image", "env", "envFrom"},
+    "headGroupSpec": {"serviceType", "rayStartParams", "template", "headService", "enableIngress"},
+    "workerGroupSpecs": {
+        *("groupName", "numOfHosts", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"),
+        *("idleTimeoutSeconds", "scaleStrategy", "suspend"),
+    },
+    "pod": {"containers", "volumes", "nodeSelector", "tolerations", "securityContext", "serviceAccountName"},
+    "container": {"name", "image", "env", "resources", "volumeMounts", "ports", "imagePullPolicy"},
+}
+
+
+def read(name: str) -> dict[str, Any]:
+    """A file of `ray up`."""
+    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+
+
+def manifests(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((FOLDER / "kuberay" / f"{name}.yaml").read_text()))
+
+
+def ray_cluster(name: str) -> dict[str, Any]:
+    """The cluster that a manifest describes, as one of its own."""
+    (found,) = manifests(name)
+    spec = found["spec"]
+    return {**found, "spec": spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec}
+
+
+def prepared(name: str) -> dict[str, Any]:
+    """What Ray's autoscaler is told by a file."""
+    if name in MANIFESTS:
+        return _derive_autoscaling_config_from_ray_cr(ray_cluster(name))
+    return prepare_config(copy.deepcopy(read(name)))
+
+
+def brought(name: str, bundles: list[dict[str, float]]) -> dict[str, int] | None:
+    """The nodes that Ray's autoscaler brings for a placement group; None where it cannot."""
+    told = AutoscalingConfig(prepared(name), skip_content_hash=True)
+    group = GangResourceRequest(requests=[ResourceRequestUtil.make(bundle) for bundle in bundles])
+    request = SchedulingRequest(
+        disable_launch_config_check=True,
+        node_type_configs=told.get_node_type_configs() or {},
+        max_num_nodes=told.get_max_num_nodes(),
+        gang_resource_requests=[group],
+    )
+    reply = ResourceDemandScheduler(None).schedule(request)  # pyright: ignore[reportArgumentType]
+    if reply.infeasible_gang_resource_requests:
+        return None
+    return {launch.instance_type: launch.count for launch in reply.to_launch}
+
+
+def experiment(name: str) -> config.Experiment:
+    """The experiment that a manifest runs or serves, with what it overrides."""
+    (found,) = manifests(name)
+    if name == "rayjob":
+        python, script, file, *overrides = found["spec"]["entrypoint"].split()
+        assert (python, script) == ("python", f"{INSTALLED}/rayjobs/run.py")
+    else:
+        args = yaml.safe_load(found["spec"]["serveConfigV2"])["applications"][0]["args"]
+        file, overrides = args["experiment"], args["overrides"]
+    return config.load(ROOT / Path(file).relative_to(INSTALLED), overrides)
+
+
+def kinds(resources: dict[str, Any]) -> list[str]:
+    return [name.removeprefix(placement.TYPE) for name in resources if name.startswith(placement.TYPE)]
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_ray_accepts_the_files_of_ray_up(name: str):
+    # Against ray/autoscaler/ray-schema.json, with the defaults of the provider.
+    validate_config(prepared(name))
+
+
+@pytest.mark.parametrize("change", [{"colour": "red"}, {"idle_timeout_minutes": "ten"}, {"head_node_type": "neck"}])
+def test_rays_check_refuses_what_is_wrong(change: dict[str, Any]):
+    with pytest.raises(Exception, match=r"colour|ten|head_node_type"):
+        validate_config(prepare_config(read("aws") | change))
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_pools_begin_with_no_node_and_only_students_are_spot(name: str):
+    told = read(name)
+    head, teacher, student = (told["available_node_types"][each] for each in ("head", "teacher", "student"))
+    assert told["head_node_type"] == "head"
+    assert head["resources"]["GPU"] == 0 and not kinds(head["resources"])
+    assert (teacher["min_workers"], student["min_workers"]) == (0, 0)
+    assert told["max_workers"] == teacher["max_workers"] + student["max_workers"]
+    assert 0 < told["idle_timeout_minutes"] <= 15
+    assert told["provider"]["cache_stopped_nodes"] is False
+    spot = re.compile(r"\bspot\b", re.IGNORECASE)
+    assert [bool(spot.search(str(each["node_config"]))) for each in (head, teacher, student)] == [False, False, True]
+
+
+@pytest.mark.parametrize("name", [*CLOUDS, "raycluster", "rayjob"])
+def test_kinds_of_gpu_are_spelt_as_ray_spells_them(name: str):
+    known = {value for key, value in vars(accelerators).items() if key.startswith("NVIDIA_")}
+    types = prepared(name)["available_node_types"]
+    assert kinds(types["teacher"]["resources"]) == ["H100"]
+    assert set(kinds(types["student"]["resources"])) < known
+    assert types["teacher"]["resources"]["GPU"] == types["student"]["resources"]["GPU"] == 8
+
+
+@pytest.mark.parametrize("name", [*CLOUDS, "raycluster", "rayjob", "rayservice"])
+def test_a_teacher_of_16_gpus_brings_two_nodes(name: str):
+    teacher = experiment("rayservice").teacher
+    bundles = placement.engine_bundles(teacher.engine, "gpu")
+    assert len(bundles) == 16 and brought(name, bundles) == {"teacher": 2}
+    assert brought(name, bundles * 2) is None
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+@pytest.mark.parametrize("workers", [1, 4, 8])
+def test_gpus_of_no_kind_are_those_of_students(name: str, workers: int):
+    assert brought(name, [placement.processor("gpu", None)] * workers) == {"student": 1}
+
+
+@pytest.mark.parametrize("name", ["raycluster", "rayjob"])
+def test_on_kubernetes_students_go_where_their_kind_is(name: str):
+    train = experiment("rayjob").train
+    assert brought(name, placement.trial_bundles(train, "gpu")) == {"student": 1}
+
+
+def test_one_image_of_this_version_everywhere():
+    images = {read(name)["docker"]["image"] for name in LAUNCHED}
+    for name in MANIFESTS[1:]:
+        spec = ray_cluster(name)["spec"]
+        groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+        images |= {each["image"] for group in groups for each in group["template"]["spec"]["containers"]}
+    assert images == {IMAGE}
+    for file in (FOLDER / "Dockerfile", FOLDER / "README.md"):
+        assert f"raykd:{PROJECT['version']}" in file.read_text()
+
+
+@pytest.mark.parametrize("name", MANIFESTS[1:])
+def test_kuberay_is_told_the_version_of_ray_in_both_locks(name: str):
+    for lock in ("cpu", "gpu"):
+        pinned = re.findall(r"^ray==(.*)$", (ROOT / "requirements" / f"{lock}.txt").read_text(), re.MULTILINE)
+        assert pinned == [ray_cluster(name)["spec"]["rayVersion"]]
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_ray_asks_for_the_token_on_every_node(name: str):
+    told = read(name)
+    assert told["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
+    # Without a token, `ray start` would go on without asking for one.
+    assert told["setup_commands"] == ["ray get-auth-token > /dev/null"]
+    for commands in (told["head_start_ray_commands"], told["worker_start_ray_commands"]):
+        (start,) = [each for each in commands if "ray start" in each]
+        assert "RAY_AUTH_MODE=token ray start" in start
+    assert "--env RAY_AUTH_MODE=token" in told["docker"]["run_options"]
+
+
+@pytest.mark.parametrize("name", MANIFESTS[1:])
+def test_kuberay_gives_the_token_of_a_secret(name: str):
+    assert ray_cluster(name)["spec"]["authOptions"] == {"mode": "token", "secretName": "raykd-token"}
+    assert ray_cluster(name)["metadata"]["namespace"] == "raykd"
+
+
+def test_no_port_is_open_to_the_world():
+    for file in FILES:
+        assert "0.0.0.0" not in file.read_text(), file
+    for name in LAUNCHED:
+        assert any("--dashboard-host=127.0.0.1" in each for each in read(name)["head_start_ray_commands"])
+        # What Ray would add to the rules of a security group.
+        assert "security_group" not in read(name)["provider"]
+    aws = read("aws")["available_node_types"].values()
+    assert all(each["node_config"]["SecurityGroupIds"] == ["FILL_IN_SECURITY_GROUP"] for each in aws)
+    gcp = read("gcp")["available_node_types"].values()
+    assert all("subnetworks/raykd" in each["node_config"]["networkInterfaces"][0]["subnetwork"] for each in gcp)
+    azure = read("azure")
+    assert f"sudo ufw allow from {azure['provider']['subnet_mask']}" in azure["initialization_commands"]
+    assert "sudo ufw --force enable" in azure["initialization_commands"]
+    for name in MANIFESTS[1:]:
+        assert ray_cluster(name)["spec"]["headGroupSpec"]["serviceType"] == "ClusterIP"
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_all_nodes_see_the_shared_folder(name: str):
+    told = read(name)
+    assert "--volume /mnt/raykd:/mnt/raykd" in told["docker"]["run_options"]
+    # Before the container is there; what is mounted afterwards it would not see.
+    assert any("/mnt/raykd" in each for each in told["initialization_commands"])
+
+
+@pytest.mark.parametrize("name", MANIFESTS[1:])
+def test_manifests_have_fields_that_kuberay_knows(name: str):
+    (found,) = manifests(name)
+    assert found["apiVersion"] == "ray.io/v1" and set(found["spec"]) <= FIELDS[found["kind"]]
+    spec = ray_cluster(name)["spec"]
+    assert set(spec) <= FIELDS["RayCluster"]
+    for field in ("authOptions", "autoscalerOptions", "headGroupSpec"):
+        assert set(spec[field]) <= FIELDS[field]
+    assert spec["autoscalerOptions"]["version"] == "v2" and spec["enableInTreeAutoscaling"]
+    for group in spec["workerGroupSpecs"]:
+        assert set(group) <= FIELDS["workerGroupSpecs"] and group["minReplicas"] == group["replicas"] == 0
+    for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+        # Kubernetes takes nothing but strings here.
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        pod = group["template"]["spec"]
+        assert set(pod) <= FIELDS["pod"]
+        for container in pod["containers"]:
+            assert set(container) <= FIELDS["container"]
+            mounted = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
+            assert mounted["shared"] == "/mnt/raykd" and set(mounted) == {each["name"] for each in pod["volumes"]}
+    claims = {each["metadata"]["name"] for each in manifests("shared") if each["kind"] == "PersistentVolumeClaim"}
+    assert claims == {"raykd"}
+
+
+def test_the_manifests_describe_one_cluster():
+    cluster, job, service = (ray_cluster(name)["spec"] for name in MANIFESTS[1:])
+    assert cluster == job
+    assert service == {**cluster, "workerGroupSpecs": cluster["workerGroupSpecs"][:1]}
+    teacher, student = cluster["workerGroupSpecs"]
+    assert (teacher["groupName"], student["groupName"]) == ("teacher", "student")
+    # 16 GPUs span two hosts, which come and go as one replica.
+    assert teacher["numOfHosts"] == 2
+
+
+def test_the_job_runs_an_experiment_on_the_shared_folder():
+    told = experiment("rayjob")
+    assert told.storage == "/mnt/raykd"
+    assert told.teacher.engine.accelerator_type == "H100"
+    students = (told.evaluate.engine.accelerator_type, told.train.accelerator_type)
+    assert told.attention and students == ("L4", "L4") and told.attention.accelerator_type == "L4"
+
+
+def test_paths_are_there():
+    for file in FILES:
+        text = file.read_text()
+        for path in re.findall(rf"{INSTALLED}/([\w./-]*\w)", text):
+            # Not those that the installation makes.
+            assert path.startswith(".venv") or (ROOT / path).exists(), f"{file}: {path}"
+        for path in re.findall(r"(?<![\w/.])((?:cluster|configs|rayjobs|requirements|src|docs)/[\w./-]*\w)", text):
+            assert (ROOT / path).exists(), f"{file}: {path}"
+
+
+def test_commands_are_there():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    known = cli.__doc__ or ""
+    for file in FILES:
+        # In a README that is what stands in code.
+        text = file.read_text()
+        code = "\n".join(re.findall(r"```\n(.*?)```|`([^`\n]+)`", text, re.DOTALL)[0]) if False else text
+        for name in re.findall(r"(?:^|[`;&'(] ?|token )ray ([a-z][a-z-]+)\b(?! of)", code, re.MULTILINE):
+            assert name in ray_cli.commands, f"{file}: ray {name}"
+        for name in re.findall(r"(?:^|[`;& ])make ([a-z][a-z-]+)[`;\s]", code, re.MULTILINE):
+            assert name in targets, f"{file}: make {name}"
+    assert known
+
+
+def test_the_image_is_installed_as_a_machine_is():
+    text = (FOLDER / "Dockerfile").read_text()
+    assert 'if [ "$ACCELERATOR" = cpu ]; then make install; else make install-gpu; fi' in text
+    (python,) = re.findall(r"^FROM python:(3\.\d+)-", text, re.MULTILINE)
+    assert PROJECT["requires-python"].startswith(f">={python},")
+    # Nothing else of Python's: what is installed is in the lock.
+    assert "pip" not in text
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_what_the_head_installs_besides_is_pinned(name: str):
+    (command,) = read(name)["head_setup_commands"]
+    packages = [word for word in command.split()[2:] if not word.startswith(("-", "/"))]
+    assert packages and all(re.fullmatch(r"[\w-]+==[\w.]+", each) for each in packages)
+    assert command in (FOLDER / "README.md").read_text().replace("\n", " ") or all(
+        each in (FOLDER / "README.md").read_text() for each in packages
+    )
+
+
+def test_the_readme_names_what_is_to_be_filled_in():
+    text = (FOLDER / "README.md").read_text()
+    for file in FILES:
+        if file.name == "README.md" or "FILL_IN_" not in file.read_text():
+            continue
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{file.relative_to(FOLDER)}`")]
+        assert set(re.findall(r"FILL_IN_\w+", file.read_text())) == set(re.findall(r"FILL_IN_\w+", row)), file
