@@ -52,6 +52,7 @@ FLOORS = [
         "hub_tokens",
         "replica",
         "packed",
+        "serving",
     },
     {
         "variants",

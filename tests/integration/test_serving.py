@@ -1,0 +1,71 @@
+"""The teacher alone, served by Ray Serve's own command, and asked by OpenAI's protocol."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from runs import free_port, wait_for_end
+
+ROOT = Path(__file__).parents[2]
+RAY, SERVE = (str(Path(sys.executable).parent / name) for name in ("ray", "serve"))
+# `serve run` takes it, and no other.
+PORT = 8000
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    """The address of the quickstart's teacher."""
+    port = free_port()
+    environment = {**os.environ, "RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "token"}
+    environment["RAY_AUTH_TOKEN"] = "a-token-for-this-test-alone-0123456789abcdef"
+    head = [RAY, "start", "--head", "--block", "--num-cpus=3", f"--port={port}", f"--dashboard-port={free_port()}"]
+    command = [SERVE, "run", "raykd.serving:app", "experiment=configs/quickstart.yaml"]
+    started: list[subprocess.Popen[bytes]] = []
+    with (tmp_path / "log").open("wb") as log:
+        try:
+            for each in (head, [*command, "overrides=[teacher.engine.accelerator=cpu]"]):
+                started.append(subprocess.Popen(each, env=environment, cwd=ROOT, stdout=log, stderr=log))
+                time.sleep(10)
+            yield f"http://127.0.0.1:{PORT}"
+        finally:
+            for process in reversed(started):
+                family = psutil.Process(process.pid).children(recursive=True)
+                process.terminate()
+                process.wait(timeout=180)
+                wait_for_end(family)
+
+
+def ask(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    data = json.dumps(body).encode() if body else None
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.load(answer)
+
+
+@pytest.mark.slow
+def test_the_teacher_answers_by_openais_protocol(served: str):
+    deadline = time.monotonic() + 600
+    while True:
+        try:
+            models = ask(f"{served}/v1/models")
+            break
+        except (urllib.error.URLError, ConnectionError):
+            assert time.monotonic() < deadline
+            time.sleep(2)
+    assert [model["id"] for model in models["data"]] == ["teacher"]
+    messages = [{"role": "user", "content": "Tom has 3 apples and buys 4. How many has he?"}]
+    answer = ask(f"{served}/v1/chat/completions", {"model": "teacher", "messages": messages, "max_tokens": 40})
+    (choice,) = answer["choices"]
+    assert choice["message"]["content"].strip()

@@ -1,0 +1,51 @@
+"""Serving: what the application of the teacher alone is built from."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from raykd import config
+from raykd.serving import Service, app
+from raykd.teacher import llm_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("given", "overrides"),
+    [
+        ({}, ()),
+        ({"overrides": ["teacher.engine.tensor_parallel_size=8"]}, ("teacher.engine.tensor_parallel_size=8",)),
+        # As `serve run` passes it on.
+        ({"overrides": "[teacher.model=a, teacher.revision=b]"}, ("teacher.model=a", "teacher.revision=b")),
+    ],
+)
+def test_arguments(given: dict[str, object], overrides: tuple[str, ...]):
+    assert Service.model_validate({"experiment": "e.yaml", **given}).overrides == overrides
+
+
+@pytest.mark.parametrize("given", [{}, {"experiment": "e.yaml", "override": []}, {"experiment": "e", "overrides": "3"}])
+def test_other_arguments_are_refused(given: dict[str, object]):
+    with pytest.raises(ValidationError):
+        Service.model_validate(given)
+
+
+def test_serve_will_check_the_arguments():
+    # Serve looks for a model of pydantic's, and else passes on whatever it was given.
+    (parameter,) = inspect.signature(app).parameters.values()
+    assert parameter.annotation is Service
+
+
+def test_the_engine_of_the_service_for_kubernetes():
+    told = yaml.safe_load((ROOT / "cluster/kuberay/rayservice.yaml").read_text())["spec"]["serveConfigV2"]
+    (application,) = yaml.safe_load(told)["applications"]
+    assert application["import_path"] == f"{app.__module__}:{app.__name__}"
+    args = Service.model_validate(application["args"])
+    teacher = config.load(ROOT / Path(args.experiment).relative_to("/opt/raykd"), args.overrides).teacher
+    found = llm_config(teacher, 0, "gpu")
+    assert found.model_id == "teacher"
+    assert found.engine_kwargs["tensor_parallel_size"] * found.engine_kwargs["pipeline_parallel_size"] == 16
+    assert found.placement_group_config["bundles"] == [{"CPU": 1, "GPU": 1, "accelerator_type:H100": 0.001}] * 16
