@@ -78,7 +78,7 @@ def one_engine(
     contestants: list[evaluate.Contestant], experiment: Experiment, splits: Path, folder: Path
 ) -> dict[str, float]:
     began = time.monotonic()
-    with connected(folder / "log") as resources:
+    with connected(folder / "log", "evaluation", "benchmark") as resources:
         kind = placement.accelerator(experiment.evaluate.engine.accelerator, resources)
         told = (splits, experiment.student, experiment.evaluate, experiment.prompt.instruction)
         evaluate.evaluate(contestants, *told, kind, Path(tempfile.mkdtemp(dir=folder)))

@@ -94,7 +94,10 @@ def alternately(file: Path, root: Path, options: Any) -> dict[str, list[dict[str
     generate.AskTeacher = Timed
     first = plan_of(file, root / "warm", [*options.overrides, "problems.num_train=64"])
     wanted = first.experiment.teacher
-    with connected(root / "log") as resources, offline(wanted, options.top_k, resources) as process:
+    with (
+        connected(root / "log", "generation", "benchmark") as resources,
+        offline(wanted, options.top_k, resources) as process,
+    ):
         app = teacher.app_name("generation")
         with teacher.served(wanted, options.top_k, app, resources):
             teacher.wait_until_up(app, wanted.start_timeout_s)
@@ -103,9 +106,8 @@ def alternately(file: Path, root: Path, options: Any) -> dict[str, list[dict[str
                 plan = plan or plan_of(file, Path(tempfile.mkdtemp(dir=root)), options.overrides)
                 began = time.time()
                 instruction = plan.experiment.prompt.instruction
-                generate.generate(
-                    plan.requests, plan.problems, plan.experiment.teacher, instruction, app, journal.versions()
-                )
+                given = (plan.problems, plan.experiment.teacher, instruction)
+                generate.generate(plan.requests, *given, app, plan.experiment.name, journal.versions())
                 return figures(plan, began)
 
             def theirs(plan: pipeline.Plan = first) -> dict[str, float]:

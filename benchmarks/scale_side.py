@@ -84,7 +84,7 @@ def measure(told: dict[str, Any], root: Path) -> dict[str, float]:
     file.write_text(json.dumps(experiment_of(told)))
     plan = pipeline.prepare(config.load(file, [f"storage={root}"]), "benchmark")
     teacher, (request,) = plan.experiment.teacher, plan.requests
-    with connected(root / "log"):
+    with connected(root / "log", "scale", "benchmark"):
         deployment: Any = serve.deployment(Simulated)
         deployment = deployment.options(
             num_replicas=told["replicas"],
@@ -95,7 +95,8 @@ def measure(told: dict[str, Any], root: Path) -> dict[str, float]:
         serve.run(deployment.bind(CALLS, told["latency_s"]), name=APP, route_prefix=None)
         before, began = bench.peak_mb(), time.monotonic()
         with processor_seconds() as taken:
-            generate.generate([request], plan.problems, teacher, plan.experiment.prompt.instruction, APP, {})
+            given = (plan.problems, teacher, plan.experiment.prompt.instruction)
+            generate.generate([request], *given, APP, plan.experiment.name, {})
         stage = time.monotonic() - began
         serve.shutdown()
     peak = bench.peak_mb()

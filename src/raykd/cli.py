@@ -139,7 +139,7 @@ def _run_stage(stage: str, experiment: config.Experiment, command: str, retry_fa
     from raykd.cluster import connected
 
     if stage in ("run", "sweep"):
-        pipeline.run(experiment, command, retry_failed)
+        pipeline.run(experiment, command, retry_failed, stage)
     else:
         plan = pipeline.prepare(experiment, command)
         steps: dict[str, Callable[..., Any]] = {
@@ -149,7 +149,7 @@ def _run_stage(stage: str, experiment: config.Experiment, command: str, retry_fa
             "attention": pipeline.measure_attention,
         }
         if stage in steps:
-            with connected(plan.log) as resources:
+            with connected(plan.log, experiment.name, stage) as resources:
                 pipeline.check(plan, resources, [stage])
                 steps[stage](plan, resources)
             print(f"{stage}: done; {plan.folder}", file=sys.stderr)

@@ -11,8 +11,9 @@ import ray
 import ray._private.state
 import ray.data
 from ray.autoscaler.sdk import request_resources
+from ray.job_config import JobConfig
 
-from raykd import placement, progress, signals
+from raykd import metrics, placement, progress, signals
 from raykd.watch import given_back
 
 # Blocks that a task of Ray Data may hand on between two looks of its scheduler.
@@ -24,18 +25,24 @@ API_SERVER = "RAY_API_SERVER_ADDRESS"
 
 
 @contextmanager
-def connected(log: Path) -> Iterator[dict[str, float]]:
+def connected(log: Path, experiment: str, stage: str) -> Iterator[dict[str, float]]:
     """Joins the Ray cluster that RAY_ADDRESS names, or starts one on this machine, for a `with` block.
 
     Args:
         log: the file for what Ray, vLLM and other libraries have to say in this process.
+        experiment: the experiment's name.
+        stage: what this process does of it. Ray's dashboard shows both of a process that joins by itself; of one that
+            was submitted as a job, what was said when it was submitted.
 
     Yields:
         `capacity()`.
     """
     with progress.libraries_write_to(log):
         address = os.environ.get("RAY_ADDRESS")
-        context = ray.init(address=address, log_to_driver=False) if address else _start()
+        # The dashboard calls a job by its `job_name`.
+        told = {"job_name": f"{experiment} {stage}", "experiment": experiment, "stage": stage}
+        job = JobConfig(metadata=told)
+        context = ray.init(address=address, job_config=job, log_to_driver=False) if address else _start(job)
         with signals.end_in_order():
             data = ray.data.DataContext.get_current()
             data.enable_progress_bars = False
@@ -49,6 +56,7 @@ def connected(log: Path) -> Iterator[dict[str, float]]:
                 with given_back() if address else nullcontext():
                     yield capacity()
             finally:
+                metrics.forget()
                 ray.shutdown()
 
 
@@ -99,7 +107,7 @@ def requested(bundles: Sequence[dict[str, float]]) -> Iterator[None]:
         request_resources(bundles=[])
 
 
-def _start() -> Any:
+def _start(job: JobConfig) -> Any:
     """A cluster of this machine's own, beside whatever others run here.
 
     Ray Train frees the place of a trial that was stopped early when the API server says that its controller is gone.
@@ -111,7 +119,7 @@ def _start() -> Any:
     os.environ[API_SERVER] = f"http://127.0.0.1:{port}"
     try:
         # A plain ray.init() would join whatever cluster happens to run on this machine.
-        return ray.init(address="local", dashboard_port=port, log_to_driver=False)
+        return ray.init(address="local", dashboard_port=port, job_config=job, log_to_driver=False)
     finally:
         # This process may be asked to talk to another cluster afterwards.
         del os.environ[API_SERVER]

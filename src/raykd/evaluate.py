@@ -260,6 +260,7 @@ def _processor(
             tokenize_stage=False,
             detokenize_stage=False,
             placement_group_config={"bundles": placement.engine_bundles(evaluation.engine, kind)},
+            log_engine_metrics=not kwargs.get("disable_log_stats", False),
         ),
         preprocess=lambda row: {**row, "sampling_params": sampling_params(evaluation, int(row["answer_seed"]))},
     )

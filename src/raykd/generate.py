@@ -28,6 +28,7 @@ def generate(
     teacher: Teacher,
     instruction: str,
     app: str,
+    experiment: str,
     versions: Mapping[str, str],
 ) -> None:
     """Asks the served teacher all that is missing, for all strategies in one stream, and seals each folder.
@@ -38,6 +39,7 @@ def generate(
         teacher: the configuration's section.
         instruction: what is said about the form of the answer.
         app: the Serve application's name.
+        experiment: the experiment's name, for who watches.
         versions: of the packages that matter, for the manifest.
 
     Raises:
@@ -56,7 +58,7 @@ def generate(
         # The pipeline's actors wait far more than they work: they take no core from the engine, nor from Ray Data.
         num_cpus=0,
     )
-    _ask(questions, wanted, sum(totals.values()), sum(map(len, done.values())), teacher, app)
+    _ask(questions, wanted, sum(totals.values()), sum(map(len, done.values())), teacher, app, experiment)
     seconds = time.monotonic() - started
     for request in wanted:
         _seal(request, totals[request.folder], teacher.max_error_rate, seconds / len(wanted), versions)
@@ -68,6 +70,7 @@ def score(
     teacher: Teacher,
     instruction: str,
     app: str,
+    experiment: str,
     versions: Mapping[str, str],
 ) -> None:
     """Has the served teacher score what students wrote, token by token and primed, and seals each folder.
@@ -78,6 +81,7 @@ def score(
         teacher: the configuration's section.
         instruction: what is said about the form of the answer.
         app: the Serve application's name.
+        experiment: the experiment's name, for who watches.
         versions: of the packages that matter, for the manifest.
 
     Raises:
@@ -101,7 +105,7 @@ def score(
         compute=ray.data.ActorPoolStrategy(size=1),
         num_cpus=0,
     )
-    _ask(questions, requests, sum(totals.values()), sum(map(len, done.values())), teacher, app)
+    _ask(questions, requests, sum(totals.values()), sum(map(len, done.values())), teacher, app, experiment)
     seconds = time.monotonic() - started
     for folder, request in wanted.items():
         total = totals[folder] + _keep_what_has_no_token(folder, request)
@@ -137,7 +141,13 @@ def _keep_what_has_no_token(folder: Path, request: Request) -> int:
 
 
 def _ask(
-    questions: ray.data.Dataset, wanted: list[Request], total: int, already: int, teacher: Teacher, app: str
+    questions: ray.data.Dataset,
+    wanted: list[Request],
+    total: int,
+    already: int,
+    teacher: Teacher,
+    app: str,
+    experiment: str,
 ) -> None:
     """Streams questions through the served teacher; the completions are written on the way.
 
@@ -148,18 +158,27 @@ def _ask(
         already: how many were answered before.
         teacher: the configuration's section.
         app: the Serve application's name.
+        experiment: the experiment's name, for who watches.
     """
     in_flight = teacher.concurrency * teacher.replicas.max
     # Blocks as large as a call, so that each call can be under way, and written, on its own.
     counts = questions.repartition(target_num_rows_per_block=teacher.batch_size).map_batches(
         AskTeacher,
         batch_size=teacher.batch_size,
-        fn_constructor_kwargs={"app": app, "teacher": teacher, "requests": wanted, "in_flight": in_flight},
+        fn_constructor_kwargs={
+            "app": app,
+            "experiment": experiment,
+            "teacher": teacher,
+            "requests": wanted,
+            "in_flight": in_flight,
+        },
         compute=ray.data.ActorPoolStrategy(
             size=1, max_tasks_in_flight_per_actor=in_flight, max_concurrent_calls_per_actor=in_flight
         ),
         num_cpus=0,
     )
+    # What Ray's dashboard shows of it.
+    counts.set_name(f"{experiment}-completions")
     with Meter("teacher", total, done=already) as meter:
         if already >= total:
             return

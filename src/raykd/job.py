@@ -43,6 +43,11 @@ class Job:
     """Which round of a student that learns from its own answers; None for training in one go."""
 
     @property
+    def experiment(self) -> str:
+        """The experiment's name: its folder, in which the trials' folders are, is called so."""
+        return self.folder.parents[1].name
+
+    @property
     def rounds(self) -> int:
         """In how many parts the training is done."""
         return self.arm.targets.rounds if self.arm.targets.sequence == "student" else 1

@@ -21,6 +21,7 @@ from raykd import (
     harness,
     journal,
     lock,
+    metrics,
     models,
     placement,
     problems,
@@ -34,7 +35,7 @@ from raykd import (
 from raykd.cluster import connected
 from raykd.completions import Request
 from raykd.config import Experiment
-from raykd.job import Job
+from raykd.job import Job, outcome
 from raykd.progress import LOG, say
 from raykd.study import Make, Undrawn
 from raykd.variants import Point, Variant, arm_of, at, corners, lessons, variants
@@ -138,17 +139,18 @@ class Plan:
         return not completions.missing(self.requests) and is_trained and _are_predicted(self) and _is_measured(self)
 
 
-def run(experiment: Experiment, command: str, retry_failed: bool = False) -> Path:
+def run(experiment: Experiment, command: str, retry_failed: bool = False, stage: str = "run") -> Path:
     """Runs an experiment from problems to report, and returns its folder.
 
     Args:
         experiment: the experiment.
         command: what was typed, for the report.
         retry_failed: whether trials of a sweep that failed are tried again.
+        stage: what this is called in Ray's dashboard.
     """
     plan = prepare(experiment, command, retry_failed)
     if not plan.is_complete():
-        with connected(plan.log) as resources:
+        with connected(plan.log, experiment.name, stage) as resources:
             check(plan, resources)
             make_completions(plan, resources)
             train_students(plan, resources)
@@ -298,7 +300,8 @@ def _ask_teacher(plan: Plan, missing: list[Request], resources: dict[str, float]
         journal.occupied(plan.folder, journal.TEACHER, *held),
         teacher.served(experiment.teacher, top_k, app, resources),
     ):
-        generate.generate(missing, plan.problems, experiment.teacher, experiment.prompt.instruction, app, versions)
+        given = (plan.problems, experiment.teacher, experiment.prompt.instruction)
+        generate.generate(missing, *given, app, experiment.name, versions)
 
 
 def train_students(plan: Plan, resources: dict[str, float]) -> None:
@@ -306,6 +309,7 @@ def train_students(plan: Plan, resources: dict[str, float]) -> None:
     experiment, pending = plan.experiment, plan.pending
     if not pending and not plan.undrawn:
         return
+    metrics.show_trials(experiment.name, {job.trial_id: outcome(job) for job in plan.jobs})
     if plan.undrawn:
         say(f"training {plan.undrawn.num_trials} students at points that Optuna chooses by what others reach")
     if pending:

@@ -83,7 +83,7 @@ def _answered(
     if missing:
         with serving:
             instruction, app = experiment.prompt.instruction, teacher.app_name(experiment.name)
-            generate.score(missing, problems, experiment.teacher, instruction, app, versions)
+            generate.score(missing, problems, experiment.teacher, instruction, app, experiment.name, versions)
     folders = {_answers(part): _answers(part) for part in parts} | {path: each.folder for path, each in scored.items()}
     return [dataclasses.replace(part, completions=folders[_answers(part)]) for part in parts]
 

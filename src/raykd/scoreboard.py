@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from raykd import progress
+from raykd import metrics, progress
 from raykd.config import shown
 from raykd.job import FAILED, Job, outcome, read_curve
 from raykd.progress import Meter
@@ -55,7 +55,7 @@ class Scoreboard(tune.Callback):
             self._meter = Meter("training", None, unit="steps").__enter__()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._states[trial.config["trial_id"]] = "training"
+        self._be(trial.config["trial_id"], metrics.TRAINING)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -95,16 +95,21 @@ class Scoreboard(tune.Callback):
         # With none yet, they are the points of a search.
         return all(job.sweep for job in self._jobs.values())
 
+    def _be(self, trial_id: str, state: str) -> None:
+        self._states[trial_id] = state
+        if job := self._jobs.get(trial_id):
+            metrics.show_trials(job.experiment, {trial_id: state})
+
     def _ended(self, trial_id: str) -> None:
         job = self._jobs.get(trial_id)
         if job is None:
             return
-        self._states[trial_id] = outcome(job)
+        self._be(trial_id, outcome(job))
         if self._meter is not None and (curve := read_curve(job.folder / "metrics.jsonl")):
             # Of a trial whose workers were lost Tune is not told the last.
             self._count(trial_id, curve[-1])
         if job.sweep and self._live is None and self._meter is not None:
-            over = sum(state not in ("", "training") for state in self._states.values())
+            over = sum(state not in ("", metrics.TRAINING) for state in self._states.values())
             at = f" at {shown(job.values)}" if job.values else ""
             reached = score(job.sweep, self._measured.get(trial_id))
             self._meter.note(
@@ -115,7 +120,7 @@ class Scoreboard(tune.Callback):
         """Steps of all trials; until one reports, it is taken to have as many as those that did."""
         # What a trial left undone at its end is not waited for.
         steps = [
-            seen["steps"] if self._states.get(trial_id, "") in ("", "training") else seen["step"]
+            seen["steps"] if self._states.get(trial_id, "") in ("", metrics.TRAINING) else seen["step"]
             for trial_id, seen in self._seen.items()
         ]
         return round(sum(steps) / len(steps) * self._num_trials)
@@ -127,13 +132,13 @@ class Scoreboard(tune.Callback):
             table.add_column(column, justify="right" if column in ("Seed", "Step") else "left")
         room = max(height - MARGIN, 4)
         # What is under way first, then what has come furthest.
-        order = {"training": 0, FAILED: 2, "": 3}
+        order = {metrics.TRAINING: 0, FAILED: 2, "": 3}
         ids = sorted(self._jobs, key=lambda each: (order.get(self._states.get(each, ""), 1), self._rank(each)))
         for trial_id in ids[:room]:
             job, seen = self._jobs[trial_id], self._seen.get(trial_id)
             steps = f"{seen['step']}/{seen['steps']}" if seen else ""
             reached = score(job.sweep, self._measured.get(trial_id)) if job.sweep else ""
-            state = self._states.get(trial_id, "") or "waiting"
+            state = self._states.get(trial_id, "") or metrics.WAITING
             cells = (job.arm_name, str(job.seed), shown(job.values), state, steps, reached)
             table.add_row(*(Text(cell) for cell in cells))
         rest = [Text(f"and {len(ids) - room} more")] if len(ids) > room else []

@@ -157,7 +157,8 @@ def run(
     bundles = max((placement.trial_bundles(train, kind) for train, kind in held), key=len)
     _quiet()
 
-    def trainable(config: dict[str, Any]) -> None:
+    # Ray's dashboard shows the function's name.
+    def train_student(config: dict[str, Any]) -> None:
         job = known.get(config["trial_id"]) or _drawn(config, make)
         # So that others are compared with it, and it with them, as if nothing had been broken off.
         for measured in validations(read_curve(job.folder / "metrics.jsonl")) if sweep else []:
@@ -169,7 +170,7 @@ def run(
     tuner = tune.Tuner(
         # The driver of a trial waits for its workers and needs no core itself, but Tune wants it to need something. On
         # the head it is not lost with a node that its workers are on.
-        tune.with_resources(trainable, {"CPU": 0, "memory": 1 << 20, placement.HEAD: 0.0001}),
+        tune.with_resources(train_student, {"CPU": 0, "memory": 1 << 20, placement.HEAD: 0.0001}),
         tune_config=tune.TuneConfig(
             search_alg=Search(list(known.values()), jobs, room, studies),
             # Until the search says that there is nothing more.

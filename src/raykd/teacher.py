@@ -15,7 +15,7 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.config import ProxyLocation
 
-from raykd import completions, placement, records, storage
+from raykd import completions, metrics, placement, records, storage
 from raykd.cluster import is_joined
 from raykd.completions import Request
 from raykd.demo import resolve_model
@@ -94,6 +94,8 @@ def llm_config(teacher: Teacher, top_k: int, kind: placement.Accelerator) -> Any
         engine_kwargs=kwargs,
         runtime_env={"env_vars": env},
         callback_config={"callback_class": "raykd.hub_tokens.KeepHubTokens"},  # pyright: ignore[reportArgumentType]
+        # By default, too; but Serve LLM refuses an engine that was told to keep no statistics.
+        log_engine_metrics=not kwargs.get("disable_log_stats", False),
         deployment_config=deployment,
     )
 
@@ -188,8 +190,8 @@ class AskTeacher:
     tokens, as if it had written them.
     """
 
-    def __init__(self, app: str, teacher: Teacher, requests: list[Request], in_flight: int) -> None:
-        self._app, self._handle = app, serve.get_app_handle(app)
+    def __init__(self, app: str, experiment: str, teacher: Teacher, requests: list[Request], in_flight: int) -> None:
+        self._app, self._handle, self._experiment = app, serve.get_app_handle(app), experiment
         self._teacher = teacher
         self._requests = {request.folder: request for request in requests}
         self._room = asyncio.Semaphore(in_flight)
@@ -207,6 +209,7 @@ class AskTeacher:
             answered = await self._ask(group, request)
             table = pa.Table.from_pylist(answered, schema=records.COMPLETION)
             await asyncio.to_thread(storage.write_part, request.folder, table)
+            metrics.count_completions(self._experiment, request, answered)
             yield {
                 "rows": [len(answered)],
                 "tokens": [sum(len(row["completion_token_ids"]) for row in answered)],

@@ -18,6 +18,7 @@ from typing import Any
 
 from raykd import checkpoints, placement, storage, targets
 from raykd.job import COMPLETE, Job, problem_ids, problems_of_round, read_curve, record
+from raykd.metrics import show_training
 from raykd.sections import Train
 from raykd.targets import Target
 
@@ -118,8 +119,9 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
     totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
     marks = validation.marks(len(steps), job.sweep.validations) if job.sweep else {}
     last: dict[str, Any] = {}
-    started = time.monotonic()
+    started, pace = time.monotonic(), _Pace()
     for step in range(first, mine.stop):
+        pace.begin()
         epoch, batch = steps[step]
         count = lesson.tokens(batch)
         # Dropout repeats itself when a step is done again after a failure.
@@ -138,17 +140,21 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
             engine.backward(loss_sum * scale)
             engine.step()
             totals[0] += loss_sum.detach().double()
+            pace.own += lesson.tokens(part)
         totals[1] += count
         tokens += count
+        pace.tokens += count
         done = step + 1
         is_checkpoint = done < len(steps) and (done % train.checkpoint_every_steps == 0 or done == mine.stop)
         if done % every == 0 or done == mine.stop or is_checkpoint or done in marks:
             torch.distributed.all_reduce(totals[:1])
+            loss = float(totals[0] / totals[1]) if totals[1] else None
+            show_training(job, worker, loss, *pace.end())
             measured = validation.measure(engine, model.model, tokenizer, job, marks[done]) if done in marks else None
             metrics = {
                 "step": done,
                 "epoch": epoch,
-                "loss": float(totals[0] / totals[1]) if totals[1] else None,
+                "loss": loss,
                 "learning_rate": engine.get_lr()[0],
                 "target_tokens": tokens,
                 "seconds": round(seconds_before + time.monotonic() - started, 3),
@@ -210,6 +216,28 @@ def _lesson(job: Job, tokenizer: Any) -> _Lesson:
         rows = [by_problem.get(problem_id) for problem_id in problem_ids(job)]
     train = job.arm.train
     return _Lesson(rows, dropped, list(targets.batches(len(rows), train.batch_size, train.epochs, job.seed)))
+
+
+class _Pace:
+    """How fast it goes, from one look to the next, without what is done at a look."""
+
+    def __init__(self) -> None:
+        # Target tokens since the last look, of all workers and of this one.
+        self.tokens, self.own = 0, 0
+        self._since: float | None = None
+
+    def begin(self) -> None:
+        """A step begins."""
+        if self._since is None:
+            self._since = time.monotonic()
+
+    def end(self) -> tuple[float, float]:
+        """Target tokens per second of all workers, and of this one."""
+        assert self._since is not None, "a step was begun"
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        speeds = self.tokens / seconds, self.own / seconds
+        self.tokens, self.own, self._since = 0, 0, None
+        return speeds
 
 
 def _checkpoint(engine: Any, metrics: dict[str, Any], report: Report) -> None:

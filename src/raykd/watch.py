@@ -121,7 +121,7 @@ def _watching(name: str, then: Callable[[], None]) -> Iterator[Any]:
     # It must not go with another node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # Ray types a handle to an actor as its class, which `ray.kill` does not take.
-    run: Any = Run.options(scheduling_strategy=here).remote()
+    run: Any = Run.options(name=f"{name}-run", scheduling_strategy=here).remote()
     watch: Any = Watch.options(name=name, lifetime="detached", resources={placement.HEAD: 0.0001}).remote(run, then)
     try:
         yield watch

@@ -35,7 +35,7 @@ class Controller:
     def is_there(self):
         return True
 
-with connected(Path(sys.argv[1]) / "log"):
+with connected(Path(sys.argv[1]) / "log", "leavings", "test"):
     controller = Controller.options(name="controller", lifetime="detached").remote(sys.argv[1] + "/marker")
     ray.get(controller.is_there.remote())
     Path(sys.argv[1], "works").touch()

@@ -29,7 +29,7 @@ def grow(address: str, log: Path) -> tuple[float, int, int, float]:
     """How many cores there may be; for how many of four trials there is room before and after they come, and how many
     have come."""
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address}
-    with cluster.connected(log) as capacity:
+    with cluster.connected(log, "growing", "test") as capacity:
         room = sweep._room([(Train(num_workers=1), "cpu")], {}, at_most=4)
         before = room()
         with cluster.requested([{"CPU": 1}] * 5):

@@ -58,7 +58,7 @@ def follow(address: str, log: Path) -> dict[str, Any]:
     """What comes and goes while a teacher is up, after it, while students train, and after them."""
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address}
     seen: dict[str, Any] = {}
-    with cluster.connected(log) as capacity:
+    with cluster.connected(log, "cloud", "test") as capacity:
         seen["capacity"] = capacity
         seen["auto"] = placement.accelerator("auto", capacity)
         seen["before"] = kinds()

@@ -34,6 +34,7 @@ FLOORS = [
         "job",
         "finalists",
         "table",
+        "metrics",
     },
     {
         "attention",

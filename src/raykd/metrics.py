@@ -1,0 +1,214 @@
+"""Metrics: what is counted of a run for Ray's metrics, and under which names; without Ray nothing is counted."""
+
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from raykd.completions import Request
+from raykd.job import COMPLETE, FAILED, STOPPED, Job
+
+WAITING, TRAINING = "waiting", "training"
+STATES = (WAITING, TRAINING, COMPLETE, STOPPED, FAILED)
+# Ray sends on what was set since it last did, every 10 s, and forgets what it was not told of for 20.
+TOLD_AGAIN_EVERY_S = 5
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric's name in Ray, what it is of, and by what its series are told apart."""
+
+    kind: Literal["counter", "gauge"]
+    name: str
+    description: str
+    tags: tuple[str, ...]
+
+    @property
+    def exported(self) -> str:
+        """What Prometheus calls it."""
+        return f"ray_{self.name}" + ("_total" if self.kind == "counter" else "")
+
+
+# The experiment's name, and the id of the job that works on it, as Ray's dashboard shows it.
+_OF_A_RUN = ("experiment", "ray_job")
+# `sequence` is whose text it is: the `teacher`'s, or the `reference` solutions' or a `student`'s, which it scored.
+_OF_A_STRATEGY = (*_OF_A_RUN, "strategy", "sequence")
+_OF_A_TRIAL = (*_OF_A_RUN, "trial")
+
+COMPLETIONS = Metric(
+    "counter",
+    "raykd_completions",
+    "Completions that the teacher wrote or scored (outcome done), and those that carry an error (outcome failed).",
+    (*_OF_A_STRATEGY, "outcome"),
+)
+TOKENS = Metric("counter", "raykd_completion_tokens", "Tokens of completions that are done.", _OF_A_STRATEGY)
+CORRECT = Metric(
+    "counter", "raykd_correct_completions", "Completions whose strict answer is the right one.", _OF_A_STRATEGY
+)
+SHARE = Metric(
+    "gauge",
+    "raykd_correct_share",
+    "Share of the completions done in this run so far whose strict answer is the right one, 0 to 1.",
+    _OF_A_STRATEGY,
+)
+LOSS = Metric("gauge", "raykd_training_loss", "Mean loss of a target token since the last look, nats.", _OF_A_TRIAL)
+SPEED = Metric("gauge", "raykd_training_tokens_per_second", "Target tokens per second of a trial.", _OF_A_TRIAL)
+WORKER_SPEED = Metric(
+    "gauge",
+    "raykd_training_worker_tokens_per_second",
+    "Target tokens per second of one of a trial's workers.",
+    (*_OF_A_TRIAL, "rank"),
+)
+TRIALS = Metric("gauge", "raykd_trials", f"Trials by state: {', '.join(STATES)}.", (*_OF_A_RUN, "state"))
+METRICS = (COMPLETIONS, TOKENS, CORRECT, SHARE, LOSS, SPEED, WORKER_SPEED, TRIALS)
+
+# Of this process: Ray's own objects, what gauges stand at, completions done and correct, and the state of each trial.
+_made: dict[Metric, Any] = {}
+_stand_at: dict[tuple[Metric, tuple[str, ...]], float] = {}
+_answers: dict[tuple[str, ...], tuple[int, int]] = {}
+_states: dict[str, dict[str, str]] = {}
+_lock = threading.Lock()
+_teller: threading.Thread | None = None
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What completions came to."""
+
+    done: int
+    failed: int
+    tokens: int
+    correct: int
+
+
+def tally(rows: Iterable[Mapping[str, Any]]) -> Tally:
+    """Counts rows of `records.COMPLETION`."""
+    rows = list(rows)
+    done = [row for row in rows if not row["error"]]
+    tokens = sum(len(row["completion_token_ids"]) for row in done)
+    return Tally(len(done), len(rows) - len(done), tokens, sum(bool(row["is_correct"]) for row in done))
+
+
+def count_completions(experiment: str, request: Request, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Counts completions that were written.
+
+    Args:
+        experiment: the experiment's name.
+        request: what they belong to.
+        rows: of `records.COMPLETION`.
+    """
+    if not _is_connected():
+        return
+    found, of = tally(rows), (experiment, _ray_job(), request.strategy_name, request.sequence)
+    _add(COMPLETIONS, (*of, "done"), found.done)
+    _add(COMPLETIONS, (*of, "failed"), found.failed)
+    _add(TOKENS, of, found.tokens)
+    _add(CORRECT, of, found.correct)
+    done, correct = _answers.get(of, (0, 0))
+    _answers[of] = done, correct = done + found.done, correct + found.correct
+    if done:
+        _set(SHARE, of, correct / done)
+
+
+def show_training(
+    job: Job, worker: int, loss: float | None, tokens_per_second: float, own_tokens_per_second: float
+) -> None:
+    """Shows how a trial's training goes.
+
+    Args:
+        job: the trial.
+        worker: the rank of the worker that this process is.
+        loss: of all workers' tokens, nats; None where there were none.
+        tokens_per_second: of all workers.
+        own_tokens_per_second: of this one.
+    """
+    if not _is_connected():
+        return
+    of = (job.experiment, _ray_job(), job.trial_id)
+    if worker == 0:
+        _set(SPEED, of, tokens_per_second)
+        if loss is not None:
+            _set(LOSS, of, loss)
+    _set(WORKER_SPEED, (*of, str(worker)), own_tokens_per_second)
+
+
+def show_trials(experiment: str, states: Mapping[str, str]) -> None:
+    """Shows how many of an experiment's trials are in each state.
+
+    Args:
+        experiment: the experiment's name.
+        states: by trial, those of `STATES` that are known now; empty for one that waits. What was said of other trials
+            of the experiment stands.
+    """
+    if not _is_connected():
+        return
+    known = _states.setdefault(experiment, {})
+    known.update({trial: state or WAITING for trial, state in states.items()})
+    found = list(known.values())
+    for state in STATES:
+        _set(TRIALS, (experiment, _ray_job(), state), found.count(state))
+
+
+def forget() -> None:
+    """Forgets what this process has shown, when it leaves a cluster."""
+    with _lock:
+        _stand_at.clear()
+    _answers.clear()
+    _states.clear()
+
+
+def _is_connected() -> bool:
+    # The training loop runs without Ray, too, and then should not wait for it to load.
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
+def _ray_job() -> str:
+    import ray
+
+    return ray.get_runtime_context().get_job_id()
+
+
+def _add(metric: Metric, tags: tuple[str, ...], amount: int) -> None:
+    # Ray's counters do not take a zero.
+    if amount:
+        _ray_metric(metric).inc(amount, tags=dict(zip(metric.tags, tags, strict=True)))
+
+
+def _set(metric: Metric, tags: tuple[str, ...], value: float) -> None:
+    global _teller
+    with _lock:
+        _stand_at[metric, tags] = value
+        _tell(metric, tags, value)
+        if _teller is None:
+            _teller = threading.Thread(target=_tell_again, name="raykd-metrics", daemon=True)
+            _teller.start()
+
+
+def _tell_again() -> None:
+    """Keeps gauges where they stand, however seldom they are set."""
+    global _teller
+    while True:
+        time.sleep(TOLD_AGAIN_EVERY_S)
+        with _lock:
+            if not _is_connected() or not _stand_at:
+                _teller = None
+                return
+            for (metric, tags), value in _stand_at.items():
+                _tell(metric, tags, value)
+
+
+def _tell(metric: Metric, tags: tuple[str, ...], value: float) -> None:
+    _ray_metric(metric).set(value, tags=dict(zip(metric.tags, tags, strict=True)))
+
+
+def _ray_metric(metric: Metric) -> Any:
+    """Ray's own object, made in the process that counts."""
+    if metric not in _made:
+        from ray.util.metrics import Counter, Gauge
+
+        made = Counter if metric.kind == "counter" else Gauge
+        _made[metric] = made(metric.name, metric.description, metric.tags)
+    return _made[metric]
