@@ -101,6 +101,7 @@ def measure(
                 num_gpus=resources.pop("GPU", 0),
                 resources=resources,
             )
+            read.set_name("student-attention")
             for row in read.iter_rows():
                 meter.add(row["rows"], row["tokens"])
     config = models.load_config(student).get_text_config()

@@ -91,6 +91,7 @@ def evaluate(
                 compute=ray.data.ActorPoolStrategy(size=1),
                 num_cpus=0,
             )
+            scored.set_name("student-answers")
             for row in scored.iter_rows():
                 meter.add(row["rows"], row["tokens"])
     option = "evaluate.max_error_rate"

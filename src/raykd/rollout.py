@@ -56,6 +56,7 @@ def rollout(
                 compute=ray.data.ActorPoolStrategy(size=1),
                 num_cpus=0,
             )
+            kept.set_name("student-rollouts")
             for row in kept.iter_rows():
                 meter.add(row["rows"], row["tokens"])
     for contestant, folder in folders.items():
