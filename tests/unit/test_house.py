@@ -35,6 +35,7 @@ FLOORS = [
         "finalists",
         "table",
         "metrics",
+        "shapes",
     },
     {
         "attention",
