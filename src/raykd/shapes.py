@@ -62,6 +62,8 @@ class Shape:
     """How many of a layer's projections to heads have a bias, from `q_proj` on: 0, 3 (Qwen 2) or 4."""
     head_norms: bool = False
     """Whether queries and keys are normalised in each head (Qwen 3)."""
+    positions: int = 131072
+    """Tokens that the model was made for, prompt and answer together; Llama 3's."""
     dtype_bytes: int = 2
     """Of a weight that is not quantized, as the checkpoint has it."""
     source: str = "given"
@@ -185,6 +187,7 @@ def read(file: Path) -> Shape | None:
             quantization=_of_method(told.get("quantization_config") or {}),
             attention_biases=biased,
             head_norms=kind == "qwen3",
+            positions=int(told.get("max_position_embeddings") or 131072),
             dtype_bytes=4 if dtype == "float32" else 2,
             source=str(file),
         )

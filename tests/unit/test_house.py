@@ -36,6 +36,7 @@ FLOORS = [
         "table",
         "metrics",
         "shapes",
+        "memory",
     },
     {
         "attention",
