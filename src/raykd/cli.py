@@ -1,6 +1,8 @@
 """Command line: raykd plan | prompts | run | sweep | generate | train | evaluate | attention | report | compare."""
 
 import argparse
+import dataclasses
+import math
 import os
 import shlex
 import sys
@@ -23,7 +25,7 @@ given again after whatever ended it. With RAY_ADDRESS set they run on that Ray c
 """
 
 _STAGES = {
-    "plan": "in what the arms differ, before anything is started",
+    "plan": "in what the arms differ and what they need, before anything is started; refuses what cannot fit",
     "prompts": "what teacher and student are sent for a problem, by their own chat templates, with token counts",
     "run": "the whole experiment, from problems to report",
     "sweep": "the same with a section `sweep`: search hyper-parameters, choose by validation, test what was chosen",
@@ -35,10 +37,19 @@ _STAGES = {
 }
 
 
+_RATES = {
+    "generation_rate": "completion tokens a second of one replica of the teacher",
+    "training_rate": "target tokens a second of one training worker",
+    "answering_rate": "tokens a second of the engine of the students",
+    "completion_tokens": "tokens of a completion of the teacher, in the mean",
+    "answer_tokens": "tokens of a student's answer, in the mean",
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status (0 done, 1 a fault or a trial that failed, 2 a mistake in the input)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(arguments)
+    options = _parsed(arguments)
     command = shlex.join(["raykd", *arguments])
     # vLLM greets on import; the engines, which have logs of their own, are told otherwise.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -71,6 +82,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """What was typed. Fields may be set before and behind options, which argparse takes for a mistake."""
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)
+    if strange := [each for each in more if each.startswith("-") or not hasattr(options, "overrides")]:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if more:
+        options.overrides = [*options.overrides, *more]
+    return options
+
+
 def _told(fault: Exception) -> str:
     """A fault in a sentence; empty where it is one of raykd's own, which keeps its traceback."""
     if refused := faults.refusal(fault):
@@ -95,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
         stage.add_argument("file", metavar="FILE", help="the experiment's YAML file")
         if name == "prompts":
             stage.add_argument("--problem", default="0", metavar="N", help="number or id of a training problem (0)")
+        if name == "plan":
+            _add_plan(stage)
         if name == "sweep":
             stage.add_argument("--retry-failed", action="store_true", help="try trials that failed once more")
         stage.add_argument("overrides", nargs="*", metavar="key.path=value", help="fields to set, values as YAML")
@@ -110,6 +134,14 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--score", choices=("strict", "flexible"), default="strict", help="what is right (strict)")
     compare.add_argument("--limit", type=int, default=10, metavar="N", help="problems shown of each kind, 0: all (10)")
     return parser
+
+
+def _add_plan(stage: argparse.ArgumentParser) -> None:
+    cluster = "a `ray up` file, or `live` for the running cluster (RAY_ADDRESS): what there is, or may be"
+    stage.add_argument("--cluster", metavar="FILE", help=cluster)
+    stage.add_argument("--measured", metavar="RUN", help="an earlier run's folder, whose rates are taken")
+    for name, text in _RATES.items():
+        stage.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="N", help=text)
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -128,9 +160,56 @@ def _preview(options: argparse.Namespace, experiment: config.Experiment) -> int:
         found = preview.search(experiment)
         Console().print(preview.arms(experiment))
         print(found, end="\n" if found else "")
+        _show_needs(options, experiment)
     else:
         print(preview.prompts_of(experiment, options.problem))
     return 0
+
+
+def _show_needs(options: argparse.Namespace, experiment: config.Experiment) -> None:
+    """Prints what an experiment needs, and raises ValueError where it cannot run."""
+    from rich.console import Console
+
+    from raykd import needs, nodes, rates
+
+    cluster = None
+    if options.cluster:
+        cluster = nodes.of_ray(_live()) if options.cluster == "live" else nodes.read(Path(options.cluster))
+    known = rates.measured(Path(options.measured)) if options.measured else rates.Rates()
+    told = _rates_of(options)
+    tables, refused = needs.tables(experiment, cluster, dataclasses.replace(known, **told))
+    # In a log lines may be long; a terminal knows its width.
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+    for table in tables:
+        console.print(table)
+    if refused:
+        raise ValueError(f"{options.file} does not fit: {refused}")
+
+
+def _rates_of(options: argparse.Namespace) -> dict[str, float]:
+    """The rates that were typed.
+
+    Raises:
+        ValueError: where one is not above 0.
+    """
+    told = {name: value for name in _RATES if (value := getattr(options, name)) is not None}
+    if bad := [f"--{name.replace('_', '-')} {value:g}" for name, value in told.items() if not 0 < value < math.inf]:
+        raise ValueError(f"{', '.join(bad)}: should be above 0")
+    return {name.removesuffix("_rate"): value for name, value in told.items()}
+
+
+def _live() -> list[dict[str, Any]]:
+    """The nodes of the running cluster."""
+    import ray
+
+    try:
+        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, logging_level="ERROR")
+    except ConnectionError:
+        raise ValueError("--cluster live: no Ray cluster runs here; set RAY_ADDRESS, or give a `ray up` file") from None
+    try:
+        return ray.nodes()
+    finally:
+        ray.shutdown()
 
 
 def _run_stage(stage: str, experiment: config.Experiment, command: str, retry_failed: bool) -> int:

@@ -5,7 +5,9 @@ Engines: vLLM's split over T tensor and P pipeline parallel processes, the fulle
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from raykd.engine import Engine
@@ -23,6 +25,8 @@ UTILIZATION = 0.92
 # vLLM 0.29, doubled by performance_mode=throughput: tokens in a step and sequences at a time, as a server on GPUs of 70
 # GiB and more that are no A100, on others, and under Ray Data.
 _SERVED_LARGE, _SERVED, _IN_DATA = (16384, 2048), (4096, 512), (4096, 256)
+# Tokens of a sequence that there should be room for where vLLM is to find out how many there is.
+_ROOM = 1024
 # Logits of one sequence: the model's, in float32, and a sampler's copy.
 _LOGIT_BYTES = 10
 # vLLM makes room for adapters of these ranks only.
@@ -43,6 +47,11 @@ class Gpu:
     bytes: int
     """As PyTorch tells them."""
 
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether it computes in bfloat16, as NVIDIA's do from Ampere on."""
+        return self.kind not in ("T4", "V100")
+
 
 # What PyTorch and vLLM report as a GPU's total capacity, in GiB; where drivers differ, the least. Names are Ray's
 # (`accelerator_type:...`); it tells no A100 of 40 GB from one of 80, so that `A100` is the smaller.
@@ -53,8 +62,8 @@ GPUS = {
         "V100": 15.77,
         "L4": 21.95,
         "A10G": 21.98,
-        "A100": 39.38,
         "A100-40G": 39.38,
+        "A100": 39.38,
         "L40S": 44.39,
         "H100": 79.10,
         "A100-80G": 79.14,
@@ -122,9 +131,9 @@ def engine(
     width = _bytes_of(told.get("dtype"))
     is_large = gpu is not None and gpu.bytes >= 70 * GIB and "A100" not in gpu.kind
     tokens, sequences = (_SERVED_LARGE if is_large else _SERVED) if served else _IN_DATA
-    length = int(told.get("max_model_len") or shape.positions)
-    sequences = int(told.get("max_num_seqs") or sequences)
-    tokens = int(told.get("max_num_batched_tokens") or min(tokens, sequences * length))
+    length = model_length(shape, engine)
+    sequences = _whole(told, "max_num_seqs") or sequences
+    tokens = _whole(told, "max_num_batched_tokens") or min(tokens, sequences * length)
     # Heads of keys and values that are fewer than processes are there more than once.
     heads = max(1, shape.kv_heads // tensor)
     cached = 1 if str(told.get("kv_cache_dtype", "auto")).startswith("fp8") else width
@@ -143,8 +152,32 @@ def engine(
         kv_token=max(last - first for first, last in layers) * 2 * heads * shape.head_dim * cached,
         max_model_len=length,
         max_num_seqs=sequences,
-        share=float(told.get("gpu_memory_utilization", UTILIZATION)) if gpu else 1.0,
+        share=_share(told) if gpu else 1.0,
     )
+
+
+def model_length(shape: Shape, engine: Engine) -> int:
+    """How long a sequence of an engine may be: `max_model_len`, or what the model was made for."""
+    told = engine.engine_kwargs.get("max_model_len")
+    if told in (-1, "auto"):
+        # vLLM takes what there is room for.
+        return min(_ROOM, shape.positions)
+    return _whole(engine.engine_kwargs, "max_model_len") or shape.positions
+
+
+def _whole(told: Mapping[str, Any], name: str) -> int | None:
+    """An argument of vLLM that is a whole number; None where it is not given."""
+    value = told.get(name)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"engine_kwargs.{name}: should be a whole number above 0, not {value!r}")
+    return value
+
+
+def _share(told: Mapping[str, Any]) -> float:
+    value = told.get("gpu_memory_utilization", UTILIZATION)
+    if not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"engine_kwargs.gpu_memory_utilization: should be above 0, and 1 at most, not {value!r}")
+    return float(value)
 
 
 def padded_rank(rank: int) -> int:
@@ -177,6 +210,7 @@ def stages(layers: int, pipeline: int) -> list[tuple[int, int]]:
     return [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
+@lru_cache(maxsize=4096)
 def _stage_weights(shape: Shape, tensor: int, first: int, last: int, width: int) -> int:
     """Bytes of the layers from first up to last, with their ends, in one of so many tensor parallel processes."""
     total = sum(_layer_weights(shape, layer, tensor, width) for layer in range(first, last))
@@ -314,3 +348,15 @@ def _passing(shape: Shape, width: int) -> int:
 def fits(needed: int, memory: int) -> bool:
     """Whether a training worker fits, with a twentieth for what an allocator cannot use."""
     return needed <= memory * 0.95
+
+
+def holds_engine(gpu: Gpu, shape: Shape, told: Engine, needs: EngineNeeds) -> bool:
+    """Whether a process of an engine runs on a GPU: vLLM computes in bfloat16, but in float16 where it is told to, or
+    where that is what is between weights of 4 bits."""
+    in_bfloat16 = told.engine_kwargs.get("dtype", "auto") in ("auto", "bfloat16") and shape.quantization.bits != 4
+    return needs.least <= gpu.bytes and (gpu.has_bfloat16 or not in_bfloat16)
+
+
+def holds_worker(gpu: Gpu, needed: int, train: Train) -> bool:
+    """Whether a training worker runs on a GPU."""
+    return fits(needed, gpu.bytes) and (gpu.has_bfloat16 or train.dtype != "bfloat16")

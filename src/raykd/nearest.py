@@ -1,0 +1,167 @@
+"""Nearest: how else an engine may be sharded or a student trained, and the smallest change that fits."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+
+from raykd import budget, memory, nodes, placement
+from raykd.config import Arm
+from raykd.engine import Engine
+from raykd.memory import GPUS, Gpu
+from raykd.nodes import Cluster
+from raykd.sections import Train
+from raykd.shapes import Quantization, Shape
+
+# What a change counts. Of an engine: a factor of 2 in its tensor or pipeline parallel processes; such a group over the
+# network, which is slow. Of either: a factor of 2 in the longest sequence, which changes what is done.
+_SHARDS, _OVER_NODES, _LENGTH = 1.0, 0.9, 8.0
+# Of training: checkpointing, which makes a forward pass anew; a factor of 2 in completions of a pass; and ZeRO stage 3,
+# which sends the weights around.
+_CHECKPOINTING, _MICRO_BATCH, _STAGE = 1.5, 1.0, 3.0
+# Tokens below which no length is proposed.
+SHORTEST = 128
+# GPUs of an engine, where nothing is said of a cluster.
+MANY = 64
+
+
+def cannot_be_split(shape: Shape, engine: Engine) -> str:
+    """Why vLLM refuses to split a model so; empty where it does not."""
+    tensor, pipeline = engine.tensor_parallel_size, engine.pipeline_parallel_size
+    if shape.heads % tensor:
+        return f"{shape.heads} attention heads cannot be divided by tensor_parallel_size={tensor}"
+    if shape.kv_heads % tensor and tensor % shape.kv_heads:
+        return f"{shape.kv_heads} heads of keys and values and tensor_parallel_size={tensor}: neither divides the other"
+    if shape.intermediate % tensor:
+        return f"a feed-forward width of {shape.intermediate} cannot be divided by tensor_parallel_size={tensor}"
+    quantization: Quantization = shape.quantization
+    group = quantization.group_size
+    if group and any((shape.heads * shape.head_dim // tensor % group, shape.intermediate // tensor % group)):
+        return (
+            f"groups of {group} weights that share a scale do not divide a width of {shape.intermediate} or "
+            f"{shape.heads * shape.head_dim} over tensor_parallel_size={tensor}"
+        )
+    if shape.layers < pipeline:
+        return f"{shape.layers} layers cannot be divided by pipeline_parallel_size={pipeline}"
+    if (length := memory.model_length(shape, engine)) > shape.positions:
+        return f"engine_kwargs.max_model_len={length} is above the {shape.positions} tokens that the model was made for"
+    return ""
+
+
+def engine_kinds(
+    shape: Shape, told: Engine, loras: tuple[int, int], served: bool, gpus: Mapping[str, Gpu] = GPUS
+) -> tuple[dict[str, int], list[str]]:
+    """For each kind of GPU what the fullest process of an engine needs of it, and the kinds that hold it."""
+    needs = {kind: memory.engine(shape, told, gpu, loras, served) for kind, gpu in gpus.items()}
+    holding = [kind for kind, gpu in gpus.items() if memory.holds_engine(gpu, shape, told, needs[kind])]
+    return {kind: each.least for kind, each in needs.items()}, holding
+
+
+def engine(
+    stage: str,
+    shape: Shape,
+    told: Engine,
+    bundle: Mapping[str, float],
+    replicas: int,
+    cluster: Cluster | None,
+    loras: tuple[int, int],
+) -> str:
+    """The overrides of the nearest layout of an engine that fits; empty where none does.
+
+    Args:
+        stage: whose engine it is, `teacher` or `evaluate`.
+        shape: the model's.
+        told: the engine's section.
+        bundle: what each of its processes asks for.
+        replicas: how many of it there are at least.
+        cluster: what there is; None for any number of any GPU.
+        loras: how many adapters it holds, and the largest rank.
+    """
+    gpus = {gpu.kind: gpu for each in cluster.nodes if (gpu := each.gpu)} if cluster else GPUS
+    best, cost = "", math.inf
+    for change, overrides, changed in sorted(_layouts(stage, shape, told, cluster, replicas), key=lambda way: way[:2]):
+        if change >= cost:
+            break
+        if cannot_be_split(shape, changed):
+            continue
+        _, holding = engine_kinds(shape, changed, loras, stage == "teacher", gpus)
+        if cluster:
+            group = (bundle,) * (changed.tensor_parallel_size * changed.pipeline_parallel_size)
+            placed = nodes.place([group] * replicas, cluster.nodes, holding)
+            if len(placed) < replicas:
+                continue
+            change += _OVER_NODES * any(each.splits(changed.tensor_parallel_size) for each in placed)
+        if holding and change < cost:
+            best, cost = overrides, change
+    return best
+
+
+def _layouts(
+    stage: str, shape: Shape, told: Engine, cluster: Cluster | None, replicas: int
+) -> Iterator[tuple[float, str, Engine]]:
+    """Other layouts of an engine: what each counts, its overrides, and the section."""
+    most = (int(cluster.resources.get("GPU", 0)) if cluster else MANY) // replicas
+    own = (told.tensor_parallel_size, told.pipeline_parallel_size)
+    length = memory.model_length(shape, told)
+    tensors = [size for size in range(1, most + 1) if shape.heads % size == 0]
+    pipelines, prefix = range(1, min(most, shape.layers) + 1), f"{stage}.engine"
+    for tensor, pipeline, halved in itertools.product(tensors, pipelines, range(8)):
+        shorter = min(length, shape.positions) >> halved
+        if tensor * pipeline > most or shorter < SHORTEST:
+            continue
+        kwargs = told.engine_kwargs | ({"max_model_len": shorter} if shorter != length else {})
+        values = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
+        changed = [f"{prefix}.{name}={value}" for name, value in values.items() if value != getattr(told, name)]
+        changed += [f"{prefix}.engine_kwargs.max_model_len={shorter}"] * (shorter != length)
+        change = _SHARDS * (abs(math.log2(tensor / own[0])) + abs(math.log2(pipeline / own[1]))) + _LENGTH * halved
+        yield change, " ".join(changed), told.model_copy(update={**values, "engine_kwargs": kwargs})
+
+
+def worker(student: Shape, arm: Arm, on_gpu: bool) -> int:
+    """Bytes that a training worker of an arm needs at its peak."""
+    return memory.worker(student, arm.student.lora, arm.train, budget.longest(arm), on_gpu).total
+
+
+def training(student: Shape, arm: Arm, available: int) -> str:
+    """The overrides of the nearest way of training that fits into a GPU; empty where none does, or it fits."""
+    fitting = [
+        (cost, told)
+        for cost, told, train in _ways(arm.train)
+        if memory.fits(worker(student, arm.model_copy(update={"train": train}), True), available)
+    ]
+    return min(fitting, default=(0.0, ""))[1]
+
+
+def workers(student: Shape, arm: Arm, cluster: Cluster) -> str:
+    """The most workers that there is room for and the batch can be divided by; empty where none fit."""
+    train = arm.train
+    for number in range(train.num_workers - 1, 0, -1):
+        bundle = placement.trial_bundles(train.model_copy(update={"num_workers": number}), "gpu")
+        if train.batch_size % number or not nodes.place([bundle], cluster.nodes):
+            continue
+        changed = arm.model_copy(update={"train": train.model_copy(update={"num_workers": number})})
+        largest = max((gpu.bytes for each in cluster.nodes if (gpu := each.gpu)), default=0)
+        further = training(student, changed, largest)
+        if further or memory.fits(worker(student, changed, True), largest):
+            return " ".join([f"train.num_workers={number}", *[further] * bool(further)])
+    return ""
+
+
+def _ways(train: Train) -> Iterator[tuple[float, str, Train]]:
+    """Other ways of training: what each counts, its overrides, and what it is."""
+    rows = math.ceil(train.batch_size / train.num_workers)
+    halved = [size for power in range(8) if (size := min(train.micro_batch_size, rows) >> power) and not rows % size]
+    lengths = [train.max_length >> power for power in range(8) if train.max_length >> power >= SHORTEST]
+    stages = [train.zero_stage, *[3] * (train.num_workers > 1 and train.zero_stage < 3 and not train.min_workers)]
+    checkpointing = [train.gradient_checkpointing, *[True] * (not train.gradient_checkpointing)]
+    for stage, again, micro, length in itertools.product(stages, checkpointing, halved, lengths or [train.max_length]):
+        told = {
+            "gradient_checkpointing": again,
+            "micro_batch_size": micro,
+            "zero_stage": stage,
+            "max_length": length,
+        }
+        changed = {name: value for name, value in told.items() if value != getattr(train, name)}
+        cost = _CHECKPOINTING * ("gradient_checkpointing" in changed) + _STAGE * ("zero_stage" in changed)
+        cost += _MICRO_BATCH * math.log2(halved[0] / micro) + _LENGTH * math.log2(train.max_length / length)
+        shown = " ".join(f"train.{name}={str(value).lower()}" for name, value in changed.items())
+        yield cost, shown, train.model_copy(update=changed)

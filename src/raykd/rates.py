@@ -1,0 +1,80 @@
+"""Rates: how fast the stages go, as it is told or as an earlier run measured it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from raykd import config, job, storage
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Tokens a second, None where it is not known. Loading of models is in them where a run measured them."""
+
+    generation: float | None = None
+    """Completion tokens of one replica of the teacher."""
+    training: float | None = None
+    """Target tokens of one training worker."""
+    answering: float | None = None
+    """Tokens that the engine of the students writes."""
+    completion_tokens: float | None = None
+    """Tokens of a completion of the teacher, in the mean."""
+    answer_tokens: float | None = None
+    """Tokens of a student's answer, in the mean."""
+    source: str = "as told"
+
+
+def measured(folder: Path) -> Rates:
+    """The rates of an earlier run.
+
+    Args:
+        folder: the experiment's, with `run.json`.
+
+    Raises:
+        ValueError: where it is not the folder of a run, or what it wrote is damaged.
+    """
+    if not (folder / "run.json").is_file():
+        raise ValueError(
+            f"{folder}: has no run.json; --measured takes the folder of an experiment, storage/experiments/NAME"
+        )
+    run = storage.read_json(folder / "run.json")
+    file = folder / "experiment.yaml"
+    replicas = config.load(file).teacher.replicas.max if file.is_file() else 1
+    made = [each for each in run.get("completions") or [] if each.get("sequence", "teacher") == "teacher"]
+    tokens, seconds = _sum(made, "completion_tokens"), _sum(made, "seconds")
+    rows = _sum(made, "rows") - _sum(made, "errors")
+    curves = [job.read_curve(each) for each in sorted(folder.glob("trials/*/metrics.jsonl"))]
+    ends = [curve[-1] for curve in curves if curve]
+    trained = _sum(ends, "target_tokens")
+    held = sum(float(each.get("seconds") or 0) * float(each.get("num_workers") or 1) for each in ends)
+    answers, answered = _answers(folder / "predictions.parquet")
+    answering = float((run.get("stages") or {}).get("predictions") or 0)
+    return Rates(
+        generation=_ratio(tokens, seconds * replicas),
+        training=_ratio(trained, held),
+        answering=_ratio(answered, answering),
+        completion_tokens=_ratio(tokens, rows),
+        answer_tokens=_ratio(answered, answers),
+        source=f"measured in {folder}",
+    )
+
+
+def _answers(file: Path) -> tuple[int, float]:
+    """How many answers there are that did not fail, and their tokens."""
+    if not file.is_file():
+        return 0, 0.0
+    table = pq.read_table(file, columns=["num_tokens", "error"])
+    table = table.filter(pc.equal(table["error"], ""))  # pyright: ignore[reportAttributeAccessIssue]
+    return len(table), float(sum(table["num_tokens"].to_pylist()))
+
+
+def _sum(entries: Iterable[dict[str, Any]], name: str) -> float:
+    return sum(float(each.get(name) or 0) for each in entries)
+
+
+def _ratio(amount: float, of: float) -> float | None:
+    return amount / of if amount and of else None
