@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import logging
 import math
 import os
 import shlex
@@ -203,7 +204,7 @@ def _live() -> list[dict[str, Any]]:
     import ray
 
     try:
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, logging_level="ERROR")
+        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError:
         raise ValueError("--cluster live: no Ray cluster runs here; set RAY_ADDRESS, or give a `ray up` file") from None
     try:

@@ -78,7 +78,7 @@ def engine(
     """
     gpus = {gpu.kind: gpu for each in cluster.nodes if (gpu := each.gpu)} if cluster else GPUS
     best, cost = "", math.inf
-    for change, overrides, changed in sorted(_layouts(stage, shape, told, cluster, replicas), key=lambda way: way[:2]):
+    for change, overrides, changed in sorted(_layouts(stage, shape, told, cluster, replicas), key=_preferred):
         if change >= cost:
             break
         if cannot_be_split(shape, changed):
@@ -93,6 +93,11 @@ def engine(
         if holding and change < cost:
             best, cost = overrides, change
     return best
+
+
+def _preferred(way: tuple[float, str, Engine]) -> tuple[float, int]:
+    """The smaller change comes first, and of two that are alike the one with fewer stages that wait for each other."""
+    return way[0], way[2].pipeline_parallel_size
 
 
 def _layouts(

@@ -1,6 +1,5 @@
 """Nodes: what a cluster has or may grow to, by kinds of nodes, and how placement groups lie on it."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from raykd.mistakes import did_you_mean, on_one_line
 # By which resource Ray tells the kind of a node's GPUs.
 ACCELERATOR_TYPE = "accelerator_type:"
 Bundle = Mapping[str, float]
+# Workers of a cluster of which `max_workers` is not told: Ray's default.
+_WORKERS = 2
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,9 @@ def read(file: Path) -> Cluster:
         resources = told.get("resources") if isinstance(told, dict) else None
         try:
             amounts = {str(each): float(amount) for each, amount in (resources or {}).items()}
-            limit = math.inf if at_most is None else int(at_most)
-            workers = min(limit, int(told.get("max_workers", limit if at_most is not None else 0)))
+            # As Ray has it: a head is no worker unless it says so, others are as many as the cluster may have.
+            limit = _WORKERS if at_most is None else int(at_most)
+            workers = min(limit, int(told.get("max_workers", 0 if name == head else limit)))
         except (TypeError, ValueError, AttributeError):
             raise ValueError(f"{file}: node type {name!r}: resources and max_workers should be numbers") from None
         if not resources and workers:

@@ -1,0 +1,157 @@
+"""Budget: what stages ask a cluster for, and what they write, take and cost."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raykd import budget, config, placement, rates
+from raykd.config import Experiment
+from raykd.rates import Rates
+
+ROOT = Path(__file__).parents[2]
+GSM8K = ROOT / "configs" / "gsm8k"
+
+
+def test_demand_is_a_placement_group_for_each_replica_trial_and_engine():
+    experiment = config.load(
+        GSM8K / "405b-awq-to-8b.yaml",
+        ["teacher.engine.pipeline_parallel_size=2", "teacher.replicas={min: 1, max: 3}", "max_concurrent_trials=2"],
+    )
+    asked = budget.demand(experiment)
+    assert [len(group) for group in asked.generation] == [8, 8, 8]
+    assert [len(group) for group in asked.training] == [4, 4]
+    assert [len(group) for group in asked.evaluation] == [1]
+    assert [len(group) for group in asked.attention] == [1]
+    every = [bundle for groups in asked.stages().values() for group in groups for bundle in group]
+    assert all(bundle == {"CPU": 1, "GPU": 1} for bundle in every)
+    # What the stages really ask for.
+    assert list(asked.generation[0]) == placement.engine_bundles(experiment.teacher.engine, "gpu")
+    assert list(asked.training[0]) == placement.trial_bundles(experiment.train, "gpu")
+
+
+def test_demand_without_gpus_is_of_cores():
+    experiment = config.load(ROOT / "configs" / "quickstart.yaml")
+    asked = budget.demand(experiment, {"CPU": 2})
+    assert asked.generation == (({"CPU": 1},),)
+    assert asked.training == (({"CPU": 1}, {"CPU": 1}),) * 7
+    assert asked.evaluation == asked.attention == (({"CPU": 1},),)
+
+
+def test_what_is_not_asked_for_is_not_in_demand():
+    experiment = config.load(
+        ROOT / "configs" / "quickstart.yaml", ["arms={reference: {targets.sequence: reference}}", "attention=null"]
+    )
+    asked = budget.demand(experiment)
+    assert asked.generation == asked.attention == ()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "number"),
+    [
+        ([], 3 * 5),
+        (["seeds=[0, 1]"], 3 * 5 * 2),
+        (["sweep.space={train.learning_rate: {grid: [0.01, 0.1]}, student.lora.rank: {grid: [4, 8, 16]}}"], 3 * 5 * 6),
+    ],
+)
+def test_trials_are_arms_by_points_by_seeds(overrides: list[str], number: int):
+    experiment = config.load(ROOT / "configs" / "sweeps" / "demo.yaml", overrides)
+    assert budget.trials(experiment) == number
+
+
+def test_tokens_of_gsm8k_are_counted_once_for_what_is_asked_once():
+    experiment = config.load(GSM8K / "405b-awq-to-8b.yaml")
+    told = {each.what: each for each in budget.work(experiment, Rates())}
+    # Six strategies, each asked for 7,473 - 500 problems; the reference solutions are nobody's work.
+    assert told["the teacher writes"].rows == 6 * 6973
+    assert told["the teacher writes"].tokens == 6 * 6973 * 512
+    assert told["the teacher writes"].is_bound
+    # Seven arms, three seeds, two epochs; and as many students, and the untouched one.
+    assert told["students are trained"].rows == 7 * 3 * 2 * 6973
+    assert told["students answer the test"].rows == (7 * 3 + 1) * 1319
+    soft = config.load(
+        GSM8K / "405b-awq-to-8b.yaml", ["arms={a: {}, b: {targets.kind: top_k}, c: {loss.tail: renormalise}}"]
+    )
+    assert next(each.rows for each in budget.work(soft, Rates())) == 6973
+    sampled = config.load(GSM8K / "8b-to-1b.yaml", ["arms={a: {teacher: {samples: 4, sampling: {temperature: 1}}}}"])
+    assert next(each.rows for each in budget.work(sampled, Rates())) == 4 * 6973
+
+
+def test_own_answers_scores_and_validation_are_told():
+    arms = (
+        "arms={own: {targets: {sequence: student, kind: top_k}}, scored: {targets: {sequence: reference, kind: top_k}}}"
+    )
+    experiment = config.load(ROOT / "configs" / "quickstart.yaml", [arms])
+    told = {each.what: each for each in budget.work(experiment, Rates())}
+    assert told["the teacher scores solutions"].rows == 800
+    assert told["students answer, to learn from it"].rows == 2 * 800
+    assert told["students answer, to learn from it"].tokens == 2 * 800 * 512
+    swept = config.load(ROOT / "configs" / "sweeps" / "demo.yaml", ["sweep.finalists=2"])
+    told = {each.what: each for each in budget.work(swept, Rates())}
+    validated = told["students are validated"].rows
+    assert validated == 15 * swept.sweep.validations * swept.problems.num_validation  # type: ignore[union-attr]
+    assert told["students answer the test"].rows == (3 * 2 + 1) * swept.problems.num_test  # type: ignore[operator]
+
+
+def test_hours_and_money_follow_from_rates_and_prices():
+    prices = "prices={gpu_hour: 2.0, teacher_gpu_hour: 3.0}"
+    experiment = config.load(GSM8K / "405b-awq-to-8b.yaml", [prices, "teacher.replicas={min: 1, max: 2}", "seeds=[0]"])
+    known = Rates(generation=1000, training=500, answering=2000, completion_tokens=200, answer_tokens=100)
+    told = {each.what: each for each in budget.work(experiment, known, at_a_time=2)}
+    writes = told["the teacher writes"]
+    assert writes.tokens == 6 * 6973 * 200
+    assert not writes.is_bound
+    # Two replicas of four GPUs.
+    assert writes.hours == pytest.approx(6 * 6973 * 200 / 2000 / 3600)
+    assert writes.processor_hours == pytest.approx(8 * 6 * 6973 * 200 / 2000 / 3600)
+    assert writes.cost == pytest.approx(3.0 * 8 * 6 * 6973 * 200 / 2000 / 3600)
+    trained = told["students are trained"]
+    # Whatever is trained at a time, a worker's hour is one: only the hours on the clock are fewer.
+    assert trained.processor_hours == pytest.approx(7 * 2 * 6973 * 200 / 500 / 3600)
+    assert trained.hours == pytest.approx(trained.processor_hours / 8)
+    assert trained.cost == pytest.approx(2.0 * trained.processor_hours)
+    alone = {each.what: each for each in budget.work(experiment, known)}["students are trained"]
+    assert alone.processor_hours == pytest.approx(trained.processor_hours)
+
+
+def test_files_are_counted(tmp_path: Path):
+    for name, lines in (("train", 5), ("test", 3)):
+        (tmp_path / f"{name}.jsonl").write_text('{"question": "?", "answer": "#### 1"}\n' * lines + "\n")
+    told = {"source": "jsonl", "train_file": str(tmp_path / "train.jsonl"), "test_file": str(tmp_path / "test.jsonl")}
+    tree = {"name": "a", "teacher": {"model": "b"}, "student": {"model": "c"}}
+    experiment = Experiment.model_validate({**tree, "problems": {**told, "num_validation": 2, "num_test": 2}})
+    assert budget.num_problems(experiment.problems) == (3, 2)
+    nowhere = Experiment.model_validate({**tree, "problems": {**told, "train_file": "nowhere.jsonl"}})
+    assert budget.num_problems(nowhere.problems) == (None, 3)
+    assert budget.work(nowhere, Rates(generation=1))[0].hours is None
+
+
+def test_rates_are_read_from_an_earlier_run(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"has no run\.json"):
+        rates.measured(tmp_path)
+    experiment = config.load(ROOT / "configs" / "quickstart.yaml", ["teacher.replicas={min: 1, max: 2}"])
+    (tmp_path / "experiment.yaml").write_text(config.dump(experiment))
+    made = {"completion_tokens": 1000, "seconds": 5.0, "rows": 12, "errors": 2}
+    scored = {"sequence": "reference", "completion_tokens": 10**6, "seconds": 1.0, "rows": 1, "errors": 0}
+    run = {"completions": [made, {**made, "sequence": "teacher"}, scored], "stages": {"predictions": 4.0}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    for name, tokens, workers in (("a", 600, 2), ("b", 400, 1)):
+        folder = tmp_path / "trials" / name
+        folder.mkdir(parents=True)
+        points = [{"target_tokens": tokens // 2, "seconds": 1.0, "num_workers": workers}]
+        points.append({"target_tokens": tokens, "seconds": 2.0, "num_workers": workers})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in points))
+    answers = pa.table({"num_tokens": [10, 30, 99], "error": ["", "", "lost"]})
+    pq.write_table(answers, tmp_path / "predictions.parquet")
+    found = rates.measured(tmp_path)
+    assert found.generation == 2000 / 10 / 2
+    assert found.completion_tokens == 100
+    assert found.training == 1000 / (2 * 2 + 2)
+    assert (found.answering, found.answer_tokens) == (10, 20)
+
+
+def test_a_run_that_was_broken_off_has_the_rates_that_it_has(tmp_path: Path):
+    (tmp_path / "run.json").write_text("{}")
+    assert rates.measured(tmp_path) == Rates(source=f"measured in {tmp_path}")

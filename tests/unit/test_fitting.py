@@ -1,0 +1,288 @@
+"""Fitting: what a cluster holds, where it lies, and the nearest layout of what it does not hold."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from raykd import config, fitting, nearest, nodes, shapes
+from raykd.config import Experiment
+from raykd.engine import Engine
+from raykd.nodes import Cluster, Nodes
+
+ROOT = Path(__file__).parents[2]
+GSM8K = ROOT / "configs" / "gsm8k"
+BF16, FP8 = "meta-llama/Llama-3.1-405B-Instruct", "meta-llama/Llama-3.1-405B-Instruct-FP8"
+INT4 = "hugging-quants/Meta-Llama-3.1-405B-Instruct-AWQ-INT4"
+UP = """
+cluster_name: example
+max_workers: 3
+head_node_type: head
+available_node_types:
+  head: {resources: {CPU: 8}, node_config: {InstanceType: m5.2xlarge}}
+  h100: {min_workers: 0, max_workers: 2, resources: {CPU: 96, GPU: 8, "accelerator_type:H100": 1}}
+  a10g: {max_workers: 8, resources: {CPU: 32, GPU: 4, "accelerator_type:A10G": 1}}
+"""
+
+
+def cluster(count: int, gpus: int, kind: str) -> Cluster:
+    worker = {"CPU": 96.0, "GPU": float(gpus), f"accelerator_type:{kind}": 1.0}
+    return Cluster("a test", (Nodes("head", 1, {"CPU": 8.0}), Nodes(kind, count, worker)))
+
+
+def experiment_of(file: str, *overrides: str) -> Experiment:
+    return config.load(GSM8K / file, overrides)
+
+
+def refused(experiment: Experiment, there: Cluster | None) -> str:
+    teacher = shapes.find(experiment.teacher.model, None, experiment.teacher.engine.engine_kwargs)
+    return fitting.refusal(fitting.check(experiment, teacher, shapes.find(experiment.student.model), there))
+
+
+@pytest.mark.parametrize("file", [*sorted(GSM8K.glob("*.yaml")), *sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))])
+def test_what_is_shipped_fits_what_it_was_made_for(file: Path):
+    made_for = {
+        "405b-awq-to-8b": cluster(1, 4, "A100-80G"),
+        "405b-fp8-to-8b": cluster(1, 8, "H100"),
+        "70b-to-8b": cluster(1, 4, "A100-80G"),
+        "8b-to-1b": cluster(1, 1, "A100-40G"),
+        "one-24gb-gpu": cluster(1, 1, "L4"),
+        "demo": Cluster("two cores", (Nodes("head", 1, {"CPU": 2.0}),)),
+        "paper": cluster(1, 4, "H100"),
+    }
+    experiment = config.load(file)
+    assert refused(experiment, made_for[file.stem]) == ""
+    assert refused(experiment, None) == ""
+
+
+@pytest.mark.parametrize("cores", [2, 1])
+def test_the_quickstart_fits_two_cores_and_not_one(cores: int):
+    there = Cluster("this machine", (Nodes("head", 1, {"CPU": float(cores)}),))
+    told = refused(config.load(ROOT / "configs" / "quickstart.yaml"), there)
+    assert (told == "") == (cores == 2)
+    assert "train: needs 2 CPU, there are 1" in told or cores == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "tensor", "pipeline", "there", "words"),
+    [
+        (INT4, 4, 1, cluster(1, 4, "A100-80G"), ""),
+        (FP8, 8, 1, cluster(1, 8, "H100"), ""),
+        # As the configuration says for nodes of four.
+        (FP8, 4, 2, cluster(2, 4, "H100"), ""),
+        (FP8, 4, 1, cluster(2, 4, "H100"), "nearest that fits: teacher.engine.pipeline_parallel_size=2"),
+        (BF16, 8, 2, cluster(2, 8, "A100-80G"), ""),
+        (BF16, 8, 1, cluster(2, 8, "A100-80G"), "nearest that fits: teacher.engine.pipeline_parallel_size=2"),
+        (BF16, 8, 1, cluster(1, 8, "A100-80G"), "no other layout"),
+        (BF16, 8, 1, cluster(1, 8, "H200"), ""),
+        (BF16, 16, 1, cluster(1, 8, "H200"), "nearest that fits: teacher.engine.tensor_parallel_size=8"),
+        (
+            INT4,
+            2,
+            1,
+            cluster(1, 8, "H100"),
+            "a process needs 1.*nearest that fits: teacher.engine.tensor_parallel_size=4",
+        ),
+    ],
+)
+def test_teachers_fit_where_they_are_known_to(model: str, tensor: int, pipeline: int, there: Cluster, words: str):
+    told = f"teacher={{model: {model}, engine: {{tensor_parallel_size: {tensor}, pipeline_parallel_size: {pipeline}, "
+    experiment = experiment_of(
+        "405b-fp8-to-8b.yaml", told + "engine_kwargs: {max_model_len: 4096}}}", "train.num_workers=4"
+    )
+    found = [each for each in refused(experiment, there).split(". ") if each.startswith("teacher")]
+    if words:
+        assert found
+        assert re.search(words, found[0])
+    else:
+        assert not found
+
+
+@pytest.mark.parametrize(
+    ("model", "tensor", "pipeline", "words"),
+    [
+        ("meta-llama/Llama-3.1-8B", 5, 1, "32 attention heads cannot be divided by tensor_parallel_size=5"),
+        ("meta-llama/Llama-3.2-3B", 16, 1, "24 attention heads cannot be divided"),
+        ("meta-llama/Llama-3.2-3B", 12, 1, "8 heads of keys and values and tensor_parallel_size=12"),
+        ("meta-llama/Llama-3.2-1B", 1, 17, "16 layers cannot be divided by pipeline_parallel_size=17"),
+        ("hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4", 32, 1, "groups of 128 weights"),
+        ("meta-llama/Llama-3.1-405B", 16, 5, ""),
+        ("meta-llama/Llama-3.1-8B", 16, 3, ""),
+        ("raykd/demo-teacher", 4, 1, "6 attention heads cannot be divided"),
+    ],
+)
+def test_what_vllm_cannot_divide_is_refused(model: str, tensor: int, pipeline: int, words: str):
+    shape = shapes.find(model)
+    assert shape is not None
+    told = Engine(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
+    found = nearest.cannot_be_split(shape, told)
+    assert found.startswith(words) if words else found == ""
+
+
+def test_a_length_that_the_model_was_not_made_for_is_refused_with_one_that_it_was():
+    told = refused(experiment_of("one-24gb-gpu.yaml", "teacher.engine.engine_kwargs={max_model_len: 200000}"), None)
+    assert "max_model_len=200000 is above the 131072" in told
+    assert "teacher.engine.engine_kwargs.max_model_len=131072" in told
+
+
+def test_a_long_context_is_made_shorter_where_nothing_else_helps():
+    experiment = experiment_of("8b-to-1b.yaml", "teacher.engine.engine_kwargs={}")
+    assert "nearest that fits: teacher.engine.engine_kwargs.max_model_len=16384" in refused(
+        experiment, cluster(1, 1, "L4")
+    )
+    # More GPUs are the smaller change, where there are.
+    assert "nearest that fits: teacher.engine.tensor_parallel_size=2" in refused(experiment, cluster(1, 4, "L4"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "there", "nearest_that_fits"),
+    [
+        (["train.max_length=1024"], cluster(1, 1, "A10G"), "train.gradient_checkpointing=true"),
+        (
+            ["train={num_workers: 1, micro_batch_size: 8, max_length: 4096, gradient_checkpointing: true}"],
+            cluster(1, 1, "A10G"),
+            "train.micro_batch_size=1",
+        ),
+        (
+            ["train={num_workers: 1, micro_batch_size: 1, max_length: 32768, gradient_checkpointing: true}"],
+            cluster(1, 1, "A10G"),
+            "train.max_length=4096",
+        ),
+        (
+            ["student.model=meta-llama/Llama-3.1-70B", "train={num_workers: 16, micro_batch_size: 1, max_length: 512}"],
+            cluster(2, 8, "A100-80G"),
+            "train.zero_stage=3",
+        ),
+        (["train.num_workers=8"], cluster(1, 4, "H100"), "train.num_workers=4"),
+    ],
+)
+def test_training_that_does_not_fit_is_refused_with_the_nearest_that_does(
+    overrides: list[str], there: Cluster, nearest_that_fits: str
+):
+    experiment = experiment_of("70b-to-8b.yaml", "train.num_workers=1", *overrides)
+    (told,) = [each for each in refused(experiment, there).split(". ") if each.startswith("train")]
+    way = told.split("nearest that fits: ")[1]
+    assert nearest_that_fits in way.split()
+    # Which it really is: with it, nothing is said any more.
+    assert "train: " not in refused(
+        experiment_of("70b-to-8b.yaml", "train.num_workers=1", *overrides, *way.split()), there
+    )
+
+
+def test_bfloat16_wants_a_gpu_that_computes_in_it():
+    told = refused(experiment_of("one-24gb-gpu.yaml"), cluster(1, 1, "T4"))
+    assert "train: T4 does not compute in bfloat16" in told
+    # What is between weights of 4 bits is float16.
+    assert "teacher: " not in told
+
+
+def test_a_stage_may_not_lie_on_every_kind_of_gpu():
+    mixed = Cluster("mixed", (*cluster(1, 8, "H100").nodes, *cluster(1, 4, "A10G").nodes))
+    experiment = experiment_of("405b-awq-to-8b.yaml")
+    teacher, student = shapes.find(experiment.teacher.model), shapes.find(experiment.student.model)
+    fits = {each.stage: each for each in fitting.check(experiment, teacher, student, mixed)}
+    assert fits["teacher"].notes == ("A10G does not hold it: set teacher.engine.accelerator_type=H100",)
+    assert fits["teacher"].placed[0].on == (("H100", 4),)
+    assert fits["train"].notes == ("A10G does not hold it: set train.accelerator_type=H100",)
+    assert fits["evaluate"].notes == ()
+
+
+def test_a_tensor_parallel_group_over_nodes_is_told():
+    experiment = experiment_of("405b-fp8-to-8b.yaml", "train.num_workers=4")
+    shape = shapes.find(experiment.teacher.model)
+    (teacher, *_) = fitting.check(experiment, shape, None, cluster(2, 4, "H200"))
+    assert not teacher.problem
+    assert teacher.placed[0].on == (("H200", 4), ("H200", 4))
+    assert "lie across nodes" in teacher.notes[0]
+
+
+def test_a_model_of_unknown_shape_is_planned_by_its_processors_alone():
+    experiment = experiment_of("8b-to-1b.yaml", "teacher.model=someone/of-another-build", "train.num_workers=4")
+    fits = fitting.check(experiment, None, None, cluster(1, 4, "L4"))
+    assert fitting.refusal(fits) == ""
+    assert {each.needs for each in fits} == {None}
+    assert "train: needs 4 GPU, there are 2" in fitting.refusal(
+        fitting.check(experiment, None, None, cluster(1, 2, "L4"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "nodes_of", "expected"),
+    [
+        # Packed: each group on one node where there is room.
+        ([4, 4, 4], (2, 8), [[("n", 4)], [("n", 4)], [("n", 4)]]),
+        ([16], (2, 8), [[("n", 8), ("n", 8)]]),
+        ([6, 6, 4], (2, 8), [[("n", 6)], [("n", 6)], [("n", 2), ("n", 2)]]),
+        ([8, 8, 8], (2, 8), [[("n", 8)], [("n", 8)]]),
+        ([3], (0, 8), []),
+    ],
+)
+def test_groups_are_packed(sizes: list[int], nodes_of: tuple[int, int], expected: list):
+    count, gpus = nodes_of
+    there = (Nodes("n", count, {"CPU": 32.0, "GPU": float(gpus)}),)
+    placed = nodes.place([({"CPU": 1.0, "GPU": 1.0},) * size for size in sizes], there)
+    assert [list(each.on) for each in placed] == expected
+
+
+def test_a_bundle_that_asks_for_a_kind_lies_there():
+    mixed = (*cluster(1, 8, "H100").nodes, *cluster(2, 4, "A10G").nodes)
+    bundle = {"CPU": 1.0, "GPU": 1.0, "accelerator_type:A10G": 0.001}
+    (placed,) = nodes.place([(bundle,) * 6], mixed)
+    assert placed.on == (("A10G", 4), ("A10G", 2))
+    assert nodes.place([({**bundle, "accelerator_type:L4": 0.001},)], mixed) == []
+
+
+def test_a_ray_up_file_tells_what_there_may_be(tmp_path: Path):
+    (tmp_path / "up.yaml").write_text(UP)
+    found = nodes.read(tmp_path / "up.yaml")
+    # The cluster's own limit holds for each type.
+    assert [(each.name, each.count) for each in found.nodes] == [("head", 1), ("h100", 2), ("a10g", 3)]
+    assert found.resources["GPU"] == 2 * 8 + 3 * 4
+    assert [each.gpu and each.gpu.kind for each in found.nodes] == [None, "H100", "A10G"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[", "not a `ray up` file"),
+        ("a: 1", "has no available_node_types"),
+        ("max_workers: 2\navailable_node_types: {a: {node_config: {}}}", "'a' does not say what it has"),
+        ("available_node_types: {a: {max_workers: many, resources: {CPU: 1}}}", "should be numbers"),
+        ("available_node_types: {a: 3}", "should be numbers"),
+    ],
+)
+def test_a_file_that_tells_no_nodes_is_refused(text: str, words: str, tmp_path: Path):
+    (tmp_path / "up.yaml").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        nodes.read(tmp_path / "up.yaml")
+
+
+@pytest.mark.parametrize(
+    ("resources", "words"),
+    [
+        ({"GPU": 8.0}, "of a kind that is not told"),
+        ({"GPU": 8.0, "accelerator_type:H1000": 1.0}, "unknown kind 'H1000'.*did you mean 'H100'"),
+    ],
+)
+def test_gpus_of_no_known_kind_are_refused(resources: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        _ = Nodes("a", 1, resources).gpu
+
+
+def test_the_running_cluster_is_what_ray_tells():
+    # As `ray.nodes()` of Ray 2.60 has it.
+    gpu = {"CPU": 96.0, "GPU": 8.0, "accelerator_type:A100": 1.0, "node:10.0.0.2": 1.0, "memory": 1e12}
+    records = [
+        {"NodeID": "a", "Alive": True, "Resources": {"CPU": 8.0, "node:__internal_head__": 1.0, "memory": 3e10}},
+        {"NodeID": "b", "Alive": True, "Resources": gpu},
+        {"NodeID": "c", "Alive": True, "Resources": {**gpu, "memory": 1e12 + 1, "accelerator_type:A100-80G": 1.0}},
+        {"NodeID": "d", "Alive": True, "Resources": {**gpu, "memory": 1e12 + 2}},
+        {"NodeID": "e", "Alive": False, "Resources": {}},
+    ]
+    found = nodes.of_ray(records)
+    assert [(each.name, each.count) for each in found.nodes] == [
+        ("8 CPU", 1),
+        ("8 x A100, 96 CPU", 2),
+        ("8 x A100-80G, 96 CPU", 1),
+    ]
+    assert found.nodes[2].gpu == fitting.GPUS["A100-80G"]
