@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_plan(stage: argparse.ArgumentParser) -> None:
-    cluster = "a `ray up` file, or `live` for the running cluster (RAY_ADDRESS): what there is, or may be"
+    cluster = "a `ray up` file, or `live` for the running cluster that RAY_ADDRESS names: what there is, or may be"
     stage.add_argument("--cluster", metavar="FILE", help=cluster)
     stage.add_argument("--measured", metavar="RUN", help="an earlier run's folder, whose rates are taken")
     for name, text in _RATES.items():
@@ -200,13 +200,20 @@ def _rates_of(options: argparse.Namespace) -> dict[str, float]:
 
 
 def _live() -> list[dict[str, Any]]:
-    """The nodes of the running cluster."""
+    """The nodes of the cluster that RAY_ADDRESS names, as for the stages: no other is joined that may run here.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        raise ValueError("--cluster live: set RAY_ADDRESS to the cluster's (auto: one on this machine)")
     import ray
 
     try:
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError:
-        raise ValueError("--cluster live: no Ray cluster runs here; set RAY_ADDRESS, or give a `ray up` file") from None
+        raise ValueError(f"--cluster live: no Ray cluster at RAY_ADDRESS={address}") from None
     try:
         return ray.nodes()
     finally:

@@ -112,7 +112,8 @@ def _engine_fit(
         return _cpu_fit(stage, layout, needs, groups, needed, cluster)
     kinds, found = nearest.engine_kinds(shape, engine, loras, served) if shape else ({}, list(GPUS))
     holding = tuple(found)
-    needs = min(kinds.values()) if kinds else None
+    there = {gpu.kind for each in cluster.nodes if (gpu := each.gpu)} if cluster else set()
+    needs = min((amount for kind, amount in kinds.items() if kind in (there or kinds)), default=None)
     split = nearest.cannot_be_split(shape, engine) if shape else ""
     if cluster is None:
         problem = split or ("" if holding else _too_large(needs, max(GPUS.values(), key=lambda gpu: gpu.bytes)))

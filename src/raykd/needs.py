@@ -113,7 +113,8 @@ def student_table(experiment: Experiment, shape: Shape | None, resources: dict[s
             own = (stage, again) == (train.zero_stage, train.gradient_checkpointing)
             cells = [f"{stage}{' *' * own}", "yes" if again else "no", *map(_gib, parts), _gib(each.total)]
             table.add_row(*cells, *([kinds[0] if kinds else "–"] if on_gpu else []), style="bold" if own else "")
-    table.caption = "* as configured. All: with CUDA's context. From: the smallest GPU that holds it."
+    rest = "CUDA's context. From: the smallest GPU that holds it." if on_gpu else "Python and its libraries."
+    table.caption = f"* as configured. Kept: for the backward pass. All: with {rest}"
     return table
 
 
@@ -126,7 +127,7 @@ def stage_table(fits: Sequence[Fit], cluster: Cluster | None) -> Table:
         table.add_row(fit.stage, fit.layout, needs, _lies(fit) if cluster else _kinds(fit.kinds))
     if cluster:
         what = ", ".join(f"{each.count} x {each.name}" for each in cluster.nodes)
-        table.caption = f"At most there are {what}."
+        table.caption = f"There are, or may be, {what}."
     return table
 
 

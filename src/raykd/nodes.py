@@ -23,7 +23,7 @@ class Nodes:
 
     name: str
     count: int
-    """How many there are, or may be."""
+    """How many there are, or may be: each kind by itself, whatever of a cluster's `max_workers` others take."""
     resources: Mapping[str, float]
     """Of each, as Ray names them."""
 
@@ -127,7 +127,7 @@ def of_ray(records: Iterable[Mapping[str, Any]]) -> Cluster:
 def _named(resources: Mapping[str, float]) -> str:
     kinds = [name.removeprefix(ACCELERATOR_TYPE) for name in resources if name.startswith(ACCELERATOR_TYPE)]
     gpus = f"{resources['GPU']:g} x {max(kinds, key=len, default='GPU')}, " if resources.get("GPU") else ""
-    return f"{gpus}{resources.get('CPU', 0):g} CPU"
+    return f"node of {gpus}{resources.get('CPU', 0):g} CPU"
 
 
 def place(

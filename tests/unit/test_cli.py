@@ -82,6 +82,90 @@ def test_plan_shows_what_a_sweep_would_train(capsys, monkeypatch):
     assert "the best 2 of each arm" in shown
 
 
+UP = """
+head_node_type: head
+max_workers: 2
+available_node_types:
+  head: {resources: {CPU: 8}}
+  worker: {resources: {CPU: 96, GPU: 8, "accelerator_type:A100-80G": 1}}
+"""
+
+
+@pytest.mark.parametrize("file", ["quickstart.yaml", *sorted(each.name for each in (ROOT / "configs/gsm8k").glob("*"))])
+def test_plan_says_what_an_experiment_needs(file, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = "configs/" + "gsm8k/" * (file != "quickstart.yaml") + file
+    assert cli.main(["plan", path]) == 0
+    shown = capsys.readouterr().out
+    for word in ("Teacher ", "parameters", "Keys and values", "Student ", "ZeRO", "Held by", "the teacher writes"):
+        assert word in shown
+
+
+def test_plan_refuses_what_cannot_fit_with_the_nearest_that_does(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "up.yaml").write_text(UP)
+    plan = ["plan", "configs/gsm8k/405b-fp8-to-8b.yaml", "--cluster", str(tmp_path / "up.yaml")]
+    bf16 = "teacher.model=meta-llama/Llama-3.1-405B-Instruct"
+    assert cli.main([*plan, bf16]) == 2
+    captured = capsys.readouterr()
+    assert "nowhere: a process needs" in captured.out
+    assert captured.err.count("\n") == 1
+    assert "does not fit: teacher: a process needs" in captured.err
+    (remedy,) = re.findall(r"nearest that fits: (\S+)", captured.err)
+    assert remedy == "teacher.engine.pipeline_parallel_size=2"
+    # Fields may be set before and behind options.
+    assert cli.main([plan[0], plan[1], bf16, *plan[2:], remedy]) == 0
+    assert "2 nodes (8 on worker, 8 on worker)" in capsys.readouterr().out
+
+
+def test_plan_tells_hours_and_money_where_rates_are_given(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    rates = ["--generation-rate", "1000", "--completion-tokens", "200", "--training-rate=500", "--answering-rate=2000"]
+    assert cli.main(["plan", "configs/gsm8k/405b-awq-to-8b.yaml", *rates, "prices.gpu_hour=2.5", "seeds=[0]"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(" the teacher writes"))
+    # 6 strategies x 6,973 problems x 200 tokens / 1,000 a second = 2.32 hours of 4 GPUs at 2.50.
+    assert line.split()[-6:] == ["41,838", "8,367,600", "1,000", "2.3", "9.3", "23.24"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--cluster", "nowhere.yaml"], "nowhere.yaml: not a `ray up` file"),
+        (["--cluster", "live"], "set RAY_ADDRESS"),
+        (["--measured", "nowhere"], "nowhere: has no run.json"),
+        (["--training-rate", "0"], "--training-rate 0: should be above 0"),
+        (
+            ["teacher.engine.engine_kwargs={max_model_len: long}"],
+            "engine_kwargs.max_model_len: should be a whole number",
+        ),
+    ],
+)
+def test_a_mistake_in_what_is_planned_with_is_one_line(arguments, words, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert cli.main(["plan", "configs/quickstart.yaml", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_plan_starts_neither_ray_nor_an_engine():
+    code = (
+        "import sys; from raykd import cli; cli.main(['plan', 'configs/gsm8k/70b-to-8b.yaml']); "
+        "print(*(set(sys.modules) & {'ray', 'vllm', 'deepspeed'}))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT)
+    assert ran.stdout.splitlines()[-1] == ""
+
+
+def test_an_option_that_is_none_is_refused(capsys):
+    for arguments in (["plan", "a.yaml", "--clutser", "x"], ["compare", "a", "b", "c=1"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        assert ended.value.code == 2
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
 def test_prompts_shows_what_teacher_and_student_are_sent(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     arguments = ["prompts", "configs/quickstart.yaml", f"storage={tmp_path}", "prompt.instruction=State the number."]

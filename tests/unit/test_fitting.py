@@ -281,8 +281,8 @@ def test_the_running_cluster_is_what_ray_tells():
     ]
     found = nodes.of_ray(records)
     assert [(each.name, each.count) for each in found.nodes] == [
-        ("8 CPU", 1),
-        ("8 x A100, 96 CPU", 2),
-        ("8 x A100-80G, 96 CPU", 1),
+        ("node of 8 CPU", 1),
+        ("node of 8 x A100, 96 CPU", 2),
+        ("node of 8 x A100-80G, 96 CPU", 1),
     ]
     assert found.nodes[2].gpu == fitting.GPUS["A100-80G"]
