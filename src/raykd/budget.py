@@ -50,7 +50,9 @@ def demand(experiment: Experiment, cluster: Mapping[str, float] = A_GPU) -> Dema
     engine = _engine(students, cluster)
     trial = max((_trial(arm, cluster) for arm in arms), key=len)
     at_a_time = min(trials(experiment), experiment.max_concurrent_trials or trials(experiment))
-    reader = (placement.worker_resources(placement.accelerator(read.accelerator, cluster)),) if read else ()
+    reader = ()
+    if read:
+        reader = (placement.processor(placement.accelerator(read.accelerator, cluster), read.accelerator_type),)
     return Demand(
         generation=(replica,) * teacher.replicas.max if any(arm.needs_teacher for arm in arms) else (),
         training=(trial,) * at_a_time,

@@ -137,7 +137,7 @@ def _on_nodes(
     stage: str,
 ) -> tuple[str, tuple[Placed, ...], tuple[str, ...]]:
     """Why not so many of the placement groups lie on GPUs that hold them, where they lie, and what is to be known."""
-    there = {gpu.kind: gpu for each in cluster.nodes if (gpu := each.gpu)}
+    there = {gpu.kind: gpu for each in able(cluster, groups[0][0]).nodes if (gpu := each.gpu)}
     placed = tuple(nodes.place(groups, cluster.nodes, holding))
     if len(placed) >= needed:
         asked = [name for name in groups[0][0] if name.startswith(ACCELERATOR_TYPE)]
@@ -148,7 +148,10 @@ def _on_nodes(
             where = stage if stage in ("train", "attention") else f"{stage}.engine"
             notes = (f"{', '.join(small)} does not hold it: set {where}.accelerator_type={good}",)
         return "", placed, notes
-    if not nodes.place(groups[:needed], cluster.nodes):
+    asked = [name for name in groups[0][0] if name.startswith(ACCELERATOR_TYPE)]
+    if asked and not there:
+        return f"no node has {asked[0]}", placed, ()
+    if len(nodes.place(groups[:needed], cluster.nodes)) < needed:
         wanted, have = _total(groups[:needed]), cluster.resources
         short = {name: amount for name, amount in wanted.items() if amount > have.get(name, 0)}
         told = [f"{amount:g} {name}, there are {have.get(name, 0):g}" for name, amount in (short or wanted).items()]
@@ -163,6 +166,11 @@ def _no_core_left(cluster: Cluster, groups: Sequence[budget.Group]) -> str:
     """Why the pipeline that feeds an engine would wait for ever; empty where it would not."""
     taken, cores = _total(groups)["CPU"], cluster.resources.get("CPU", 0)
     return f"needs {taken + 1:g} CPU with the pipeline's, there are {cores:g}" if taken + 1 > cores else ""
+
+
+def able(cluster: Cluster, bundle: nodes.Bundle) -> Cluster:
+    """The nodes of a cluster that have room for a bundle: those of the kind that it asks for, where it does."""
+    return Cluster(cluster.name, tuple(each for each in cluster.nodes if nodes.place([(bundle,)], [each])))
 
 
 def _too_large(needs: int | None, gpu: Gpu) -> str:
@@ -218,7 +226,7 @@ def _training_fit(
     problem, placed, notes = _on_nodes(cluster, [group[:least] for group in groups], holding, 1, kinds, "train")
     remedy = ""
     if problem and student:
-        there = [gpu for each in cluster.nodes if (gpu := each.gpu)]
+        there = [gpu for each in able(cluster, groups[0][0]).nodes if (gpu := each.gpu)]
         has_room = bool(nodes.place([groups[0][:least]], cluster.nodes))
         if there and has_room:
             remedy = nearest.training(student, arm, max(gpu.bytes for gpu in there))

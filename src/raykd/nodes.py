@@ -9,9 +9,8 @@ import yaml
 
 from raykd.memory import GPUS, Gpu
 from raykd.mistakes import did_you_mean, on_one_line
+from raykd.placement import TYPE as ACCELERATOR_TYPE
 
-# By which resource Ray tells the kind of a node's GPUs.
-ACCELERATOR_TYPE = "accelerator_type:"
 Bundle = Mapping[str, float]
 # Workers of a cluster of which `max_workers` is not told: Ray's default.
 _WORKERS = 2

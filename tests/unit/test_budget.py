@@ -32,6 +32,15 @@ def test_demand_is_a_placement_group_for_each_replica_trial_and_engine():
     assert list(asked.training[0]) == placement.trial_bundles(experiment.train, "gpu")
 
 
+def test_demand_asks_for_the_kind_of_gpu_that_is_named():
+    kinds = ["teacher.engine.accelerator_type=H100", "train.accelerator_type=L4", "attention.accelerator_type=A10G"]
+    asked = budget.demand(config.load(GSM8K / "8b-to-1b.yaml", kinds))
+    assert asked.generation == (({"CPU": 1, "GPU": 1, "accelerator_type:H100": 0.001},),)
+    assert asked.training[0] == ({"CPU": 1, "GPU": 1, "accelerator_type:L4": 0.001},)
+    assert asked.evaluation == (({"CPU": 1, "GPU": 1},),)
+    assert asked.attention == (({"CPU": 1, "GPU": 1, "accelerator_type:A10G": 0.001},),)
+
+
 def test_demand_without_gpus_is_of_cores():
     experiment = config.load(ROOT / "configs" / "quickstart.yaml")
     asked = budget.demand(experiment, {"CPU": 2})

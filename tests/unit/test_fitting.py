@@ -185,6 +185,13 @@ def test_a_stage_may_not_lie_on_every_kind_of_gpu():
     assert fits["teacher"].placed[0].on == (("H100", 4),)
     assert fits["train"].notes == ("A10G does not hold it: set train.accelerator_type=H100",)
     assert fits["evaluate"].notes == ()
+    named = experiment_of("405b-awq-to-8b.yaml", "teacher.engine.accelerator_type=H100", "train.accelerator_type=A10G")
+    fits = {each.stage: each for each in fitting.check(named, teacher, student, mixed)}
+    assert (fits["teacher"].notes, fits["teacher"].problem) == ((), "")
+    assert fits["train"].problem == "a process needs 36.3 GiB, A10G has 22.0"
+    assert fits["train"].remedy == "train.gradient_checkpointing=true"
+    absent = experiment_of("405b-awq-to-8b.yaml", "teacher.engine.accelerator_type=H200")
+    assert fitting.check(absent, teacher, student, mixed)[0].problem == "no node has accelerator_type:H200"
 
 
 def test_a_tensor_parallel_group_over_nodes_is_told():
