@@ -119,6 +119,7 @@ def test_hours_and_money_follow_from_rates_and_prices():
     trained = told["students are trained"]
     # Whatever is trained at a time, a worker's hour is one: only the hours on the clock are fewer.
     assert trained.processor_hours == pytest.approx(7 * 2 * 6973 * 200 / 500 / 3600)
+    assert trained.processor_hours is not None
     assert trained.hours == pytest.approx(trained.processor_hours / 8)
     assert trained.cost == pytest.approx(2.0 * trained.processor_hours)
     alone = {each.what: each for each in budget.work(experiment, known)}["students are trained"]
