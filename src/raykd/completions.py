@@ -93,6 +93,9 @@ def _content(experiment: Experiment, arm: Arm, problems: Path, model: Mapping[st
         "top_k": targets.top_k if targets.kind == "top_k" else 0,
         "schema": records.COMPLETION.names,
     }
+    if teacher.endpoint:
+        # Nothing is known of its engine.
+        content |= {"engine_kwargs": {}, "endpoint": teacher.elsewhere}
     if targets.sequence == "teacher":
         content["samples"] = arm.teacher.samples
         sampling = arm.teacher.sampling

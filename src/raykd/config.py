@@ -152,8 +152,16 @@ class Experiment(Section):
                 if any(each["loc"] and _is_below(each["loc"], path) for each in error.errors()):
                     raise ValueError(f"{where}: {explain(error, Arm)}") from None
 
-    def _engine_gives(self, arm: str, top_k: int) -> None:
-        """Raises ValueError where the engine is told not to give an arm's soft targets."""
+    def _teacher_gives(self, arm: str, top_k: int) -> None:
+        """Raises ValueError where the teacher cannot give an arm's soft targets, or its engine is told not to."""
+        if self.teacher.is_sent_messages:
+            raise ValueError(
+                f"arm {arm!r}: targets.kind=top_k: soft targets, and the scoring of given tokens, need token ids with "
+                "log-probabilities, which teacher.endpoint.api=chat does not give; set targets.kind=hard, or "
+                "teacher.endpoint.api=completions where the server is vLLM's or does as much"
+            )
+        if self.teacher.endpoint:
+            return
         told = self.teacher.engine.engine_kwargs
         limit, mode = told.get("max_logprobs", top_k), told.get("logprobs_mode", "raw_logprobs")
         if not isinstance(limit, int):
@@ -177,7 +185,10 @@ class Experiment(Section):
         is what bears on the students themselves, where anything does.
         """
         tree = json.loads(self.model_dump_json(exclude=_CARRIED_OUT))
-        tree["teacher"]["engine"] = {"engine_kwargs": self.teacher.engine.arguments_of_answers}
+        if self.teacher.endpoint:
+            tree["teacher"] |= {"engine": {}, "endpoint": self.teacher.elsewhere}
+        else:
+            tree["teacher"]["engine"] = {"engine_kwargs": self.teacher.engine.arguments_of_answers}
         found = dict(leaves(tree, ""))
         if any(self.arm(name).targets.sequence == "student" for name in self.arms):
             found["evaluate.engine.engine_kwargs"] = self.evaluate.engine.arguments_of_answers
@@ -214,7 +225,7 @@ class Experiment(Section):
                 f"{', '.join(sorted(self.strategies))}; add your own under prompt.strategies"
             )
         if arm.targets.kind == "top_k":
-            self._engine_gives(name, arm.targets.top_k)
+            self._teacher_gives(name, arm.targets.top_k)
         return arm
 
     def _arm(self, name: str, point: Mapping[str, Any]) -> "Arm":
@@ -277,7 +288,7 @@ _CARRIED_OUT: Any = {
     "attention": True,
     "prices": True,
     "sweep": True,
-    "teacher": {"replicas", "batch_size", "concurrency", "timeout_s", "start_timeout_s", "max_error_rate"},
+    "teacher": {"endpoint", "replicas", "batch_size", "concurrency", "timeout_s", "start_timeout_s", "max_error_rate"},
     "train": {name.removeprefix("train.") for name in CARRIED_OUT_OF_TRAIN},
     "evaluate": True,
 }

@@ -1,9 +1,10 @@
-"""Engine: how vLLM is started for a model, how many times, and how it writes."""
+"""Engine: how vLLM is started for a model, how many times, and how it writes; or where a server elsewhere is asked."""
 
 import re
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from raykd.tree import Section
 
@@ -96,3 +97,53 @@ class Engine(Section):
     def arguments_of_answers(self) -> dict[str, Any]:
         """Those of `engine_kwargs` that bear on what is answered."""
         return {name: value for name, value in self.engine_kwargs.items() if name not in SPEED_ARGUMENTS}
+
+
+class Endpoint(Section):
+    """A server that speaks OpenAI's protocol, asked in place of an engine of one's own."""
+
+    url: str
+    """What comes before `/completions`, such as http://host:8000/v1."""
+    model: str | None = None
+    """The model's name on the server; null for `teacher.model`."""
+    api: Literal["completions", "chat"] = "completions"
+    """`completions`: the prompt's tokens are sent, and the answer's come back, with log-probabilities where they are
+    asked for: what vLLM's server does (with its default `--logprobs-mode`, and a `--max-logprobs` of at least the k).
+    The teacher's tokenizer must be here. `chat`: messages are sent and text comes back, as vendors have it: for hard
+    targets only, and nothing of the model need be here. What sampling this file does not name is the server's own."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key, on every node of the cluster; null where none is asked for.
+    The key itself is written nowhere."""
+    max_requests_per_minute: float | None = Field(default=None, gt=0)
+    """Requests go at even distances, so many at most, a prompt each; null for no limit."""
+    max_concurrent_requests: int = Field(default=64, ge=1)
+    """Requests under way at a time."""
+    max_retries: int = Field(default=8, ge=0)
+    """How often a request is made again that met with no answer, too many requests (429) or a fault of the server
+    (5xx), after 0.5 s, then twice that and so on up to 8 s, less a random quarter, or after what `Retry-After` says."""
+
+    @field_validator("url")
+    @classmethod
+    def _has_no_secret(cls, url: str) -> str:
+        # Not repeated in the message: what is secret in it would be written down.
+        try:
+            parts = urlsplit(url)
+            is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            parts, is_address = None, False
+        if parts is None or not is_address:
+            raise ValueError("should be an address such as http://host:8000/v1")
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise ValueError(
+                "should hold neither user, password nor a query, for the configuration is written down; name the "
+                "environment variable that holds the key by api_key_env"
+            )
+        return url.rstrip("/")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_a_name(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", name):
+            # It may be the key.
+            raise ValueError("should be the name of an environment variable, in capitals, not the key itself")
+        return name

@@ -5,6 +5,7 @@ So whatever is killed, at most the calls in flight are asked again (Ray Data's o
 blocks, and counts rows with an error as done).
 """
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -160,7 +161,7 @@ def _ask(
         app: the Serve application's name.
         experiment: the experiment's name, for who watches.
     """
-    in_flight = teacher.concurrency * teacher.replicas.max
+    in_flight = teacher.concurrency * (1 if teacher.endpoint else teacher.replicas.max)
     # Blocks as large as a call, so that each call can be under way, and written, on its own.
     counts = questions.repartition(target_num_rows_per_block=teacher.batch_size).map_batches(
         AskTeacher,
@@ -185,11 +186,18 @@ def _ask(
         try:
             for row in counts.iter_rows():
                 meter.add(row["rows"], row["tokens"])
-        except RayError:
+        except RayError as error:
             # Where it is the teacher that failed, say so rather than where that was noticed.
-            if failed := failure(app):
+            if failed := failure(app) if teacher.endpoint is None else _said_elsewhere(error):
                 raise RuntimeError(failed) from None
             raise
+
+
+def _said_elsewhere(error: RayError) -> str:
+    # Loads OpenAI's client.
+    from raykd.endpoint import told
+
+    return told(error)
 
 
 class Render:
@@ -198,7 +206,7 @@ class Render:
     def __init__(
         self, requests: list[Request], teacher: Teacher, instruction: str, done: Mapping[Path, set[str]]
     ) -> None:
-        self._tokenizer = models.load_tokenizer(teacher)
+        self._tokenizer = models.teacher_tokenizer(teacher)
         self._requests, self._instruction, self._done = requests, instruction, done
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -224,7 +232,7 @@ class RenderAnswers:
         instruction: str,
         done: Mapping[Path, set[str]],
     ) -> None:
-        self._tokenizer = models.load_tokenizer(teacher)
+        self._tokenizer = models.teacher_tokenizer(teacher)
         self._wanted, self._instruction, self._done = wanted, instruction, done
         rows = pq.read_table(problems / "train.parquet").to_pylist()
         self._problems = {row["problem_id"]: row for row in rows}
@@ -256,7 +264,7 @@ def question(
     """A row of `teacher.QUESTION`: to be answered, or to be scored.
 
     Args:
-        tokenizer: the teacher's.
+        tokenizer: the teacher's; None where it is sent messages.
         problem: a row of `records.PROBLEM`.
         request: what the row belongs to.
         instruction: what is said about the form of the answer.
@@ -276,7 +284,8 @@ def question(
         "strategy": request.strategy_name,
         "sample_index": sample_index,
         "folder": str(request.folder),
-        "prompt_token_ids": models.prompt_token_ids(tokenizer, messages),
+        "prompt_token_ids": models.prompt_token_ids(tokenizer, messages) if tokenizer else [],
+        "messages": "" if tokenizer else json.dumps(messages),
         "given_token_ids": tokens,
         "given_text": text,
         "given_finish_reason": finish,
@@ -293,6 +302,9 @@ def check_lengths(wanted: list[Request], problems: Path, teacher: Teacher, instr
         instruction: what is said about the form of the answer.
         max_tokens: how long an answer may be that is not there yet.
     """
+    if teacher.is_sent_messages:
+        # How many tokens that is, and how many it takes, its server knows alone.
+        return
     limit = models.context_length(teacher, teacher.engine.engine_kwargs)
     if limit is None:
         return

@@ -177,8 +177,11 @@ def occupied(folder: Path, role: str, kind: Accelerator, processors: int) -> Ite
         folder: the experiment's folder.
         role: who held them.
         kind: of the processors.
-        processors: how many at most.
+        processors: how many at most; of none there is nothing to note.
     """
+    if not processors:
+        yield
+        return
     started = time.monotonic()
     try:
         yield

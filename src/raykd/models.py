@@ -23,6 +23,9 @@ def identify(named: Model) -> dict[str, str]:
     Raises:
         ValueError: where the model can neither be found on disk nor on the hub.
     """
+    if isinstance(named, Teacher) and named.is_sent_messages:
+        # Whatever the server has under that name.
+        return {"model": named.model, "revision": named.revision or "unknown"}
     model, path = named.model, Path(resolve_model(named.model))
     if path.is_dir():
         return {"model": model, "revision": storage.fingerprint(path)}
@@ -54,6 +57,11 @@ def load_tokenizer(named: Model) -> Any:
     if not tokenizer.chat_template:
         raise ValueError(f"model {named.model!r} has no chat template; use an instruct model")
     return tokenizer
+
+
+def teacher_tokenizer(teacher: Teacher) -> Any:
+    """The teacher's tokenizer; None where it is sent messages, and nothing of it need be here."""
+    return None if teacher.is_sent_messages else load_tokenizer(teacher)
 
 
 def _load(kind: Any, named: Model) -> Any:

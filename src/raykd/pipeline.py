@@ -178,9 +178,10 @@ def prepare(experiment: Experiment, command: str, retry_failed: bool = False) ->
             say(f"warning: code that comes with {named.model} is run (trust_remote_code)")
     teacher_model = models.identify(experiment.teacher)
     student_model = models.identify(experiment.student)
-    teacher_tokenizer = models.load_tokenizer(experiment.teacher)
+    teacher_tokenizer = models.teacher_tokenizer(experiment.teacher)
     student_tokenizer = models.load_tokenizer(experiment.student)
-    same_tokens = models.same_tokens(teacher_tokenizer, student_tokenizer)
+    # Where the teacher gives text alone, the student reads it by its own tokenizer.
+    same_tokens = teacher_tokenizer is not None and models.same_tokens(teacher_tokenizer, student_tokenizer)
     drawn = study.drawn(experiment, folder)
     trained = variants(experiment, drawn)
     bounds = corners(experiment) if experiment.sweep and experiment.sweep.search == "optuna" else []
@@ -247,9 +248,10 @@ def check(plan: Plan, resources: dict[str, float], stages: Sequence[str] = STAGE
     own = {job.lesson: job for job in pending if job.arm.targets.sequence == "student"}
     to_score = [(request, job.arm.targets.rollout) for name, job in own.items() if (request := plan.asked[name])]
     missing = completions.missing(plan.requests) if "generate" in stages else []
+    will_serve = experiment.teacher.endpoint is None and bool(missing or to_score)
     will_predict = "evaluate" in stages and not _are_predicted(plan)
     for name, engine, replicas, is_needed in (
-        ("teacher", experiment.teacher.engine, experiment.teacher.replicas.min, bool(missing or to_score)),
+        ("teacher", experiment.teacher.engine, experiment.teacher.replicas.min, will_serve),
         ("evaluate", experiment.evaluate.engine, 1, bool(own) or will_predict),
     ):
         if is_needed:
@@ -294,7 +296,7 @@ def _ask_teacher(plan: Plan, missing: list[Request], resources: dict[str, float]
     experiment = plan.experiment
     app = teacher.app_name(experiment.name)
     top_k, versions = max(request.top_k for request in missing), journal.versions()
-    held = placement.engine_processors(experiment.teacher.engine, resources, experiment.teacher.replicas.max)
+    held = placement.teacher_processors(experiment.teacher, resources)
     with (
         journal.timed(plan.folder, "completions"),
         journal.occupied(plan.folder, journal.TEACHER, *held),

@@ -151,6 +151,13 @@ def engine_processors(engine: Engine, cluster: Mapping[str, float], replicas: in
     return kind, replicas * len(engine_bundles(engine, kind))
 
 
+def teacher_processors(teacher: Teacher, cluster: Mapping[str, float]) -> tuple[Accelerator, int]:
+    """What kind of processors the teacher holds, and how many at most; none where it is elsewhere."""
+    if teacher.endpoint:
+        return "cpu", 0
+    return engine_processors(teacher.engine, cluster, teacher.replicas.max)
+
+
 def hold_together(experiment: Experiment, trains: Iterable[Train], cluster: Mapping[str, float]) -> bool:
     """Whether the teacher can stay up while students answer and train beside it.
 
@@ -175,7 +182,9 @@ def beside_the_teacher(teacher: Teacher, cluster: Mapping[str, float]) -> dict[s
 
 
 def taken_by_the_teacher(teacher: Teacher, cluster: Mapping[str, float]) -> dict[str, float]:
-    """What all replicas of the teacher take of a cluster."""
+    """What all replicas of the teacher take of a cluster; nothing where it is elsewhere."""
+    if teacher.endpoint:
+        return {}
     kind = accelerator(teacher.engine.accelerator, cluster)
     return engine_resources(teacher.engine, kind, teacher.replicas.max)
 

@@ -76,7 +76,7 @@ def prompts_of(experiment: Experiment, wanted: str) -> str:
         ValueError: where there is no such problem.
     """
     problem = _problem(problems.prepare(experiment.problems, Path(experiment.storage).absolute()), wanted)
-    teacher = models.load_tokenizer(experiment.teacher)
+    teacher = models.teacher_tokenizer(experiment.teacher)
     student = models.load_tokenizer(experiment.student)
     instruction = experiment.prompt.instruction
     blocks = [f"problem {problem['problem_id']}, reference answer {problem['reference_answer']}"]
@@ -111,6 +111,8 @@ def _problem(folder: Path, wanted: str) -> dict[str, Any]:
 
 
 def _rendered(title: str, tokenizer: Any, messages: Messages) -> str:
+    if tokenizer is None:
+        return "\n".join([f"--- {title}: messages", *(f"[{each['role']}]\n{each['content']}" for each in messages)])
     text = models.prompt_text(tokenizer, messages)
     tokens = len(models.prompt_token_ids(tokenizer, messages))
     return f"--- {title}: {tokens} tokens\n{text}"

@@ -41,7 +41,8 @@ def cost(results: Results) -> Table:
     """What the teacher's completions cost."""
     rows = []
     for made in results.run.get("completions") or []:
-        tokens, seconds = finite(made.get("completion_tokens")), finite(made.get("seconds"))
+        # A teacher that gives text alone leaves its tokens uncounted.
+        tokens, seconds = finite(made.get("completion_tokens")) or None, finite(made.get("seconds"))
         answered, cut = answered_rows(made), finite(made.get("truncated"))
         rows.append(
             [

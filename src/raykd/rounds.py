@@ -113,7 +113,7 @@ def scored(job: Job) -> list[Path]:
 @contextmanager
 def _serving(experiment: Experiment, top_k: int, folder: Path, cluster: Mapping[str, float]) -> Iterator[None]:
     """The teacher for a `with` block, and how long it held its processors."""
-    held = placement.engine_processors(experiment.teacher.engine, cluster, experiment.teacher.replicas.max)
+    held = placement.teacher_processors(experiment.teacher, cluster)
     with (
         journal.occupied(folder, journal.TEACHER, *held),
         teacher.served(experiment.teacher, top_k, teacher.app_name(experiment.name), dict(cluster)),

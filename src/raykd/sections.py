@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from raykd.engine import Engine, Replicas, Sampling, check_accelerator
+from raykd.engine import Endpoint, Engine, Replicas, Sampling, check_accelerator
 from raykd.space import Axis
 from raykd.strategies import Strategy
 from raykd.tree import Section
@@ -53,6 +53,9 @@ class Teacher(Section):
     trust_remote_code: bool = False
     """Whether code that comes with the model is run, with all the rights that this process has."""
     engine: Engine = Engine()
+    endpoint: Endpoint | None = None
+    """A server elsewhere that is asked instead of an engine of one's own; null for that. Of `engine` only
+    `engine_kwargs.max_model_len` then plays a part, what the server takes, and `replicas` none."""
     replicas: Replicas = Replicas()
     sampling: Sampling = Sampling()
     samples: int = Field(default=1, ge=1)
@@ -74,6 +77,16 @@ class Teacher(Section):
         if self.samples > 1 and not self.sampling.temperature:
             raise ValueError(f"samples={self.samples} would all be the same: set sampling.temperature above 0")
         return self
+
+    @property
+    def is_sent_messages(self) -> bool:
+        """Whether it is sent messages and gives text, for which nothing of the model need be here."""
+        return self.endpoint is not None and self.endpoint.api == "chat"
+
+    @property
+    def elsewhere(self) -> dict[str, str]:
+        """What of a server elsewhere bears on what is answered; empty where there is none."""
+        return {"api": self.endpoint.api, "model": self.endpoint.model or self.model} if self.endpoint else {}
 
 
 class Lora(Section):

@@ -22,9 +22,9 @@ def select(completions: Sequence[Row], targets: Targets) -> tuple[list[Row], Cou
     """
     dropped: Counter[str] = Counter()
     kept: list[Row] = []
-    seen: set[tuple[int, ...]] = set()
+    seen: set[tuple[int, ...] | str] = set()
     for row in completions:
-        words = tuple(row["completion_token_ids"])
+        words = _words(row)
         reason = ""
         if row["error"]:
             reason = "error"
@@ -46,4 +46,9 @@ def select(completions: Sequence[Row], targets: Targets) -> tuple[list[Row], Cou
 
 
 def _worse(row: Row) -> tuple[bool, bool, int]:
-    return not row["is_correct"], row["finish_reason"] != "stop", len(row["completion_token_ids"])
+    return not row["is_correct"], row["finish_reason"] != "stop", len(_words(row))
+
+
+def _words(row: Row) -> tuple[int, ...] | str:
+    """What a completion says: its tokens, or the text where that is all that the teacher gave."""
+    return tuple(row["completion_token_ids"]) or row["completion"]

@@ -1,6 +1,7 @@
 """Teacher: the served engine. Built from the configuration, waited for, asked, and taken down."""
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -39,6 +40,8 @@ QUESTION = pa.schema(
         # Of the request that the row belongs to.
         pa.field("folder", pa.string()),
         pa.field("prompt_token_ids", pa.list_(pa.int32())),
+        # Of a teacher that is sent messages these, in JSON; its prompt has no tokens here.
+        pa.field("messages", pa.string()),
         # What the teacher is to score; empty where it is to answer.
         pa.field("given_token_ids", pa.list_(pa.int32())),
         pa.field("given_text", pa.string()),
@@ -110,7 +113,7 @@ def served(teacher: Teacher, top_k: int, app: str, cluster: Mapping[str, float])
     """Serves the teacher inside this cluster, on no network port, for the time of a `with` block.
 
     The block begins while the engine still loads, so that whatever asks it can get ready meanwhile;
-    `wait_until_up` waits for it.
+    `wait_until_up` waits for it. A teacher that is elsewhere is served there.
 
     Args:
         teacher: the configuration's section.
@@ -119,6 +122,10 @@ def served(teacher: Teacher, top_k: int, app: str, cluster: Mapping[str, float])
             share a cluster need names of their own.
         cluster: the cluster's resources.
     """
+    if teacher.endpoint:
+        say(f"asking the teacher {teacher.elsewhere['model']} at {teacher.endpoint.url}")
+        yield
+        return
     kind = placement.accelerator(teacher.engine.accelerator, cluster)
     say(f"starting the teacher {teacher.model} ({kind})")
     # Loads vLLM, which takes seconds.
@@ -184,15 +191,21 @@ def failure(app: str) -> str:
 
 
 class AskTeacher:
-    """Asks the served teacher one batch a call, writes what it answered, and passes on the counts.
+    """Asks the teacher, here or elsewhere, one batch a call, writes what it answered, and passes on the counts.
 
     A row with `given_token_ids` is not answered but scored: the teacher's k best log-probabilities at each of those
     tokens, as if it had written them.
     """
 
     def __init__(self, app: str, experiment: str, teacher: Teacher, requests: list[Request], in_flight: int) -> None:
-        self._app, self._handle, self._experiment = app, serve.get_app_handle(app), experiment
-        self._teacher = teacher
+        self._app, self._experiment, self._teacher = app, experiment, teacher
+        self._elsewhere = None
+        if teacher.endpoint:
+            # Loads OpenAI's client, which takes a second.
+            from raykd.endpoint import Server
+
+            self._elsewhere = Server(teacher)
+        self._answer = self._elsewhere.answer if self._elsewhere else serve.get_app_handle(app).answer.remote
         self._requests = {request.folder: request for request in requests}
         self._room = asyncio.Semaphore(in_flight)
         self._up = asyncio.Lock()
@@ -210,6 +223,9 @@ class AskTeacher:
             table = pa.Table.from_pylist(answered, schema=records.COMPLETION)
             await asyncio.to_thread(storage.write_part, request.folder, table)
             metrics.count_completions(self._experiment, request, answered)
+            if self._elsewhere and any(row["error"] for row in answered):
+                # Is it up to the rows? Where the server is gone, all others would fail as well.
+                await self._check_elsewhere()
             yield {
                 "rows": [len(answered)],
                 "tokens": [sum(len(row["completion_token_ids"]) for row in answered)],
@@ -217,8 +233,19 @@ class AskTeacher:
 
     async def _wait_until_up(self) -> None:
         async with self._up:
-            await asyncio.to_thread(wait_until_up, self._app, self._teacher.start_timeout_s)
+            if not self._elsewhere:
+                await asyncio.to_thread(wait_until_up, self._app, self._teacher.start_timeout_s)
+            elif not self._was_up:
+                await self._check_elsewhere()
             self._was_up = True
+
+    async def _check_elsewhere(self) -> None:
+        assert self._elsewhere is not None
+        answered, scored = (
+            max((each.top_k for each in self._requests.values() if (each.sequence == "teacher") is is_own), default=0)
+            for is_own in (True, False)
+        )
+        await self._elsewhere.check(answered, scored)
 
     async def _ask(self, rows: list[dict[str, Any]], wanted: Request) -> list[dict[str, Any]]:
         """Completions of the rows, in their order; rows that cannot be answered carry an error."""
@@ -229,8 +256,15 @@ class AskTeacher:
 
     async def _call(self, rows: list[dict[str, Any]], wanted: Request) -> list[dict[str, Any]] | str:
         """The replica's replies to the rows, or why there are none."""
-        prompts = [row["prompt_token_ids"].tolist() + row["given_token_ids"].tolist() for row in rows]
+        prompts = [
+            json.loads(row["messages"] or "[]") or row["prompt_token_ids"].tolist() + row["given_token_ids"].tolist()
+            for row in rows
+        ]
         told = (prompts, _sampling(rows[0], wanted), self._teacher.timeout_s)
+        if self._elsewhere:
+            # It makes requests again by itself, and says of each row what befell it.
+            async with self._room:
+                return await self._answer(*told)
         failure = ""
         for attempt in range(INFRASTRUCTURE_RETRIES):
             if failure:
@@ -240,7 +274,7 @@ class AskTeacher:
             try:
                 # What waits for room does not wait for its answer yet.
                 async with self._room, asyncio.timeout(self._teacher.timeout_s + REPLICA_GRACE_S):
-                    return await self._handle.answer.remote(*told)
+                    return await self._answer(*told)
             except TimeoutError:
                 failure = f"no answer within {self._teacher.timeout_s:g} s (teacher.timeout_s)"
                 if await asyncio.to_thread(is_up, self._app):

@@ -59,6 +59,7 @@ FLOORS = [
         "watch",
         "hub_tokens",
         "replica",
+        "endpoint",
         "packed",
         "serving",
     },
@@ -93,7 +94,7 @@ FLOORS = [
 ]
 # Sideways on the floor of the heavy libraries: to the modules that others build on.
 SIDEWAYS = {"cluster", "watch", "heads", "student", "teacher", "replica", "packed", "models", "generate", "evaluate"}
-SIDEWAYS |= {"validation"}
+SIDEWAYS |= {"validation", "endpoint"}
 HEAVY = ("torch", "transformers", "peft", "deepspeed", "ray", "vllm")
 LIGHT = [*sorted((FLOORS[0] | FLOORS[1]) - {"losses"}), "report", "cli"]
 

@@ -6,8 +6,9 @@ from raykd.sections import Targets
 from raykd.selection import select
 
 
-def row(tokens: list[int], correct: bool = True, finish: str = "stop", error: str = "") -> dict:
-    return {"completion_token_ids": tokens, "is_correct": correct, "finish_reason": finish, "error": error}
+def row(tokens: list[int], correct: bool = True, finish: str = "stop", error: str = "", text: str = "") -> dict:
+    said = {"completion_token_ids": tokens, "completion": text or "".join(map(chr, tokens))}
+    return {**said, "is_correct": correct, "finish_reason": finish, "error": error}
 
 
 ROWS = [
@@ -40,6 +41,13 @@ def test_what_is_kept_and_why_the_rest_is_not(settings: dict, kept: list[int], d
 
 def test_the_best_of_wrong_ones_is_the_shortest_that_ended():
     rows = [row([1], False, "length"), row([1, 2, 3], False), row([1, 2], False)]
+    assert select(rows, Targets(keep="best"))[0] == [rows[2]]
+
+
+def test_where_a_teacher_gives_text_alone_that_counts():
+    rows = [row([], text="It is 4."), row([], text="It is 4."), row([], text="4"), row([], text="")]
+    found, reasons = select(rows, Targets(deduplicate=True))
+    assert (found, dict(reasons)) == ([rows[0], rows[2]], {"duplicate": 1, "empty": 1})
     assert select(rows, Targets(keep="best"))[0] == [rows[2]]
 
 
