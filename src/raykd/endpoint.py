@@ -109,11 +109,14 @@ class Server:
 
     async def _ask(self, prompt: Any, sampling: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         await self._pace.wait()
-        async with asyncio.timeout(timeout_s):
-            if self._teacher.is_sent_messages:
-                response = await self._chat.create(**_of_messages(prompt, self._teacher, sampling))
-            else:
-                response = await self._completions.create(**_of_tokens(prompt, self._teacher, sampling))
+        try:
+            async with asyncio.timeout(timeout_s):
+                if self._teacher.is_sent_messages:
+                    response = await self._chat.create(**_of_messages(prompt, self._teacher, sampling))
+                else:
+                    response = await self._completions.create(**_of_tokens(prompt, self._teacher, sampling))
+        except TimeoutError:
+            raise TimeoutError(f"no answer within {timeout_s:g} s (teacher.timeout_s)") from None
         try:
             (choice,) = response.http_response.json()["choices"]
             return _text(choice) if self._teacher.is_sent_messages else _tokens(choice, prompt, sampling)
@@ -131,17 +134,16 @@ class Server:
 
     def _said(self, error: Exception) -> str:
         """What went wrong, in one line without the key."""
-        if isinstance(error, TimeoutError):
-            return f"no answer within {self._teacher.timeout_s:g} s (teacher.timeout_s)"
         if isinstance(error, APIStatusError):
+            status, body = error.status_code, error.message.partition(" - ")[2] or error.body
+            text = f"{'failed' if status >= 500 else 'refused'}, status {status}"
             # What is wrong with a key may be said by repeating a part of it.
-            body = "" if error.status_code in (401, 403) else f": {error.message}"
-            text = f"{'failed' if error.status_code >= 500 else 'refused'}, status {error.status_code}{body}"
+            text += f": {body}" if body and status not in (401, 403) else ""
         elif isinstance(error, APIConnectionError):
             cause = error.__cause__ or error
             text = f"cannot be reached from {socket.gethostname()}: {type(cause).__name__}: {cause}"
         else:
-            text = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+            text = str(error) if type(error) in (ValueError, TimeoutError) else f"{type(error).__name__}: {error}"
         line = " ".join(text.split())
         return (line.replace(self._key, "(the key)") if self._key else line)[:SAID]
 

@@ -1,0 +1,242 @@
+"""A teacher elsewhere in the run: its rows, what ends it, what identifies it, and what is refused or written nowhere."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from elsewhere import KEY, KEY_ENV, Answer, Asked, Elsewhere, as_wanted, serving
+
+from raykd import (
+    completions,
+    config,
+    generate,
+    journal,
+    models,
+    pipeline,
+    placement,
+    preview,
+    prompts,
+    records,
+    storage,
+    student,
+    variants,
+)
+from raykd import problems as problems_of
+from raykd.completions import Request
+from raykd.config import Experiment
+from raykd.endpoint import EndpointError
+from raykd.teacher import AskTeacher
+
+URL = "http://127.0.0.1:9/v1"
+SOFT = {"prompt.strategy": "teacher", "targets.kind": "top_k", "targets.top_k": 3}
+
+
+@pytest.fixture(autouse=True)
+def keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_ENV, KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def experiment(root: Path, endpoint: dict[str, Any] | None, arms: dict[str, Any], **teacher: Any) -> Experiment:
+    told = {"model": "raykd/demo-teacher", "batch_size": 4, "timeout_s": 20, **teacher}
+    return Experiment.model_validate(
+        {
+            "name": "small",
+            "storage": str(root),
+            "problems": {"source": "demo", "num_train": 6, "num_test": 2},
+            "teacher": told | ({"endpoint": endpoint} if endpoint else {}),
+            "student": {"model": "raykd/demo-student"},
+            "arms": arms,
+        }
+    )
+
+
+def at(elsewhere: Elsewhere, **endpoint: Any) -> dict[str, Any]:
+    return {"url": elsewhere.url, "max_retries": 0, "api_key_env": KEY_ENV, **endpoint}
+
+
+def prepared(told: Experiment) -> tuple[pipeline.Plan, Request]:
+    plan = pipeline.prepare(told, "raykd run small.yaml")
+    (request,) = plan.requests
+    return plan, request
+
+
+def make(plan: pipeline.Plan, request: Request) -> list[dict[str, Any]]:
+    """Asks as Ray Data does, call by call, and reads what was written."""
+    told, instruction = plan.experiment.teacher, plan.experiment.prompt.instruction
+    problems = pyarrow.parquet.read_table(plan.problems / "train.parquet")
+    rows = generate.Render([request], told, instruction, {request.folder: set()})(problems)
+
+    async def asked() -> None:
+        teacher = AskTeacher("", told, [request], in_flight=2)
+        for start in range(0, len(rows), told.batch_size):
+            part = rows.slice(start, told.batch_size)
+            batch = {name: np.array([*part[name].to_pylist(), None], dtype=object)[:-1] for name in part.column_names}
+            tokens = ("prompt_token_ids", "given_token_ids")
+            batch |= {name: np.array([np.array(each) for each in batch[name]] + [None], object)[:-1] for name in tokens}
+            async for _ in teacher(batch):
+                pass
+
+    asyncio.run(asked())
+    return storage.read_rows(request.folder, records.COMPLETION).to_pylist()
+
+
+def test_soft_rows_hold_what_the_server_gave_token_by_token(tmp_path: Path):
+    with serving(as_wanted) as elsewhere:
+        plan, request = prepared(experiment(tmp_path, at(elsewhere), {"soft": SOFT}))
+        rows = make(plan, request)
+    tokenizer = models.load_tokenizer(plan.experiment.teacher)
+    problems = pyarrow.parquet.read_table(plan.problems / "train.parquet").to_pylist()
+    assert sorted(row["problem_id"] for row in rows) == sorted(problem["problem_id"] for problem in problems)
+    assert len(elsewhere.asked) == len(rows) + 1, "and the check"
+    sent = {tuple(asked.body["prompt"]) for asked in elsewhere.asked}
+    for row in rows:
+        assert not row["error"] and tuple(row["prompt_token_ids"]) in sent
+        assert "tutor" in tokenizer.decode(row["prompt_token_ids"]) or len(row["prompt_token_ids"]) > 20
+        assert row["completion"] == f"{sum(row['prompt_token_ids'])}\n#### 4" and row["answer_strict"] == "4"
+        assert row["completion_token_ids"] == [0, 1]
+        assert row["topk_ids"] == [[0, 1, 2], [0, 1, 2]] and row["topk_logprobs"] == [[-1.0, -2.0, -3.0]] * 2
+
+
+def test_the_reference_solutions_are_scored_elsewhere(tmp_path: Path):
+    arm = {**SOFT, "targets": {"sequence": "reference", "kind": "top_k", "top_k": 3}}
+    with serving(as_wanted) as elsewhere:
+        told = experiment(tmp_path, at(elsewhere), {"scored": arm} | {"scored": {"targets": arm["targets"]}})
+        plan, request = prepared(told)
+        rows = make(plan, request)
+    solutions = {
+        each["problem_id"]: each["reference_solution"]
+        for each in pyarrow.parquet.read_table(plan.problems / "train.parquet").to_pylist()
+    }
+    sent = {tuple(asked.body["prompt"]) for asked in elsewhere.asked}
+    for row in rows:
+        assert row["completion"] == solutions[row["problem_id"]]
+        assert tuple(row["prompt_token_ids"] + row["completion_token_ids"]) in sent
+        assert row["topk_ids"] == [[0, 1, 2]] * len(row["completion_token_ids"])
+
+
+def test_a_teacher_that_is_sent_messages_need_not_be_here_and_teaches_by_its_text(tmp_path: Path):
+    arms = {"hard": {"prompt.strategy": "teacher"}}
+    with serving(as_wanted) as elsewhere:
+        told = experiment(tmp_path, at(elsewhere, api="chat", model="large-1"), arms, model="a-vendors-largest")
+        plan, request = prepared(told)
+        rows = make(plan, request)
+    assert not plan.same_tokens
+    problems = pyarrow.parquet.read_table(plan.problems / "train.parquet").to_pylist()
+    messages = [
+        prompts.teacher_messages(each, told.strategies["teacher"], told.prompt.instruction) for each in problems
+    ]
+    asked = [each.body for each in elsewhere.asked[1:]]
+    assert sorted(map(str, messages)) == sorted(str(each["messages"]) for each in asked)
+    assert {each["model"] for each in asked} == {"large-1"}
+    tokenizer = models.load_tokenizer(told.student)
+    (job,) = plan.jobs
+    found, dropped = student.training_rows(job.arm, job.problems, request.folder, tokenizer, job.same_tokens)
+    said = {row["problem_id"]: row["completion"] for row in rows}
+    assert len(found) == len(problems) and not dropped
+    for target in found:
+        assert target.completion_token_ids[-1] == tokenizer.eos_token_id
+        expected = tokenizer(said[target.problem_id], add_special_tokens=False)["input_ids"]
+        assert target.completion_token_ids[:-1] == expected
+    # Before anything is asked it is shown, and its length is nobody's to check.
+    assert "[user]\n" in preview.prompts_of(told, "0") and "a-vendors-largest" in preview.prompts_of(told, "0")
+    generate.check_lengths([request], plan.problems, told.teacher, "", 10**9)
+
+
+def test_a_row_that_is_refused_carries_that_and_the_others_are_there(tmp_path: Path):
+    def says(asked: Asked, number: int) -> Answer:
+        return (400, {}, {"error": {"message": "too long"}}) if number == 3 else as_wanted(asked)
+
+    with serving(says) as elsewhere:
+        rows = make(*prepared(experiment(tmp_path, at(elsewhere), {"soft": SOFT})))
+    errors = [row["error"] for row in rows if row["error"]]
+    assert (len(rows), errors) == (6, ["refused, status 400: too long"])
+
+
+@pytest.mark.parametrize("status", [401, 500])
+def test_a_server_that_is_gone_ends_it_and_what_was_answered_stays(tmp_path: Path, status: int):
+    def says(asked: Asked, number: int) -> Answer:
+        return as_wanted(asked) if number < 3 else (status, {}, {"error": {"message": KEY}})
+
+    with serving(says) as elsewhere:
+        plan, request = prepared(experiment(tmp_path, at(elsewhere), {"soft": SOFT}))
+        with pytest.raises(EndpointError, match=f"teacher.endpoint {elsewhere.url}: .*status {status}"):
+            make(plan, request)
+        assert len(elsewhere.asked) == 1 + 4 + 1, "the check, a call of four, and the check that failed"
+    rows = storage.read_rows(request.folder, records.COMPLETION).to_pylist()
+    assert sorted(bool(row["error"]) for row in rows) == [False, False, True, True]
+    done = storage.done_ids(request.folder, records.COMPLETION, "completion_id")
+    assert done == {row["completion_id"] for row in rows if not row["error"]}
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()]
+
+
+def test_the_key_is_written_nowhere(tmp_path: Path):
+    with serving(as_wanted) as elsewhere:
+        plan, request = prepared(experiment(tmp_path, at(elsewhere), {"soft": SOFT}))
+        make(plan, request)
+    assert {asked.headers["authorization"] for asked in elsewhere.asked} == {f"Bearer {KEY}"}
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert {"experiment.yaml", "run.json"} <= {file.name for file in files}
+    assert KEY_ENV in (plan.folder / "experiment.yaml").read_text()
+    assert not [file for file in files if KEY.encode() in file.read_bytes()]
+    assert KEY not in json.dumps(request.content)
+
+
+def request_of(told: Experiment, folder: Path, root: Path) -> Request:
+    lessons = variants.lessons(variants.variants(told, {}))
+    (found,) = completions.of_arms(told, lessons, folder, root, {"model": "a", "revision": "1"}).values()
+    assert found
+    return found
+
+
+def test_rows_are_those_of_a_model_and_an_api_wherever_it_is_asked_and_how_fast(tmp_path: Path):
+    folder = problems_of.prepare(experiment(tmp_path, None, {"a": {}}).problems, tmp_path)
+
+    def of(endpoint: dict[str, Any] | None, **teacher: Any) -> tuple[str, dict[str, Any]]:
+        told = experiment(tmp_path, endpoint, {"a": {}}, **teacher)
+        return request_of(told, folder, tmp_path).folder.name, told.identity()
+
+    first = of({"url": URL})
+    more = {"api_key_env": "KEY", "max_retries": 1, "max_requests_per_minute": 3, "max_concurrent_requests": 2}
+    assert of({"url": "https://elsewhere/v1", **more}) == first
+    assert of({"url": URL, "model": "raykd/demo-teacher"}) == first, "the name that it has anyway"
+    assert of({"url": URL}, engine={"engine_kwargs": {"quantization": "fp8"}}) == first, "no engine is started"
+    others = [of(None), of({"url": URL, "model": "another"}), of({"url": URL, "api": "chat"})]
+    assert len({key for key, _ in [first, *others]}) == 4
+    # What was asked without one is found again.
+    assert "endpoint" not in request_of(experiment(tmp_path, None, {"a": {}}), folder, tmp_path).content
+    assert not [path for path in experiment(tmp_path, None, {"a": {}}).identity() if "endpoint" in path]
+    with pytest.raises(ValueError, match=r"teacher\.endpoint\.api was None, is 'chat'"):
+        (tmp_path / "experiment.yaml").write_text(config.dump(experiment(tmp_path, None, {"a": {}})))
+        journal.claim(experiment(tmp_path, {"url": URL, "api": "chat"}, {"a": {}}), tmp_path)
+
+
+@pytest.mark.parametrize("sequence", ["teacher", "reference", "student"])
+def test_soft_targets_of_text_alone_are_refused(tmp_path: Path, sequence: str):
+    targets = {"targets": {"sequence": sequence, "kind": "top_k"}}
+    assert experiment(tmp_path, {"url": URL}, {"soft": targets})
+    with pytest.raises(ValueError) as caught:
+        experiment(tmp_path, {"url": URL, "api": "chat"}, {"soft": targets})
+    for word in ("arm 'soft'", "targets.kind=top_k", "teacher.endpoint.api=chat", "set targets.kind=hard"):
+        assert word in str(caught.value)
+
+
+def test_a_teacher_elsewhere_holds_nothing_of_the_cluster(tmp_path: Path):
+    cluster = {"CPU": 2.0, "GPU": 0.0}
+    told = experiment(tmp_path, {"url": URL}, {"soft": SOFT}, engine={"tensor_parallel_size": 8, "accelerator": "gpu"})
+    assert placement.teacher_processors(told.teacher, cluster)[1] == 0
+    assert placement.beside_the_teacher(told.teacher, cluster) == cluster
+    plan, _ = prepared(told)
+    pipeline.check(plan, cluster, ["generate"])
+    with journal.occupied(plan.folder, journal.TEACHER, *placement.teacher_processors(told.teacher, cluster)):
+        pass
+    assert storage.read_json(plan.folder / "run.json")["processor_seconds"] == {}
+    here, _ = prepared(
+        experiment(tmp_path / "here", None, {"soft": SOFT}, engine={"tensor_parallel_size": 8, "accelerator": "gpu"})
+    )
+    with pytest.raises(ValueError, match=r"teacher\.engine: 1 x 8 x 1 shards"):
+        pipeline.check(here, cluster, ["generate"])
