@@ -33,7 +33,7 @@ COMPLETION = pa.schema(
         pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("completion", pa.string(), nullable=False),
         # Ends in the end-of-turn token where the teacher stopped by itself (finish_reason "stop"). Empty, like those of
-        # the prompt, where a teacher elsewhere gives text alone (`teacher.endpoint.api: chat`); a student tokenises that.
+        # the prompt, where a teacher elsewhere gives text alone (`teacher.endpoint.api: chat`).
         pa.field("completion_token_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("finish_reason", pa.string(), nullable=False),
         pa.field("answer_strict", pa.string()),

@@ -1,4 +1,4 @@
-"""A teacher elsewhere in the run: its rows, what ends it, what identifies it, and what is refused or written nowhere."""
+"""A teacher elsewhere in the run: its rows, what ends it, what identifies it, what is refused and what is not written."""
 
 import asyncio
 import json
@@ -89,23 +89,23 @@ def test_soft_rows_hold_what_the_server_gave_token_by_token(tmp_path: Path):
     with serving(as_wanted) as elsewhere:
         plan, request = prepared(experiment(tmp_path, at(elsewhere), {"soft": SOFT}))
         rows = make(plan, request)
-    tokenizer = models.load_tokenizer(plan.experiment.teacher)
+    tokenizer, prime = models.load_tokenizer(plan.experiment.teacher), plan.experiment.strategies["teacher"].text
     problems = pyarrow.parquet.read_table(plan.problems / "train.parquet").to_pylist()
     assert sorted(row["problem_id"] for row in rows) == sorted(problem["problem_id"] for problem in problems)
     assert len(elsewhere.asked) == len(rows) + 1, "and the check"
     sent = {tuple(asked.body["prompt"]) for asked in elsewhere.asked}
     for row in rows:
         assert not row["error"] and tuple(row["prompt_token_ids"]) in sent
-        assert "tutor" in tokenizer.decode(row["prompt_token_ids"]) or len(row["prompt_token_ids"]) > 20
+        assert prime in tokenizer.decode(row["prompt_token_ids"])
         assert row["completion"] == f"{sum(row['prompt_token_ids'])}\n#### 4" and row["answer_strict"] == "4"
         assert row["completion_token_ids"] == [0, 1]
         assert row["topk_ids"] == [[0, 1, 2], [0, 1, 2]] and row["topk_logprobs"] == [[-1.0, -2.0, -3.0]] * 2
 
 
 def test_the_reference_solutions_are_scored_elsewhere(tmp_path: Path):
-    arm = {**SOFT, "targets": {"sequence": "reference", "kind": "top_k", "top_k": 3}}
+    arms = {"scored": {"targets": {"sequence": "reference", "kind": "top_k", "top_k": 3}}}
     with serving(as_wanted) as elsewhere:
-        told = experiment(tmp_path, at(elsewhere), {"scored": arm} | {"scored": {"targets": arm["targets"]}})
+        told = experiment(tmp_path, at(elsewhere), arms)
         plan, request = prepared(told)
         rows = make(plan, request)
     solutions = {

@@ -1,0 +1,199 @@
+"""A teacher elsewhere: `vllm serve` on loopback gives the rows that the engine behind Ray Serve gives."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet
+import pytest
+import yaml
+
+from raykd import prompts, records, storage
+from runs import Ran, finish, free_port
+
+pytestmark = pytest.mark.timeout(1800)
+VLLM = str(Path(sys.executable).parent / "vllm")
+KEY_ENV, KEY, NAME = "RAYKD_TEACHER_KEY", "planted6dGhlIGtleSBvZiBhIHRlYWNoZXI", "the-teacher"
+ENGINE = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 32}
+MAX_TOKENS, TOP_K, NUM_TRAIN = 48, 6, 40
+
+
+def post(url: str, body: dict, key: str) -> dict:
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=120) as answer:
+        return json.load(answer)
+
+
+@pytest.fixture(scope="module")
+def url(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The server, with a model that has ideas of its own about sampling."""
+    port, log = free_port(), tmp_path_factory.mktemp("vllm") / "serve.log"
+    command = [
+        VLLM,
+        "serve",
+        str(teacher_folder),
+        "--served-model-name",
+        NAME,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    command += ["--enforce-eager", *(f"--{name.replace('_', '-')}={value}" for name, value in ENGINE.items())]
+    # On the command line every user of the machine would see the key.
+    environment = {**os.environ, "VLLM_API_KEY": KEY, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with log.open("w") as stream:
+        server = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 600
+        while not is_up(f"http://127.0.0.1:{port}/health"):
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        below = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
+        server.terminate()
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+        for process in psutil.wait_procs(below, timeout=30)[1]:
+            process.kill()
+
+
+def is_up(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def file(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tree = {
+        "name": "here",
+        "problems": {"source": "demo", "num_train": NUM_TRAIN, "num_test": 2},
+        "teacher": {
+            "model": str(teacher_folder),
+            "engine": {"engine_kwargs": ENGINE},
+            "sampling": {"max_tokens": MAX_TOKENS},
+            "batch_size": 8,
+        },
+        "student": {"model": "raykd/demo-student"},
+        "arms": {
+            "hard": {"prompt.strategy": "teacher"},
+            "soft": {"prompt.strategy": "ground_truth", "targets.kind": "top_k", "targets.top_k": TOP_K},
+            "scored": {
+                "prompt.strategy": "teacher",
+                "targets": {"sequence": "reference", "kind": "top_k", "top_k": TOP_K},
+            },
+        },
+    }
+    file = tmp_path_factory.mktemp("endpoint") / "here.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A storage, and the key in the environment of what is run there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KEY_ENV, KEY)
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        yield tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="module")
+def here(file: Path, root: Path) -> Ran:
+    return finish(["generate", str(file), f"storage={root}"], root)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(file: Path, root: Path, url: str) -> Ran:
+    endpoint = f"teacher.endpoint={{url: '{url}', model: {NAME}, api_key_env: {KEY_ENV}}}"
+    return finish(["generate", str(file), f"storage={root}", "name=elsewhere", endpoint], root)
+
+
+def rows_of(ran: Ran, arm: str) -> dict[str, dict]:
+    request = ran.plan.asked[arm]
+    assert request is not None
+    return {row["problem_id"]: row for row in storage.read_rows(request.folder, records.COMPLETION).to_pylist()}
+
+
+@pytest.mark.parametrize("arm", ["hard", "soft", "scored"])
+def test_the_rows_are_the_same(here: Ran, elsewhere: Ran, arm: str):
+    expected, found = rows_of(here, arm), rows_of(elsewhere, arm)
+    assert len(found) == NUM_TRAIN and found.keys() == expected.keys()
+    same = []
+    for problem_id, row in found.items():
+        other = expected[problem_id]
+        assert not row["error"] and row["prompt_token_ids"] == other["prompt_token_ids"]
+        told = ("completion", "completion_token_ids", "finish_reason", "answer_strict", "is_correct")
+        if all(row[name] == other[name] for name in told):
+            same.append(problem_id)
+    # What is computed beside other rows may differ in the last bit, and so may a token that was as good as another.
+    assert len(same) >= NUM_TRAIN - 1
+    if arm == "hard":
+        return
+    agreed = []
+    for problem_id in same:
+        row, other = found[problem_id], expected[problem_id]
+        assert np.shape(row["topk_ids"]) == (len(row["completion_token_ids"]), TOP_K)
+        np.testing.assert_allclose(row["topk_logprobs"], other["topk_logprobs"], atol=2e-3)
+        agreed += (np.array(row["topk_ids"]) == np.array(other["topk_ids"])).ravel().tolist()
+    assert np.mean(agreed) > 0.99
+
+
+def test_no_engine_was_started_and_the_key_is_written_nowhere(elsewhere: Ran, root: Path, url: str):
+    assert f"asking the teacher {NAME} at {url}" in elsewhere.stderr
+    assert "starting the teacher" not in elsewhere.stderr
+    assert storage.read_json(elsewhere.plan.folder / "run.json")["processor_seconds"] == {}
+    files = [each for each in root.rglob("*") if each.is_file()]
+    assert len(files) > 10
+    assert not [each for each in files if KEY.encode() in each.read_bytes()]
+    assert KEY not in elsewhere.stdout + elsewhere.stderr
+
+
+def test_by_messages_a_teacher_that_is_not_here_gives_text(file: Path, root: Path, url: str):
+    endpoint = f"teacher.endpoint={{url: '{url}', model: {NAME}, api: chat, api_key_env: {KEY_ENV}}}"
+    arguments = ["generate", str(file), f"storage={root}", "name=chat", endpoint, "teacher.model=is-not-here"]
+    ran = finish([*arguments, "arms={hard: {prompt.strategy: teacher}}"], root)
+    rows, experiment = rows_of(ran, "hard"), ran.plan.experiment
+    assert len(rows) == NUM_TRAIN and not any(row["error"] for row in rows.values())
+    same = []
+    for problem in pyarrow.parquet.read_table(ran.plan.problems / "train.parquet").to_pylist()[:8]:
+        messages = prompts.teacher_messages(problem, experiment.strategies["teacher"], experiment.prompt.instruction)
+        body = {"model": NAME, "messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0}
+        (choice,) = post(f"{url}/chat/completions", body, KEY)["choices"]
+        row = rows[problem["problem_id"]]
+        assert (row["prompt_token_ids"], row["completion_token_ids"]) == ([], [])
+        same.append(
+            (row["completion"], row["finish_reason"]) == (choice["message"]["content"], choice["finish_reason"])
+        )
+    assert sum(same) >= 7
+
+
+def test_a_wrong_key_ends_it_in_a_line_that_names_the_variable(
+    file: Path, root: Path, url: str, monkeypatch: pytest.MonkeyPatch
+):
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        post(f"{url}/completions", {"model": NAME, "prompt": [0, 1], "max_tokens": 1}, "wrong")
+    monkeypatch.setenv(KEY_ENV, "planted7YW5vdGhlcg")
+    endpoint = f"teacher.endpoint={{url: '{url}', model: {NAME}, api_key_env: {KEY_ENV}}}"
+    with pytest.raises(AssertionError) as caught:
+        finish(["generate", str(file), f"storage={root}", "name=wrong", "problems.seed=1", endpoint], root)
+    last = str(caught.value).strip().splitlines()[-1]
+    for word in (f"teacher.endpoint {url}: refused, status 401", KEY_ENV, "the same command goes on"):
+        assert word in last
+    assert "planted7" not in str(caught.value)
