@@ -1,4 +1,4 @@
-"""A teacher elsewhere in the run: its rows, what ends it, what identifies it, what is refused and what is not written."""
+"""A teacher elsewhere in the run: its rows, what ends it, what identifies it, what is refused and not written."""
 
 import asyncio
 import json
