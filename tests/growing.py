@@ -30,7 +30,7 @@ LISTS = (
 
 
 @contextmanager
-def growing(folder: Path, types: dict[str, Any], idle_timeout_minutes: float) -> Iterator[str]:
+def growing(folder: Path, types: dict[str, Any], idle_timeout_minutes: float) -> Iterator[tuple[str, Path]]:
     """A head of one core, whose autoscaler may add nodes; nothing is left of them afterwards.
 
     Args:
@@ -39,7 +39,7 @@ def growing(folder: Path, types: dict[str, Any], idle_timeout_minutes: float) ->
         idle_timeout_minutes: after which a node that nobody uses goes.
 
     Yields:
-        the head's address.
+        the head's address, and the file that `ray up` would leave on it.
     """
     port = free_port()
     config = {
@@ -82,7 +82,7 @@ def growing(folder: Path, types: dict[str, Any], idle_timeout_minutes: float) ->
             stderr=subprocess.STDOUT,
         )
     try:
-        yield f"127.0.0.1:{port}"
+        yield f"127.0.0.1:{port}", file
     finally:
         family = psutil.Process(head.pid).children(recursive=True)
         head.terminate()

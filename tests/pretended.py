@@ -1,12 +1,14 @@
 """Pretended: what holds GPUs that there are not, as the teacher's replicas and the students' workers would."""
 
 import asyncio
+import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray import serve
+from ray import cloudpickle, serve
 from ray.serve.llm import build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
 from ray.train import ScalingConfig
@@ -25,10 +27,19 @@ class Pretended(LLMServer):
     async def check_health(self) -> None:
         pass
 
+    async def record_routing_stats(self) -> dict[str, Any]:
+        return {}
+
     async def answer(self, seconds: float) -> str:
         """Takes so long, and tells on which node it did."""
         await asyncio.sleep(seconds)
         return ray.get_runtime_context().get_node_id()
+
+
+def carry(module: str) -> None:
+    """Has a module of the tests sent to Ray's workers, which do not find it where they are."""
+    if not module.startswith("raykd."):
+        cloudpickle.register_pickle_by_value(sys.modules[module])
 
 
 @contextmanager
@@ -38,17 +49,22 @@ def deployed(told: Teacher, kind: placement.Accelerator, deployment: type[LLMSer
     Yields:
         its handle, which may be asked before a replica is up.
     """
+    carry(deployment.__module__)
     app = build_llm_deployment(teacher.llm_config(told, 0, kind), deployment_cls=deployment)
-    target = serve.RunTarget(app, name="tested", route_prefix=None)
+    # A handle to an application that was there before would take it for gone.
+    name = f"tested-{uuid.uuid4().hex[:8]}"
+    target = serve.RunTarget(app, name=name, route_prefix=None)
     serve.run_many([target], wait_for_applications_running=False)
     try:
-        yield serve.get_app_handle("tested")
+        yield serve.get_app_handle(name)
     finally:
-        serve.delete("tested")
+        serve.delete(name)
 
 
 def train_on(train: Train) -> list[tuple[str, list[str]]]:
     """Has Ray Train's workers, placed as a trial's are, tell on which node they are and which GPUs they were given."""
+
+    carry(__name__)
 
     def tell() -> None:
         context = ray.get_runtime_context()

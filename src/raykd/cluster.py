@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray._private.state
 import ray.data
 from ray.autoscaler.sdk import request_resources
 from ray.job_config import JobConfig
 
-from raykd import metrics, placement, progress, signals
+from raykd import metrics, nodes, placement, progress, signals
 from raykd.watch import given_back
 
 # Blocks that a task of Ray Data may hand on between two looks of its scheduler.
@@ -22,6 +21,8 @@ LOGS = "/tmp/ray/session_latest/logs"
 # Ray's own; the next that is free where it is taken.
 DASHBOARD_PORT = 8265
 API_SERVER = "RAY_API_SERVER_ADDRESS"
+# What the cluster may grow to: a file of `ray up`, or of the same words; and where Ray's launcher puts it on the head.
+CLUSTER_FILE, LAUNCHED_BY = "RAYKD_CLUSTER", Path("~/ray_bootstrap_config.yaml")
 
 
 @contextmanager
@@ -68,13 +69,17 @@ def live() -> dict[str, float]:
 def capacity() -> dict[str, float]:
     """What the cluster has, or may come to have by its autoscaler: nodes that go when idle are not there at first.
 
-    There is no public way to ask what an autoscaler may bring; Ray Train asks in the same one.
+    Ray does not tell what its autoscaler may bring. `ray up` leaves its file on the head, where jobs run; elsewhere the
+    variable `RAYKD_CLUSTER` names one.
+
+    Raises:
+        ValueError: where the file that is named is none of `ray up`.
     """
-    there, config = live(), ray._private.state.state.get_cluster_config()
-    if config is None:
+    there, named = live(), os.environ.get(CLUSTER_FILE)
+    file = Path(named) if named else LAUNCHED_BY.expanduser() if is_joined() else None
+    if file is None or not (named or file.exists()):
         return there
-    heads = [(node["Resources"], 1) for node in ray.nodes() if node["Alive"] and placement.HEAD in node["Resources"]]
-    grown = _total([*heads, *((dict(group.resources), max(0, group.max_count)) for group in config.node_group_configs)])
+    grown = _total((each.resources, each.count) for each in nodes.read(file).nodes)
     return {name: max(there.get(name, 0), grown.get(name, 0)) for name in {*there, *grown}}
 
 

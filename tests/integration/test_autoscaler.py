@@ -18,17 +18,17 @@ pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
-def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a head of one core, whose autoscaler may add two nodes of two cores each."""
+def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A head of one core, whose autoscaler may add two nodes of two cores each."""
     types = {"worker": {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 2}}
-    with growing(tmp_path_factory.mktemp("autoscaler"), types, idle_timeout_minutes=10) as address:
-        yield address
+    with growing(tmp_path_factory.mktemp("autoscaler"), types, idle_timeout_minutes=10) as head:
+        yield head
 
 
-def grow(address: str, log: Path) -> tuple[float, int, int, float]:
+def grow(address: str, file: Path, log: Path) -> tuple[float, int, int, float]:
     """How many cores there may be; for how many of four trials there is room before and after they come, and how many
     have come."""
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address}
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address, "RAYKD_CLUSTER": str(file)}
     with cluster.connected(log, "growing", "test") as capacity:
         room = sweep._room([(Train(num_workers=1), "cpu")], {}, at_most=4)
         before = room()
@@ -39,7 +39,7 @@ def grow(address: str, log: Path) -> tuple[float, int, int, float]:
             return capacity["CPU"], before, room(), ray.cluster_resources()["CPU"]
 
 
-def test_nodes_come_when_trials_want_room_and_trials_when_nodes_come(two_nodes: str, tmp_path: Path):
+def test_nodes_come_when_trials_want_room_and_trials_when_nodes_come(two_nodes: tuple[str, Path], tmp_path: Path):
     # Ray ends a process whose head is gone.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        assert pool.submit(grow, two_nodes, tmp_path / "driver.log").result(timeout=400) == (5, 1, 4, 5)
+        assert pool.submit(grow, *two_nodes, tmp_path / "driver.log").result(timeout=400) == (5, 1, 4, 5)

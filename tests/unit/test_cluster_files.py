@@ -121,6 +121,18 @@ def test_ray_accepts_the_files_of_ray_up(name: str):
     validate_config(prepared(name))
 
 
+@pytest.mark.parametrize("name", ["raycluster", "rayjob"])
+def test_a_run_on_kubernetes_is_told_what_the_manifests_may_bring(name: str):
+    told = prepared(name)["available_node_types"]
+    nodes = yaml.safe_load((FOLDER / "kuberay" / "nodes.yaml").read_text())
+    may = {name: (each["resources"], each["max_workers"]) for name, each in nodes["available_node_types"].items()}
+    assert may == {
+        name: ({key: amount for key, amount in each["resources"].items() if key != "memory"}, each["max_workers"])
+        for name, each in told.items()
+    }
+    assert f"{INSTALLED}/cluster/kuberay/nodes.yaml" in (FOLDER / "kuberay" / f"{name}.yaml").read_text()
+
+
 @pytest.mark.parametrize("change", [{"colour": "red"}, {"idle_timeout_minutes": "ten"}, {"head_node_type": "neck"}])
 def test_rays_check_refuses_what_is_wrong(change: dict[str, Any]):
     with pytest.raises(Exception, match=r"colour|ten|head_node_type"):

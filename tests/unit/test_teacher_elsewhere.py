@@ -72,7 +72,7 @@ def make(plan: pipeline.Plan, request: Request) -> list[dict[str, Any]]:
     rows = generate.Render([request], told, instruction, {request.folder: set()})(problems)
 
     async def asked() -> None:
-        teacher = AskTeacher("", told, [request], in_flight=2)
+        teacher = AskTeacher("", "elsewhere", told, [request], in_flight=2)
         for start in range(0, len(rows), told.batch_size):
             part = rows.slice(start, told.batch_size)
             batch = {name: np.array([*part[name].to_pylist(), None], dtype=object)[:-1] for name in part.column_names}
