@@ -53,8 +53,9 @@ def demand(experiment: Experiment, cluster: Mapping[str, float] = A_GPU) -> Dema
     reader = ()
     if read:
         reader = (placement.processor(placement.accelerator(read.accelerator, cluster), read.accelerator_type),)
+    is_served = any(arm.needs_teacher for arm in arms) and not teacher.endpoint
     return Demand(
-        generation=(replica,) * teacher.replicas.max if any(arm.needs_teacher for arm in arms) else (),
+        generation=(replica,) * teacher.replicas.max if is_served else (),
         training=(trial,) * at_a_time,
         evaluation=(engine,),
         attention=(reader,) * read.num_workers if read else (),
@@ -147,6 +148,8 @@ def work(experiment: Experiment, rates: Rates, cluster: Mapping[str, float] = A_
     kind, replica = placement.engine_processors(experiment.teacher.engine, cluster, experiment.teacher.replicas.max)
     dearer = prices.teacher_gpu_hour if kind == "gpu" and prices.teacher_gpu_hour is not None else None
     of_kind = {"gpu": prices.gpu_hour, "cpu": prices.cpu_hour}
+    # Elsewhere it holds none of ours.
+    replica = 0 if experiment.teacher.endpoint else replica
     teacher = (replica, kind, dearer if dearer is not None else of_kind[kind])
     found = []
     for sequence, what in (("teacher", "the teacher writes"), ("reference", "the teacher scores solutions")):

@@ -14,17 +14,28 @@ import ray
 import yaml
 from ray import serve
 from ray.serve.config import ProxyLocation
+from ray.util import placement_group_table
 
 from growing import growing
 from pretended import Pretended, deployed, train_on
-from raykd import cluster, placement
-from raykd.sections import Teacher, Train
+from raykd import budget, cluster, nodes, placement
+from raykd.config import Experiment
 
 ROOT = Path(__file__).parents[2]
-TEACHER = {"model": "raykd/demo-teacher", "engine": {"tensor_parallel_size": 8, "pipeline_parallel_size": 2}}
-# Of a kind that the file names, so that the nodes of the one pool are not brought for the other.
-TEACHER["engine"]["accelerator_type"] = "H100"  # type: ignore[index]
-STUDENTS = Train(num_workers=2, batch_size=2, accelerator_type="A10G")
+FILE = ROOT / "cluster/aws.yaml"
+EXPERIMENT = Experiment.model_validate(
+    {
+        "name": "cloud",
+        "teacher": {
+            "model": "raykd/demo-teacher",
+            # Of kinds that the file names, so that the nodes of the one pool are not brought for the other.
+            "engine": {"tensor_parallel_size": 8, "pipeline_parallel_size": 2, "accelerator_type": "H100"},
+        },
+        "student": {"model": "raykd/demo-student"},
+        "train": {"num_workers": 2, "accelerator_type": "A10G"},
+        "max_concurrent_trials": 1,
+    }
+)
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -32,7 +43,7 @@ pytestmark = pytest.mark.timeout(900)
 @pytest.fixture(scope="module")
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """A head whose autoscaler may bring what cluster/aws.yaml says, but for where from."""
-    types = yaml.safe_load((ROOT / "cluster/aws.yaml").read_text())["available_node_types"]
+    types = yaml.safe_load(FILE.read_text())["available_node_types"]
     types = {name: {**each, "node_config": {}} for name, each in types.items() if name != "head"}
     with growing(tmp_path_factory.mktemp("cloud"), types, idle_timeout_minutes=0.1) as head:
         yield head
@@ -45,6 +56,18 @@ def kinds() -> dict[str, int]:
         if node["Alive"]:
             found.update(name.removeprefix(placement.TYPE) for name in node["Resources"] if placement.TYPE in name)
     return dict(found)
+
+
+def places() -> list[list[dict[str, float]]]:
+    """The bundles of each placement group that has its place."""
+    groups = [each for each in placement_group_table().values() if each["state"] == "CREATED"]
+    return [list(each["bundles"].values()) for each in groups]
+
+
+def planned(groups: tuple[Any, ...]) -> dict[str, int]:
+    """How many nodes of each kind `raykd plan` says that placement groups lie on."""
+    found = Counter(name for each in nodes.place(groups, nodes.read(FILE).nodes) for name, _ in each.on)
+    return {{"teacher": "H100", "student": "A10G"}[name]: count for name, count in found.items()}
 
 
 def until(condition: Callable[[], bool], seconds: float = 240) -> bool:
@@ -62,15 +85,15 @@ def follow(address: str, file: Path, log: Path) -> dict[str, Any]:
         seen["capacity"] = capacity
         seen["auto"] = placement.accelerator("auto", capacity)
         seen["before"] = kinds()
-        told = Teacher.model_validate(TEACHER)
+        told, train = EXPERIMENT.teacher, EXPERIMENT.train
         placement.check_engine("teacher.engine", told.engine, "gpu", capacity)
         serve.start(proxy_location=ProxyLocation.Disabled)
         with deployed(told, "gpu", Pretended) as handle:
             handle.answer.remote(0).result(timeout_s=300)
-            seen["teacher"] = kinds()
+            seen["teacher"], seen["teacher's places"] = kinds(), places()
         seen["teacher is gone"] = until(lambda: not kinds())
-        with cluster.requested(placement.trial_bundles(STUDENTS, "gpu")):
-            workers = train_on(STUDENTS)
+        with cluster.requested(placement.trial_bundles(train, "gpu")):
+            workers = train_on(train)
             seen["students"] = kinds()
         seen["workers"] = len(workers)
         seen["students are gone"] = until(lambda: not kinds())
@@ -86,8 +109,10 @@ def test_nodes_come_for_each_stage_and_go_after_it(cloud: tuple[str, Path], tmp_
     assert seen["before"] == {}
     assert seen["auto"] == "gpu"
     assert (seen["capacity"]["GPU:H100"], seen["capacity"]["GPU:A10G"]) == (16, 32)
-    assert seen["teacher"] == {"H100": 2}
+    demand = budget.demand(EXPERIMENT, seen["capacity"])
+    assert seen["teacher's places"] == [[dict(bundle) for bundle in group] for group in demand.generation]
+    assert seen["teacher"] == planned(demand.generation) == {"H100": 2}
     assert seen["teacher is gone"]
-    assert seen["students"] == {"A10G": 1}
+    assert seen["students"] == planned(demand.training) == {"A10G": 1}
     assert seen["workers"] == 2
     assert seen["students are gone"]
