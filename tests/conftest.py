@@ -29,6 +29,7 @@ def bucket() -> Iterator[str]:
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Somewhere empty: a folder, and a bucket's prefix."""
     if request.param == "folder":
+        (tmp_path / "place").mkdir()
         return location.at(str(tmp_path / "place"))
     return location.at(f"{request.getfixturevalue('bucket')}/with space/{uuid.uuid4().hex}")
 

@@ -33,7 +33,7 @@ def connected(log: Path) -> Iterator[dict[str, float]]:
     Yields:
         `capacity()`.
     """
-    with progress.libraries_write_to(log):
+    with progress.libraries_write_to(log) as log:
         address = os.environ.get("RAY_ADDRESS")
         context = ray.init(address=address, log_to_driver=False) if address else _start()
         with signals.end_in_order():

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pyarrow import fs as arrow
-
 # Files that are asked of a bucket at a time: each takes tens of milliseconds, whatever it holds.
 AT_A_TIME = 32
 
@@ -94,10 +92,13 @@ def is_remote(path: Path) -> bool:
     return not isinstance(path, Path)
 
 
-def for_arrow(path: Path) -> tuple[str, arrow.FileSystem | None]:
+def for_arrow(path: Path) -> tuple[str, Any]:
     """A path and the file system that it is of, as Arrow and Ray want them; None for this machine's own."""
     if not is_remote(path):
         return str(path), None
+    # A mistake in a configuration is told sooner without it.
+    from pyarrow import fs as arrow
+
     return _key(path), arrow.PyFileSystem(arrow.FSSpecHandler(_store(path)))
 
 
