@@ -1,11 +1,16 @@
 """Stores: a local server that answers as S3 does, and what an environment must say so that it is asked."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 BUCKET = "raykd-tests"
-KEYS = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing", "AWS_DEFAULT_REGION": "us-east-1"}
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "nobody",
+    "AWS_SECRET_ACCESS_KEY": "never-to-be-written",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
 
 
 @contextmanager
@@ -18,6 +23,8 @@ def s3() -> Iterator[str]:
     import boto3
     from moto.server import ThreadedMotoServer
 
+    # Else each request is a line beneath a test that failed.
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -333,7 +333,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
         ValueError: with the file, the key, and the way out.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = yaml.safe_load((Path(path) if isinstance(path, str) else path).read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
         raise ValueError(f"{path}: no such file; `configs/` holds experiments to start from") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

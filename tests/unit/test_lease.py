@@ -22,9 +22,9 @@ ELSEWHERE = {"who": "process 7 on elsewhere", "token": "theirs", "process": 7, "
 
 def test_the_second_is_told_who_the_first_is_until_it_is_free(place: Path):
     with lock.held(place, "first"):
-        with pytest.raises(ValueError, match=rf"is being worked on by process {os.getpid()} on .*: first\. Wait"):
-            with lock.held(place, "second", " (it asks the same)"):
-                raise AssertionError("both hold it")
+        told = rf"is being worked on by process {os.getpid()} on .*: first\. Wait for it, end it \(it asks the same\)"
+        with pytest.raises(ValueError, match=told), lock.held(place, "second", " (it asks the same)"):
+            raise AssertionError("both hold it")
         assert not storage.parts(place)
     with pytest.raises(RuntimeError), lock.held(place, "second"):
         raise RuntimeError
@@ -36,9 +36,9 @@ def test_a_killed_one_of_this_machine_keeps_nobody_out(place: Path):
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(place)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout and process.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=rf"process {process.pid} on .*raykd run mine\.yaml"):
-            with lock.held(place, "second"):
-                raise AssertionError("both hold it")
+        told = rf"process {process.pid} on .*raykd run mine\.yaml"
+        with pytest.raises(ValueError, match=told), lock.held(place, "second"):
+            raise AssertionError("both hold it")
     finally:
         process.kill()
         process.wait()
@@ -103,6 +103,6 @@ def test_it_is_renewed(file: Path):
 
 
 def test_a_bucket_that_is_not_there_is_told_with_what_to_look_at(bucket: str):
-    with pytest.raises(ValueError, match=r"s3://no-such-bucket/x/run\.lock cannot be written .*environment"):
-        with lock.held(location.at("s3://no-such-bucket/x"), "me"):
-            raise AssertionError("nothing is held")
+    told = r"s3://no-such-bucket/x/run\.lock cannot be written .*environment"
+    with pytest.raises(ValueError, match=told), lock.held(location.at("s3://no-such-bucket/x"), "me"):
+        raise AssertionError("nothing is held")
