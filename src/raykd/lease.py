@@ -10,6 +10,7 @@ is turned away, never for when one takes over: for that it looks twice.
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -86,11 +87,11 @@ def _take(file: Path, mine: dict[str, Any]) -> None:
         raise Held(
             f"{_who(_read(claim))}, which takes it over from one that is gone; should it be gone too, delete {claim}"
         )
-    if _token(_read(file)) != _token(found):
-        claim.unlink(missing_ok=True)
-        raise Held(_who(_read(file)))
-    location.put(file, _written(mine))
+    seen = location.state(file)
+    is_same = _token(_read(file)) == _token(found) and location.replace(file, _written(mine), seen)
     claim.unlink(missing_ok=True)
+    if not is_same:
+        raise Held(_who(_read(file)))
     return None
 
 
@@ -98,11 +99,14 @@ def _renew(file: Path, mine: dict[str, Any], over: threading.Event) -> None:
     while not over.wait(RENEWED_EVERY_S):
         # A store that does not answer now may do so the next time.
         with suppress(Exception):
-            if _token(_read(file)) != mine["token"]:
-                print(f"raykd: {file} was taken over by {_who(_read(file))}: this run ends", flush=True)
+            seen = location.state(file)
+            found = _read(file)
+            if _token(found) == mine["token"] and location.replace(file, _written(mine), seen):
+                continue
+            if _token(found := _read(file)) != mine["token"]:
+                print(f"raykd: {file} was taken over by {_who(found)}: this run ends", file=sys.stderr, flush=True)
                 interrupt_main()
                 return
-            location.put(file, _written(mine))
 
 
 def _read(file: Path) -> dict[str, Any] | None:

@@ -160,6 +160,25 @@ def create(path: Path, content: bytes) -> bool:
     return True
 
 
+def replace(path: Path, content: bytes, seen: str) -> bool:
+    """Writes a file of a bucket where it is as it was seen, and returns whether it was.
+
+    S3 looks and writes in one; elsewhere a moment lies in between.
+    """
+    try:
+        if str(path).startswith("s3://"):
+            _store(path).pipe_file(_key(path), content, IfMatch=f'"{seen}"')
+            return True
+    except OSError:
+        # A server that does not know the condition answers likewise.
+        if not path.exists() or state(path) != seen:
+            return False
+    if not path.exists() or state(path) != seen:
+        return False
+    put(path, content)
+    return True
+
+
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
     """Gives a file of this machine to write for a `with` block; after that it is there whole, or not at all."""

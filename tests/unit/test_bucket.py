@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
-from synthetic import full_experiment
+from synthetic import drawn, full_experiment
 
-from raykd import adapters, disagreements, evaluate, harness, location, pipeline, progress, storage, student
+from raykd import adapters, disagreements, evaluate, harness, location, pipeline, progress, records, storage, student
 from raykd.config import Experiment
 from raykd.report import write_report
 from raykd.sections import Lora, Student
@@ -134,10 +135,12 @@ def test_what_libraries_say_is_copied_at_the_end(bucket: str):
     assert "said" in log.read_text()
 
 
-def test_all_answers_are_collected_into_one_file(bucket: str, tmp_path: Path):
-    local, remote = full_experiment(tmp_path / "mine").write(), location.at(f"{bucket}/collected/mine")
-    copied(local, remote)
-    for folder in (local, remote):
-        evaluate.collect(folder / "predictions", folder / "predictions.parquet")
-    tables = [storage.read_table(folder / "predictions.parquet") for folder in (local, remote)]
-    assert tables[0].equals(tables[1]) and len(tables[0])
+def test_all_answers_are_collected_into_one_file(place: Path):
+    rows = pa.Table.from_pylist(drawn("none", 0, 0.5, 0.5), schema=records.PREDICTION)
+    for way in ("zero_shot_chat-1", "zero_shot_raw-2"):
+        storage.write_part(place / "predictions" / way, rows)
+        storage.seal(place / "predictions" / way, records.PREDICTION, "prediction_id", {})
+    for _ in range(2):
+        evaluate.collect(place / "predictions", place / "predictions.parquet")
+        found = storage.read_table(place / "predictions.parquet", ["evaluation"])["evaluation"].to_pylist()
+        assert found == ["zero_shot_chat-1"] * len(rows) + ["zero_shot_raw-2"] * len(rows)

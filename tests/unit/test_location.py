@@ -10,6 +10,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
+import stores
 from raykd import location
 
 
@@ -134,6 +135,24 @@ def test_of_several_who_create_a_file_one_is_told_so(bucket: str):
     file = location.at(f"{bucket}/created")
     assert [location.create(file, content) for content in (b"first", b"second")] == [True, False]
     assert location.read(file) == b"first"
+
+
+def test_a_file_is_replaced_only_where_it_is_as_it_was_seen(bucket: str):
+    file = location.at(f"{bucket}/replaced")
+    location.put(file, b"one")
+    seen = location.state(file)
+    assert location.replace(file, b"two", seen)
+    assert not location.replace(file, b"three", seen)
+    assert location.read(file) == b"two"
+    file.unlink()
+    assert not location.replace(file, b"four", seen) and not file.exists()
+
+
+def test_what_is_sent_to_other_processes_holds_no_key(bucket: str):
+    place = location.at(f"{bucket}/x")
+    for sent in (place, location.for_arrow(place)):
+        for secret in (stores.KEYS["AWS_SECRET_ACCESS_KEY"], stores.KEYS["AWS_ACCESS_KEY_ID"]):
+            assert secret.encode() not in pickle.dumps(sent)
 
 
 def test_arrow_reads_and_copies(place: Path, tmp_path: Path):
