@@ -3,15 +3,35 @@
 import json
 import os
 import shutil
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+import stores
+from raykd import location
 from raykd.demo import resolve_model
 from runs import Ran, finish
 
 MAX_TOKENS = 32
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """The URI of a bucket on a server of this machine that answers as S3 does."""
+    with stores.s3() as uri:
+        yield uri
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Somewhere empty: a folder, and a bucket's prefix."""
+    if request.param == "folder":
+        (tmp_path / "place").mkdir()
+        return location.at(str(tmp_path / "place"))
+    return location.at(f"{request.getfixturevalue('bucket')}/with space/{uuid.uuid4().hex}")
 
 
 @pytest.fixture(scope="session")

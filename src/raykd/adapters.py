@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from raykd import storage
+from raykd import location, storage
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # By these peft would import modules, or look into other files, that a configuration names.
@@ -26,7 +26,7 @@ def check(folder: Path, rank: int) -> None:
     for file in (config, weights):
         if not file.is_file():
             raise _refused(file, "is not there")
-    if strange := sorted(file.name for file in folder.iterdir() if file not in (config, weights)):
+    if strange := sorted(file.name for file in folder.iterdir() if file.name not in (CONFIG, WEIGHTS)):
         raise _refused(folder / strange[0], "does not belong there")
     told = storage.read_json(config)
     for name, wanted in (("peft_type", "LORA"), ("r", rank)):
@@ -36,7 +36,7 @@ def check(folder: Path, rank: int) -> None:
         if told.get(name):
             raise _refused(config, f"{name} is set")
     try:
-        with safe_open(weights, framework="np") as file:
+        with location.here(weights) as local, safe_open(local, framework="np") as file:
             shapes = {name: _shape(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError, TypeError, OSError) as error:
         raise _refused(weights, f"is damaged ({error})") from None

@@ -10,12 +10,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset
-import pyarrow.parquet as pq
 import ray.data
 import torch
 from peft import PeftModel
 
-from raykd import heads, models, placement, prompts, records, spans, storage
+from raykd import heads, location, models, placement, prompts, records, spans, storage
 from raykd.evaluate import Contestant, check_adapters, test_ids
 from raykd.progress import Meter
 from raykd.sections import Attention, Student
@@ -137,7 +136,7 @@ class Read:
     ) -> None:
         self._base = load_base(student, getattr(torch, dtype)).to("cuda" if kind == "gpu" else "cpu").eval()
         self._tokenizer = models.load_tokenizer(student)
-        self._problems = {row["problem_id"]: row for row in pq.read_table(problems / "test.parquet").to_pylist()}
+        self._problems = {row["problem_id"]: row for row in storage.read_table(problems / "test.parquet").to_pylist()}
         self._limit = models.context_length(student, {})
         self._attention, self._instruction, self._folder = attention, instruction, folder
         self._adapter, self._model = "", self._base
@@ -158,7 +157,11 @@ class Read:
         if adapter != self._adapter:
             if self._adapter:
                 self._base = self._model.unload()
-            self._model = PeftModel.from_pretrained(self._base, adapter).eval() if adapter else self._base
+            self._model = self._base
+            if adapter:
+                # In a bucket it has the same name, and is read from a copy.
+                with location.folder_here(location.at(adapter)) as folder:
+                    self._model = PeftModel.from_pretrained(self._base, str(folder)).eval()
             self._adapter = adapter
         return self._model
 

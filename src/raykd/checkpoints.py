@@ -5,10 +5,9 @@ place. A full disk, or a process that is killed at that moment, leaves half of e
 the trial for good. So each worker notes beside its files what they hold.
 """
 
-import shutil
 from pathlib import Path
 
-from raykd import storage
+from raykd import location, storage
 
 LIST = "checkpoint_manager_snapshot.json"
 
@@ -52,11 +51,11 @@ def mend(run: Path) -> Path | None:
             return None
         file.unlink()
     # Their names hold the time.
-    there = sorted(run.glob("checkpoint_*/"), reverse=True)
+    there = [each for each in reversed(location.folders(run)) if each.name.startswith("checkpoint_")]
     whole = next((folder for folder in there if is_whole(folder)), None)
     for folder in there:
         if folder != whole:
-            shutil.rmtree(folder)
+            location.remove(folder)
     return whole
 
 

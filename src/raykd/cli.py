@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from raykd import __version__, config, faults, lock, progress
+from raykd import __version__, config, faults, location, lock, progress
 
 LOG_WIDTH = 160
 _EPILOG = """\
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = _told(fault)
         if not told or experiment is None:
             raise
-        log = _folder(experiment) / progress.LOG
+        log = location.scratch(_folder(experiment)) / progress.LOG
         with suppress(OSError), log.open("a", encoding="utf-8") as file:
             traceback.print_exception(fault, file=file)
         print(f"raykd: {told}. All that is there is kept; the same command goes on. Log: {log}", file=sys.stderr)
@@ -246,7 +246,7 @@ def _run_stage(stage: str, experiment: config.Experiment, command: str, retry_fa
 
 
 def _folder(experiment: config.Experiment) -> Path:
-    return Path(experiment.storage).absolute() / "experiments" / experiment.name
+    return location.at(experiment.storage) / "experiments" / experiment.name
 
 
 def _show_results(experiment: config.Experiment) -> int:

@@ -38,7 +38,7 @@ def connected(log: Path, experiment: str, stage: str) -> Iterator[dict[str, floa
     Yields:
         `capacity()`.
     """
-    with progress.libraries_write_to(log):
+    with progress.libraries_write_to(log) as log:
         address = os.environ.get("RAY_ADDRESS")
         # The dashboard calls a job by its `job_name`.
         told = {"job_name": f"{experiment} {stage}", "experiment": experiment, "stage": stage}

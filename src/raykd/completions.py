@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raykd import answers, records, storage
+from raykd import answers, location, records, storage
 from raykd.config import Arm, Experiment
 from raykd.engine import Sampling
 from raykd.strategies import Strategy
@@ -106,7 +106,7 @@ def _content(experiment: Experiment, arm: Arm, problems: Path, model: Mapping[st
 def _stored(root: Path) -> list[dict[str, Any]]:
     """What determines each complete set that is there."""
     found = []
-    for manifest in sorted((root / "completions").glob(f"*/{storage.MANIFEST}")):
+    for manifest in location.in_each(root / "completions", storage.MANIFEST):
         try:
             found.append(storage.read_json(manifest)["content"])
         except (ValueError, KeyError):

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from raykd import location
 from raykd.mistakes import did_you_mean, explain, on_one_line
 from raykd.sections import (
     NAME_PATTERN,
@@ -59,7 +60,8 @@ class Experiment(Section):
     name: str = Field(pattern=NAME_PATTERN)
     """Name of the experiment's folder below `storage`: letters, digits, '.', '_' and '-'."""
     storage: str = "storage"
-    """A folder that every node of the cluster sees."""
+    """A folder that every node of the cluster sees, or a bucket: s3://, gs:// or abfs://BUCKET/PREFIX. Keys, and the
+    address of another server than the cloud's, come from the environment of the nodes."""
     problems: Problems = Problems(num_train=1000, num_test=300)
     teacher: Teacher
     student: Student
@@ -85,8 +87,7 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _arms(self) -> Self:
-        if "://" in self.storage:
-            raise ValueError(f"storage {self.storage!r}: give a folder that every node sees, not a URI")
+        location.check(self.storage)
         if not self.arms:
             raise ValueError("arms is empty: name at least one, such as `none: {}`")
         if len(set(self.seeds)) != len(self.seeds):
@@ -343,7 +344,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
         ValueError: with the file, the key, and the way out.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = yaml.safe_load((Path(path) if isinstance(path, str) else path).read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
         raise ValueError(f"{path}: no such file; `configs/` holds experiments to start from") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

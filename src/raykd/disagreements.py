@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from raykd import location
 from raykd.comparison import Answers, Baseline, compare_pairs
 from raykd.config import UNTOUCHED
 from raykd.measured import Row
@@ -136,11 +137,13 @@ def _sides(first: str, second: str) -> tuple[Side, Side]:
 
 def _named(text: str) -> tuple[Path, str | None, int | None]:
     """Folder, arm and seed of `FOLDER[:ARM[:SEED]]`."""
-    folder, *more = text.split(":")
+    # The colon of a bucket's scheme parts nothing.
+    scheme, is_uri, rest = text.rpartition("://")
+    folder, *more = rest.split(":")
     arm, seed = (*more, None, None)[:2]
     if len(more) > 2 or (seed is not None and not re.fullmatch("-?[0-9]+", seed)):
         raise ValueError(f"{text!r}: write FOLDER, FOLDER:ARM or FOLDER:ARM:SEED")
-    return Path(folder), arm or None, int(seed) if seed else None
+    return location.at(scheme + is_uri + folder) if is_uri else Path(folder), arm or None, int(seed) if seed else None
 
 
 def _arm(text: str, results: Results, name: str | None) -> Arm:

@@ -4,19 +4,17 @@ The stage that scores an answer also writes it, so a run that was killed goes on
 """
 
 import dataclasses
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 import safetensors.numpy
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-from raykd import adapters, answers, models, placement, protocols, records, storage
+from raykd import adapters, answers, location, models, placement, protocols, records, storage
 from raykd.config import UNTOUCHED
 from raykd.demo import resolve_model
 from raykd.progress import Meter
@@ -130,7 +128,7 @@ def collect(folder: Path, file: Path) -> None:
         folder: of the folders of answers.
         file: the Parquet file.
     """
-    manifests = sorted(folder.glob(f"*/{storage.MANIFEST}"))
+    manifests = location.in_each(folder, storage.MANIFEST)
     if not manifests or (file.exists() and file.stat().st_mtime > max(each.stat().st_mtime for each in manifests)):
         return
     tables = []
@@ -156,7 +154,7 @@ def check_lengths(split: Path, student: Student, evaluation: Evaluate, instructi
     if limit is None:
         return
     tokenizer = models.load_tokenizer(student)
-    rows = pq.read_table(split, columns=["problem_id", "question"]).to_pylist()
+    rows = storage.read_table(split, ["problem_id", "question"]).to_pylist()
     room = evaluation.sampling.max_tokens
     needs = (
         (row["problem_id"], room + len(models.question_token_ids(tokenizer, row, instruction, evaluation.protocol)))
@@ -186,7 +184,8 @@ def answered(
         instruction: what is said about the form of the answer, as in training.
         kind: what the engine runs on.
     """
-    questions = ray.data.read_parquet(str(split)).map_batches(
+    path, system = location.for_arrow(split)
+    questions = ray.data.read_parquet(path, filesystem=system).map_batches(
         Ask,
         batch_size=256,
         batch_format="pyarrow",
@@ -213,18 +212,19 @@ def _with_null_adapter(contestants: list[Contestant], folder: Path) -> list[Cont
     adapted = next((each for each in contestants if each.adapter), None)
     if adapted is None or adapted.adapter is None:
         return contestants
-    weights = safetensors.numpy.load_file(adapted.adapter / "adapter_model.safetensors")
+    with location.here(adapted.adapter / "adapter_model.safetensors") as file:
+        weights = safetensors.numpy.load_file(file)
     nothing = {name: np.zeros_like(value) if "lora_B" in name else value for name, value in weights.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(nothing, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    shutil.copyfile(adapted.adapter / "adapter_config.json", folder / "adapter_config.json")
+    with location.written_folder(folder) as local:
+        safetensors.numpy.save_file(nothing, local / "adapter_model.safetensors", metadata={"format": "pt"})
+        (local / "adapter_config.json").write_bytes(location.read(adapted.adapter / "adapter_config.json"))
     null = dataclasses.replace(UNTOUCHED_STUDENT, adapter=folder, rank=adapted.rank)
     return [null if each == UNTOUCHED_STUDENT else each for each in contestants]
 
 
 def test_ids(problems: Path) -> list[str]:
     """The test problems, in their order."""
-    return pq.read_table(problems / "test.parquet", columns=["problem_id"])["problem_id"].to_pylist()
+    return storage.read_table(problems / "test.parquet", ["problem_id"])["problem_id"].to_pylist()
 
 
 def _prediction_id(contestant: Contestant, problem_id: str, sample: int) -> str:
@@ -245,6 +245,8 @@ def _processor(
             # vLLM knows a few ranks only; an adapter may be smaller than the one it is told.
             "max_lora_rank": next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= max(a.rank for a in adapters)),
         }
+    # Of a bucket Ray copies an adapter to the engine's node.
+    loading = next((location.for_engine(each.adapter)[0] for each in adapters if each.adapter), None)
     if student.revision:
         kwargs["revision"] = student.revision
     kwargs["trust_remote_code"] = student.trust_remote_code
@@ -255,6 +257,7 @@ def _processor(
             runtime_env={"env_vars": env},
             batch_size=evaluation.batch_size,
             concurrency=1,
+            dynamic_lora_loading_path=loading,
             should_continue_on_error=True,
             # Prompts come as tokens, and answers are detokenised by the engine.
             chat_template_stage=False,
@@ -306,7 +309,7 @@ class Ask:
                 "sample_index": sample,
                 "question": problem["question"],
                 "reference_answer": problem["reference_answer"],
-                "model": str(each.adapter or self._model),
+                "model": location.for_engine(each.adapter)[1] if each.adapter else self._model,
                 "tokenized_prompt": prompt,
                 "answer_seed": _answer_seed(seed, prediction_id),
             }

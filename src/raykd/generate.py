@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 from ray.exceptions import RayError
 
-from raykd import answers, models, prompts, records, storage
+from raykd import answers, location, models, prompts, records, storage
 from raykd.completions import Request, completion_id
 from raykd.progress import Meter
 from raykd.sections import Teacher
@@ -47,10 +46,11 @@ def generate(
         RuntimeError: where more than `teacher.max_error_rate` of a strategy's rows failed, naming some.
     """
     started = time.monotonic()
-    num_problems = pq.read_metadata(problems / "train.parquet").num_rows
+    num_problems = storage.num_rows(problems / "train.parquet")
     totals = {request.folder: num_problems * request.samples for request in wanted}
     done = _done(wanted)
-    questions = ray.data.read_parquet(str(problems / "train.parquet")).map_batches(
+    path, system = location.for_arrow(problems / "train.parquet")
+    questions = ray.data.read_parquet(path, filesystem=system).map_batches(
         Render,
         batch_size=256,
         batch_format="pyarrow",
@@ -233,13 +233,13 @@ class RenderAnswers:
         done: Mapping[Path, set[str]],
     ) -> None:
         self._tokenizer = models.teacher_tokenizer(teacher)
-        self._wanted, self._instruction, self._done = wanted, instruction, done
-        rows = pq.read_table(problems / "train.parquet").to_pylist()
+        self._wanted = {str(folder): (folder, request) for folder, request in wanted.items()}
+        self._instruction, self._done = instruction, done
+        rows = storage.read_table(problems / "train.parquet").to_pylist()
         self._problems = {row["problem_id"]: row for row in rows}
 
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
-        for folder in map(Path, batch["answers"]):
-            request = self._wanted[folder]
+        for folder, request in (self._wanted[named] for named in batch["answers"]):
             for part in storage.stream_rows(folder, records.COMPLETION):
                 yield pa.Table.from_pylist(list(self._rows(part.to_pylist(), request)), schema=QUESTION)
 
@@ -309,7 +309,7 @@ def check_lengths(wanted: list[Request], problems: Path, teacher: Teacher, instr
     if limit is None:
         return
     tokenizer = models.load_tokenizer(teacher)
-    total = pq.read_metadata(problems / "train.parquet").num_rows
+    total = storage.num_rows(problems / "train.parquet")
     for request in wanted:
         whose = f"teacher, strategy {request.strategy_name!r}"
         needs = _lengths(request, problems, tokenizer, instruction, max_tokens)
@@ -321,7 +321,7 @@ def _lengths(
     request: Request, problems: Path, tokenizer: Any, instruction: str, max_tokens: int
 ) -> Iterator[tuple[str, int]]:
     """Each problem, with the tokens that its prompt and its answer may take."""
-    for batch in pq.ParquetFile(problems / "train.parquet").iter_batches():
+    for batch in storage.read_batches(problems / "train.parquet"):
         for problem in batch.to_pylist():
             row = question(tokenizer, problem, request, instruction, 0)
             given = len(row["given_token_ids"])

@@ -8,14 +8,14 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import yaml
 
-from raykd import models, prompts, protocols, storage
+from raykd import location, models, prompts, protocols, storage
 from raykd.config import Experiment
 from raykd.demo import resolve_model
 
 FOLDER = "lm_eval"
+_COPY = "import fsspec, sys; fsspec.url_to_fs(sys.argv[1])[0].get(*sys.argv[1:], recursive=True)"
 
 
 def task_name(experiment: Experiment) -> str:
@@ -31,7 +31,7 @@ def write_task(experiment: Experiment, problems: Path, folder: Path) -> None:
         problems: the folder of the splits; `test` is read.
         folder: where the task goes.
     """
-    rows = pq.read_table(problems / "test.parquet").to_pylist()
+    rows = storage.read_table(problems / "test.parquet").to_pylist()
     # The harness asks for a blank after the mark, which not every data set has.
     asked = [_document(experiment, row["question"], f"#### {row['reference_answer']}") for row in rows]
     file = folder / f"{experiment.evaluate.protocol}.jsonl"
@@ -46,7 +46,17 @@ def command(experiment: Experiment, folder: Path, adapter: str) -> str:
         experiment: the experiment.
         folder: of the task.
         adapter: the folder of the student's adapter; empty for the untouched student.
+
+    Returns:
+        the command, after those that copy what lies in a bucket, for the harness reads folders only.
     """
+    copies = []
+    if location.is_remote(folder):
+        copies = [["python", "-c", _COPY, f"{folder}/", folder.name]]
+        folder = Path(folder.name)
+        if adapter:
+            copies.append(["python", "-c", _COPY, f"{adapter}/", "adapter"])
+            adapter = "adapter"
     sampling = experiment.evaluate.sampling
     model = {
         "pretrained": resolve_model(experiment.student.model),
@@ -64,7 +74,7 @@ def command(experiment: Experiment, folder: Path, adapter: str) -> str:
         words += ["--fewshot_as_multiturn", "true"]
     if sampling.temperature:
         words += ["--seed", str(sampling.seed)]
-    return shlex.join(words)
+    return " && ".join(map(shlex.join, [*copies, words]))
 
 
 def _document(experiment: Experiment, question: str, solution: str) -> dict[str, str]:
@@ -81,7 +91,7 @@ def _task(experiment: Experiment, file: Path) -> dict[str, Any]:
     return {
         "task": task_name(experiment),
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(file.absolute())}},
+        "dataset_kwargs": {"data_files": {"test": str(file if location.is_remote(file) else file.absolute())}},
         "output_type": "generate_until",
         "test_split": "test",
         "doc_to_text": "{{prompt}}",

@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from raykd import storage, targets
 from raykd.config import Arm
 from raykd.sections import Sweep
@@ -65,7 +63,7 @@ class Job:
 
 def problem_ids(job: Job) -> list[str]:
     """The training problems, in their order."""
-    return pq.read_table(job.problems / "train.parquet", columns=["problem_id"])["problem_id"].to_pylist()
+    return storage.read_table(job.problems / "train.parquet", ["problem_id"])["problem_id"].to_pylist()
 
 
 def problems_of_round(job: Job, number: int) -> frozenset[str]:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from raykd import lease, location
+
 FILE = "run.lock"
 OTHER_NAME = ", or give this experiment a name of its own (name=...)"
 # File systems without locks; there it is left to the user.
@@ -20,7 +22,8 @@ def held(folder: Path, command: str, otherwise: str = OTHER_NAME) -> Iterator[No
     """Holds a folder for a `with` block.
 
     The lock is the operating system's, and goes with the process that has it, however that ends: what is left of a run
-    that was killed keeps nobody out. On a shared file system it is as good as that file system's.
+    that was killed keeps nobody out. On a shared file system it is as good as that file system's. In a bucket it is a
+    `lease`.
 
     Args:
         folder: the experiment's, or that of completions that experiments share.
@@ -30,6 +33,13 @@ def held(folder: Path, command: str, otherwise: str = OTHER_NAME) -> Iterator[No
     Raises:
         ValueError: where another process holds it, with who that is.
     """
+    if location.is_remote(folder):
+        try:
+            with lease.held(folder / FILE, _who(command)):
+                yield
+        except lease.Held as other:
+            raise ValueError(f"{folder} is being worked on by {other}. Wait for it, end it{otherwise}") from None
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / FILE).open("a+", encoding="utf-8") as file:
         try:
@@ -41,11 +51,15 @@ def held(folder: Path, command: str, otherwise: str = OTHER_NAME) -> Iterator[No
         except OSError as error:
             if error.errno not in _UNKNOWN:
                 raise
-        since = datetime.now(UTC).isoformat(timespec="seconds")
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}: {command}\n")
+        file.write(f"{_who(command)}\n")
         file.flush()
         try:
             yield
         finally:
             file.truncate(0)
+
+
+def _who(command: str) -> str:
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    return f"process {os.getpid()} on {socket.gethostname()} since {since}: {command}"

@@ -20,6 +20,7 @@ from raykd import (
     generate,
     harness,
     journal,
+    location,
     lock,
     metrics,
     models,
@@ -169,9 +170,9 @@ def prepare(experiment: Experiment, command: str, retry_failed: bool = False) ->
     Raises:
         ValueError: where something that the experiment names is not there or does not fit together.
     """
-    tracking.check(experiment.tracking)
-    root = Path(experiment.storage).absolute()
+    root = location.at(experiment.storage)
     folder = root / "experiments" / experiment.name
+    tracking.check(experiment.tracking, folder)
     journal.claim(experiment, folder)
     for named in (experiment.teacher, experiment.student):
         if named.trust_remote_code:

@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from raykd import config, models, problems, prompts
+from raykd import config, location, models, problems, prompts, storage
 from raykd.config import Experiment
 from raykd.prompts import Messages
 
@@ -75,7 +74,7 @@ def prompts_of(experiment: Experiment, wanted: str) -> str:
     Raises:
         ValueError: where there is no such problem.
     """
-    problem = _problem(problems.prepare(experiment.problems, Path(experiment.storage).absolute()), wanted)
+    problem = _problem(problems.prepare(experiment.problems, location.at(experiment.storage)), wanted)
     teacher = models.teacher_tokenizer(experiment.teacher)
     student = models.load_tokenizer(experiment.student)
     instruction = experiment.prompt.instruction
@@ -99,7 +98,7 @@ def prompts_of(experiment: Experiment, wanted: str) -> str:
 
 
 def _problem(folder: Path, wanted: str) -> dict[str, Any]:
-    rows = pq.read_table(folder / "train.parquet")
+    rows = storage.read_table(folder / "train.parquet")
     ids = rows["problem_id"].to_pylist()
     if wanted in ids:
         number = ids.index(wanted)

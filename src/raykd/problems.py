@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raykd import records, storage
+from raykd import location, records, storage
 from raykd.answers import reference_answer
 from raykd.demo import problems as demo_problems
 from raykd.sections import Problems
@@ -163,9 +163,8 @@ def _rows(split: str, origin: str, items: Iterator[Row]) -> Iterator[Row]:
 
 def _write(path: Path, rows: Iterator[Row]) -> int:
     """Writes rows with the answer of another problem beside each; returns their number."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
-    with pq.ParquetWriter(path, records.PROBLEM) as writer:
+    with location.written(path) as temporary, pq.ParquetWriter(temporary, records.PROBLEM) as writer:
         batch: list[Row] = []
         for row in _with_other_answer(rows):
             batch.append(row)

@@ -5,9 +5,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Self, TextIO
+
+from raykd import location
 
 # In an experiment's folder: what libraries have to say, and what faults were.
 LOG = "driver.log"
@@ -25,25 +27,38 @@ def screen() -> TextIO:
 
 
 @contextmanager
-def libraries_write_to(log: Path) -> Iterator[None]:
+def libraries_write_to(log: Path) -> Iterator[Path]:
     """Sends standard output and error to a file for a `with` block, but for what this module shows.
 
     Loggers take hold of `sys.stderr` whenever they are made, native code writes to the descriptor behind it, and Ray
     prints what a node has to say to `sys.stdout`: this quiets all of them alike, and loses nothing.
+
+    Args:
+        log: the file; that of a bucket is written on this machine, and copied at the end.
+
+    Yields:
+        the file that is written.
     """
     global _screen
-    log.parent.mkdir(parents=True, exist_ok=True)
+    written = location.scratch(log.parent) / log.name
+    written.parent.mkdir(parents=True, exist_ok=True)
     sys.stderr.flush()
-    with os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace") as shown, log.open("ab") as file:
+    with (
+        os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace") as shown,
+        written.open("ab") as file,
+    ):
         os.dup2(file.fileno(), 2)
         _screen = shown
         try:
             with redirect_stdout(sys.stderr):
-                yield
+                yield written
         finally:
             _screen = None
             sys.stderr.flush()
             os.dup2(shown.fileno(), 2)
+            if location.is_remote(log):
+                with suppress(OSError):
+                    location.put(log, written.read_bytes())
 
 
 class Meter:

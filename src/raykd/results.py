@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from raykd import location
 from raykd.attention_results import AttentionResults, read_attention
 from raykd.comparison import BASELINE, Answers, Baseline, Comparison, Setting, baselines, compare_arms
 from raykd.config import UNTOUCHED, shown
@@ -94,7 +95,7 @@ class Results:
     @property
     def also_asked(self) -> list[str]:
         """The folders of complete answers to other ways of asking."""
-        found = sorted(each.parent.name for each in self.folder.glob(f"predictions/*/{MANIFEST}"))
+        found = [each.parent.name for each in location.in_each(self.folder / "predictions", MANIFEST)]
         return [name for name in found if f"predictions/{name}" != self.run.get("predictions")]
 
     @property
@@ -268,7 +269,7 @@ def _notes(
             notes.append(f"{name} has {total} of {expected * samples} predictions: its evaluation is not complete")
         if trial.measured.errors:
             notes.append(f"{name}: {trial.measured.errors} of {total} problems got no answer and are left out of n")
-    begun = [path.name for path in sorted(folder.glob("trials/*/")) if not (path / "trial.json").is_file()]
+    begun = [path.name for path in location.folders(folder / "trials") if not (path / "trial.json").is_file()]
     unfinished = [name for name in begun if name in (run.get("trials") or begun)]
     if unfinished:
         what = f"Trial {unfinished[0]}" if len(unfinished) == 1 else f"{len(unfinished)} trials ({_some(unfinished)})"

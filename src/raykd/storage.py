@@ -5,13 +5,12 @@ name whole or not at all, so a stage that was killed goes on from the rows that 
 the digest of its content, and a manifest holds that of itself and of every part: what was cut or altered is refused.
 """
 
+import fnmatch
 import functools
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
+
+from raykd import location
 
 # Its functions are made when it is loaded, where no type checker sees them.
 pc: Any = pyarrow.compute
@@ -67,7 +68,7 @@ def _bears(file: Path, folder: Path) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file that is there whole or not at all."""
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    location.put(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -81,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: where the file is cut or altered, with its path and what to do.
     """
-    return _object(path.read_bytes(), str(path), "delete it, and the stage is done again")
+    return _object(location.read(path), str(path), "delete it, and the stage is done again")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -90,7 +91,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: where a line is cut or altered, with its place and what to do.
     """
-    lines = path.read_bytes().split(b"\n")
+    lines = location.read(path).split(b"\n")
     return [
         _object(line, f"{path}, line {number}", "delete the file's folder")
         for number, line in enumerate(lines, start=1)
@@ -110,12 +111,31 @@ def _object(content: bytes, where: str, remedy: str) -> dict[str, Any]:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file that is there whole or not at all."""
-    _replace(path, lambda temporary: temporary.write_bytes(content))
+    location.put(path, content)
 
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Writes a Parquet file that is there whole or not at all."""
-    _replace(path, lambda temporary: pq.write_table(table, temporary, row_group_size=ROW_GROUP))
+    with location.written(path) as temporary:
+        pq.write_table(table, temporary, row_group_size=ROW_GROUP)
+
+
+def read_table(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Reads a Parquet file; None for all columns."""
+    path, system = location.for_arrow(file)
+    return pq.read_table(path, columns=list(columns) if columns else None, filesystem=system)
+
+
+def read_batches(file: Path) -> Iterator[pa.RecordBatch]:
+    """Reads a Parquet file bit by bit."""
+    with location.here(file) as local, pq.ParquetFile(local) as opened:
+        yield from opened.iter_batches()
+
+
+def num_rows(file: Path) -> int:
+    """How many rows a Parquet file holds, without reading them."""
+    path, system = location.for_arrow(file)
+    return pq.read_metadata(path, filesystem=system).num_rows
 
 
 def write_part(folder: Path, table: pa.Table) -> Path:
@@ -124,17 +144,23 @@ def write_part(folder: Path, table: pa.Table) -> Path:
     pq.write_table(table, buffer, row_group_size=ROW_GROUP)
     content = buffer.getvalue()
     path = folder / f"part-{hashlib.sha256(content).hexdigest()[:20]}.parquet"
-    _replace(path, lambda temporary: temporary.write_bytes(content))
+    location.put(path, content.to_pybytes())
     return path
 
 
 def parts(folder: Path) -> list[Path]:
     """The whole parts of a folder, in the order of their names."""
+    if location.is_remote(folder):
+        return [folder / name for name in sorted(location.states(folder)) if fnmatch.fnmatch(name, _PART_GLOB)]
     return sorted(folder.glob(_PART_GLOB))
 
 
 def file_digest(file: Path) -> str:
-    """SHA-256 of what a file holds; read once for as long as it stays as it is."""
+    """SHA-256 of what a file holds; of a folder read once for as long as it stays as it is."""
+    if location.is_remote(file):
+        # Bit by bit: it may be the state of an optimizer.
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     state = file.stat()
     return _file_digest(file, state.st_size, state.st_mtime_ns, state.st_ino)
 
@@ -158,14 +184,23 @@ def stream_rows(folder: Path, schema: pa.Schema, columns: Sequence[str] | None =
     Raises:
         ValueError: where a part is cut or altered, with its path and what to do.
     """
-    for file in parts(folder):
-        if f"part-{file_digest(file)[:20]}.parquet" != file.name:
+    for file, source, found in _opened(parts(folder)):
+        if f"part-{found[:20]}.parquet" != file.name:
             raise ValueError(f"{file} was cut or altered after it was written; {_remedy(file)}")
-        with pq.ParquetFile(file) as opened:
+        with pq.ParquetFile(source) as opened:
             if not opened.schema_arrow.equals(schema):
                 raise ValueError(f"{file} has other columns than this version of raykd writes; delete its folder")
             table = opened.read(columns, use_threads=False)
         yield table
+
+
+def _opened(files: list[Path]) -> Iterator[tuple[Path, Any, str]]:
+    """Each file, what Arrow reads it from, and the digest of what it holds; of a bucket a file is asked for once."""
+    if not files or not location.is_remote(files[0]):
+        yield from ((file, file, file_digest(file)) for file in files)
+        return
+    for file, content in zip(files, location.read_all(files), strict=True):
+        yield file, pa.BufferReader(content), hashlib.sha256(content).hexdigest()
 
 
 def read_rows(folder: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
@@ -234,11 +269,11 @@ def merge(folder: Path, schema: pa.Schema, id_column: str) -> int:
     (folder / MANIFEST).unlink(missing_ok=True)
     count, seen = 0, set[str]()
     written: set[Path] = set()
-    for file in parts(folder):
+    for file, source, _ in _opened(parts(folder)):
         if file in written:
             # What was left of another part, from here or from a merge that was broken off.
             continue
-        table = pq.read_table(file)
+        table = pq.read_table(source)
         doubled = np.isin(_hashes(table, id_column), twice)
         keep = []
         for row_id, error, is_doubled in zip(
@@ -271,11 +306,14 @@ def seal(folder: Path, schema: pa.Schema, id_column: str, manifest: Mapping[str,
     """
     # What was declared complete earlier may be about to change.
     (folder / MANIFEST).unlink(missing_ok=True)
-    num_rows = merge(folder, schema, id_column)
+    rows = merge(folder, schema, id_column)
+    if location.is_remote(folder):
+        # Nothing is written beside, and to count again would be to read all of it again.
+        return write_manifest(folder, {**manifest, "rows": rows}, parts(folder))
     for leftover in folder.glob(".tmp-*"):
         leftover.unlink()
-    assert num_rows == sum(pq.read_metadata(file).num_rows for file in parts(folder)), "merging loses no row"
-    return write_manifest(folder, {**manifest, "rows": num_rows}, parts(folder))
+    assert rows == sum(num_rows(file) for file in parts(folder)), "merging loses no row"
+    return write_manifest(folder, {**manifest, "rows": rows}, parts(folder))
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any], files: Iterable[Path]) -> dict[str, Any]:
@@ -287,9 +325,15 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any], files: Iterable[Pa
         files: what it holds; their digests go into the manifest, and that of the manifest itself.
 
     Returns:
-        The manifest as written.
+        The manifest as written; of a bucket also `states`, by which it is told that a file is still the same without
+        reading it.
     """
-    whole = {**manifest, "parts": {file.name: file_digest(file) for file in files}}
+    is_remote, files = location.is_remote(folder), list(files)
+    # Asked before the files are read: what is altered in between is read again by whoever looks.
+    states = location.states(folder) if is_remote else {}
+    whole = {**manifest, "parts": {file.name: found for file, _, found in _opened(files)}}
+    if is_remote:
+        whole["states"] = {file.name: states[file.name] for file in files}
     whole["digest"] = content_key(whole)
     write_json(folder / MANIFEST, whole)
     return whole
@@ -307,10 +351,15 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     manifest = read_json(file)
     if manifest.get("digest") != content_key({name: each for name, each in manifest.items() if name != "digest"}):
         raise ValueError(f"{file} was altered after it was written; delete it, and the stage is done again")
+    is_remote, same = location.is_remote(folder), manifest.get("states", {})
+    # One request for a thousand files, where one for each would take minutes.
+    states = location.states(folder) if is_remote else {}
     for name, known in manifest["parts"].items():
         part = folder / name
-        if not part.is_file():
+        if (name not in states) if is_remote else not part.is_file():
             raise ValueError(f"{part} is gone; delete {file}, and what is missing is made again")
+        if is_remote and states[name] == same.get(name):
+            continue
         if file_digest(part) != known:
             raise ValueError(f"{part} was cut or altered after it was written; {_remedy(part)}")
     return manifest
@@ -318,20 +367,3 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def _remedy(part: Path) -> str:
     return f"delete it and {part.parent / MANIFEST}, and what is missing is made again"
-
-
-def _replace(path: Path, write: Any) -> None:
-    temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        # Without the name of the temporary file, or of none.
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-    finally:
-        # Where there is nowhere to write there is nothing to tidy up either.
-        with suppress(OSError):
-            temporary.unlink()

@@ -3,14 +3,12 @@
 B rows of a micro-batch, T positions, N target tokens, D width, V vocabulary, K top-k.
 """
 
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet
 import safetensors.torch
 import torch
 import torch.distributed
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from raykd import losses, models, packed, prompts, records, storage
+from raykd import location, losses, models, packed, prompts, records, storage
 from raykd.config import Arm
 from raykd.demo import resolve_model
 from raykd.sections import Student
@@ -108,7 +106,7 @@ def training_rows(
     dropped: Counter[str] = Counter()
     by_problem = _by_problem(arm, completions) if completions else {}
     targets = []
-    for problem in pyarrow.parquet.read_table(problems / "train.parquet").to_pylist():
+    for problem in storage.read_table(problems / "train.parquet").to_pylist():
         if wanted is not None and problem["problem_id"] not in wanted:
             continue
         if completions is None:
@@ -295,9 +293,11 @@ def save_adapter(model: PeftModel, folder: Path, student: Student, write: bool, 
             name: tensor.detach().to("cpu", torch.float32).contiguous().clone()
             for name, tensor in get_peft_model_state_dict(model).items()
         }
-    temporary = folder.parent / f".tmp-{folder.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    with location.written_folder(folder) as temporary:
+        _write(model, weights, temporary, student, moved)
+
+
+def _write(model: PeftModel, weights: dict[str, Tensor], temporary: Path, student: Student, moved: bool) -> None:
     model.peft_config["default"].base_model_name_or_path = student.model
     model.peft_config["default"].inference_mode = True
     model.peft_config["default"].save_pretrained(str(temporary))
@@ -306,5 +306,3 @@ def save_adapter(model: PeftModel, folder: Path, student: Student, write: bool, 
     stayed = not any("lora_B" in name and tensor.abs().sum() > 0 for name, tensor in saved.items())
     if (moved and stayed) or any(not tensor.numel() or not tensor.isfinite().all() for tensor in saved.values()):
         raise RuntimeError(f"{temporary}: the adapter as saved is empty, untrained or not finite")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)

@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +13,7 @@ from ray.tune.execution import class_cache
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
-from raykd import completions, faults, placement, storage, tracking
+from raykd import completions, faults, location, placement, storage, tracking
 from raykd.cluster import live, requested
 from raykd.completions import Request
 from raykd.config import CARRIED_OUT_OF_TRAIN, Experiment
@@ -167,6 +166,7 @@ def run(
             kind = placement.accelerator(job.arm.train.accelerator, cluster)
             fit(job, kind, [TuneReportCallback()], folder / "checkpoints")
 
+    path, system = location.for_arrow(folder)
     tuner = tune.Tuner(
         # The driver of a trial waits for its workers and needs no core itself, but Tune wants it to need something. On
         # the head it is not lost with a node that its workers are on.
@@ -181,7 +181,8 @@ def run(
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(folder),
+            storage_path=path,
+            storage_filesystem=system,
             verbose=0,
             callbacks=[_Records(jobs, folder), scoreboard, *tracking.callbacks(experiment.tracking, folder, jobs)],
         ),
@@ -333,4 +334,4 @@ def _error(trial: Any) -> Exception | None:
 def _clear(job: Job, folder: Path) -> None:
     """Removes the optimizer's state of a trial that has come to its end, but for a round to come."""
     if job.part == job.folder and outcome(job) in (COMPLETE, STOPPED):
-        shutil.rmtree(folder / "checkpoints" / job.trial_id, ignore_errors=True)
+        location.remove(folder / "checkpoints" / job.trial_id, ignore_errors=True)

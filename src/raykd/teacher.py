@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -206,7 +205,7 @@ class AskTeacher:
 
             self._elsewhere = Server(teacher)
         self._answer = self._elsewhere.answer if self._elsewhere else serve.get_app_handle(app).answer.remote
-        self._requests = {request.folder: request for request in requests}
+        self._requests = {str(request.folder): request for request in requests}
         self._room = asyncio.Semaphore(in_flight)
         self._up = asyncio.Lock()
         self._was_up = False
@@ -218,7 +217,7 @@ class AskTeacher:
         # All prompts of a call share a seed, so a problem's samples, which must differ, go into different calls.
         for folder, sample_index in dict.fromkeys((row["folder"], row["sample_index"]) for row in rows):
             group = [row for row in rows if (row["folder"], row["sample_index"]) == (folder, sample_index)]
-            request = self._requests[Path(folder)]
+            request = self._requests[folder]
             answered = await self._ask(group, request)
             table = pa.Table.from_pylist(answered, schema=records.COMPLETION)
             await asyncio.to_thread(storage.write_part, request.folder, table)

@@ -9,12 +9,24 @@ from typing import Any
 from ray import tune
 from ray.tune.logger import JsonLoggerCallback, TBXLoggerCallback
 
+from raykd import location
 from raykd.config import Tracker
 from raykd.job import Job
 
 
-def check(tracker: Tracker | None) -> None:
-    """Raises ValueError where what trials are to be told to is not installed."""
+def check(tracker: Tracker | None, folder: Path) -> None:
+    """Raises ValueError where what trials are to be told to is not installed, or would write into a bucket.
+
+    Args:
+        tracker: who is told.
+        folder: the experiment's folder.
+    """
+    needed = {"mlflow": "MLFLOW_TRACKING_URI", "wandb": "WANDB_API_KEY"}
+    if tracker and location.is_remote(folder) and not os.environ.get(needed[tracker]):
+        raise ValueError(
+            f"tracking={tracker}: without a server it writes into a folder, and {folder} is in a bucket: set "
+            f"{needed[tracker]}, or leave tracking out"
+        )
     if tracker and importlib.util.find_spec(tracker) is None:
         raise ValueError(
             f"tracking={tracker}: {tracker} is not installed: pip install {tracker}, or leave tracking out"
@@ -41,10 +53,12 @@ def callbacks(tracker: Tracker | None, folder: Path, jobs: Mapping[str, Job]) ->
     if tracker == "wandb":
         from ray.air.integrations.wandb import WandbLoggerCallback
 
+        local = location.scratch(folder)
+        local.mkdir(parents=True, exist_ok=True)
         # Ray asks for a key unless the environment says that it needs none.
         mode = os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         project = os.environ.get("WANDB_PROJECT") or "raykd"
-        told.append(WandbLoggerCallback(project, group=folder.name, mode=mode, dir=str(folder)))
+        told.append(WandbLoggerCallback(project, group=folder.name, mode=mode, dir=str(local)))
     return [_OfJobs(each, jobs) for each in told]
 
 

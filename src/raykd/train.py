@@ -12,11 +12,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raykd import checkpoints, placement, storage, targets
+from raykd import checkpoints, location, placement, storage, targets
 from raykd.job import COMPLETE, Job, problem_ids, problems_of_round, read_curve, record
 from raykd.metrics import show_training
 from raykd.sections import Train
@@ -292,6 +293,7 @@ def fit(job: Job, kind: placement.Accelerator, callbacks: list[Any], storage_pat
     from ray.train.torch import TorchConfig, TorchTrainer
 
     gpu, train = kind == "gpu", job.arm.train
+    path, system = location.for_arrow(storage_path)
     mended = checkpoints.mend(storage_path / job.trial_id)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(CONTROLLER_LOOKS_EVERY_S))
     TorchTrainer(
@@ -305,7 +307,8 @@ def fit(job: Job, kind: placement.Accelerator, callbacks: list[Any], storage_pat
         ),
         run_config=RunConfig(
             name=job.trial_id,
-            storage_path=str(storage_path),
+            storage_path=path,
+            storage_filesystem=system,
             # Nodes that are missing are waited for.
             failure_config=FailureConfig(max_failures=train.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
@@ -327,7 +330,8 @@ def _worker(config: dict[str, Any]) -> None:
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        loop(config["job"], report, config["resume"])
+        with location.folder_here(config["resume"]) if config["resume"] else nullcontext() as mended:
+            loop(config["job"], report, mended)
     else:
         with checkpoint.as_directory() as folder:
             loop(config["job"], report, Path(folder))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raykd import location
 from raykd.comparison import Answers
 from raykd.measured import Measured, Row, measure
 from raykd.records import PREDICTION
@@ -77,7 +78,7 @@ def read_trials(folder: Path, rows: Mapping[str, Answers]) -> list[Trial]:
         folder: of the trials.
         rows: prediction rows by trial.
     """
-    trials = [_trial(file.parent, rows) for file in sorted(folder.glob("*/trial.json"))]
+    trials = [_trial(file.parent, rows) for file in location.in_each(folder, "trial.json")]
     with_folder = {trial.trial_id for trial in trials}
     for trial_id, of_trial in rows.items():
         if trial_id not in with_folder:

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 import torch.distributed
 from torch import Tensor
 from transformers import GenerationConfig
 
-from raykd import answers, models, prompts, student
+from raykd import answers, models, prompts, storage, student
 from raykd.job import Job
 
 
@@ -32,7 +31,7 @@ def measure(engine: Any, model: Any, tokenizer: Any, job: Job, number: int) -> d
     """
     assert job.sweep, "a trial outside a sweep is not measured"
     worker, num_workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    problems = pq.read_table(job.problems / "validation.parquet").to_pylist()
+    problems = storage.read_table(job.problems / "validation.parquet").to_pylist()
     size, mine = job.sweep.validation_batch_size, problems[worker::num_workers]
     # Under ZeRO stage 3 the workers gather every layer together, so that each must ask as many batches as the others.
     starts = range(0, -(-len(problems) // num_workers), size)

@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 import torch
 
-from raykd import adapters, student
+from raykd import adapters, location, student
 from raykd.sections import Lora, Student
 
 
@@ -24,6 +24,23 @@ def folder(tmp_path: Path) -> Path:
 
 def test_an_adapter_as_it_is_saved_passes(folder: Path):
     adapters.check(folder, 4)
+
+
+def test_in_a_bucket_it_is_checked_all_the_same(folder: Path, bucket: str):
+    there = location.at(f"{bucket}/checked/adapter")
+    for damage in (None, cut):
+        if damage:
+            damage(folder)
+        with location.written_folder(there) as local:
+            for file in folder.iterdir():
+                (local / file.name).write_bytes(file.read_bytes())
+        if damage is None:
+            adapters.check(there, 4)
+    with pytest.raises(ValueError, match=r"s3://.*adapter_model\.safetensors: is damaged"):
+        adapters.check(there, 4)
+    location.put(there / "adapter_model.bin", b"")
+    with pytest.raises(ValueError, match=r"adapter_model\.bin: does not belong there"):
+        adapters.check(there, 4)
 
 
 def changed(folder: Path, **told: object) -> None:

@@ -1,26 +1,28 @@
 """Checkpoints: half of one, or half of Ray Train's list of them, is never gone on from, and ends no trial."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from raykd import checkpoints
+from raykd import checkpoints, location
 
 
 def checkpoint(run: Path, name: str, workers: int = 2) -> Path:
     folder = run / name
-    for worker in range(workers):
-        # Each worker's part is a folder of its own before Ray Train copies it.
-        part = run.parent / f"part-{name}-{worker}"
-        (part / "checkpoint").mkdir(parents=True)
-        (part / "checkpoint" / f"rank_{worker}.pt").write_bytes(bytes([worker]) * 100)
-        checkpoints.certify(part, worker, workers)
-        for file in part.rglob("*"):
-            if file.is_file():
-                copy = folder / file.relative_to(part)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                copy.write_bytes(file.read_bytes())
+    with tempfile.TemporaryDirectory() as made:
+        for worker in range(workers):
+            # Each worker's part is a folder of its own before Ray Train copies it.
+            part = Path(made) / f"part-{name}-{worker}"
+            (part / "checkpoint").mkdir(parents=True)
+            (part / "checkpoint" / f"rank_{worker}.pt").write_bytes(bytes([worker]) * 100)
+            checkpoints.certify(part, worker, workers)
+            for file in part.rglob("*"):
+                if file.is_file():
+                    copy = folder / file.relative_to(part)
+                    location.make_folder(copy.parent)
+                    copy.write_bytes(file.read_bytes())
     return folder
 
 
@@ -31,9 +33,9 @@ def listed(run: Path, *names: str) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
-    folder = tmp_path / "trial"
-    folder.mkdir()
+def run(place: Path) -> Path:
+    folder = place / "trial"
+    location.make_folder(folder)
     return folder
 
 

@@ -52,7 +52,7 @@ def test_every_file_of_the_package_loads_and_survives_a_round_trip(file: Path, t
         (SMALLEST, ["name.x=1"], ["name.x", "no keys below"]),
         (SMALLEST, ["name"], ["override 'name'", "key.path=value"]),
         (SMALLEST, ["seeds=[1, 1]"], ["seeds", "twice"]),
-        (SMALLEST, ["storage=s3://bucket"], ["storage", "not a URI"]),
+        (SMALLEST, ["storage=http://bucket"], ["storage", "s3://, gs://, abfs://"]),
         (SMALLEST, ["prompt.strategy=techer"], ["unknown strategy 'techer'", "did you mean 'teacher'"]),
         (SMALLEST, ["prompt.strategies={mine: {}}"], ["'mine' has neither text nor exemplars"]),
         (SMALLEST, ["prompt.strategies={mine: {text: 'It is {answer}'}}"], ["placeholder ['answer']"]),

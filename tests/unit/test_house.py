@@ -11,7 +11,8 @@ import raykd
 
 SOURCE = Path(raykd.__file__).parent
 FLOORS = [
-    {"config", "lock", "tree", "engine", "sections", "space", "mistakes", "records", "storage", "strategies", "demo"},
+    {"config", "lock", "tree", "engine", "sections", "space", "mistakes", "records", "storage", "strategies", "demo"}
+    | {"location", "lease"},
     {
         "prompts",
         "answers",

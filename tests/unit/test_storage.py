@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from raykd import storage
+from raykd import location, storage
 
 SCHEMA = pa.schema([("row_id", pa.string()), ("value", pa.int64()), ("error", pa.string())])
 
@@ -20,38 +20,38 @@ def test_a_content_key_depends_on_content_alone():
     assert storage.content_key({"a": 1}) != storage.content_key({"a": 2})
 
 
-def test_the_same_rows_written_twice_are_one_part(tmp_path: Path):
+def test_the_same_rows_written_twice_are_one_part(place: Path):
     for _ in range(2):
-        storage.write_part(tmp_path, rows(("a", 1, ""), ("b", 2, "")))
-    assert len(storage.parts(tmp_path)) == 1
-    assert len(storage.read_rows(tmp_path, SCHEMA)) == 2
+        storage.write_part(place, rows(("a", 1, ""), ("b", 2, "")))
+    assert len(storage.parts(place)) == 1
+    assert len(storage.read_rows(place, SCHEMA)) == 2
 
 
-def test_failed_rows_are_not_done_and_give_way_to_their_answers(tmp_path: Path):
-    storage.write_part(tmp_path, rows(("a", 1, ""), ("b", 0, "timeout"), ("c", 0, "refused")))
-    assert storage.done_ids(tmp_path, SCHEMA, "row_id") == {"a"}
-    storage.write_part(tmp_path, rows(("b", 2, "")))
-    manifest = storage.seal(tmp_path, SCHEMA, "row_id", {"what": "test"})
+def test_failed_rows_are_not_done_and_give_way_to_their_answers(place: Path):
+    storage.write_part(place, rows(("a", 1, ""), ("b", 0, "timeout"), ("c", 0, "refused")))
+    assert storage.done_ids(place, SCHEMA, "row_id") == {"a"}
+    storage.write_part(place, rows(("b", 2, "")))
+    manifest = storage.seal(place, SCHEMA, "row_id", {"what": "test"})
     assert manifest["rows"] == 3
-    found = {row["row_id"]: row for row in storage.read_rows(tmp_path, SCHEMA).to_pylist()}
+    found = {row["row_id"]: row for row in storage.read_rows(place, SCHEMA).to_pylist()}
     assert (found["b"]["value"], found["b"]["error"]) == (2, "")
     assert found["c"]["error"] == "refused"
-    assert storage.read_manifest(tmp_path) == manifest
+    assert storage.read_manifest(place) == manifest
 
 
-def test_more_failures_than_allowed_are_named_with_the_way_out(tmp_path: Path):
+def test_more_failures_than_allowed_are_named_with_the_way_out(place: Path):
     schema = SCHEMA.append(pa.field("problem_id", pa.string()))
     made = rows(("a", 1, ""), ("b", 0, "timeout"), ("c", 0, "refused"), ("d", 1, ""))
     table = made.append_column("problem_id", pa.array(["p1", "p2", "p3", "p4"]))
-    storage.write_part(tmp_path, table)
-    assert storage.check_failures(tmp_path, schema, "row_id", "students", "evaluate.max_error_rate", 0.5) == 2
+    storage.write_part(place, table)
+    assert storage.check_failures(place, schema, "row_id", "students", "evaluate.max_error_rate", 0.5) == 2
     with pytest.raises(RuntimeError) as caught:
-        storage.check_failures(tmp_path, schema, "row_id", "students", "evaluate.max_error_rate", 0.4)
-    for words in ("students: 2 of 4 rows", "evaluate.max_error_rate=0.4", "p2: timeout", "p3: refused", str(tmp_path)):
+        storage.check_failures(place, schema, "row_id", "students", "evaluate.max_error_rate", 0.4)
+    for words in ("students: 2 of 4 rows", "evaluate.max_error_rate=0.4", "p2: timeout", "p3: refused", str(place)):
         assert words in str(caught.value)
     # What was answered later did not fail.
-    storage.write_part(tmp_path, table.slice(1, 1).set_column(2, "error", pa.array([""])))
-    assert storage.check_failures(tmp_path, schema, "row_id", "students", "evaluate.max_error_rate", 0.4) == 1
+    storage.write_part(place, table.slice(1, 1).set_column(2, "error", pa.array([""])))
+    assert storage.check_failures(place, schema, "row_id", "students", "evaluate.max_error_rate", 0.4) == 1
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -86,48 +86,48 @@ def edited(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("is_complete", [False, True])
 @pytest.mark.parametrize("damage", [cut, flipped, edited])
-def test_a_damaged_part_is_refused_by_name_until_it_is_deleted(tmp_path: Path, damage, is_complete: bool):
-    storage.write_part(tmp_path, rows(("a", 1, "")))
-    part = storage.write_part(tmp_path, rows(("b", 2, "")))
+def test_a_damaged_part_is_refused_by_name_until_it_is_deleted(place: Path, damage, is_complete: bool):
+    storage.write_part(place, rows(("a", 1, "")))
+    part = storage.write_part(place, rows(("b", 2, "")))
     if is_complete:
-        storage.seal(tmp_path, SCHEMA, "row_id", {})
+        storage.seal(place, SCHEMA, "row_id", {})
     part.write_bytes(damage(part.read_bytes()))
     with pytest.raises(ValueError, match=f"{part.name} was cut or altered.*delete it"):
-        storage.read_rows(tmp_path, SCHEMA)
+        storage.read_rows(place, SCHEMA)
     if is_complete:
         with pytest.raises(ValueError, match=f"{part.name} was cut or altered.*delete it"):
-            storage.read_manifest(tmp_path)
+            storage.read_manifest(place)
     # As the message says.
     part.unlink()
     if is_complete:
         with pytest.raises(ValueError, match=f"{part.name} is gone"):
-            storage.read_manifest(tmp_path)
-    (tmp_path / storage.MANIFEST).unlink(missing_ok=True)
-    assert storage.done_ids(tmp_path, SCHEMA, "row_id") == {"a"}
+            storage.read_manifest(place)
+    (place / storage.MANIFEST).unlink(missing_ok=True)
+    assert storage.done_ids(place, SCHEMA, "row_id") == {"a"}
 
 
 @pytest.mark.parametrize("written", ['{"rows": ', '{"rows": 2, "parts": {}}', "[]", ""])
-def test_a_damaged_manifest_is_refused_by_name(tmp_path: Path, written: str):
-    (tmp_path / storage.MANIFEST).write_text(written)
+def test_a_damaged_manifest_is_refused_by_name(place: Path, written: str):
+    (place / storage.MANIFEST).write_text(written)
     with pytest.raises(ValueError, match=r"manifest\.json (is damaged|was altered)"):
-        storage.read_manifest(tmp_path)
+        storage.read_manifest(place)
 
 
-def test_a_manifest_in_which_a_figure_was_changed_is_refused(tmp_path: Path):
-    storage.write_part(tmp_path, rows(("a", 1, ""), ("b", 2, "")))
-    storage.seal(tmp_path, SCHEMA, "row_id", {"correct": 1})
-    file = tmp_path / storage.MANIFEST
+def test_a_manifest_in_which_a_figure_was_changed_is_refused(place: Path):
+    storage.write_part(place, rows(("a", 1, ""), ("b", 2, "")))
+    storage.seal(place, SCHEMA, "row_id", {"correct": 1})
+    file = place / storage.MANIFEST
     file.write_text(file.read_text().replace('"correct": 1', '"correct": 2'))
     with pytest.raises(ValueError, match=r"manifest\.json was altered"):
-        storage.read_manifest(tmp_path)
+        storage.read_manifest(place)
 
 
-def test_rows_that_were_asked_by_two_are_there_once(tmp_path: Path):
-    storage.write_part(tmp_path, rows(("a", 1, ""), ("b", 2, "")))
-    storage.write_part(tmp_path, rows(("b", 2, ""), ("c", 0, "timeout"), ("d", 0, "refused")))
-    storage.write_part(tmp_path, rows(("c", 3, ""), ("d", 0, "timeout")))
-    assert storage.seal(tmp_path, SCHEMA, "row_id", {})["rows"] == 4
-    found = storage.read_rows(tmp_path, SCHEMA).to_pylist()
+def test_rows_that_were_asked_by_two_are_there_once(place: Path):
+    storage.write_part(place, rows(("a", 1, ""), ("b", 2, "")))
+    storage.write_part(place, rows(("b", 2, ""), ("c", 0, "timeout"), ("d", 0, "refused")))
+    storage.write_part(place, rows(("c", 3, ""), ("d", 0, "timeout")))
+    assert storage.seal(place, SCHEMA, "row_id", {})["rows"] == 4
+    found = storage.read_rows(place, SCHEMA).to_pylist()
     assert sorted((row["row_id"], row["value"]) for row in found) == [("a", 1), ("b", 2), ("c", 3), ("d", 0)]
 
 
@@ -168,3 +168,35 @@ def test_a_fingerprint_is_of_what_bears_on_a_model(tmp_path: Path):
     assert storage.fingerprint(tmp_path) == before
     (tmp_path / "config.json").write_text("{ }")
     assert storage.fingerprint(tmp_path) != before
+
+
+def test_what_is_known_to_be_the_same_is_not_read_again(bucket: str):
+    folder = location.at(f"{bucket}/sealed")
+    part = storage.write_part(folder, rows(("a", 1, "")))
+    manifest = storage.seal(folder, SCHEMA, "row_id", {})
+    assert manifest["states"] == {part.name: location.state(part)}
+    # Had the part been read, this would be refused.
+    storage.write_json(folder / storage.MANIFEST, relabelled(manifest, parts={part.name: "another digest"}))
+    assert storage.read_manifest(folder)
+    storage.write_json(folder / storage.MANIFEST, manifest)
+    content = part.read_bytes()
+    part.write_bytes(cut(content))
+    with pytest.raises(ValueError, match="was cut or altered"):
+        storage.read_manifest(folder)
+    # Copied to another bucket a file may have another state, and is then judged by what it holds.
+    part.write_bytes(content)
+    storage.write_json(folder / storage.MANIFEST, relabelled(manifest, states={}))
+    assert storage.read_manifest(folder) == relabelled(manifest, states={})
+
+
+def relabelled(manifest: dict, **other: dict) -> dict:
+    told = {name: each for name, each in manifest.items() if name != "digest"} | other
+    return told | {"digest": storage.content_key(told)}
+
+
+def test_a_table_is_read_whole_by_columns_and_bit_by_bit(place: Path):
+    file = place / "split" / "train.parquet"
+    storage.write_table(file, rows(("a", 1, ""), ("b", 2, "")))
+    assert storage.read_table(file).column_names == SCHEMA.names
+    assert storage.read_table(file, ["value"]).to_pydict() == {"value": [1, 2]}
+    assert sum(len(batch) for batch in storage.read_batches(file)) == storage.num_rows(file) == 2

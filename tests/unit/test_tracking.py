@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 from ray import tune
 
-from raykd import tracking
+from raykd import location, tracking
 from raykd.job import Job
 
 
@@ -46,12 +46,21 @@ def test_what_is_only_told_again_is_not_tracked_again():
 
 
 def test_what_is_not_installed_is_told_before_anything_is_started(monkeypatch: pytest.MonkeyPatch):
-    tracking.check(None)
+    tracking.check(None, Path("mine"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"tracking=mlflow.*pip install mlflow"):
-        tracking.check("mlflow")
+        tracking.check("mlflow", Path("mine"))
 
 
 def test_tensorboard_is_always_told(tmp_path: Path):
     names = [type(each._inner).__name__ for each in tracking.callbacks(None, tmp_path, {})]
     assert names == ["JsonLoggerCallback", "TBXLoggerCallback"]
+
+
+@pytest.mark.parametrize(("tracker", "server"), [("mlflow", "MLFLOW_TRACKING_URI"), ("wandb", "WANDB_API_KEY")])
+def test_what_writes_files_bit_by_bit_is_refused_for_a_bucket(
+    tracker: Any, server: str, bucket: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv(server, raising=False)
+    with pytest.raises(ValueError, match=f"is in a bucket: set {server}"):
+        tracking.check(tracker, location.at(f"{bucket}/mine"))

@@ -1,0 +1,160 @@
+"""Lease: who works on a folder of a bucket, which knows no locks: a file that its owner renews while it is there.
+
+The file is created only where there is none, by the store itself (S3's `If-None-Match: *`, and its like elsewhere). An
+owner that was killed leaves it behind: on its own machine it is seen to be gone at once, on others once the file was
+not renewed for `LASTS_S`. Whoever then takes it over first creates a second file, named after what it found: of
+several only one can. An owner that slept, finds another's name and ends. The clocks of machines count for when a second
+is turned away, never for when one takes over: for that it looks twice.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from _thread import interrupt_main
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from raykd import location
+
+LASTS_S = 60.0
+RENEWED_EVERY_S = 15.0
+
+
+class Held(Exception):
+    """Another holds it; the text says who."""
+
+
+@contextmanager
+def held(file: Path, who: str) -> Iterator[None]:
+    """Holds a file of a bucket for a `with` block, renewing it meanwhile.
+
+    Args:
+        file: the file.
+        who: this process in words, for whoever comes second.
+
+    Raises:
+        Held: where another has it.
+        ValueError: where the bucket cannot be reached or written.
+    """
+    mine = {"who": who, "token": uuid.uuid4().hex, **_process()}
+    _take(file, mine)
+    over = threading.Event()
+    renewing = threading.Thread(target=_renew, args=(file, mine, over), daemon=True)
+    renewing.start()
+    try:
+        yield
+    finally:
+        over.set()
+        renewing.join()
+        # Where it cannot be removed it runs out.
+        with suppress(OSError):
+            if _token(_read(file)) == mine["token"]:
+                file.unlink()
+
+
+def _take(file: Path, mine: dict[str, Any]) -> None:
+    try:
+        is_new = location.create(file, _written(mine))
+    except Exception as error:
+        # The first request of a run. Which errors a library has for wrong keys, names or networks is its own affair.
+        raise ValueError(
+            f"{file} cannot be written ({' '.join(str(error).split())[:300]}): see that the bucket is there, and that "
+            "its keys, and its address where it is not the cloud's, are in the environment of every node"
+        ) from error
+    if is_new:
+        return None
+    found = _read(file)
+    if found is None:
+        # It was given back in this moment.
+        return _take(file, mine)
+    if not _is_gone(found):
+        if time.time() - file.stat().st_mtime < LASTS_S:
+            raise Held(_who(found))
+        # This machine's clock may be wrong.
+        seen = location.state(file)
+        time.sleep(2 * RENEWED_EVERY_S)
+        if not file.exists() or location.state(file) != seen:
+            raise Held(_who(found))
+    claim = file.with_name(f"{file.name}.after-{_token(found)}")
+    if not location.create(claim, _written(mine)):
+        raise Held(
+            f"{_who(_read(claim))}, which takes it over from one that is gone; should it be gone too, delete {claim}"
+        )
+    seen = location.state(file)
+    is_same = _token(_read(file)) == _token(found) and location.replace(file, _written(mine), seen)
+    claim.unlink(missing_ok=True)
+    if not is_same:
+        raise Held(_who(_read(file)))
+    return None
+
+
+def _renew(file: Path, mine: dict[str, Any], over: threading.Event) -> None:
+    while not over.wait(RENEWED_EVERY_S):
+        # A store that does not answer now may do so the next time.
+        with suppress(Exception):
+            seen = location.state(file)
+            found = _read(file)
+            if _token(found) == mine["token"] and location.replace(file, _written(mine), seen):
+                continue
+            if _token(found := _read(file)) != mine["token"]:
+                print(f"raykd: {file} was taken over by {_who(found)}: this run ends", file=sys.stderr, flush=True)
+                interrupt_main()
+                return
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(location.read(file))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _written(mine: dict[str, Any]) -> bytes:
+    # Other content each time, so that its state tells that it was renewed.
+    return json.dumps({**mine, "renewed": datetime.now(UTC).isoformat()}).encode()
+
+
+def _token(found: dict[str, Any] | None) -> str:
+    return str((found or {}).get("token", ""))
+
+
+def _who(found: dict[str, Any] | None) -> str:
+    return " ".join(str((found or {}).get("who", "")).split()) or "another process"
+
+
+def _process() -> dict[str, Any]:
+    """What tells this process from all others: its number, and whose numbers those are."""
+    return {"process": os.getpid(), "started": _started(os.getpid()), "machine": _machine()}
+
+
+def _machine() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    # Containers of a machine each count their own processes.
+    numbers = Path("/proc/self/ns/pid")
+    told = [boot.read_text().strip() if boot.exists() else "", str(numbers.stat().st_ino if numbers.exists() else "")]
+    return "/".join([socket.gethostname(), *told])
+
+
+def _started(process: int) -> str:
+    """When a process was started, in ticks since the machine was; empty where there is none."""
+    try:
+        # Behind its name, which may hold blanks, the state is the third field and the start the 22nd.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _is_gone(found: dict[str, Any]) -> bool:
+    """Whether an owner was a process of this machine that is no more."""
+    is_mine = found.get("machine") == _machine() and isinstance(found.get("process"), int)
+    return is_mine and _started(found["process"]) != found.get("started")

@@ -1,0 +1,40 @@
+"""Stores: a local server that answers as S3 does, and what an environment must say so that it is asked."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+BUCKET = "raykd-tests"
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "nobody",
+    "AWS_SECRET_ACCESS_KEY": "never-to-be-written",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
+@contextmanager
+def s3() -> Iterator[str]:
+    """A server with an empty bucket, named by this process' environment.
+
+    Yields:
+        the bucket's URI.
+    """
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    # Else each request is a line beneath a test that failed.
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    told = {**KEYS, "AWS_ENDPOINT_URL": f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"}
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
+    try:
+        boto3.client("s3").create_bucket(Bucket=BUCKET)
+        yield f"s3://{BUCKET}"
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        server.stop()

@@ -1,0 +1,108 @@
+"""Locks in a folder and in a bucket: one works, the second is told who does, and a dead one keeps nobody out."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from raykd import lease, location, lock, storage
+
+HOLD = """
+import sys, time
+from raykd import location, lock
+with lock.held(location.at(sys.argv[1]), "raykd run mine.yaml"):
+    print("held", flush=True)
+    time.sleep(300)
+"""
+ELSEWHERE = {"who": "process 7 on elsewhere", "token": "theirs", "process": 7, "started": "1", "machine": "elsewhere"}
+
+
+def test_the_second_is_told_who_the_first_is_until_it_is_free(place: Path):
+    with lock.held(place, "first"):
+        told = rf"is being worked on by process {os.getpid()} on .*: first\. Wait for it, end it \(it asks the same\)"
+        with pytest.raises(ValueError, match=told), lock.held(place, "second", " (it asks the same)"):
+            raise AssertionError("both hold it")
+        assert not storage.parts(place)
+    with pytest.raises(RuntimeError), lock.held(place, "second"):
+        raise RuntimeError
+    with lock.held(place, "third"):
+        pass
+
+
+def test_a_killed_one_of_this_machine_keeps_nobody_out(place: Path):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(place)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout and process.stdout.readline() == "held\n"
+        told = rf"process {process.pid} on .*raykd run mine\.yaml"
+        with pytest.raises(ValueError, match=told), lock.held(place, "second"):
+            raise AssertionError("both hold it")
+    finally:
+        process.kill()
+        process.wait()
+    started = time.monotonic()
+    with lock.held(place, "again"):
+        assert time.monotonic() - started < lease.RENEWED_EVERY_S, "nothing was waited for"
+
+
+@pytest.fixture
+def file(bucket: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
+    """A lock of another machine."""
+    monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.2)
+    found = location.at(f"{bucket}/lease/{request.node.name}/run.lock")
+    storage.write_json(found, ELSEWHERE)
+    return found
+
+
+def test_another_machines_is_respected_while_it_is_young(file: Path):
+    with pytest.raises(lease.Held, match="process 7 on elsewhere"), lease.held(file, "me"):
+        raise AssertionError("both hold it")
+    assert storage.read_json(file)["token"] == "theirs"
+
+
+def test_one_that_is_not_renewed_any_more_is_taken_over(file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lease, "LASTS_S", -1.0)
+    with lease.held(file, "me"):
+        assert storage.read_json(file)["who"] == "me"
+    assert location.files(file.parent) == []
+
+
+def test_what_looks_old_by_a_wrong_clock_but_is_renewed_is_left(file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lease, "LASTS_S", -1.0)
+    monkeypatch.setattr(lease.time, "sleep", lambda _: storage.write_json(file, ELSEWHERE | {"renewed": "now"}))
+    with pytest.raises(lease.Held, match="elsewhere"), lease.held(file, "me"):
+        raise AssertionError("both hold it")
+
+
+def test_of_two_that_take_over_one_does(file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lease, "LASTS_S", -1.0)
+    claim = file.with_name("run.lock.after-theirs")
+    assert location.create(claim, b'{"who": "the other"}')
+    with pytest.raises(lease.Held, match=rf"the other, which takes it over.*delete {claim}"), lease.held(file, "me"):
+        raise AssertionError("both hold it")
+    assert storage.read_json(file)["token"] == "theirs"
+
+
+def test_an_owner_that_was_taken_for_gone_ends_and_leaves_the_others(file: Path):
+    file.unlink()
+    with pytest.raises(KeyboardInterrupt), lease.held(file, "me"):
+        storage.write_json(file, ELSEWHERE)
+        time.sleep(20)
+    assert storage.read_json(file)["token"] == "theirs"
+
+
+def test_it_is_renewed(file: Path):
+    file.unlink()
+    with lease.held(file, "me"):
+        before, until = location.state(file), time.monotonic() + 20
+        while location.state(file) == before:
+            assert time.monotonic() < until, "it was never renewed"
+            time.sleep(0.1)
+
+
+def test_a_bucket_that_is_not_there_is_told_with_what_to_look_at(bucket: str):
+    told = r"s3://no-such-bucket/x/run\.lock cannot be written .*environment"
+    with pytest.raises(ValueError, match=told), lock.held(location.at("s3://no-such-bucket/x"), "me"):
+        raise AssertionError("nothing is held")
