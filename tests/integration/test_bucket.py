@@ -9,7 +9,7 @@ import stores
 from raykd import location, records, storage
 from runs import Ran, finish, kill_when, plan_of, wait_for_end
 
-pytestmark = pytest.mark.timeout(3000)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 NUM_TRAIN, NUM_TEST = 40, 10
 ENGINE = {"engine_kwargs": {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 32}}
 EXPERIMENT = {
