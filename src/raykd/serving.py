@@ -6,6 +6,7 @@ run serves its own teacher, on no network port, and needs none of this.
 
 from typing import Any
 
+import ray
 import yaml
 from pydantic import field_validator
 
@@ -41,5 +42,8 @@ def app(args: Service) -> Any:
     from ray.serve.llm import build_openai_app
 
     teacher = config.load(args.experiment, args.overrides).teacher
+    if not ray.is_initialized():
+        # As `serve run` does afterwards; what there is to run on is asked now.
+        ray.init(namespace="serve")
     kind = placement.accelerator(teacher.engine.accelerator, capacity())
     return build_openai_app({"llm_configs": [llm_config(teacher, 0, kind)]})

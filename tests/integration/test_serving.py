@@ -25,8 +25,8 @@ pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[str]:
-    """The address of the quickstart's teacher."""
+def served(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The address of the quickstart's teacher, and the command that serves it."""
     port = free_port()
     environment = {**os.environ, "RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "token"}
     environment["RAY_AUTH_TOKEN"] = "a-token-for-this-test-alone-0123456789abcdef"
@@ -38,7 +38,7 @@ def served(tmp_path: Path) -> Iterator[str]:
             for each in (head, [*command, "overrides=[teacher.engine.accelerator=cpu]"]):
                 started.append(subprocess.Popen(each, env=environment, cwd=ROOT, stdout=log, stderr=log))
                 time.sleep(10)
-            yield f"http://127.0.0.1:{PORT}"
+            yield f"http://127.0.0.1:{PORT}", started[-1]
         finally:
             for process in reversed(started):
                 family = psutil.Process(process.pid).children(recursive=True)
@@ -55,17 +55,18 @@ def ask(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_the_teacher_answers_by_openais_protocol(served: str):
+def test_the_teacher_answers_by_openais_protocol(served: tuple[str, subprocess.Popen[bytes]], tmp_path: Path):
+    url, command = served
     deadline = time.monotonic() + 600
     while True:
         try:
-            models = ask(f"{served}/v1/models")
+            models = ask(f"{url}/v1/models")
             break
         except (urllib.error.URLError, ConnectionError):
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline and command.poll() is None, (tmp_path / "log").read_text()
             time.sleep(2)
     assert [model["id"] for model in models["data"]] == ["teacher"]
     messages = [{"role": "user", "content": "Tom has 3 apples and buys 4. How many has he?"}]
-    answer = ask(f"{served}/v1/chat/completions", {"model": "teacher", "messages": messages, "max_tokens": 40})
+    answer = ask(f"{url}/v1/chat/completions", {"model": "teacher", "messages": messages, "max_tokens": 40})
     (choice,) = answer["choices"]
     assert choice["message"]["content"].strip()
