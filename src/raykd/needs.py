@@ -155,13 +155,13 @@ def work_table(experiment: Experiment, work: Iterable[budget.Work], rates: Rates
     table = _table(title, "What", "Rows", "Tokens", "A second", "Hours", "Processor hours", currency)
     for each in work:
         tokens = "–" if each.tokens is None else f"{'≤ ' * each.is_bound}{each.tokens:,.0f}"
-        rate, hours = _number(each.rate, 0), _number(each.hours, 1)
-        cells = (tokens, rate, hours, _number(each.processor_hours, 1), _number(each.cost, 2))
+        rate, hours = _number(each.rate, 0), _hours(each.hours)
+        cells = (tokens, rate, hours, _hours(each.processor_hours), _number(each.cost, 2))
         table.add_row(each.what, _number(each.rows, 0), *cells)
     costs = [each.cost for each in work if each.cost is not None]
     if costs:
         hours = sum(each.processor_hours or 0 for each in work)
-        table.add_row("all that has a price", "", "", "", "", _number(hours, 1), _number(sum(costs), 2), style="bold")
+        table.add_row("all that has a price", "", "", "", "", _hours(hours), _number(sum(costs), 2), style="bold")
     notes = [f"{at_a_time} students are trained at a time."] if at_a_time > 1 else []
     if not all(each.rate for each in work if each.processors):
         notes.append("Hours: by --measured RUN_FOLDER, or --generation-rate, --training-rate, --answering-rate.")
@@ -200,6 +200,11 @@ def _gib(amount: int) -> str:
     """Bytes in GiB, in three digits or so."""
     value = amount / GIB
     return f"{value:.1f}" if value >= 1 else f"{value:.2f}" if value >= 0.01 or not amount else "<0.01"
+
+
+def _hours(value: float | None) -> str:
+    """Hours, in two digits or so where they are few."""
+    return "<0.01" if value is not None and 0 < value < 0.01 else _number(value, 2 if value and value < 10 else 1)
 
 
 def _number(value: float | None, digits: int) -> str:
