@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import ray.data
 from ray.autoscaler.sdk import request_resources
 from ray.job_config import JobConfig
 
-from raykd import metrics, nodes, placement, progress, signals
+from raykd import metrics, nodes, progress, signals
 from raykd.watch import given_back
 
 # Blocks that a task of Ray Data may hand on between two looks of its scheduler.
@@ -63,7 +63,7 @@ def connected(log: Path, experiment: str, stage: str) -> Iterator[dict[str, floa
 
 def live() -> dict[str, float]:
     """What the cluster's nodes have now: Ray's names, and `GPU:H100` and such for the GPUs of nodes of a kind."""
-    return _total((node["Resources"], 1) for node in ray.nodes() if node["Alive"])
+    return nodes.of_ray(ray.nodes()).resources
 
 
 def capacity() -> dict[str, float]:
@@ -79,19 +79,14 @@ def capacity() -> dict[str, float]:
     file = Path(named) if named else LAUNCHED_BY.expanduser() if is_joined() else None
     if file is None or not (named or file.exists()):
         return there
-    grown = _total((each.resources, each.count) for each in nodes.read(file).nodes)
+    try:
+        grown = nodes.read(file).resources
+    except ValueError:
+        if named:
+            raise
+        # On machines of one's own it does not say what they have, and all of them are there.
+        return there
     return {name: max(there.get(name, 0), grown.get(name, 0)) for name in {*there, *grown}}
-
-
-def _total(nodes: Iterable[tuple[Mapping[str, float], int]]) -> dict[str, float]:
-    """The resources of so many nodes of each."""
-    found: dict[str, float] = {}
-    for resources, number in nodes:
-        kinds = [name.removeprefix(placement.TYPE) for name in resources if name.startswith(placement.TYPE)]
-        of_a_kind = {f"GPU:{kind}": resources.get("GPU", 0) for kind in kinds}
-        for name, amount in {**resources, **of_a_kind}.items():
-            found[name] = found.get(name, 0) + float(amount) * number
-    return found
 
 
 def is_joined() -> bool:

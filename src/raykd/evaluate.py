@@ -17,6 +17,7 @@ from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 from raykd import adapters, answers, location, models, placement, protocols, records, storage
 from raykd.config import UNTOUCHED
 from raykd.demo import resolve_model
+from raykd.memory import padded_rank
 from raykd.progress import Meter
 from raykd.sections import Evaluate, Student
 
@@ -242,8 +243,8 @@ def _processor(
         kwargs |= {
             "enable_lora": True,
             "max_loras": min(evaluation.max_loras, len(adapters)),
-            # vLLM knows a few ranks only; an adapter may be smaller than the one it is told.
-            "max_lora_rank": next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= max(a.rank for a in adapters)),
+            # An adapter may be smaller than the one it is told.
+            "max_lora_rank": padded_rank(max(each.rank for each in adapters)),
         }
     # Of a bucket Ray copies an adapter to the engine's node.
     loading = next((location.for_engine(each.adapter)[0] for each in adapters if each.adapter), None)

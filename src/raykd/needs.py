@@ -14,6 +14,8 @@ from raykd.nodes import Cluster
 from raykd.rates import Rates
 from raykd.shapes import Shape
 
+UNKNOWN = "not known here: neither a folder, nor in the hub's cache, nor a Llama 3; nor is its memory"
+
 
 def tables(experiment: Experiment, cluster: Cluster | None, rates: Rates) -> tuple[list[Table], str]:
     """What an experiment needs, and why it cannot run.
@@ -50,9 +52,7 @@ def teacher_table(experiment: Experiment, shape: Shape | None, resources: dict[s
     engine = experiment.teacher.engine
     table = _table(f"Teacher {experiment.teacher.model}", "", "")
     if shape is None:
-        table.add_row(
-            "Shape", "not known here: neither a folder, nor in the hub's cache, nor a Llama 3; nor is its memory"
-        )
+        table.add_row("Shape", UNKNOWN)
         return table
     on_gpu = placement.accelerator(engine.accelerator, resources) == "gpu"
     needs = memory.engine(shape, engine, GPUS["A10G"] if on_gpu else None)
@@ -85,9 +85,7 @@ def student_table(experiment: Experiment, shape: Shape | None, resources: dict[s
     title = f"Student {experiment.student.model}"
     if shape is None:
         table = _table(title, "", "")
-        table.add_row(
-            "Shape", "not known here: neither a folder, nor in the hub's cache, nor a Llama 3; nor is its memory"
-        )
+        table.add_row("Shape", UNKNOWN)
         return table
     first = experiment.arm(next(iter(experiment.arms)))
     on_gpu = placement.accelerator(first.train.accelerator, resources) == "gpu"

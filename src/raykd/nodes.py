@@ -35,9 +35,8 @@ class Nodes:
         """
         if not self.resources.get("GPU"):
             return None
-        kinds = [name.removeprefix(ACCELERATOR_TYPE) for name in self.resources if name.startswith(ACCELERATOR_TYPE)]
         # Where a node tells A100 as well as A100-80G, the longer name says more.
-        kind = max(kinds, key=len, default="")
+        kind = max(_kinds(self.resources), key=len, default="")
         if kind not in GPUS:
             told = f"of an unknown kind {kind!r}{did_you_mean(kind, GPUS)}" if kind else "of a kind that is not told"
             raise ValueError(
@@ -56,10 +55,11 @@ class Cluster:
 
     @property
     def resources(self) -> dict[str, float]:
-        """All of them together, as Ray names them."""
+        """All of them together: Ray's names, and `GPU:H100` and such for the GPUs of nodes of a kind."""
         total: dict[str, float] = {}
         for each in self.nodes:
-            for name, amount in each.resources.items():
+            gpus = {f"GPU:{kind}": each.resources.get("GPU", 0.0) for kind in _kinds(each.resources)}
+            for name, amount in {**each.resources, **gpus}.items():
                 total[name] = total.get(name, 0.0) + amount * each.count
         return total
 
@@ -123,9 +123,12 @@ def of_ray(records: Iterable[Mapping[str, Any]]) -> Cluster:
     return Cluster("the running cluster", tuple(found))
 
 
+def _kinds(resources: Mapping[str, float]) -> list[str]:
+    return [name.removeprefix(ACCELERATOR_TYPE) for name in resources if name.startswith(ACCELERATOR_TYPE)]
+
+
 def _named(resources: Mapping[str, float]) -> str:
-    kinds = [name.removeprefix(ACCELERATOR_TYPE) for name in resources if name.startswith(ACCELERATOR_TYPE)]
-    gpus = f"{resources['GPU']:g} x {max(kinds, key=len, default='GPU')}, " if resources.get("GPU") else ""
+    gpus = f"{resources['GPU']:g} x {max(_kinds(resources), key=len, default='GPU')}, " if resources.get("GPU") else ""
     return f"node of {gpus}{resources.get('CPU', 0):g} CPU"
 
 

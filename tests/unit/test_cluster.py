@@ -1,12 +1,13 @@
-"""Cluster: what is set in Ray without being part of its public interface."""
+"""Cluster: what it has and may come to have; and what is set in Ray without being part of its public interface."""
 
 from pathlib import Path
 
 import pytest
 import yaml
+from ray.autoscaler._private.util import prepare_config
 from ray.data import DataContext
 
-from raykd import cluster
+from raykd import cluster, nodes
 
 
 def test_ray_data_still_has_the_number_of_blocks_that_a_task_hands_on():
@@ -16,7 +17,10 @@ def test_ray_data_still_has_the_number_of_blocks_that_a_task_hands_on():
 
 def test_gpus_are_counted_by_their_kind_too():
     head, h100 = {"CPU": 8.0}, {"CPU": 96.0, "GPU": 8.0, "accelerator_type:H100": 1.0}
-    found = cluster._total([(head, 1), (h100, 2), ({"CPU": 16, "GPU": 4, "accelerator_type:A10G": 1}, 3)])
+    a10g = {"CPU": 16.0, "GPU": 4.0, "accelerator_type:A10G": 1.0}
+    found = nodes.of_ray(
+        [{"Alive": True, "Resources": each} for each in (head, h100, h100, a10g, a10g, a10g)]
+    ).resources
     assert {name: found[name] for name in ("CPU", "GPU", "GPU:H100", "GPU:A10G")} == {
         "CPU": 8 + 192 + 48,
         "GPU": 28,
@@ -40,3 +44,17 @@ def test_what_may_come_counts_before_it_is_there(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("RAYKD_CLUSTER")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert cluster.capacity() == {"CPU": 16, "memory": 1}
+
+
+def test_on_machines_of_ones_own_what_is_there_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What Ray's launcher leaves on the head then names a node type without a word of what it has."""
+    told = yaml.safe_load((Path(__file__).parents[2] / "cluster/local.yaml").read_text())
+    file = tmp_path / "ray_bootstrap_config.yaml"
+    file.write_text(yaml.safe_dump(prepare_config(told)))
+    with pytest.raises(ValueError, match="does not say what it has"):
+        nodes.read(file)
+    monkeypatch.setattr(cluster, "live", lambda: {"CPU": 16.0})
+    monkeypatch.setattr(cluster, "LAUNCHED_BY", file)
+    monkeypatch.delenv("RAYKD_CLUSTER", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert cluster.capacity() == {"CPU": 16}
