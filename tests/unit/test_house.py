@@ -166,3 +166,9 @@ def test_nothing_but_tunes_own_record_of_an_error_is_unpickled():
         if any(word in line for word in loads) and "weights_only=True" not in line
     ]
     assert found == ["sweep.py"]
+
+
+def test_no_two_test_modules_share_a_name():
+    # pytest imports them by name alone: one of the two would fail to be collected, and only when both are asked for.
+    names = sorted(file.name for file in SOURCE.parents[1].glob("tests/**/*.py"))
+    assert sorted(set(names)) == names
