@@ -33,9 +33,8 @@ _LOGIT_BYTES = 10
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # As `student.CHUNK_ELEMENTS`, and the float32 copies of a chunk at its peak: of the only one, and of several.
 CHUNK_ELEMENTS, _COPIES, _COPIES_OF_SEVERAL = 1 << 26, 3.0, 4.6
-# DeepSpeed's defaults: elements of the buffer in which gradients are gathered, whatever their number, and of the
-# weights that stage 3 holds gathered at a time.
-BUCKET, LIVE = 500_000_000, 1_000_000_000
+# DeepSpeed's default: elements of the weights that stage 3 holds gathered at a time.
+LIVE = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -272,7 +271,7 @@ def worker(shape: Shape, lora: Lora, train: Train, targets: int, on_gpu: bool = 
         lora: its adapter.
         train: how it is trained.
         targets: target tokens of a row at most.
-        on_gpu: whether it runs on a GPU; buffers that nothing is written to take nothing of a machine's memory.
+        on_gpu: whether it runs on a GPU.
     """
     width, stage, workers = (2 if train.dtype == "bfloat16" else 4), train.zero_stage, train.num_workers
     trained = shape.adapter_parameters(lora.rank, lora.target_modules)
@@ -301,7 +300,7 @@ def worker(shape: Shape, lora: Lora, train: Train, targets: int, on_gpu: bool = 
         gradients=gradients,
         optimizer=math.ceil((8 if stage < 1 else 12) * trained / part),
         # Stage 1 sums in float32, the others gather what the backward pass makes.
-        buffers=BUCKET * {0: 0, 1: 4, 2: width, 3: width}[stage] * on_gpu,
+        buffers=trained * {0: 0, 1: 4, 2: width, 3: width}[stage],
         activations=round(tokens * kept + wanted * shape.hidden * width + max(0, tokens * again - peak_loss)),
         loss=round(peak_loss),
         fixed=(CONTEXT + EXCHANGE * (workers > 1)) if on_gpu else PROCESS,

@@ -93,11 +93,15 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
     lesson = _lesson(job, tokenizer)
     steps, mine = lesson.steps, targets.segment(len(lesson.steps), job.round or 0, job.rounds)
     model = student.learner(job.arm, job.seed)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # The buffer in which gradients are gathered is as long as it is told, a gigabyte by default, whatever their number.
+    # Under ZeRO stage 3 a parameter's own length is that of a worker's part.
+    config["zero_optimization"]["reduce_bucket_size"] = sum(getattr(each, "ds_numel", each.numel()) for each in trained)
     # DeepSpeed's annotations name the types that it documents for other arguments.
     initialize: Any = deepspeed.initialize
     engine, _, _, _ = initialize(
         model=model,
-        model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
+        model_parameters=trained,
         config=config,
         lr_scheduler=lambda optimizer: get_cosine_schedule_with_warmup(
             optimizer, round(train.warmup_fraction * len(steps)), len(steps)
