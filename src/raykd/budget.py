@@ -13,7 +13,8 @@ from raykd.sections import Problems
 
 # Problems of GSM8K (Cobbe et al., arXiv 2110.14168; `openai/gsm8k` on the hub): train and test.
 GSM8K = (7473, 1319)
-A_GPU = MappingProxyType({"CPU": 1.0, "GPU": 1.0})
+# Of a cluster of which nothing is told: what `accelerator: auto` finds there.
+ANY = MappingProxyType({"gpu": {"CPU": 1.0, "GPU": 1.0}, "cpu": {"CPU": 1.0}})
 
 Group = tuple[Mapping[str, float], ...]
 """The bundles of one placement group."""
@@ -37,7 +38,7 @@ class Demand:
         return {name: getattr(self, name) for name in ("generation", "training", "evaluation", "attention")}
 
 
-def demand(experiment: Experiment, cluster: Mapping[str, float] = A_GPU) -> Demand:
+def demand(experiment: Experiment, cluster: Mapping[str, float] = ANY["gpu"]) -> Demand:
     """What the stages of an experiment ask a cluster's autoscaler for.
 
     Args:
@@ -132,7 +133,9 @@ class Work:
         return None if hours is None or self.price is None else hours * self.price
 
 
-def work(experiment: Experiment, rates: Rates, cluster: Mapping[str, float] = A_GPU, at_a_time: int = 1) -> list[Work]:
+def work(
+    experiment: Experiment, rates: Rates, cluster: Mapping[str, float] = ANY["gpu"], at_a_time: int = 1
+) -> list[Work]:
     """What an experiment has to do: tokens at most, or by their mean, and hours and money where rates are known.
 
     Args:

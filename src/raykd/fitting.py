@@ -43,7 +43,11 @@ def refusal(fits: Sequence[Fit]) -> str:
 
 
 def check(
-    experiment: Experiment, teacher: Shape | None, student: Shape | None, cluster: Cluster | None = None
+    experiment: Experiment,
+    teacher: Shape | None,
+    student: Shape | None,
+    cluster: Cluster | None = None,
+    accelerator: str = "gpu",
 ) -> list[Fit]:
     """Whether each stage fits, by itself: they follow one another.
 
@@ -52,8 +56,9 @@ def check(
         teacher: the teacher's shape; None where it is not known, and then nothing is said of its memory.
         student: the student's.
         cluster: what there is; None for any that is large enough.
+        accelerator: what `auto` is where nothing is told of the cluster.
     """
-    resources = cluster.resources if cluster else dict(budget.A_GPU)
+    resources = cluster.resources if cluster else budget.ANY[accelerator]
     asked = budget.demand(experiment, resources)
     found = []
     if asked.generation:

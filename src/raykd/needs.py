@@ -34,8 +34,8 @@ def tables(experiment: Experiment, cluster: Cluster | None, rates: Rates) -> tup
     told = experiment.teacher
     teacher = shapes.find(told.model, told.revision, told.engine.engine_kwargs)
     student = shapes.find(experiment.student.model, experiment.student.revision)
-    fits = fitting.check(experiment, teacher, student, cluster)
-    resources = cluster.resources if cluster else dict(budget.A_GPU)
+    fits = fitting.check(experiment, teacher, student, cluster, rates.accelerator)
+    resources = cluster.resources if cluster else budget.ANY[rates.accelerator]
     found = []
     if any(fit.stage == "teacher" for fit in fits):
         found.append(teacher_table(experiment, teacher, resources))

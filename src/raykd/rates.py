@@ -25,6 +25,8 @@ class Rates:
     """Tokens of a completion of the teacher, in the mean."""
     answer_tokens: float | None = None
     """Tokens of a student's answer, in the mean."""
+    accelerator: str = "gpu"
+    """What they are of: `gpu` or `cpu`."""
     source: str = "as told"
 
 
@@ -50,15 +52,17 @@ def measured(folder: Path) -> Rates:
     curves = [job.read_curve(each) for each in sorted(folder.glob("trials/*/metrics.jsonl"))]
     ends = [curve[-1] for curve in curves if curve]
     trained = _sum(ends, "target_tokens")
-    held = sum(float(each.get("seconds") or 0) * float(each.get("num_workers") or 1) for each in ends)
+    worked = sum(float(each.get("seconds") or 0) * float(each.get("num_workers") or 1) for each in ends)
     answers, answered = _answers(folder / "predictions.parquet")
     answering = float((run.get("stages") or {}).get("predictions") or 0)
+    held = {kind for kinds in (run.get("processor_seconds") or {}).values() for kind in kinds}
     return Rates(
         generation=_ratio(tokens, seconds * replicas),
-        training=_ratio(trained, held),
+        training=_ratio(trained, worked),
         answering=_ratio(answered, answering),
         completion_tokens=_ratio(tokens, rows),
         answer_tokens=_ratio(answered, answers),
+        accelerator="cpu" if held == {"cpu"} else "gpu",
         source=f"measured in {folder}",
     )
 

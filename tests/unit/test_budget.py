@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raykd import budget, config, placement, rates
+from raykd import budget, config, needs, placement, rates
 from raykd.config import Experiment
 from raykd.rates import Rates
 
@@ -141,11 +141,14 @@ def test_files_are_counted(tmp_path: Path):
 def test_rates_are_read_from_an_earlier_run(tmp_path: Path):
     with pytest.raises(ValueError, match=r"has no run\.json"):
         rates.measured(tmp_path)
-    experiment = config.load(ROOT / "configs" / "quickstart.yaml", ["teacher.replicas={min: 1, max: 2}"])
+    experiment = config.load(
+        ROOT / "configs" / "quickstart.yaml", ["teacher.replicas={min: 1, max: 2}", "prices.cpu_hour=0.05"]
+    )
     (tmp_path / "experiment.yaml").write_text(config.dump(experiment))
     made = {"completion_tokens": 1000, "seconds": 5.0, "rows": 12, "errors": 2}
     scored = {"sequence": "reference", "completion_tokens": 10**6, "seconds": 1.0, "rows": 1, "errors": 0}
     run = {"completions": [made, {**made, "sequence": "teacher"}, scored], "stages": {"predictions": 4.0}}
+    run["processor_seconds"] = {"teacher": {"cpu": 5.0}, "students' answers": {"cpu": 4.0}}
     (tmp_path / "run.json").write_text(json.dumps(run))
     for name, tokens, workers in (("a", 600, 2), ("b", 400, 1)):
         folder = tmp_path / "trials" / name
@@ -160,6 +163,12 @@ def test_rates_are_read_from_an_earlier_run(tmp_path: Path):
     assert found.completion_tokens == 100
     assert found.training == 1000 / (2 * 2 + 2)
     assert (found.answering, found.answer_tokens) == (10, 20)
+    # So `auto` is the CPU, of which the rates are, where nothing is told of a cluster.
+    assert found.accelerator == "cpu"
+    stages = needs.tables(experiment, None, found)[0][-2]
+    assert set(stages.columns[-1].cells) == {"a CPU"}
+    priced = {each.price for each in budget.work(experiment, found, budget.ANY[found.accelerator]) if each.hours}
+    assert priced == {0.05}
 
 
 def test_a_run_that_was_broken_off_has_the_rates_that_it_has(tmp_path: Path):
