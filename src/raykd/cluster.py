@@ -2,8 +2,9 @@
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,18 +76,37 @@ def capacity() -> dict[str, float]:
     Raises:
         ValueError: where the file that is named is none of `ray up`.
     """
-    there, named = live(), os.environ.get(CLUSTER_FILE)
+    there, grown = live(), _grown()
+    may_come = grown.resources if grown else {}
+    return {name: max(there.get(name, 0), may_come.get(name, 0)) for name in {*there, *may_come}}
+
+
+def _grown() -> nodes.Cluster | None:
+    """The cluster as its autoscaler may make it; None where that is not told."""
+    named = os.environ.get(CLUSTER_FILE)
     file = Path(named) if named else LAUNCHED_BY.expanduser() if is_joined() else None
     if file is None or not (named or file.exists()):
-        return there
+        return None
     try:
-        grown = nodes.read(file).resources
+        return nodes.read(file)
     except ValueError:
         if named:
             raise
         # On machines of one's own it does not say what they have, and all of them are there.
-        return there
-    return {name: max(there.get(name, 0), grown.get(name, 0)) for name in {*there, *grown}}
+        return None
+
+
+def may_hold(groups: Sequence[Sequence[nodes.Bundle]]) -> int | None:
+    """How many placement groups, from the first on, the cluster can come to hold; None where that is not told."""
+    grown = _grown()
+    return len(nodes.place(groups, grown.nodes)) if grown else None
+
+
+def is_on_a_node(group: Sequence[nodes.Bundle]) -> bool:
+    """Whether a node, of those that are there or may come, holds all of a placement group."""
+    there, grown = nodes.of_ray(ray.nodes()), _grown()
+    kinds = [*there.nodes, *(grown.nodes if grown else ())]
+    return any(nodes.place([group], [replace(each, count=1)]) for each in kinds)
 
 
 def is_joined() -> bool:
@@ -95,16 +115,20 @@ def is_joined() -> bool:
 
 
 @contextmanager
-def requested(bundles: Sequence[dict[str, float]]) -> Iterator[None]:
-    """Asks the cluster's autoscaler, where it has one, for nodes that hold all of this, for a `with` block.
+def requested() -> Iterator[Callable[[Sequence[nodes.Bundle]], None]]:
+    """What asks the cluster's autoscaler, where it has one, for nodes that hold all of some bundles, in a `with` block.
 
-    What is asked by tasks and actors that wait is asked one by one, and only as far as they are started.
+    What is asked by tasks and actors that wait is asked one by one, and only as far as they are started. A cluster has
+    one such request, the last that was made by anybody; where it cannot have all of it, Ray brings nothing at all.
     """
-    request_resources(bundles=list(bundles))
+
+    def ask(bundles: Sequence[nodes.Bundle]) -> None:
+        request_resources(bundles=[dict(bundle) for bundle in bundles])
+
     try:
-        yield
+        yield ask
     finally:
-        request_resources(bundles=[])
+        ask([])
 
 
 def _start(job: JobConfig) -> Any:

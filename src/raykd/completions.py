@@ -10,6 +10,9 @@ from raykd.config import Arm, Experiment
 from raykd.engine import Sampling
 from raykd.strategies import Strategy
 
+# What of a problems' manifest determines their train split.
+BEARS_ON_TRAIN = ("source", "train_file", "revision", "seed", "generator", "num_train", "num_validation", "schema")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -82,7 +85,7 @@ def identity(request: Request, arm: Arm) -> str:
 def _content(experiment: Experiment, arm: Arm, problems: Path, model: Mapping[str, Any]) -> dict[str, Any]:
     teacher, targets = experiment.teacher, arm.targets
     content = {
-        "problems": problems.name,
+        "problems": _train_key(problems),
         # Not the name: two names for the same words are the same question.
         "strategy": experiment.strategies[arm.prompt.strategy].model_dump(mode="json"),
         "instruction": arm.prompt.instruction,
@@ -101,6 +104,12 @@ def _content(experiment: Experiment, arm: Arm, problems: Path, model: Mapping[st
         sampling = arm.teacher.sampling
         content["sampling"] = sampling.model_dump() if sampling.temperature else {"max_tokens": sampling.max_tokens}
     return content
+
+
+def _train_key(problems: Path) -> str:
+    """What determines the problems that the teacher is asked: nothing of those that students are tested by."""
+    manifest = storage.read_json(problems / storage.MANIFEST)
+    return storage.content_key({name: manifest[name] for name in BEARS_ON_TRAIN if name in manifest})
 
 
 def _stored(root: Path) -> list[dict[str, Any]]:

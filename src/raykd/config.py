@@ -37,7 +37,9 @@ CARRIED_OUT_OF_TRAIN = (
     "train.accelerator",
     "train.accelerator_type",
     "train.checkpoint_every_steps",
+    "train.gradient_checkpointing",
     "train.max_failures",
+    "train.micro_batch_size",
     "train.min_workers",
 )
 # What may differ between arms. All else is shared, so that arms differ in nothing but what names them.
@@ -92,6 +94,8 @@ class Experiment(Section):
             raise ValueError("arms is empty: name at least one, such as `none: {}`")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds holds a seed twice: {list(self.seeds)}")
+        if not all(0 <= seed < 2**32 for seed in self.seeds):
+            raise ValueError(f"seeds should be between 0 and 2**32 - 1: {list(self.seeds)}")
         for name in self.arms:
             if not re.match(NAME_PATTERN, name) or name == UNTOUCHED:
                 raise ValueError(

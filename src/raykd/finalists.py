@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from raykd.job import Job, is_complete, reached
+from raykd.job import Job, is_complete, reached, those
 from raykd.sections import Sweep
 
 
@@ -15,7 +15,7 @@ def of(jobs: Sequence[Job], sweep: Sweep | None) -> list[Job]:
         jobs: all trials.
         sweep: how many points of an arm go so far.
     """
-    complete = [job for job in jobs if is_complete(job)]
+    complete = those(jobs, is_complete)
     if sweep is None or sweep.finalists is None:
         return complete
     by_arm: dict[str, list[Job]] = {}

@@ -124,12 +124,13 @@ def _engine_fit(
         problem = split or ("" if holding else _too_large(needs, max(GPUS.values(), key=lambda gpu: gpu.bytes)))
         remedy = nearest.engine(stage, shape, engine, groups[0][0], needed, None, loras) if problem and shape else ""
         return Fit(stage, layout, needs, holding, (), len(groups), problem, remedy)
-    problem, placed, notes = _on_nodes(cluster, groups, holding, needed, kinds, stage)
-    problem = problem or _no_core_left(cluster, groups[:needed])
+    problem, placed, remedy = _on_nodes(cluster, groups, holding, needed, kinds, stage)
+    notes = ()
     if placed and any(each.splits(tensor) for each in placed):
-        notes += ("tensor parallel groups lie across nodes, which is slow: let PP count the nodes",)
-    problem = split or problem
-    remedy = nearest.engine(stage, shape, engine, groups[0][0], needed, cluster, loras) if problem and shape else ""
+        notes = ("tensor parallel groups lie across nodes, which is slow: let PP count the nodes",)
+    problem = split or problem or _no_core_left(cluster, groups[:needed])
+    if problem and shape and not (remedy and not split):
+        remedy = nearest.engine(stage, shape, engine, groups[0][0], needed, cluster, loras)
     return Fit(stage, layout, needs, holding, placed, len(groups), problem, remedy, notes)
 
 
@@ -140,31 +141,31 @@ def _on_nodes(
     needed: int,
     kinds: Mapping[str, int],
     stage: str,
-) -> tuple[str, tuple[Placed, ...], tuple[str, ...]]:
-    """Why not so many of the placement groups lie on GPUs that hold them, where they lie, and what is to be known."""
+) -> tuple[str, tuple[Placed, ...], str]:
+    """Why not so many placement groups lie on GPUs that hold them, where they lie, and the way out where it is here."""
     there = {gpu.kind: gpu for each in able(cluster, groups[0][0]).nodes if (gpu := each.gpu)}
     placed = tuple(nodes.place(groups, cluster.nodes, holding))
     if len(placed) >= needed:
         asked = [name for name in groups[0][0] if name.startswith(ACCELERATOR_TYPE)]
         small = [kind for kind in there if kind not in holding]
-        notes = ()
-        if small and not asked:
-            good = next(kind for kind in there if kind in holding)
-            where = stage if stage in ("train", "attention") else f"{stage}.engine"
-            notes = (f"{', '.join(small)} does not hold it: set {where}.accelerator_type={good}",)
-        return "", placed, notes
+        if not small or asked:
+            return "", placed, ""
+        # Which of them it comes to lie on is Ray's choice, and an autoscaler brings the cheaper ones first.
+        good = next(kind for kind in there if kind in holding)
+        where = stage if stage in ("train", "attention") else f"{stage}.engine"
+        return f"may be placed on {', '.join(small)}, too small for it", placed, f"{where}.accelerator_type={good}"
     asked = [name for name in groups[0][0] if name.startswith(ACCELERATOR_TYPE)]
     if asked and not there:
-        return f"no node has {asked[0]}", placed, ()
+        return f"no node has {asked[0]}", placed, ""
     if len(nodes.place(groups[:needed], cluster.nodes)) < needed:
         wanted, have = _total(groups[:needed]), cluster.resources
         short = {name: amount for name, amount in wanted.items() if amount > have.get(name, 0)}
         told = [f"{amount:g} {name}, there are {have.get(name, 0):g}" for name, amount in (short or wanted).items()]
-        return f"needs {'; '.join(told)}" + ("" if short else ", but not side by side"), placed, ()
+        return f"needs {'; '.join(told)}" + ("" if short else ", but not side by side"), placed, ""
     if not any(kind in holding for kind in there):
         largest = max(there.values(), key=lambda gpu: gpu.bytes)
-        return _too_large(kinds.get(largest.kind), largest), placed, ()
-    return f"{len(placed)} of at least {needed} fit onto GPUs that hold it ({', '.join(holding)})", placed, ()
+        return _too_large(kinds.get(largest.kind), largest), placed, ""
+    return f"{len(placed)} of at least {needed} fit onto GPUs that hold it ({', '.join(holding)})", placed, ""
 
 
 def _no_core_left(cluster: Cluster, groups: Sequence[budget.Group]) -> str:
@@ -228,16 +229,15 @@ def _training_fit(
         problem = "" if holding else _too_large(needs, max(GPUS.values(), key=lambda gpu: gpu.bytes))
         remedy = nearest.training(student, arm, max(gpu.bytes for gpu in GPUS.values())) if problem and student else ""
         return Fit("train", layout, needs, holding, (), len(groups), problem, remedy)
-    problem, placed, notes = _on_nodes(cluster, [group[:least] for group in groups], holding, 1, kinds, "train")
-    remedy = ""
-    if problem and student:
+    problem, placed, remedy = _on_nodes(cluster, [group[:least] for group in groups], holding, 1, kinds, "train")
+    if problem and student and not remedy:
         there = [gpu for each in able(cluster, groups[0][0]).nodes if (gpu := each.gpu)]
         has_room = bool(nodes.place([groups[0][:least]], cluster.nodes))
         if there and has_room:
             remedy = nearest.training(student, arm, max(gpu.bytes for gpu in there))
         elif there:
             remedy = nearest.workers(student, arm, cluster)
-    return Fit("train", layout, needs, holding, placed, len(groups), problem, remedy, notes)
+    return Fit("train", layout, needs, holding, placed, len(groups), problem, remedy)
 
 
 def _attention_fit(
@@ -257,7 +257,6 @@ def _attention_fit(
     if cluster is None:
         return Fit("attention", layout, needs, holding, (), len(groups))
     kinds = dict.fromkeys(GPUS, needs or 0)
-    problem, placed, notes = _on_nodes(cluster, groups, holding, 1, kinds, "attention")
-    return Fit(
-        "attention", layout, needs, holding, placed, len(groups), problem, "attention=null" * bool(problem), notes
-    )
+    problem, placed, remedy = _on_nodes(cluster, groups, holding, 1, kinds, "attention")
+    remedy = remedy or "attention=null" * bool(problem)
+    return Fit("attention", layout, needs, holding, placed, len(groups), problem, remedy)

@@ -6,7 +6,6 @@ blocks, and counts rows with an error as done).
 """
 
 import json
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from raykd import answers, location, models, prompts, records, storage
 from raykd.completions import Request, completion_id
 from raykd.progress import Meter
 from raykd.sections import Teacher
+from raykd.spent import Spent
 from raykd.teacher import QUESTION, AskTeacher, failure
 
 
@@ -45,7 +45,7 @@ def generate(
     Raises:
         RuntimeError: where more than `teacher.max_error_rate` of a strategy's rows failed, naming some.
     """
-    started = time.monotonic()
+    spent = Spent(request.folder for request in wanted)
     num_problems = storage.num_rows(problems / "train.parquet")
     totals = {request.folder: num_problems * request.samples for request in wanted}
     done = _done(wanted)
@@ -59,10 +59,9 @@ def generate(
         # The pipeline's actors wait far more than they work: they take no core from the engine, nor from Ray Data.
         num_cpus=0,
     )
-    _ask(questions, wanted, sum(totals.values()), sum(map(len, done.values())), teacher, app, experiment)
-    seconds = time.monotonic() - started
+    _ask(questions, wanted, sum(totals.values()), sum(map(len, done.values())), teacher, app, experiment, spent)
     for request in wanted:
-        _seal(request, totals[request.folder], teacher.max_error_rate, seconds / len(wanted), versions)
+        _seal(request, totals[request.folder], teacher.max_error_rate, spent, versions)
 
 
 def score(
@@ -88,8 +87,8 @@ def score(
     Raises:
         RuntimeError: as `generate`.
     """
-    started = time.monotonic()
     requests = list(wanted.values())
+    spent = Spent(request.folder for request in requests)
     done = _done(requests)
     totals = {folder: _num_to_score(folder) for folder in wanted}
     # A row a folder: each may hold many small parts, and Ray Data would open all of them at once.
@@ -106,11 +105,13 @@ def score(
         compute=ray.data.ActorPoolStrategy(size=1),
         num_cpus=0,
     )
-    _ask(questions, requests, sum(totals.values()), sum(map(len, done.values())), teacher, app, experiment)
-    seconds = time.monotonic() - started
+    _ask(questions, requests, sum(totals.values()), sum(map(len, done.values())), teacher, app, experiment, spent)
     for folder, request in wanted.items():
         total = totals[folder] + _keep_what_has_no_token(folder, request)
-        _seal(request, total, teacher.max_error_rate, seconds / len(wanted), versions)
+        # What the student failed to answer was judged by how many of its answers may fail.
+        failed = storage.num_failed(folder, records.COMPLETION)
+        limit = (teacher.max_error_rate * (total - failed) + failed) / max(1, total)
+        _seal(request, total, limit, spent, versions)
 
 
 def _done(wanted: list[Request]) -> dict[Path, set[str]]:
@@ -149,6 +150,7 @@ def _ask(
     teacher: Teacher,
     app: str,
     experiment: str,
+    spent: Spent,
 ) -> None:
     """Streams questions through the served teacher; the completions are written on the way.
 
@@ -160,6 +162,7 @@ def _ask(
         teacher: the configuration's section.
         app: the Serve application's name.
         experiment: the experiment's name, for who watches.
+        spent: what their seconds are noted in.
     """
     in_flight = teacher.concurrency * (1 if teacher.endpoint else teacher.replicas.max)
     # Blocks as large as a call, so that each call can be under way, and written, on its own.
@@ -186,6 +189,7 @@ def _ask(
         try:
             for row in counts.iter_rows():
                 meter.add(row["rows"], row["tokens"])
+                spent.note()
         except RayError as error:
             # Where it is the teacher that failed, say so rather than where that was noticed.
             if failed := failure(app) if teacher.endpoint is None else _said_elsewhere(error):
@@ -330,7 +334,7 @@ def _lengths(
             yield problem["problem_id"], len(row["prompt_token_ids"]) + (given + 1 if given else room)
 
 
-def _seal(request: Request, total: int, max_error_rate: float, seconds: float, versions: Mapping[str, str]) -> None:
+def _seal(request: Request, total: int, max_error_rate: float, spent: Spent, versions: Mapping[str, str]) -> None:
     """Checks that all rows of a request are there, and writes the manifest with what they hold.
 
     Raises:
@@ -369,7 +373,7 @@ def _seal(request: Request, total: int, max_error_rate: float, seconds: float, v
             "content": request.content,
             **counts,
             "errors": errors,
-            "seconds": round(seconds, 1),
+            "seconds": spent.of(request.folder),
             "versions": dict(versions),
         },
     )

@@ -1,10 +1,12 @@
 """Job: one trial: all that its workers need, where it lies, and what is known of it."""
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raykd import storage, targets
+from raykd import location, storage, targets
 from raykd.config import Arm
 from raykd.sections import Sweep
 
@@ -84,6 +86,12 @@ def is_complete(job: Job) -> bool:
     if job.part != job.folder:
         return (job.part / "round.json").exists()
     return outcome(job) == COMPLETE
+
+
+def those(jobs: Sequence[Job], is_so: Callable[[Job], bool]) -> list[Job]:
+    """The jobs of which something is so; several are looked at a time, for a bucket takes its time to answer."""
+    with ThreadPoolExecutor(location.AT_A_TIME) as pool:
+        return [job for job, so in zip(jobs, pool.map(is_so, jobs), strict=True) if so]
 
 
 def record(job: Job, status: str, error: str = "", **more: Any) -> None:

@@ -33,7 +33,7 @@ from raykd import (
     teacher,
     tracking,
 )
-from raykd.cluster import connected
+from raykd.cluster import connected, is_on_a_node
 from raykd.completions import Request
 from raykd.config import Experiment
 from raykd.job import Job, outcome
@@ -258,6 +258,14 @@ def check(plan: Plan, resources: dict[str, float], stages: Sequence[str] = STAGE
         if is_needed:
             kind = placement.accelerator(engine.accelerator, resources)
             placement.check_engine(f"{name}.engine", engine, kind, resources, replicas)
+    students = experiment.evaluate.engine
+    group = placement.engine_bundles(students, placement.accelerator(students.accelerator, resources))
+    if location.is_remote(plan.root) and (own or will_predict) and not is_on_a_node(group):
+        raise ValueError(
+            f"evaluate.engine: its {len(group)} processes do not fit onto one node, and Ray brings adapters from a "
+            "bucket to one only; lower its tensor or pipeline parallel size, or give a folder that all nodes see as "
+            "storage"
+        )
     bounds = plan.undrawn.corners if plan.undrawn and "train" in stages else []
     for train in [job.arm.train for job in pending] + [each.arm.train for each in bounds]:
         placement.check_trial(train, placement.accelerator(train.accelerator, resources), resources)

@@ -181,6 +181,13 @@ def beside_the_teacher(teacher: Teacher, cluster: Mapping[str, float]) -> dict[s
     return {name: amount - taken.get(name, 0) for name, amount in cluster.items()}
 
 
+def teacher_groups(teacher: Teacher, cluster: Mapping[str, float]) -> list[list[dict[str, float]]]:
+    """The placement groups of all replicas of the teacher; none where it is elsewhere."""
+    if teacher.endpoint:
+        return []
+    return [engine_bundles(teacher.engine, accelerator(teacher.engine.accelerator, cluster))] * teacher.replicas.max
+
+
 def taken_by_the_teacher(teacher: Teacher, cluster: Mapping[str, float]) -> dict[str, float]:
     """What all replicas of the teacher take of a cluster; nothing where it is elsewhere."""
     if teacher.endpoint:

@@ -62,8 +62,7 @@ def run(
                 say(f"round {number + 1}: {len(own)} students answer, are scored and learn from it")
                 serving = nullcontext() if stays else _serving(experiment, top_k, folder, cluster)
                 own = _answered(own, asked, experiment, problems, folder, cluster, versions, serving)
-            taken = placement.taken_by_the_teacher(experiment.teacher, cluster) if stays else {}
-            sweep.run(begun + own, experiment, folder, cluster, taken=taken)
+            sweep.run(begun + own, experiment, folder, cluster, beside=experiment.teacher if stays else None)
 
 
 def _answered(

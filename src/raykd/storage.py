@@ -247,6 +247,11 @@ def check_failures(folder: Path, schema: pa.Schema, id_column: str, whose: str, 
     return len(errors)
 
 
+def num_failed(folder: Path, schema: pa.Schema) -> int:
+    """How many rows of a merged folder failed."""
+    return sum(pc.sum(pc.invert(_is_answered(rows))).as_py() or 0 for rows in stream_rows(folder, schema, ["error"]))
+
+
 def merge(folder: Path, schema: pa.Schema, id_column: str) -> int:
     """Leaves each row of a folder once, and returns how many there are.
 

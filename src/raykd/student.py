@@ -26,6 +26,7 @@ from raykd.targets import Target, soft_targets
 
 # Logits that exist at a time, over all target tokens: a quarter of a GiB in float32.
 CHUNK_ELEMENTS = 1 << 26
+_SOFT = ("topk_ids", "topk_logprobs")
 
 
 def load_base(student: Student, dtype: torch.dtype) -> Any:
@@ -138,11 +139,13 @@ def reference_target(problem: Mapping[str, Any], tokenizer: Any, instruction: st
 def _by_problem(arm: Arm, completions: Path) -> dict[str, list[dict[str, Any]]]:
     columns = ["problem_id", "completion_id", "sample_index", "completion", "completion_token_ids", "finish_reason"]
     columns += ["is_correct", "error"]
-    if arm.targets.kind == "top_k":
-        columns += ["topk_ids", "topk_logprobs"]
+    soft = _SOFT if arm.targets.kind == "top_k" else ()
     found: dict[str, list[dict[str, Any]]] = {}
-    for part in storage.stream_rows(completions, records.COMPLETION, columns):
-        for row in part.to_pylist():
+    for part in storage.stream_rows(completions, records.COMPLETION, [*columns, *soft]):
+        # As Python's objects log-probabilities take ten times the room; only those of chosen rows become some.
+        arrays = {name: part[name].combine_chunks() for name in soft}
+        for number, row in enumerate(part.select(columns).to_pylist()):
+            row |= {name: array[number].values for name, array in arrays.items()}
             found.setdefault(row["problem_id"], []).append(row)
     for rows in found.values():
         rows.sort(key=lambda row: row["sample_index"])
@@ -152,7 +155,8 @@ def _by_problem(arm: Arm, completions: Path) -> dict[str, list[dict[str, Any]]]:
 def _target(arm: Arm, prompt: list[int], completion: Mapping[str, Any], tokenizer: Any, same: bool) -> Target:
     problem_id, tokens = completion["problem_id"], completion["completion_token_ids"]
     if arm.targets.kind == "top_k":
-        return Target(problem_id, prompt, tokens, *soft_targets(completion, arm.targets.top_k, len(tokenizer)))
+        whole = {**completion, **{name: completion[name].to_pylist() for name in _SOFT}}
+        return Target(problem_id, prompt, tokens, *soft_targets(whole, arm.targets.top_k, len(tokenizer)))
     if not same:
         is_whole = completion["finish_reason"] == "stop"
         tokens = models.answer_token_ids(tokenizer, completion["completion"], is_whole)

@@ -2,9 +2,9 @@
 
 import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from ray import cloudpickle, tune
@@ -14,14 +14,27 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
 from raykd import completions, faults, location, placement, storage, tracking
-from raykd.cluster import live, requested
+from raykd.cluster import live, may_hold, requested
 from raykd.completions import Request
 from raykd.config import CARRIED_OUT_OF_TRAIN, Experiment
-from raykd.job import COMPLETE, FAILED, STOPPED, Job, is_complete, outcome, reached, read_curve, record, validations
+from raykd.job import (
+    COMPLETE,
+    FAILED,
+    STOPPED,
+    Job,
+    is_complete,
+    outcome,
+    reached,
+    read_curve,
+    record,
+    those,
+    validations,
+)
+from raykd.nodes import Bundle
 from raykd.progress import say
 from raykd.scoreboard import Scoreboard
 from raykd.search import Search
-from raykd.sections import Sweep, Train
+from raykd.sections import Sweep, Teacher, Train
 from raykd.study import Make, Study, Undrawn
 from raykd.train import fit
 from raykd.variants import Variant
@@ -29,6 +42,7 @@ from raykd.variants import Variant
 CLOUD_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 # What a scheduler takes for time, as Tune flattens what a trial reports: how often it was measured.
 TIME = "validation/number"
+ASKED_AGAIN_EVERY_S = 60
 
 Held = tuple[Train, placement.Accelerator]
 """What a cluster must hold for a trial: its workers, on this kind of accelerator."""
@@ -76,8 +90,9 @@ def jobs(
             }
             if sweep:
                 # It is measured on the way, which is part of what it gives.
-                measured = {"metric": sweep.metric, "validations": sweep.validations}
-                identity |= {"measured": measured, "max_tokens": experiment.evaluate.sampling.max_tokens}
+                identity["measured"] = {"metric": sweep.metric, "validations": sweep.validations}
+                if sweep.metric == "accuracy":
+                    identity["max_tokens"] = experiment.evaluate.sampling.max_tokens
             trial_id = f"{variant.arm_name}-s{seed}-{storage.content_key(identity)[:8]}"
             made.append(
                 Job(
@@ -114,7 +129,7 @@ def pending(jobs: Sequence[Job], retry_failed: bool = False) -> list[Job]:
         stopped = {STOPPED} if job.sweep.scheduler != "none" else set()
         return outcome(job) in {COMPLETE} | stopped | (set() if retry_failed else {FAILED})
 
-    return [job for job in jobs if not is_over(job)]
+    return those(jobs, lambda job: not is_over(job))
 
 
 def run(
@@ -124,7 +139,7 @@ def run(
     cluster: Mapping[str, float],
     earlier: Sequence[Job] = (),
     undrawn: Undrawn | None = None,
-    taken: Mapping[str, float] = MappingProxyType({}),
+    beside: Teacher | None = None,
 ) -> None:
     """Trains the students of the given trials under Ray Tune; how each of them ends is recorded as it ends.
 
@@ -134,11 +149,11 @@ def run(
         folder: its folder.
         cluster: the cluster's resources, with what its autoscaler may bring. From what is there, as nodes come and go,
             the number of trials at a time is computed: Tune sees only a trial's driver, and more of them than there is
-            room for would wait on each other. The autoscaler is asked for room for all of them, or
-            `max_concurrent_trials`.
+            room for would wait on each other. The autoscaler is asked for room for all of them, as far as it goes, or
+            for `max_concurrent_trials`.
         earlier: trials of the same sweep that have come to their end; they tell again what they reached.
         undrawn: the points that will be chosen by what others reached; None where all are known.
-        taken: what is held beside them all the time, such as by the teacher.
+        beside: the teacher that stays up meanwhile.
     """
     sweep = experiment.sweep
     again = [job for job in earlier if outcome(job) != FAILED] if sweep and sweep.scheduler != "none" else []
@@ -152,8 +167,11 @@ def run(
     at_a_time = min(num_trials, experiment.max_concurrent_trials or num_trials)
     scoreboard = Scoreboard(jobs, num_trials)
     held: list[Held] = [(train, placement.accelerator(train.accelerator, cluster)) for train in trains]
-    room = _room(held, taken, experiment.max_concurrent_trials)
-    bundles = max((placement.trial_bundles(train, kind) for train, kind in held), key=len)
+    room = _room(
+        held, placement.taken_by_the_teacher(beside, cluster) if beside else {}, experiment.max_concurrent_trials
+    )
+    group = max((placement.trial_bundles(train, kind) for train, kind in held), key=len)
+    others = placement.teacher_groups(beside, cluster) if beside else []
     _quiet()
 
     # Ray's dashboard shows the function's name.
@@ -166,13 +184,18 @@ def run(
             kind = placement.accelerator(job.arm.train.accelerator, cluster)
             fit(job, kind, [TuneReportCallback()], folder / "checkpoints")
 
+    def room_as_asked() -> int:
+        there = room()
+        ask_for(there)
+        return there
+
     path, system = location.for_arrow(folder)
     tuner = tune.Tuner(
         # The driver of a trial waits for its workers and needs no core itself, but Tune wants it to need something. On
         # the head it is not lost with a node that its workers are on.
         tune.with_resources(train_student, {"CPU": 0, "memory": 1 << 20, placement.HEAD: 0.0001}),
         tune_config=tune.TuneConfig(
-            search_alg=Search(list(known.values()), jobs, room, studies),
+            search_alg=Search(list(known.values()), jobs, room_as_asked, studies),
             # Until the search says that there is nothing more.
             num_samples=-1,
             scheduler=_OfEachArm(sweep) if sweep else None,
@@ -192,7 +215,8 @@ def run(
             # It is under way again; should it be broken off, it goes on.
             (job.folder / "trial.json").unlink()
     try:
-        with requested(bundles * at_a_time):
+        with requested() as ask:
+            ask_for = _asking(ask, group, others, at_a_time)
             tuner.fit()
     finally:
         # Tune tells nobody of an end by Ctrl-C.
@@ -211,6 +235,28 @@ def _room(held: Sequence[Held], taken: Mapping[str, float], at_most: int | None)
         return min(fitting, at_most or fitting)
 
     return room
+
+
+def _asking(
+    ask: Callable[[Sequence[Bundle]], None], group: Sequence[Bundle], beside: Sequence[Sequence[Bundle]], at_a_time: int
+) -> Callable[[int], None]:
+    """What asks the autoscaler for room for trials, given for how many there is some.
+
+    It brings nothing where it cannot bring all, so no more is asked for than may come; where that is not known, for one
+    more than there are. It is asked again now and then: another experiment's request, and its end, take this one away.
+    """
+    held = [bundle for each in beside for bundle in each]
+    may_be = may_hold([*beside, *[group] * at_a_time])
+    last = (0, 0.0)
+
+    def ask_for(room: int) -> None:
+        nonlocal last
+        number = min(at_a_time, max(1, room + 1 if may_be is None else may_be - len(beside)))
+        if number != last[0] or time.monotonic() > last[1] + ASKED_AGAIN_EVERY_S:
+            ask([*held, *list(group) * number])
+            last = (number, time.monotonic())
+
+    return ask_for
 
 
 def _drawn(config: Mapping[str, Any], make: Make | None) -> Job:

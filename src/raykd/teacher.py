@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -173,9 +174,13 @@ def wait_until_up(app: str, timeout_s: float) -> None:
 def is_up(app: str) -> bool:
     """Whether the teacher can be asked: a replica is there, or, where it scales from none, will be when it is asked."""
     status = serve.status().applications.get(app)
-    if status is not None and status.status == "RUNNING":
-        return True
     # Other replicas may be loading still, at first or again.
+    return (status is not None and status.status == "RUNNING") or has_replica(app)
+
+
+def has_replica(app: str) -> bool:
+    """Whether a replica of the teacher runs."""
+    status = serve.status().applications.get(app)
     deployments = status.deployments.values() if status else ()
     return any(state == "RUNNING" and count for each in deployments for state, count in each.replica_states.items())
 
@@ -209,6 +214,8 @@ class AskTeacher:
         self._room = asyncio.Semaphore(in_flight)
         self._up = asyncio.Lock()
         self._was_up = False
+        # Whether a replica is known to have run; one that scales from none is up without.
+        self._was_there = teacher.replicas.min > 0
 
     async def __call__(self, batch: dict[str, np.ndarray]) -> AsyncIterator[dict[str, list[int]]]:
         if not self._was_up:
@@ -272,8 +279,10 @@ class AskTeacher:
                 await self._wait_until_up()
             try:
                 # What waits for room does not wait for its answer yet.
-                async with self._room, asyncio.timeout(self._teacher.timeout_s + REPLICA_GRACE_S):
-                    return await self._answer(*told)
+                async with self._room:
+                    reply = await self._patiently(self._answer(*told))
+                self._was_there = True
+                return reply
             except TimeoutError:
                 failure = f"no answer within {self._teacher.timeout_s:g} s (teacher.timeout_s)"
                 if await asyncio.to_thread(is_up, self._app):
@@ -284,6 +293,34 @@ class AskTeacher:
                     # It is up to the call, not to the replica.
                     return failure
         return failure
+
+    async def _patiently(self, asked: Any) -> list[dict[str, Any]]:
+        """A replica's replies, waited for as long as they may take once there is a replica.
+
+        Raises:
+            TimeoutError: where there was one all the time, or none for `teacher.start_timeout_s`.
+        """
+        replicas, told = self._teacher.replicas, self._teacher
+        # While others are still loading, calls for all of them queue before those that are there.
+        longest = (told.timeout_s + REPLICA_GRACE_S) * math.ceil(replicas.max / max(1, replicas.min))
+        began, was_there = time.monotonic(), self._was_there
+        reply = asyncio.ensure_future(_awaited(asked))
+        try:
+            while not (await asyncio.wait([reply], timeout=longest))[0]:
+                # A teacher that scales from none loads, or waits for its nodes, when it is asked: the call is what
+                # keeps it coming.
+                is_there = await asyncio.to_thread(has_replica, self._app)
+                waited = time.monotonic() - began
+                if (is_there and was_there) or (not is_there and waited > told.start_timeout_s):
+                    raise TimeoutError
+                was_there = is_there
+            return reply.result()
+        finally:
+            reply.cancel()
+
+
+async def _awaited(reply: Any) -> Any:
+    return await reply
 
 
 def _sampling(row: Mapping[str, Any], wanted: Request) -> dict[str, Any]:

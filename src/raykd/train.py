@@ -130,7 +130,7 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
         epoch, batch = steps[step]
         count = lesson.tokens(batch)
         # Dropout repeats itself when a step is done again after a failure.
-        torch.manual_seed((job.seed << 40) + (step << 16) + worker)
+        torch.manual_seed(((job.seed << 40) + (step << 16) + worker) % 2**63)
         shares = targets.share(batch, worker, num_workers, micro, accumulation)
         if not count:
             # Nothing to learn from: no step, for the optimizer's momentum alone would move the weights.

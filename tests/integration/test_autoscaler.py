@@ -27,12 +27,13 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, P
 
 def grow(address: str, file: Path, log: Path) -> tuple[float, int, int, float]:
     """How many cores there may be; for how many of four trials there is room before and after they come, and how many
-    have come."""
+    have come. For more trials than that there is never room: their request should bring what there may be."""
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address, "RAYKD_CLUSTER": str(file)}
     with cluster.connected(log, "growing", "test") as capacity:
         room = sweep._room([(Train(num_workers=1), "cpu")], {}, at_most=4)
         before = room()
-        with cluster.requested([{"CPU": 1}] * 5):
+        with cluster.requested() as ask:
+            sweep._asking(ask, [{"CPU": 1}], [], at_a_time=9)(before)
             deadline = time.monotonic() + 240
             while ray.cluster_resources()["CPU"] < 5 and time.monotonic() < deadline:
                 time.sleep(1)

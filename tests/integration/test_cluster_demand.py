@@ -92,7 +92,8 @@ def follow(address: str, file: Path, log: Path) -> dict[str, Any]:
             handle.answer.remote(0).result(timeout_s=300)
             seen["teacher"], seen["teacher's places"] = kinds(), places()
         seen["teacher is gone"] = until(lambda: not kinds())
-        with cluster.requested(placement.trial_bundles(train, "gpu")):
+        with cluster.requested() as ask:
+            ask(placement.trial_bundles(train, "gpu"))
             workers = train_on(train)
             seen["students"] = kinds()
         seen["workers"] = len(workers)

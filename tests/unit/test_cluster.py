@@ -7,7 +7,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config
 from ray.data import DataContext
 
-from raykd import cluster, nodes
+from raykd import cluster, nodes, sweep
 
 
 def test_ray_data_still_has_the_number_of_blocks_that_a_task_hands_on():
@@ -44,6 +44,58 @@ def test_what_may_come_counts_before_it_is_there(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("RAYKD_CLUSTER")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert cluster.capacity() == {"CPU": 16, "memory": 1}
+
+
+def grown(file: Path) -> None:
+    """A cluster that may have two nodes of 8 GPUs, and four of 4."""
+    large = {"resources": {"CPU": 192, "GPU": 8, "accelerator_type:H100": 1}, "max_workers": 2}
+    small = {"resources": {"CPU": 48, "GPU": 4, "accelerator_type:A10G": 1}, "max_workers": 4}
+    types = {"head": {"resources": {"CPU": 8}}, "large": large, "small": small}
+    file.write_text(yaml.safe_dump({"head_node_type": "head", "max_workers": 6, "available_node_types": types}))
+
+
+def test_no_more_is_asked_for_than_may_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    grown(tmp_path / "cluster.yaml")
+    monkeypatch.setenv("RAYKD_CLUSTER", str(tmp_path / "cluster.yaml"))
+    asked: list[list[nodes.Bundle]] = []
+    of_a_kind = [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:A10G": 0.001}] * 4
+    sweep._asking(lambda bundles: asked.append(list(bundles)), of_a_kind, [], at_a_time=21)(room=0)
+    assert asked.pop() == of_a_kind * 4
+    sweep._asking(lambda bundles: asked.append(list(bundles)), of_a_kind, [], at_a_time=2)(room=0)
+    assert asked.pop() == of_a_kind * 2
+    # What stays up meanwhile has to have room as well.
+    teacher = [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:H100": 0.001}] * 8
+    anywhere = [{"CPU": 1.0, "GPU": 1.0}] * 8
+    sweep._asking(lambda bundles: asked.append(list(bundles)), anywhere, [teacher], at_a_time=21)(room=0)
+    assert asked.pop() == [*teacher, *anywhere * 3]
+
+
+def test_where_it_is_not_known_what_may_come_one_more_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RAYKD_CLUSTER", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    asked: list[int] = []
+    now = [100.0]
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
+    ask_for = sweep._asking(lambda bundles: asked.append(len(bundles)), [{"CPU": 1.0}] * 2, [], at_a_time=3)
+    for room in (0, 0, 1, 1, 2, 5):
+        ask_for(room)
+    assert asked == [2, 4, 6]
+    # Another experiment may have asked for something else since.
+    now[0] += 61
+    ask_for(5)
+    assert asked == [2, 4, 6, 6]
+
+
+def test_whether_a_group_is_on_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    grown(tmp_path / "cluster.yaml")
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}])
+    assert cluster.is_on_a_node([{"GPU": 1.0}] * 2)
+    monkeypatch.delenv("RAYKD_CLUSTER", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert not cluster.is_on_a_node([{"GPU": 1.0}] * 3)
+    monkeypatch.setenv("RAYKD_CLUSTER", str(tmp_path / "cluster.yaml"))
+    assert cluster.is_on_a_node([{"GPU": 1.0}] * 8)
+    assert not cluster.is_on_a_node([{"GPU": 1.0}] * 9)
 
 
 def test_on_machines_of_ones_own_what_is_there_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -128,7 +128,12 @@ def test_a_strategy_of_your_own_stands_beside_the_built_in_ones(tmp_path: Path):
 def test_identity_is_what_bears_on_results(tmp_path: Path):
     base = load(tmp_path, SMALLEST)
     same = ["teacher.concurrency=9", "train.max_failures=9", "arms={other: {}}", "seeds=[5]"]
-    same += ["storage=elsewhere", "train.min_workers=1"]
+    same += [
+        "storage=elsewhere",
+        "train.min_workers=1",
+        "train.micro_batch_size=1",
+        "train.gradient_checkpointing=true",
+    ]
     assert load(tmp_path, SMALLEST, *same).identity() == base.identity()
     elsewhere = ["teacher.engine.tensor_parallel_size=8", "teacher.engine.engine_kwargs={max_num_seqs: 8}"]
     assert load(tmp_path, SMALLEST, *elsewhere).identity() == base.identity()
@@ -151,6 +156,13 @@ def test_overrides_are_read_as_yaml(tmp_path: Path):
     assert experiment.train.learning_rate == pytest.approx(3e-4)
     assert experiment.seeds == (0, 1)
     assert yaml.safe_load(config.dump(experiment))["train"]["zero_stage"] == 3
+
+
+def test_seeds_are_what_generators_take(tmp_path: Path):
+    assert load(tmp_path, SMALLEST, "seeds=[0, 20241219, 4294967295]").seeds == (0, 20241219, 2**32 - 1)
+    for seed in (-1, 2**32):
+        with pytest.raises(ValueError, match=r"seeds should be between 0 and 2\*\*32 - 1"):
+            load(tmp_path, SMALLEST, f"seeds=[{seed}]")
 
 
 def test_how_long_answers_are_bears_on_what_a_search_chooses(tmp_path: Path):

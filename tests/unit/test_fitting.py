@@ -181,10 +181,11 @@ def test_a_stage_may_not_lie_on_every_kind_of_gpu():
     experiment = experiment_of("405b-awq-to-8b.yaml")
     teacher, student = shapes.find(experiment.teacher.model), shapes.find(experiment.student.model)
     fits = {each.stage: each for each in fitting.check(experiment, teacher, student, mixed)}
-    assert fits["teacher"].notes == ("A10G does not hold it: set teacher.engine.accelerator_type=H100",)
+    assert fits["teacher"].problem == "may be placed on A10G, too small for it"
+    assert fits["teacher"].remedy == "teacher.engine.accelerator_type=H100"
     assert fits["teacher"].placed[0].on == (("H100", 4),)
-    assert fits["train"].notes == ("A10G does not hold it: set train.accelerator_type=H100",)
-    assert fits["evaluate"].notes == ()
+    assert fits["train"].remedy == "train.accelerator_type=H100"
+    assert fits["evaluate"].problem == ""
     named = experiment_of("405b-awq-to-8b.yaml", "teacher.engine.accelerator_type=H100", "train.accelerator_type=A10G")
     fits = {each.stage: each for each in fitting.check(named, teacher, student, mixed)}
     assert (fits["teacher"].notes, fits["teacher"].problem) == ((), "")

@@ -95,6 +95,19 @@ def test_what_an_earlier_run_asked_serves_whoever_needs_no_more(experiment: Expe
     assert request.top_k == 8
 
 
+def test_what_students_are_tested_by_changes_nothing_of_what_is_asked(
+    experiment: Experiment, folder: Path, tmp_path: Path
+):
+    def folders(**changed: int) -> dict[str, Path]:
+        told = experiment.problems.model_copy(update=changed)
+        found = asked(experiment, problems.prepare(told, tmp_path), tmp_path)
+        return {name: request.folder for name, request in found.items() if request}
+
+    assert folders(num_test=3) == folders()
+    for changed in ({"num_train": 13}, {"num_validation": 2}, {"seed": 1}):
+        assert not set(folders(**changed).values()) & set(folders().values())
+
+
 def test_what_is_scored_is_the_solution_and_its_end(experiment: Experiment, folder: Path, tmp_path: Path):
     tokenizer = models.load_tokenizer(Teacher(model="raykd/demo-teacher"))
     problem = pyarrow.parquet.read_table(folder / "train.parquet").to_pylist()[0]
@@ -169,6 +182,7 @@ def test_answers_without_a_token_are_kept_and_counted_when_rows_are_chosen(
         assert generate._keep_what_has_no_token(written, request) == 2
     kept = storage.read_rows(request.folder, records.COMPLETION).to_pylist()
     assert [(row["problem_id"], row["strategy"]) for row in kept] == [("1", "teacher"), ("2", "teacher")]
+    assert storage.num_failed(written, records.COMPLETION) == 1
     reasons = [select([row], experiment.arm("own").targets)[1] for row in kept]
     assert reasons == [{"error": 1}, {"empty": 1}]
 

@@ -11,8 +11,8 @@ import raykd
 
 SOURCE = Path(raykd.__file__).parent
 FLOORS = [
-    {"config", "lock", "tree", "engine", "sections", "space", "mistakes", "records", "storage", "strategies", "demo"}
-    | {"location", "lease"},
+    {"config", "tree", "engine", "sections", "space", "mistakes", "records", "storage", "strategies", "demo"}
+    | {"location"},
     {
         "prompts",
         "answers",
@@ -38,6 +38,9 @@ FLOORS = [
         "metrics",
         "shapes",
         "memory",
+        "spent",
+        "lease",
+        "lock",
         "nodes",
         "rates",
         "budget",

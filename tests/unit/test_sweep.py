@@ -102,6 +102,15 @@ def test_what_came_to_its_end_is_not_trained_again(tmp_path: Path):
     assert list(told["values"]) == ["train.learning_rate"]
 
 
+def test_how_long_answers_may_be_makes_other_trials_only_where_they_are_measured(tmp_path: Path):
+    def ids(metric: str, max_tokens: int) -> list[str]:
+        told = {"sweep": TREE["sweep"] | {"metric": metric}, "evaluate": {"sampling": {"max_tokens": max_tokens}}}
+        return [job.trial_id for job in plan(tmp_path / metric / str(max_tokens), **told).jobs]
+
+    assert ids("loss", 64) == ids("loss", 65)
+    assert not set(ids("accuracy", 64)) & set(ids("accuracy", 65))
+
+
 def test_what_failed_outside_a_sweep_is_tried_again(tmp_path: Path):
     job, *_ = plan(tmp_path, sweep=None).jobs
     record(job, FAILED, "out of memory")
