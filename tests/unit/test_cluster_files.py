@@ -4,7 +4,9 @@ Ray reads the files of `ray up` and the specs of KubeRay; Ray's own scheduler sa
 """
 
 import copy
+import json
 import re
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from ray.core.generated.autoscaler_pb2 import GangResourceRequest
 from ray.scripts.scripts import cli as ray_cli
 from ray.util.accelerators import accelerators
 
-from raykd import config, placement
+from raykd import config, fitting, nodes, placement, shapes
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "cluster"
@@ -29,6 +31,8 @@ IMAGE = f"FILL_IN_REGISTRY/raykd:{PROJECT['version']}"
 # Where the image has the project.
 INSTALLED = "/opt/raykd"
 CLOUDS = ("aws", "gcp", "azure")
+# As the README calls them.
+NAMES = {"aws": "AWS", "gcp": "Google Cloud", "azure": "Azure"}
 LAUNCHED = (*CLOUDS, "local")
 MANIFESTS = ("shared", "raycluster", "rayjob", "rayservice")
 FILES = sorted(file for file in FOLDER.rglob("*") if file.is_file())
@@ -40,6 +44,7 @@ FIELDS = {
     "RayJob": {
         *("entrypoint", "rayClusterSpec", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "submissionMode"),
         *("runtimeEnvYAML", "entrypointNumCpus", "backoffLimit", "activeDeadlineSeconds", "clusterSelector", "suspend"),
+        "metadata",
     },
     "RayService": {
         "serveConfigV2",
@@ -109,6 +114,39 @@ def experiment(name: str) -> config.Experiment:
         args = yaml.safe_load(found["spec"]["serveConfigV2"])["applications"][0]["args"]
         file, overrides = args["experiment"], args["overrides"]
     return config.load(ROOT / Path(file).relative_to(INSTALLED), overrides)
+
+
+def submitted() -> tuple[dict[str, str], str, list[str]]:
+    """What the README submits as a job: its metadata, the experiment's file, and what it overrides."""
+    lines = (FOLDER / "README.md").read_text().replace("\\\n", " ").splitlines()
+    (line,) = [line for line in lines if line.startswith("ray job submit ")]
+    words = shlex.split(line)
+    python, script, file, *overrides = words[words.index("--") + 1 :]
+    assert (python, script) == ("python", "rayjobs/run.py")
+    return json.loads(words[words.index("--metadata-json") + 1]), file, overrides
+
+
+def on_kind(kind: str, *more: str) -> config.Experiment:
+    """What the README submits, with students on a kind of GPU."""
+    _, file, overrides = submitted()
+    assert any("$STUDENTS" in each for each in overrides)
+    return config.load(ROOT / file, [*(each.replace("$STUDENTS", kind) for each in overrides), *more])
+
+
+def fits(told: config.Experiment, name: str) -> list[fitting.Fit]:
+    """How `raykd plan` lays an experiment out on a cluster's file."""
+    teacher = shapes.find(told.teacher.model, told.teacher.revision, told.teacher.engine.engine_kwargs)
+    student = shapes.find(told.student.model, told.student.revision)
+    assert teacher and student
+    return fitting.check(told, teacher, student, nodes.read(FOLDER / name))
+
+
+def assert_all_fits(told: config.Experiment, name: str) -> None:
+    """Whether every stage lies on the pool that is meant for it, with nothing to be said against it."""
+    found = fits(told, name)
+    assert [(fit.stage, fit.problem, fit.notes) for fit in found if fit.problem or fit.notes] == []
+    pools = {fit.stage: {pool for placed in fit.placed for pool, _ in placed.on} for fit in found}
+    assert pools == {"teacher": {"teacher"}, "train": {"student"}, "evaluate": {"student"}, "attention": {"student"}}
 
 
 def kinds(resources: dict[str, Any]) -> list[str]:
@@ -286,6 +324,52 @@ def test_the_job_runs_an_experiment_on_the_shared_folder():
     assert told.attention and students == ("L4", "L4") and told.attention.accelerator_type == "L4"
 
 
+def test_the_job_fits_its_cluster():
+    assert_all_fits(experiment("rayjob"), "kuberay/nodes.yaml")
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_what_the_readme_submits_fits_the_cluster_of_each_cloud(name: str):
+    text = " ".join((FOLDER / "README.md").read_text().split())
+    told = {cloud: kind for kind, cloud in re.findall(r"`([\w-]+)` on (AWS|Google Cloud|Azure)", text)}
+    assert [told[NAMES[name]]] == kinds(read(name)["available_node_types"]["student"]["resources"])
+    assert_all_fits(on_kind(told[NAMES[name]]), f"{name}.yaml")
+
+
+def test_what_the_readme_submits_fits_the_cluster_on_kubernetes():
+    text = (FOLDER / "README.md").read_text()
+    # What it says is to be said there besides, as the job says it.
+    assert "`STUDENTS=L4`" in text and "add `teacher.engine.pipeline_parallel_size=2` to that" in text
+    told = on_kind("L4", "teacher.engine.pipeline_parallel_size=2")
+    assert told == experiment("rayjob")
+    assert_all_fits(told, "kuberay/nodes.yaml")
+
+
+def test_the_command_names_the_first_clouds_kind():
+    text = (FOLDER / "README.md").read_text()
+    (line,) = re.findall(r"^STUDENTS=.*$", text, re.MULTILINE)
+    told = {name: kinds(read(name)["available_node_types"]["student"]["resources"])[0] for name in CLOUDS}
+    assert line.startswith(f"STUDENTS={told['aws']} ") and "on AWS;" in line
+    assert all(f"{told[name]} on {NAMES[name]}" in line for name in ("gcp", "azure"))
+
+
+def test_a_student_of_8b_needs_checkpointing_on_22_gib_only():
+    told = on_kind("A10G", "train.gradient_checkpointing=false")
+    (train,) = [fit for fit in fits(told, "aws.yaml") if fit.stage == "train"]
+    assert "A10G has 22.0" in train.problem and train.remedy == "train.gradient_checkpointing=true"
+    assert_all_fits(on_kind("A100", "train.gradient_checkpointing=false"), "azure.yaml")
+
+
+def test_rays_dashboard_is_told_what_a_job_is():
+    metadata, file, overrides = submitted()
+    (job,) = manifests("rayjob")
+    for told, name in (
+        (metadata, config.load(ROOT / file, overrides).name),
+        (job["spec"]["metadata"], experiment("rayjob").name),
+    ):
+        assert told == {"job_name": name, "experiment": name, "stage": "run"}
+
+
 def test_paths_are_there():
     for file in FILES:
         text = file.read_text()
@@ -326,8 +410,56 @@ def test_the_image_is_installed_as_a_machine_is():
     assert 'if [ "$ACCELERATOR" = cpu ]; then make install; else make install-gpu; fi' in text
     (python,) = re.findall(r"^FROM python:(3\.\d+)-", text, re.MULTILINE)
     assert PROJECT["requires-python"].startswith(f">={python},")
-    # Nothing else of Python's: what is installed is in the lock.
-    assert "pip" not in text
+    # Nothing else of Python's: what is installed is in the lock, but for what reads other buckets than S3's.
+    (line,) = [line for line in text.splitlines() if "pip" in line]
+    assert "pip install" in line and '--constraint requirements/$ACCELERATOR.txt -e ".[$EXTRA]"' in line
+    for extra, package in (("gcs", "gcsfs"), ("azure", "adlfs")):
+        assert any(each.startswith(package) for each in PROJECT["optional-dependencies"][extra])
+        for lock in ("cpu", "gpu"):
+            assert f"\n{package}==" not in (ROOT / "requirements" / f"{lock}.txt").read_text()
+
+
+def test_the_image_finds_the_driver_as_nvidias_own_do():
+    (line,) = re.findall(r"^ENV (LD_LIBRARY_PATH=.*)$", (FOLDER / "Dockerfile").read_text(), re.MULTILINE)
+    told = dict(each.split("=") for each in line.split())
+    assert "/usr/local/nvidia/lib64" in told["LD_LIBRARY_PATH"].split(":")
+    assert told["NVIDIA_VISIBLE_DEVICES"] == "all" and told["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
+    for name in CLOUDS:
+        # The head has no GPU, and another word takes the place of the image's.
+        assert read(name)["docker"]["head_run_options"] == ["--env NVIDIA_VISIBLE_DEVICES=void"]
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_rights_to_a_bucket_are_there_to_be_uncommented(name: str):
+    """As the README says: the lines that name `raykd-nodes`, which without a bucket nobody has."""
+    text = (FOLDER / f"{name}.yaml").read_text()
+    key = r"IamInstanceProfile:|serviceAccounts:|  - email:|    scopes:|msi_name:|msi_resource_group:"
+    told = prepare_config(yaml.safe_load(re.sub(rf"^( *)# ({key})", r"\1\2", text, flags=re.MULTILINE)))
+    validate_config(told)
+    head, *workers = (told["available_node_types"][each]["node_config"] for each in ("head", "teacher", "student"))
+    # Ray gives the head of AWS and Google Cloud its own, and where it is given another it does not.
+    assert "raykd-nodes" not in str(head) and "raykd-nodes" not in str(prepared(name))
+    if name == "aws":
+        assert [each["IamInstanceProfile"] for each in workers] == [{"Name": "raykd-nodes"}] * 2
+    elif name == "gcp":
+        account = "raykd-nodes@FILL_IN_PROJECT.iam.gserviceaccount.com"
+        rights = {"email": account, "scopes": ["https://www.googleapis.com/auth/cloud-platform"]}
+        assert [each["serviceAccounts"] for each in workers] == [[rights]] * 2
+    else:
+        provider = told["provider"]
+        assert (provider["msi_name"], provider["msi_resource_group"]) == ("raykd-nodes", provider["resource_group"])
+
+
+def test_other_namespaces_read_metrics_where_they_are_let_in():
+    (policy,) = [each for each in manifests("shared") if each["kind"] == "NetworkPolicy"]
+    inside, metrics = policy["spec"]["ingress"]
+    assert "ports" not in inside
+    # KubeRay's default, from which the manifests do not differ.
+    assert metrics["ports"] == [{"protocol": "TCP", "port": 8080}]
+    assert all("metrics-export-port" not in (FOLDER / "kuberay" / f"{name}.yaml").read_text() for name in MANIFESTS)
+    (source,) = metrics["from"]
+    ((label, value),) = source["namespaceSelector"]["matchLabels"].items()
+    assert f"kubectl label namespace NAMESPACE {label}={value}" in (ROOT / "docs" / "watching.md").read_text()
 
 
 @pytest.mark.parametrize("name", CLOUDS)
