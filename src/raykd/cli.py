@@ -9,7 +9,6 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = _told(fault)
         if not told or experiment is None:
             raise
-        log = location.scratch(_folder(experiment)) / progress.LOG
-        with suppress(OSError), log.open("a", encoding="utf-8") as file:
-            traceback.print_exception(fault, file=file)
+        log = progress.note(_folder(experiment) / progress.LOG, "".join(traceback.format_exception(fault)))
         print(f"raykd: {told}. All that is there is kept; the same command goes on. Log: {log}", file=sys.stderr)
         return 1
 
@@ -176,7 +173,7 @@ def _show_needs(options: argparse.Namespace, experiment: config.Experiment) -> N
     cluster = None
     if options.cluster:
         cluster = nodes.of_ray(_live()) if options.cluster == "live" else nodes.read(Path(options.cluster))
-    known = rates.measured(Path(options.measured)) if options.measured else rates.Rates()
+    known = rates.measured(location.at(options.measured)) if options.measured else rates.Rates()
     told = _rates_of(options)
     tables, refused = needs.tables(experiment, cluster, dataclasses.replace(known, **told))
     # In a log lines may be long; a terminal knows its width.

@@ -42,7 +42,10 @@ class Server:
     def __init__(self, teacher: Teacher) -> None:
         assert teacher.endpoint is not None
         self._teacher, self._endpoint = teacher, teacher.endpoint
-        self._key = os.environ.get(self._endpoint.api_key_env or "", "").strip()
+        key = os.environ.get(self._endpoint.api_key_env or "", "").strip()
+        # What no header can hold is sent nowhere, for whatever refuses it repeats it.
+        self._is_sound = key.isascii() and key.isprintable() and " " not in key
+        self._key = key if self._is_sound else ""
         self._room = asyncio.Semaphore(self._endpoint.max_concurrent_requests)
         self._pace = Pace(self._endpoint.max_requests_per_minute)
         client = AsyncOpenAI(
@@ -90,9 +93,10 @@ class Server:
         """
         endpoint, wanted = self._endpoint, self._teacher.sampling
         if endpoint.api_key_env and not self._key:
+            wrong = "is not set" if self._is_sound else "holds a blank, a line break, or what else no key has,"
             raise self._error(
-                f"the environment variable {endpoint.api_key_env} (teacher.endpoint.api_key_env), which holds the key, "
-                f"is not set on {socket.gethostname()}; set it on every node before Ray is started"
+                f"the environment variable {endpoint.api_key_env} (teacher.endpoint.api_key_env) {wrong} on "
+                f"{socket.gethostname()}; set it to the key on every node before Ray is started"
             )
         sampling: dict[str, Any] = {"max_tokens": 1, "temperature": wanted.temperature, "top_p": wanted.top_p}
         if self._teacher.is_sent_messages:
@@ -141,7 +145,9 @@ class Server:
             text += f": {body}" if body and status not in (401, 403) else ""
         elif isinstance(error, APIConnectionError):
             cause = error.__cause__ or error
-            text = f"cannot be reached from {socket.gethostname()}: {type(cause).__name__}: {cause}"
+            text = f"cannot be reached from {socket.gethostname()}: {type(cause).__name__}"
+            # Repeats the header that cannot be sent.
+            text += "" if type(cause).__name__ == "LocalProtocolError" else f": {cause}"
         else:
             text = str(error) if type(error) in (ValueError, TimeoutError) else f"{type(error).__name__}: {error}"
         line = " ".join(text.split())

@@ -3,14 +3,13 @@
 The file is created only where there is none, by the store itself (S3's `If-None-Match: *`, and its like elsewhere). An
 owner that was killed leaves it behind: on its own machine it is seen to be gone at once, on others once the file was
 not renewed for `LASTS_S`. Whoever then takes it over first creates a second file, named after what it found: of
-several only one can. An owner that slept, finds another's name and ends. The clocks of machines count for when a second
-is turned away, never for when one takes over: for that it looks twice.
+several only one can. An owner that slept, finds another's name and ends; one whose file was deleted makes it again.
+The clocks of machines count for when a second is turned away, never for when one takes over: for that it looks twice.
 """
 
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -21,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from raykd import location
+from raykd import location, progress
 
 LASTS_S = 60.0
 RENEWED_EVERY_S = 15.0
@@ -55,58 +54,85 @@ def held(file: Path, who: str) -> Iterator[None]:
         renewing.join()
         # Where it cannot be removed it runs out.
         with suppress(OSError):
-            if _token(_read(file)) == mine["token"]:
+            if _is_of(mine, _read(file)):
                 file.unlink()
 
 
 def _take(file: Path, mine: dict[str, Any]) -> None:
-    try:
-        is_new = location.create(file, _written(mine))
-    except Exception as error:
-        # The first request of a run. Which errors a library has for wrong keys, names or networks is its own affair.
-        raise ValueError(
-            f"{file} cannot be written ({' '.join(str(error).split())[:300]}): see that the bucket is there, and that "
-            "its keys, and its address where it is not the cloud's, are in the environment of every node"
-        ) from error
-    if is_new:
-        return None
-    found = _read(file)
-    if found is None:
-        # It was given back in this moment.
-        return _take(file, mine)
+    while True:
+        try:
+            is_new = location.create(file, _written(mine))
+        except Exception as error:
+            # The first request of a run. What a library raises for wrong keys, names or networks is its own affair.
+            raise ValueError(
+                f"{file} cannot be written ({' '.join(str(error).split())[:300]}): see that the bucket is there, and "
+                "that its keys, and its address where it is not the cloud's, are in the environment of every node"
+            ) from error
+        # A request whose answer was lost is made again, and refused for what the first one wrote.
+        if is_new or _is_of(mine, found := _read(file)):
+            return
+        # What is not there any more was given back in this moment.
+        with suppress(FileNotFoundError):
+            if found is not None:
+                _take_over(file, mine, found)
+                return
+
+
+def _take_over(file: Path, mine: dict[str, Any], found: dict[str, Any]) -> None:
+    """Takes it from one that is gone.
+
+    Raises:
+        FileNotFoundError: where it is given back meanwhile.
+        Held: where its owner is there, or another is quicker.
+    """
     if not _is_gone(found):
         if time.time() - file.stat().st_mtime < LASTS_S:
             raise Held(_who(found))
         # This machine's clock may be wrong.
         seen = location.state(file)
         time.sleep(2 * RENEWED_EVERY_S)
-        if not file.exists() or location.state(file) != seen:
+        if location.state(file) != seen:
             raise Held(_who(found))
     claim = file.with_name(f"{file.name}.after-{_token(found)}")
-    if not location.create(claim, _written(mine)):
-        raise Held(
-            f"{_who(_read(claim))}, which takes it over from one that is gone; should it be gone too, delete {claim}"
-        )
-    seen = location.state(file)
-    is_same = _token(_read(file)) == _token(found) and location.replace(file, _written(mine), seen)
-    claim.unlink(missing_ok=True)
-    if not is_same:
-        raise Held(_who(_read(file)))
-    return None
+    if not location.create(claim, _written(mine)) and not _is_of(mine, other := _read(claim)):
+        raise Held(f"{_who(other)}, which takes it over from one that is gone; should it be gone too, delete {claim}")
+    try:
+        seen = location.state(file)
+        if _token(_read(file)) == _token(found) and location.replace(file, _written(mine), seen):
+            return
+    finally:
+        claim.unlink(missing_ok=True)
+    if (other := _read(file)) is None:
+        raise FileNotFoundError(str(file))
+    # The answer to this may have been lost as well.
+    if not _is_of(mine, other):
+        raise Held(_who(other))
 
 
 def _renew(file: Path, mine: dict[str, Any], over: threading.Event) -> None:
-    while not over.wait(RENEWED_EVERY_S):
+    other = None
+    while other is None and not over.wait(RENEWED_EVERY_S):
         # A store that does not answer now may do so the next time.
         with suppress(Exception):
-            seen = location.state(file)
-            found = _read(file)
-            if _token(found) == mine["token"] and location.replace(file, _written(mine), seen):
-                continue
-            if _token(found := _read(file)) != mine["token"]:
-                print(f"raykd: {file} was taken over by {_who(found)}: this run ends", file=sys.stderr, flush=True)
-                interrupt_main()
-                return
+            other = _renewed(file, mine)
+    if other is not None:
+        with suppress(Exception):
+            progress.say(f"raykd: {file} was taken over by {_who(other)}: this run ends")
+        interrupt_main()
+
+
+def _renewed(file: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
+    """Renews a lease, and makes it again where somebody deleted it; returns what is there where that is another's."""
+    with suppress(FileNotFoundError):
+        seen = location.state(file)
+        if _is_of(mine, _read(file)) and location.replace(file, _written(mine), seen):
+            return None
+    found = _read(file)
+    if found is None:
+        if location.create(file, _written(mine)):
+            return None
+        found = _read(file)
+    return None if _is_of(mine, found) else found
 
 
 def _read(file: Path) -> dict[str, Any] | None:
@@ -126,6 +152,10 @@ def _written(mine: dict[str, Any]) -> bytes:
 
 def _token(found: dict[str, Any] | None) -> str:
     return str((found or {}).get("token", ""))
+
+
+def _is_of(mine: dict[str, Any], found: dict[str, Any] | None) -> bool:
+    return _token(found) == mine["token"]
 
 
 def _who(found: dict[str, Any] | None) -> str:

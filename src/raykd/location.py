@@ -70,12 +70,20 @@ def at(storage: str) -> Path:
     """Where an experiment's `storage` is.
 
     Raises:
-        ValueError: where it cannot be (`check`), or what reads such buckets is not installed.
+        ValueError: where it cannot be (`check`), what reads such buckets is not installed, or the environment does not
+            say whose it is.
     """
     if "://" not in storage:
         return Path(storage).absolute()
     check(storage)
-    store = STORES[storage.partition("://")[0]]
+    scheme = storage.partition("://")[0]
+    if scheme == "abfs" and not os.environ.get(AZURE_ACCOUNT):
+        # Else it would show when students that are trained are to be asked.
+        raise ValueError(
+            f"storage {storage!r}: set {AZURE_ACCOUNT} in the environment of every node to the storage account's name, "
+            "by which the engine finds adapters; a connection string alone does not do"
+        )
+    store = STORES[scheme]
     if importlib.util.find_spec(store.library) is None:
         raise ValueError(
             f"storage {storage!r}: {store.library} is not installed: pip install 'raykd[{store.extra}]' on every node"
@@ -152,6 +160,8 @@ def create(path: Path, content: bytes) -> bool:
     """Writes a file of a bucket where there is none, and returns whether there was none: of several, one is told so."""
     try:
         _store(path).pipe_file(_key(path), content, mode="create")
+    except FileExistsError:
+        return False
     except OSError:
         # Some stores answer those who come at the same moment with an error of another kind.
         if path.exists():
@@ -171,12 +181,20 @@ def replace(path: Path, content: bytes, seen: str) -> bool:
             return True
     except OSError:
         # A server that does not know the condition answers likewise.
-        if not path.exists() or state(path) != seen:
+        if not _is_still(path, seen):
             return False
-    if not path.exists() or state(path) != seen:
+    if not _is_still(path, seen):
         return False
     put(path, content)
     return True
+
+
+def _is_still(path: Path, seen: str) -> bool:
+    # In one request: between two it may go.
+    try:
+        return state(path) == seen
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Progress: what the user sees of a run, and the line that tells how far a stage is."""
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -11,7 +12,7 @@ from typing import Self, TextIO
 
 from raykd import location
 
-# In an experiment's folder: what libraries have to say, and what faults were.
+# In an experiment's folder: what libraries have to say, and what faults were. In a bucket the name also tells whose.
 LOG = "driver.log"
 _screen: TextIO | None = None
 
@@ -34,13 +35,14 @@ def libraries_write_to(log: Path) -> Iterator[Path]:
     prints what a node has to say to `sys.stdout`: this quiets all of them alike, and loses nothing.
 
     Args:
-        log: the file; that of a bucket is written on this machine, and copied at the end.
+        log: the file; in a bucket one of this process' own beside it, which is written on this machine, and copied at
+            the end.
 
     Yields:
         the file that is written.
     """
     global _screen
-    written = location.scratch(log.parent) / log.name
+    log, written = _places(log)
     written.parent.mkdir(parents=True, exist_ok=True)
     sys.stderr.flush()
     with (
@@ -56,9 +58,44 @@ def libraries_write_to(log: Path) -> Iterator[Path]:
             _screen = None
             sys.stderr.flush()
             os.dup2(shown.fileno(), 2)
-            if location.is_remote(log):
-                with suppress(OSError):
-                    location.put(log, written.read_bytes())
+            _copied(written, log)
+
+
+def note(log: Path, text: str) -> Path:
+    """Adds to a log what is known after libraries wrote to it.
+
+    Args:
+        log: as that of `libraries_write_to`.
+        text: whole lines.
+
+    Returns:
+        the file that holds it; one of this machine where a bucket cannot be written.
+    """
+    log, written = _places(log)
+    with suppress(OSError):
+        written.parent.mkdir(parents=True, exist_ok=True)
+        with written.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+    return _copied(written, log)
+
+
+def _places(log: Path) -> tuple[Path, Path]:
+    """Where a log of this process is kept, and where it is written: nothing can be added to a file in a bucket."""
+    if not location.is_remote(log):
+        return log, log
+    own = log.with_name(f"{log.stem}-{socket.gethostname()}-{os.getpid()}{log.suffix}")
+    return own, location.scratch(log.parent) / own.name
+
+
+def _copied(written: Path, log: Path) -> Path:
+    """Copies what was written to where it is kept, and returns where it is."""
+    if not location.is_remote(log):
+        return log
+    # It is there in any case. Which errors a library has for wrong keys, names or networks is its own affair.
+    with suppress(Exception):
+        location.put(log, written.read_bytes())
+        return log
+    return written
 
 
 class Meter:

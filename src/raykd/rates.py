@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from raykd import config, job, storage
+from raykd import config, job, location, storage
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,12 @@ def measured(folder: Path) -> Rates:
     run = storage.read_json(folder / "run.json")
     file = folder / "experiment.yaml"
     replicas = config.load(file).teacher.replicas.max if file.is_file() else 1
-    made = [each for each in run.get("completions") or [] if each.get("sequence", "teacher") == "teacher"]
-    tokens, seconds = _sum(made, "completion_tokens"), _sum(made, "seconds")
+    # Solutions are scored in the same stream, and each set's seconds are an equal share of all.
+    together = [each for each in run.get("completions") or [] if each.get("sequence") != "student"]
+    made = [each for each in together if each.get("sequence") != "reference"]
+    tokens, seconds = _sum(made, "completion_tokens"), _sum(together, "seconds")
     rows = _sum(made, "rows") - _sum(made, "errors")
-    curves = [job.read_curve(each) for each in sorted(folder.glob("trials/*/metrics.jsonl"))]
+    curves = [job.read_curve(each) for each in location.in_each(folder / "trials", "metrics.jsonl")]
     ends = [curve[-1] for curve in curves if curve]
     trained = _sum(ends, "target_tokens")
     worked = sum(float(each.get("seconds") or 0) * float(each.get("num_workers") or 1) for each in ends)
@@ -71,7 +72,7 @@ def _answers(file: Path) -> tuple[int, float]:
     """How many answers there are that did not fail, and their tokens."""
     if not file.is_file():
         return 0, 0.0
-    table = pq.read_table(file, columns=["num_tokens", "error"])
+    table = storage.read_table(file, ["num_tokens", "error"])
     table = table.filter(pc.equal(table["error"], ""))  # pyright: ignore[reportAttributeAccessIssue]
     return len(table), float(sum(table["num_tokens"].to_pylist()))
 

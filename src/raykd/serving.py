@@ -12,6 +12,7 @@ from pydantic import field_validator
 
 from raykd import config, placement
 from raykd.cluster import capacity
+from raykd.sections import Teacher
 from raykd.teacher import llm_config
 from raykd.tree import Section
 
@@ -46,4 +47,9 @@ def app(args: Service) -> Any:
         # As `serve run` does afterwards; what there is to run on is asked now.
         ray.init(namespace="serve")
     kind = placement.accelerator(teacher.engine.accelerator, capacity())
-    return build_openai_app({"llm_configs": [llm_config(teacher, 0, kind)]})
+    return build_openai_app({"llm_configs": [llm_config(by_prompt(teacher), 0, kind)]})
+
+
+def by_prompt(teacher: Teacher) -> Teacher:
+    """The teacher as it is asked over OpenAI's protocol, where a call is one prompt: as many prompts, so more calls."""
+    return teacher.model_copy(update={"concurrency": teacher.concurrency * teacher.batch_size, "batch_size": 1})

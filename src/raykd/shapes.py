@@ -17,6 +17,15 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 # Group size and scheme of the INT4 repositories of hugging-quants and of most others.
 GROUP_SIZE = 128
+# What the names of repositories, methods and algorithms say of weights. The first that is found counts, for a name may
+# hold several (W4A16_NVFP4, GPTQ-Int8).
+SAID = {
+    "FP4": ("fp4", 4, GROUP_SIZE),
+    r"W4A|(?<![A-Z])INT4|(?<!\d)4-?BIT": ("int4", 4, GROUP_SIZE),
+    "FP8": ("fp8", 8, 0),
+    r"W8A|(?<![A-Z])INT8|(?<!\d)8-?BIT": ("int8", 8, 0),
+    "AWQ|GPTQ": ("int4", 4, GROUP_SIZE),
+}
 
 
 @dataclass(frozen=True)
@@ -153,7 +162,8 @@ def find(model: str, revision: str | None = None, engine_kwargs: Mapping[str, An
     if shape is None:
         return None
     if file and shape.quantization.bits == 16:
-        shape = replace(shape, quantization=_quantization_of_name(model, shape))
+        named, kept = _quantization_of_name(model, shape), shape.quantization.kept
+        shape = replace(shape, quantization=replace(named, kept=kept or named.kept))
     told = (engine_kwargs or {}).get("quantization")
     if told and shape.quantization.bits == 16:
         shape = replace(shape, quantization=_of_method({"quant_method": str(told)}))
@@ -220,32 +230,35 @@ def _of_name(model: str) -> Shape | None:
 
 def _quantization_of_name(model: str, shape: Shape) -> Quantization:
     """What the name of a repository says of its weights."""
-    name = model.rsplit("/", 1)[-1].upper()
-    if re.search(r"AWQ|GPTQ|INT4|W4A16", name):
-        return Quantization("int4", 4, GROUP_SIZE)
-    if "FP8" not in name:
-        return Quantization()
-    if model.lower().startswith("meta-llama/"):
+    said = _said(model.rsplit("/", 1)[-1])
+    if said.name == "fp8" and model.lower().startswith("meta-llama/"):
         # Attention, and all of the first and the last layer, are as they were ("The Llama 3 Herd of Models", arXiv
         # 2407.21783, section 6.2).
-        kept = ("self_attn", "layers.0", f"layers.{shape.layers - 1}")
-        return Quantization("fp8", 8, kept=kept)
-    return Quantization("fp8", 8)
+        return replace(said, kept=("self_attn", "layers.0", f"layers.{shape.layers - 1}"))
+    return said
+
+
+def _said(name: str) -> Quantization:
+    """What a name says of weights; 16 bits where it says nothing."""
+    return next((Quantization(*each) for words, each in SAID.items() if re.search(words, name.upper())), Quantization())
 
 
 def _of_method(told: Mapping[str, Any]) -> Quantization:
-    """What a `quantization_config` says, or vLLM's argument of that name."""
+    """What a `quantization_config` says, or vLLM's argument of that name: 16 bits where it tells no number."""
     method = str(told.get("quant_method") or "").lower()
     if not method:
         return Quantization()
-    kept = told.get("modules_to_not_convert") or told.get("ignored_layers") or told.get("ignore") or ()
+    lists = ("modules_to_not_convert", "ignored_layers", "ignore", "llm_int8_skip_modules")
     # The output layer is not quantized in any case.
-    names = tuple(str(each) for each in kept)
+    names = tuple(str(each) for each in next((told[name] for name in lists if told.get(name)), ()))
     groups = told.get("config_groups") or {}
     weights = next((each.get("weights") or {} for each in groups.values()), {}) if isinstance(groups, dict) else {}
-    bits = told.get("bits") or weights.get("num_bits") or (4 if told.get("load_in_4bit") else None)
-    if bits is None:
-        bits = 8 if "8" in method else 4
-    size = told.get("group_size") or weights.get("group_size") or (GROUP_SIZE if int(bits) == 4 else 0)
-    is_fp8 = "fp8" in method or weights.get("type") == "float"
-    return Quantization(f"fp{bits}" if is_fp8 else f"int{bits}", int(bits), max(0, int(size)), names)
+    # Of modelopt's algorithms the method tells nothing.
+    said = _said(str(told.get("quant_algo") or method))
+    loaded = 8 * bool(told.get("load_in_8bit")) or 4 * bool(told.get("load_in_4bit"))
+    bits = int(told.get("bits") or weights.get("num_bits") or loaded or said.bits)
+    if bits >= 16:
+        return Quantization(kept=names)
+    size = told.get("group_size") or weights.get("group_size") or (GROUP_SIZE if bits == 4 else 0)
+    is_float = weights.get("type") == "float" or said.name.startswith("fp")
+    return Quantization(f"fp{bits}" if is_float else f"int{bits}", bits, max(0, int(size)), names)

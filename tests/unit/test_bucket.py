@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,24 @@ import pytest
 import torch
 from synthetic import drawn, full_experiment
 
-from raykd import adapters, disagreements, evaluate, harness, location, pipeline, progress, records, storage, student
+from raykd import (
+    adapters,
+    cli,
+    disagreements,
+    evaluate,
+    harness,
+    location,
+    pipeline,
+    progress,
+    records,
+    storage,
+    student,
+)
 from raykd.config import Experiment
 from raykd.report import write_report
 from raykd.sections import Lora, Student
 
+ROOT = Path(__file__).parents[2]
 SMALL = {
     "name": "small",
     "problems": {"source": "demo", "num_train": 20, "num_test": 3},
@@ -127,12 +141,48 @@ def test_the_harness_command_copies_what_it_reads(adapter: Path, bucket: str, tm
     assert json.loads(words[words.index("--model_args") + 1])["peft"] == "adapter"
 
 
-def test_what_libraries_say_is_copied_at_the_end(bucket: str):
+def test_what_libraries_say_is_copied_at_the_end_and_nobody_elses_is_replaced(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+):
     log = location.at(f"{bucket}/logged/experiments/mine") / progress.LOG
-    with progress.libraries_write_to(log) as written:
-        os.write(2, b"said")
-        assert written.is_file() and not log.exists()
-    assert "said" in log.read_text()
+    for host in ("one", "another"):
+        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        with progress.libraries_write_to(log) as written:
+            os.write(2, f"said by {host}".encode())
+            assert written.is_file() and not (log.parent / written.name).exists()
+    for host in ("one", "another"):
+        assert f"said by {host}" in (log.parent / f"driver-{host}-{os.getpid()}.log").read_text()
+
+
+def test_a_fault_of_a_run_is_in_the_log_that_is_named(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    storage_of_run = f"{bucket}/faulty"
+
+    def fail(*_: object) -> None:
+        log = location.at(storage_of_run) / "experiments" / "quickstart" / progress.LOG
+        with progress.libraries_write_to(log):
+            os.write(2, b"said by a library")
+        raise RuntimeError("3 of 4 rows failed")
+
+    monkeypatch.setattr(pipeline, "run", fail)
+    command = ["run", str(ROOT / "configs/quickstart.yaml"), f"storage={storage_of_run}"]
+    assert cli.main(command) == 1
+    named = capsys.readouterr().err.partition("Log: ")[2].strip()
+    assert named.startswith(f"{storage_of_run}/experiments/quickstart/driver-")
+    log = location.at(named).read_text()
+    assert "said by a library" in log and "Traceback" in log and "3 of 4 rows failed" in log
+
+
+def test_a_log_that_the_bucket_does_not_take_is_named_where_it_is(bucket: str, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr(location, "put", refuse)
+    # Nothing was written to it before.
+    log = location.at(f"{bucket}/refused/{os.getpid()}/experiments/mine") / progress.LOG
+    told = progress.note(log, "Traceback\n")
+    assert not location.is_remote(told) and told.read_text().endswith("Traceback\n")
 
 
 def test_all_answers_are_collected_into_one_file(place: Path):

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from raykd import budget, config, needs, placement, rates
+from raykd import budget, cli, config, location, needs, placement, rates, storage
 from raykd.config import Experiment
 from raykd.rates import Rates
 
@@ -138,28 +137,27 @@ def test_files_are_counted(tmp_path: Path):
     assert budget.work(nowhere, Rates(generation=1))[0].hours is None
 
 
-def test_rates_are_read_from_an_earlier_run(tmp_path: Path):
+def test_rates_are_read_from_an_earlier_run(place: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(ValueError, match=r"has no run\.json"):
-        rates.measured(tmp_path)
+        rates.measured(place)
     experiment = config.load(
         ROOT / "configs" / "quickstart.yaml", ["teacher.replicas={min: 1, max: 2}", "prices.cpu_hour=0.05"]
     )
-    (tmp_path / "experiment.yaml").write_text(config.dump(experiment))
+    storage.write_text(place / "experiment.yaml", config.dump(experiment))
     made = {"completion_tokens": 1000, "seconds": 5.0, "rows": 12, "errors": 2}
     scored = {"sequence": "reference", "completion_tokens": 10**6, "seconds": 1.0, "rows": 1, "errors": 0}
     run = {"completions": [made, {**made, "sequence": "teacher"}, scored], "stages": {"predictions": 4.0}}
     run["processor_seconds"] = {"teacher": {"cpu": 5.0}, "students' answers": {"cpu": 4.0}}
-    (tmp_path / "run.json").write_text(json.dumps(run))
+    storage.write_json(place / "run.json", run)
     for name, tokens, workers in (("a", 600, 2), ("b", 400, 1)):
-        folder = tmp_path / "trials" / name
-        folder.mkdir(parents=True)
         points = [{"target_tokens": tokens // 2, "seconds": 1.0, "num_workers": workers}]
         points.append({"target_tokens": tokens, "seconds": 2.0, "num_workers": workers})
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in points))
+        curve = "".join(json.dumps(each) + "\n" for each in points)
+        location.put(place / "trials" / name / "metrics.jsonl", curve.encode())
     answers = pa.table({"num_tokens": [10, 30, 99], "error": ["", "", "lost"]})
-    pq.write_table(answers, tmp_path / "predictions.parquet")
-    found = rates.measured(tmp_path)
-    assert found.generation == 2000 / 10 / 2
+    storage.write_table(place / "predictions.parquet", answers)
+    found = rates.measured(place)
+    assert found.generation == 2000 / 11 / 2
     assert found.completion_tokens == 100
     assert found.training == 1000 / (2 * 2 + 2)
     assert (found.answering, found.answer_tokens) == (10, 20)
@@ -169,6 +167,9 @@ def test_rates_are_read_from_an_earlier_run(tmp_path: Path):
     assert set(stages.columns[-1].cells) == {"a CPU"}
     priced = {each.price for each in budget.work(experiment, found, budget.ANY[found.accelerator]) if each.hours}
     assert priced == {0.05}
+    # As it is typed.
+    assert cli.main(["plan", str(ROOT / "configs" / "quickstart.yaml"), "--measured", str(place)]) == 0
+    assert "".join(f"measured in {place}".split()) in "".join(capsys.readouterr().out.split())
 
 
 def test_a_run_that_was_broken_off_has_the_rates_that_it_has(tmp_path: Path):

@@ -1,14 +1,18 @@
 """Locks in a folder and in a bucket: one works, the second is told who does, and a dead one keeps nobody out."""
 
+import io
+import itertools
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from raykd import lease, location, lock, storage
+from raykd import lease, location, lock, progress, storage
 
 HOLD = """
 import sys, time
@@ -51,7 +55,8 @@ def test_a_killed_one_of_this_machine_keeps_nobody_out(place: Path):
 def file(bucket: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
     """A lock of another machine."""
     monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.2)
-    found = location.at(f"{bucket}/lease/{request.node.name}/run.lock")
+    # A bracket is a pattern's to fsspec.
+    found = location.at(f"{bucket}/lease/{re.sub(r'[^a-z_0-9]', '-', request.node.name)}/run.lock")
     storage.write_json(found, ELSEWHERE)
     return found
 
@@ -85,12 +90,67 @@ def test_of_two_that_take_over_one_does(file: Path, monkeypatch: pytest.MonkeyPa
     assert storage.read_json(file)["token"] == "theirs"
 
 
-def test_an_owner_that_was_taken_for_gone_ends_and_leaves_the_others(file: Path):
+@pytest.mark.parametrize(
+    ("module", "name", "call"),
+    # What was found is read, it is looked at twice, and the file is created that says who takes over.
+    [(location, "read", 1), (time, "sleep", 1), (location, "create", 2)],
+)
+def test_one_that_is_given_back_while_it_is_looked_at_is_taken(
+    file: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int
+):
+    monkeypatch.setattr(lease, "LASTS_S", -1.0)
+    original, calls = getattr(module, name), itertools.count(1)
+
+    def then_gone(*told: Any) -> Any:
+        found = original(*told)
+        if next(calls) == call:
+            file.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(module, name, then_gone)
+    with lease.held(file, "me"):
+        assert storage.read_json(file)["who"] == "me"
+    assert location.files(file.parent) == []
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_what_was_written_though_no_answer_came_is_ones_own(
+    file: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool
+):
+    """A client makes a request again whose answer was lost, and is refused for what the first one wrote."""
+    monkeypatch.setattr(lease, "LASTS_S", -1.0)
+    if not is_there:
+        file.unlink()
+    for name in ("create", "replace"):
+        original = getattr(location, name)
+        monkeypatch.setattr(location, name, lambda *told, write=original: write(*told) and False)
+    with lease.held(file, "me"):
+        assert storage.read_json(file)["who"] == "me"
+    assert location.files(file.parent) == []
+
+
+def test_an_owner_that_was_taken_for_gone_ends_and_leaves_the_others(file: Path, monkeypatch: pytest.MonkeyPatch):
     file.unlink()
+    # While libraries write to a log, standard error is that log.
+    shown = io.StringIO()
+    monkeypatch.setattr(progress, "_screen", shown)
     with pytest.raises(KeyboardInterrupt), lease.held(file, "me"):
         storage.write_json(file, ELSEWHERE)
         time.sleep(20)
     assert storage.read_json(file)["token"] == "theirs"
+    assert f"{file} was taken over by process 7 on elsewhere" in shown.getvalue()
+
+
+def test_one_whose_file_was_deleted_is_made_again(file: Path):
+    file.unlink()
+    with lease.held(file, "me"):
+        file.unlink()
+        until = time.monotonic() + 20
+        while not file.exists():
+            assert time.monotonic() < until, "the run goes on without a lease"
+            time.sleep(0.1)
+        assert storage.read_json(file)["who"] == "me"
+    assert not file.exists()
 
 
 def test_it_is_renewed(file: Path):

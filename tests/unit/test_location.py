@@ -4,6 +4,8 @@ import pickle
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs
@@ -48,11 +50,22 @@ def test_a_folder_is_a_path_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("storage", "extra"), [("gs://bucket/x", "gcs"), ("abfs://bucket", "azure"), ("s3://b", "s3")])
 def test_what_is_not_installed_is_told_with_what_to_install(storage: str, extra: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(location.AZURE_ACCOUNT, "somebody")
     monkeypatch.setattr(sys, "meta_path", [each for each in sys.meta_path if "PathFinder" not in str(each)])
     for name in ("s3fs", "gcsfs", "adlfs"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(ValueError, match=re.escape(f"pip install 'raykd[{extra}]'")):
         location.at(storage)
+
+
+@pytest.mark.parametrize("told", [None, ""])
+def test_azures_account_is_named_before_anything_is_started(told: str | None, monkeypatch: pytest.MonkeyPatch):
+    """The engine's address of an adapter holds it, and would else be none."""
+    monkeypatch.delenv(location.AZURE_ACCOUNT, raising=False)
+    if told is not None:
+        monkeypatch.setenv(location.AZURE_ACCOUNT, told)
+    with pytest.raises(ValueError, match=rf"abfs://container/x.*set {location.AZURE_ACCOUNT} in the environment"):
+        location.at("abfs://container/x")
 
 
 def test_a_bucket_is_named_as_it_was_given(bucket: str):
@@ -137,7 +150,18 @@ def test_of_several_who_create_a_file_one_is_told_so(bucket: str):
     assert location.read(file) == b"first"
 
 
-def test_a_file_is_replaced_only_where_it_is_as_it_was_seen(bucket: str):
+def test_whoever_is_refused_for_a_file_that_goes_in_that_moment_is_told_so(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+):
+    def refused(*_: Any, **__: Any) -> None:
+        raise FileExistsError
+
+    file = location.at(f"{bucket}/gone in that moment")
+    monkeypatch.setattr(location, "_store", lambda _: SimpleNamespace(pipe_file=refused))
+    assert not location.create(file, b"second") and not file.exists()
+
+
+def test_a_file_is_replaced_only_where_it_is_as_it_was_seen(bucket: str, monkeypatch: pytest.MonkeyPatch):
     file = location.at(f"{bucket}/replaced")
     location.put(file, b"one")
     seen = location.state(file)
@@ -146,6 +170,9 @@ def test_a_file_is_replaced_only_where_it_is_as_it_was_seen(bucket: str):
     assert location.read(file) == b"two"
     file.unlink()
     assert not location.replace(file, b"four", seen) and not file.exists()
+    # It goes between two looks.
+    monkeypatch.setattr(type(file), "exists", lambda _: True)
+    assert not location.replace(file, b"five", seen)
 
 
 def test_what_is_sent_to_other_processes_holds_no_key(bucket: str):

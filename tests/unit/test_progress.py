@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from raykd import progress
 from raykd.progress import Meter
 
 
@@ -75,3 +76,11 @@ print("result")
     log = (tmp_path / "folder" / "driver.log").read_text()
     assert all(said in log for said in ("early library", "late library", "native code", "printing library"))
     assert "ours" not in log
+
+
+def test_what_is_known_afterwards_is_added_to_a_folders_log(tmp_path: Path):
+    log = tmp_path / "driver.log"
+    log.write_text("said by a library\n")
+    assert progress.note(log, "Traceback\n") == log
+    assert log.read_text() == "said by a library\nTraceback\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["driver.log"]

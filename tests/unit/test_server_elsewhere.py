@@ -205,6 +205,37 @@ def test_a_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch):
     assert KEY_ENV in said and socket.gethostname() in said and "every node" in said
 
 
+@pytest.mark.parametrize(
+    "key", ["sk-planted-one\nsk-planted-two", "sk-planted one", "sk-planted\x7f", "sk-planted\u2026"]
+)
+def test_what_is_no_key_is_sent_nowhere_and_told_by_its_variable(key: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(KEY_ENV, key)
+    with serving(as_wanted) as elsewhere:
+        teacher = elsewhere.teacher(api_key_env=KEY_ENV)
+        said = check(teacher)
+        assert not elsewhere.asked
+        (reply,) = ask(teacher, PROMPTS[:1], GREEDY)
+    for word in (KEY_ENV, "no key has", socket.gethostname(), "every node"):
+        assert word in said
+    assert "planted" not in said + str(reply) + str([asked.headers for asked in elsewhere.asked])
+
+
+def test_what_stands_around_a_key_is_none_of_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(KEY_ENV, f" {KEY}\n")
+    with serving(as_wanted) as elsewhere:
+        assert check(elsewhere.teacher(api_key_env=KEY_ENV)) == ""
+    assert {asked.headers["authorization"] for asked in elsewhere.asked} == {f"Bearer {KEY}"}
+
+
+def test_a_header_that_cannot_be_sent_is_not_repeated(monkeypatch: pytest.MonkeyPatch):
+    # The client sends this one, too.
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-planted\nanother")
+    with serving(as_wanted) as elsewhere:
+        said = check(elsewhere.teacher())
+        assert not elsewhere.asked
+    assert "LocalProtocolError" in said and "planted" not in said
+
+
 def test_nobody_there_is_told_as_that():
     with serving(as_wanted) as elsewhere:
         pass

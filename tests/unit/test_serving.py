@@ -8,7 +8,8 @@ import yaml
 from pydantic import ValidationError
 
 from raykd import config
-from raykd.serving import Service, app
+from raykd.sections import Teacher
+from raykd.serving import Service, app, by_prompt
 from raykd.teacher import llm_config
 
 ROOT = Path(__file__).parents[2]
@@ -49,3 +50,13 @@ def test_the_engine_of_the_service_for_kubernetes():
     assert found.model_id == "teacher"
     assert found.engine_kwargs["tensor_parallel_size"] * found.engine_kwargs["pipeline_parallel_size"] == 16
     assert found.placement_group_config["bundles"] == [{"CPU": 1, "GPU": 1, "accelerator_type:H100": 0.001}] * 16
+
+
+def test_a_replica_takes_as_many_prompts_as_in_a_run():
+    """There a call holds `batch_size` of them, and over OpenAI's protocol one."""
+    told = {"model": "raykd/demo-teacher", "concurrency": 3, "batch_size": 5, "replicas": {"min": 1, "max": 4}}
+    teacher = Teacher.model_validate(told)
+    in_a_run, alone = (llm_config(each, 0, "cpu").deployment_config for each in (teacher, by_prompt(teacher)))
+    assert alone["max_ongoing_requests"] == 5 * in_a_run["max_ongoing_requests"] == 5 * 2 * 3
+    figures = [each["autoscaling_config"]["target_ongoing_requests"] for each in (alone, in_a_run)]
+    assert figures == [5 * 3, 3]

@@ -76,6 +76,26 @@ def test_a_folder_tells_its_shape(model: str):
             },
             Quantization("fp8", 8, 0, ("lm_head", "re:.*self_attn.*")),
         ),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, Quantization("int8", 8)),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}, Quantization("int4", 4, 128)),
+        (
+            {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": ["lm_head"]},
+            Quantization("int8", 8, 0, ("lm_head",)),
+        ),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}, Quantization()),
+        (
+            {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]},
+            Quantization("fp8", 8, 0, ("lm_head",)),
+        ),
+        ({"quant_method": "modelopt", "quant_algo": "fp8_pb_wo"}, Quantization("fp8", 8)),
+        ({"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "group_size": 16}, Quantization("fp4", 4, 16)),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, Quantization("int4", 4, 128)),
+        ({"quant_method": "modelopt", "quant_algo": "W8A8_SQ_PER_CHANNEL"}, Quantization("int8", 8)),
+        ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, Quantization()),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1}, Quantization("int8", 8)),
+        ({"quant_method": "gptq"}, Quantization("int4", 4, 128)),
+        ({"quant_method": "mxfp8"}, Quantization("fp8", 8)),
+        ({"quant_method": "torchao"}, Quantization()),
         ({}, Quantization()),
     ],
 )
@@ -83,6 +103,29 @@ def test_a_configuration_tells_how_weights_are_kept(told: dict, expected: Quanti
     tree = _config(shapes.LLAMA["Llama-3.2-1B"]).to_dict() | {"quantization_config": told}
     (tmp_path / "config.json").write_text(json.dumps(tree))
     shape = shapes.find(str(tmp_path))
+    assert shape is not None
+    assert shape.quantization == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Llama-3.2-1B-Instruct-quantized.w8a8", Quantization("int8", 8, 0, ("lm_head",))),
+        ("Llama-3.2-1B-Instruct-GPTQ-Int8", Quantization("int8", 8, 0, ("lm_head",))),
+        ("Llama-3.2-1B-Instruct-AWQ", Quantization("int4", 4, 128, ("lm_head",))),
+        ("Llama-3.2-1B-Instruct-bnb-4bit", Quantization("int4", 4, 128, ("lm_head",))),
+        ("Llama-3.2-1B-Instruct-FP8-KV", Quantization("fp8", 8, 0, ("lm_head",))),
+        ("Llama-3.2-1B-Instruct-NVFP4", Quantization("fp4", 4, 128, ("lm_head",))),
+        ("Llama-3.2-1B-Instruct-checkpoint8", Quantization(kept=("lm_head",))),
+        ("Llama-3.2-8B-it", Quantization(kept=("lm_head",))),
+    ],
+)
+def test_where_a_configuration_tells_no_bits_the_name_does(name: str, expected: Quantization, tmp_path: Path):
+    told = {"quant_method": "quark", "modules_to_not_convert": ["lm_head"]}
+    tree = _config(shapes.LLAMA["Llama-3.2-1B"]).to_dict() | {"quantization_config": told}
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.json").write_text(json.dumps(tree))
+    shape = shapes.find(str(tmp_path / name))
     assert shape is not None
     assert shape.quantization == expected
 
