@@ -15,15 +15,21 @@ from runs import free_port, wait_for_end
 def cluster(*nodes: int) -> Iterator[Cluster]:
     """A cluster of nodes with so many cores each, beside a head with one; nothing is left of it afterwards."""
     head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": free_port()}
+    # Such as what multiprocessing keeps for as long as this process lives.
+    before = set(_children())
     made = Cluster(initialize_head=True, head_node_args=head)
     try:
         for cores in nodes:
             made.add_node(num_cpus=cores)
         yield made
     finally:
-        family = psutil.Process(os.getpid()).children(recursive=True)
+        family = [each for each in _children() if each not in before]
         made.shutdown()
         wait_for_end(family)
+
+
+def _children() -> list[psutil.Process]:
+    return psutil.Process(os.getpid()).children(recursive=True)
 
 
 def joining(made: Cluster) -> dict[str, str]:
@@ -34,7 +40,7 @@ def joining(made: Cluster) -> dict[str, str]:
 def processes(name: str) -> list[psutil.Process]:
     """The processes below this one whose command line holds a name."""
     found = []
-    for process in psutil.Process(os.getpid()).children(recursive=True):
+    for process in _children():
         try:
             if name in " ".join(process.cmdline()):
                 found.append(process)

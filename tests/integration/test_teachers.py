@@ -134,6 +134,7 @@ def test_a_replica_of_sixteen_gpus_lies_on_two_nodes_and_students_get_them_when_
     assert all(len(gpus) == 1 for _, gpus in held)
 
 
+@pytest.mark.slow
 def test_replicas_come_with_the_calls_in_flight_and_go_again(pretended: Cluster):
     told = Teacher.model_validate(
         {

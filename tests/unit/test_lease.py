@@ -4,9 +4,11 @@ import io
 import itertools
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,15 @@ def test_what_was_written_though_no_answer_came_is_ones_own(
     assert location.files(file.parent) == []
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As in a run; what is started in the background of a script begins with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_owner_that_was_taken_for_gone_ends_and_leaves_the_others(file: Path, monkeypatch: pytest.MonkeyPatch):
     file.unlink()
     # While libraries write to a log, standard error is that log.
