@@ -10,7 +10,7 @@ from raykd import completions, generate, models, problems, records, storage, var
 from raykd.completions import Request
 from raykd.config import Experiment
 from raykd.engine import Engine
-from raykd.sections import Teacher
+from raykd.sections import Problems, Teacher
 from raykd.selection import select
 
 TREE: dict[str, Any] = {
@@ -106,6 +106,17 @@ def test_what_students_are_tested_by_changes_nothing_of_what_is_asked(
     assert folders(num_test=3) == folders()
     for changed in ({"num_train": 13}, {"num_validation": 2}, {"seed": 1}):
         assert not set(folders(**changed).values()) & set(folders().values())
+
+
+def test_nothing_that_determines_problems_is_forgotten_in_what_is_asked(tmp_path: Path):
+    file = tmp_path / "problems.jsonl"
+    file.write_text('{"question": "1 + 1?", "answer": "#### 2"}')
+    for told in (
+        Problems(source="demo", num_train=1, num_test=1),
+        Problems(source="gsm8k"),
+        Problems(source="jsonl", train_file=str(file), test_file=str(file)),
+    ):
+        assert set(problems._identity(told)) - set(completions.BEARS_ON_TRAIN) <= {"num_test", "test_file"}
 
 
 def test_what_is_scored_is_the_solution_and_its_end(experiment: Experiment, folder: Path, tmp_path: Path):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from llamas import llama_of
+from transformers import LlamaForCausalLM
 
 from raykd import memory, shapes, student
 from raykd.config import Experiment
@@ -212,16 +213,7 @@ def _shape(layers: int) -> Shape:
 
 def _kept(shape: Shape, lora: Lora, train: Train, rows: list[Target]) -> int:
     """Bytes that autograd keeps of a forward pass, without the parameters."""
-    config = LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=False,
-    )
+    config = llama_of(shape)
     dtype = getattr(torch, train.dtype)
     base = LlamaForCausalLM(config).to(dtype)
     tree = {"name": "kept", "teacher": {"model": "a"}, "student": {"model": "b"}}

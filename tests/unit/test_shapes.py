@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from llamas import llama_of
+from transformers import LlamaForCausalLM
 
 from raykd import shapes
-from raykd.shapes import Quantization, Shape
+from raykd.shapes import Quantization
 
 
 # "Model size" of each repository of meta-llama on the Hugging Face hub, from its safetensors: 1.24B, 3.21B, 8.03B,
@@ -41,7 +42,7 @@ def test_llamas_have_as_many_parameters_as_their_makers_say(model: str, paramete
 def test_transformers_counts_the_same(name: str):
     shape = shapes.LLAMA[name]
     with torch.device("meta"):
-        model = LlamaForCausalLM(_config(shape))
+        model = LlamaForCausalLM(llama_of(shape))
     assert sum(each.numel() for each in model.parameters()) == shape.parameters
 
 
@@ -100,7 +101,7 @@ def test_a_folder_tells_its_shape(model: str):
     ],
 )
 def test_a_configuration_tells_how_weights_are_kept(told: dict, expected: Quantization, tmp_path: Path):
-    tree = _config(shapes.LLAMA["Llama-3.2-1B"]).to_dict() | {"quantization_config": told}
+    tree = llama_of(shapes.LLAMA["Llama-3.2-1B"]).to_dict() | {"quantization_config": told}
     (tmp_path / "config.json").write_text(json.dumps(tree))
     shape = shapes.find(str(tmp_path))
     assert shape is not None
@@ -122,7 +123,7 @@ def test_a_configuration_tells_how_weights_are_kept(told: dict, expected: Quanti
 )
 def test_where_a_configuration_tells_no_bits_the_name_does(name: str, expected: Quantization, tmp_path: Path):
     told = {"quant_method": "quark", "modules_to_not_convert": ["lm_head"]}
-    tree = _config(shapes.LLAMA["Llama-3.2-1B"]).to_dict() | {"quantization_config": told}
+    tree = llama_of(shapes.LLAMA["Llama-3.2-1B"]).to_dict() | {"quantization_config": told}
     (tmp_path / name).mkdir()
     (tmp_path / name / "config.json").write_text(json.dumps(tree))
     shape = shapes.find(str(tmp_path / name))
@@ -156,7 +157,7 @@ def test_the_hubs_cache_comes_before_the_table(tmp_path: Path):
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
-    (snapshot / "config.json").write_text(json.dumps(_config(shapes.LLAMA["Llama-3.2-1B"]).to_dict()))
+    (snapshot / "config.json").write_text(json.dumps(llama_of(shapes.LLAMA["Llama-3.2-1B"]).to_dict()))
     # The hub's library reads where its cache is when it is imported.
     code = "from raykd import shapes; found = shapes.find('meta-llama/Llama-3.1-8B'); print(found.layers, found.source)"
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path)}
@@ -178,16 +179,3 @@ def test_what_is_not_known_is_none_and_what_is_damaged_is_refused(tmp_path: Path
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=r"config\.json: no configuration of a model"):
             shapes.find(str(tmp_path))
-
-
-def _config(shape: Shape) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=shape.tied,
-    )
