@@ -94,7 +94,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
 def _told(fault: Exception) -> str:
     """A fault in a sentence; empty where it is one of raykd's own, which keeps its traceback."""
     if refused := faults.refusal(fault):
-        return f"a file cannot be read or written: {refused}; make room, or mend its permissions"
+        return f"a file cannot be read or written: {refused}; make room, mend its permissions, or set another `storage`"
     if faults.is_of_the_cluster(fault):
         return faults.cause(fault)
     # Said by a stage.
@@ -119,7 +119,8 @@ def _parser() -> argparse.ArgumentParser:
             _add_plan(stage)
         if name == "sweep":
             stage.add_argument("--retry-failed", action="store_true", help="try trials that failed once more")
-        stage.add_argument("overrides", nargs="*", metavar="key.path=value", help="fields to set, values as YAML")
+        told = "fields to set, values as YAML"
+        stage.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=told)
     compare = stages.add_parser(
         "compare",
         help="the test problems that one of two students has right and the other not, with both texts",

@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import ray
 import ray.data
 from ray.autoscaler.sdk import request_resources
+from ray.exceptions import RayError
 from ray.job_config import JobConfig
 
 from raykd import metrics, nodes, progress, signals
@@ -67,24 +68,27 @@ def live() -> dict[str, float]:
     return nodes.of_ray(ray.nodes()).resources
 
 
-def capacity() -> dict[str, float]:
+def capacity(joined: bool | None = None) -> dict[str, float]:
     """What the cluster has, or may come to have by its autoscaler: nodes that go when idle are not there at first.
 
     Ray does not tell what its autoscaler may bring. `ray up` leaves its file on the head, where jobs run; elsewhere the
     variable `RAYKD_CLUSTER` names one.
 
+    Args:
+        joined: whether the cluster is one that goes on when this process ends; None for `is_joined()`.
+
     Raises:
         ValueError: where the file that is named is none of `ray up`.
     """
-    there, grown = live(), _grown()
+    there, grown = live(), _grown(is_joined() if joined is None else joined)
     may_come = grown.resources if grown else {}
     return {name: max(there.get(name, 0), may_come.get(name, 0)) for name in {*there, *may_come}}
 
 
-def _grown() -> nodes.Cluster | None:
+def _grown(joined: bool) -> nodes.Cluster | None:
     """The cluster as its autoscaler may make it; None where that is not told."""
     named = os.environ.get(CLUSTER_FILE)
-    file = Path(named) if named else LAUNCHED_BY.expanduser() if is_joined() else None
+    file = Path(named) if named else LAUNCHED_BY.expanduser() if joined else None
     if file is None or not (named or file.exists()):
         return None
     try:
@@ -98,15 +102,15 @@ def _grown() -> nodes.Cluster | None:
 
 def may_hold(groups: Sequence[Sequence[nodes.Bundle]]) -> int | None:
     """How many placement groups, from the first on, the cluster can come to hold; None where that is not told."""
-    grown = _grown()
-    return len(nodes.place(groups, grown.nodes)) if grown else None
+    grown = _grown(is_joined())
+    return len(nodes.place(groups, grown)) if grown else None
 
 
 def is_on_a_node(group: Sequence[nodes.Bundle]) -> bool:
     """Whether a node, of those that are there or may come, holds all of a placement group."""
-    there, grown = nodes.of_ray(ray.nodes()), _grown()
+    there, grown = nodes.of_ray(ray.nodes()), _grown(is_joined())
     kinds = [*there.nodes, *(grown.nodes if grown else ())]
-    return any(nodes.place([group], [replace(each, count=1)]) for each in kinds)
+    return any(nodes.place([group], nodes.Cluster(each.name, (replace(each, count=1),))) for each in kinds)
 
 
 def is_joined() -> bool:
@@ -123,7 +127,9 @@ def requested() -> Iterator[Callable[[Sequence[nodes.Bundle]], None]]:
     """
 
     def ask(bundles: Sequence[nodes.Bundle]) -> None:
-        request_resources(bundles=[dict(bundle) for bundle in bundles])
+        # A head that is busy, or starting again, will be asked again.
+        with suppress(RayError, TimeoutError):
+            request_resources(bundles=[dict(bundle) for bundle in bundles])
 
     try:
         yield ask

@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from raykd import location
-from raykd.mistakes import did_you_mean, explain, on_one_line
+from raykd.mistakes import did_you_mean, explain, from_yaml, on_one_line
 from raykd.sections import (
     NAME_PATTERN,
     Attention,
@@ -348,11 +348,14 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
         ValueError: with the file, the key, and the way out.
     """
     try:
-        tree = yaml.safe_load((Path(path) if isinstance(path, str) else path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
+        text = (Path(path) if isinstance(path, str) else path).read_text(encoding="utf-8")
+        tree = from_yaml(text)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise ValueError(f"{path}: no such file; `configs/` holds experiments to start from") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise ValueError(on_one_line(f"{path}: cannot be read: {error.strerror or error}")) from None
+    except ValueError as error:
+        raise ValueError(on_one_line(f"{path}: {error}")) from None
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply for an experiment") from None
     if not isinstance(tree, dict):
@@ -362,9 +365,10 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
         if not equals or not key:
             raise ValueError(f"override {override!r}: write key.path=value")
         try:
-            set_path(tree, key, yaml.safe_load(value))
-        except yaml.YAMLError:
+            told = from_yaml(value)
+        except ValueError:
             raise ValueError(f"override {override!r}: the value is not YAML") from None
+        set_path(tree, key, told)
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:
@@ -380,7 +384,9 @@ def dump(experiment: Experiment) -> str:
 
 def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
     """Sets `value` at a dotted path of nested mappings, making those that are missing."""
-    *parents, last = path.split(".")
+    # An axis of a sweep has the dotted name of the field that it is over.
+    axis = path.removeprefix("sweep.space.")
+    *parents, last = path.split(".") if axis == path else ("sweep", "space", axis)
     for depth, parent in enumerate(parents):
         # `prompt:` with nothing after it is null in YAML, and stands for an empty section.
         if tree.get(parent) is None:

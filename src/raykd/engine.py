@@ -9,6 +9,8 @@ from pydantic import Field, field_validator, model_validator
 from raykd.tree import Section
 
 SECRET = re.compile(r"token$|secret|password|api_?key|access_?key|credential", re.IGNORECASE)
+# Arguments of vLLM that are whole numbers; -1 of the first is as long as there is room for.
+SIZES = {"max_model_len": -1, "max_num_seqs": None, "max_num_batched_tokens": None}
 # Arguments of vLLM that say how fast and in how much memory it answers, not what.
 SPEED_ARGUMENTS = frozenset(
     [
@@ -80,6 +82,20 @@ class Engine(Section):
     def _trusts_by_name(self) -> Self:
         if "trust_remote_code" in self.engine_kwargs:
             raise ValueError("engine_kwargs.trust_remote_code: is set beside the model's name, for all that loads it")
+        return self
+
+    @model_validator(mode="after")
+    def _of_some_size(self) -> Self:
+        # Reckoned with before vLLM sees them.
+        for name, also in SIZES.items():
+            value = self.engine_kwargs.get(name)
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            if not (value is None or (is_whole and (value > 0 or value == also))):
+                raise ValueError(f"engine_kwargs.{name}: should be a whole number above 0, not {value!r}")
+        share = self.engine_kwargs.get("gpu_memory_utilization")
+        is_number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not (share is None or (is_number and 0 < share <= 1)):
+            raise ValueError(f"engine_kwargs.gpu_memory_utilization: should be above 0, and 1 at most, not {share!r}")
         return self
 
     @model_validator(mode="after")

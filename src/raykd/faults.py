@@ -4,8 +4,11 @@ import errno
 import re
 from collections.abc import Iterator
 
-# What a storage answers that is full, over its quota, read-only, or not allowed.
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# What a storage answers that is full, over its quota, read-only, not allowed, or no folder.
+REFUSALS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENOTDIR, errno.ENAMETOOLONG),
+)
 _REFUSAL = re.compile(rf"\[Errno (?:{'|'.join(map(str, REFUSALS))})\] [^\n]+")
 
 

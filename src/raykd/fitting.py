@@ -143,21 +143,17 @@ def _on_nodes(
     stage: str,
 ) -> tuple[str, tuple[Placed, ...], str]:
     """Why not so many placement groups lie on GPUs that hold them, where they lie, and the way out where it is here."""
-    there = {gpu.kind: gpu for each in able(cluster, groups[0][0]).nodes if (gpu := each.gpu)}
-    placed = tuple(nodes.place(groups, cluster.nodes, holding))
+    there = {gpu.kind: gpu for each in nodes.able(cluster, groups[0][0]).nodes if (gpu := each.gpu)}
+    placed = tuple(nodes.place(groups, cluster, holding))
     if len(placed) >= needed:
-        asked = [name for name in groups[0][0] if name.startswith(ACCELERATOR_TYPE)]
-        small = [kind for kind in there if kind not in holding]
-        if not small or asked:
-            return "", placed, ""
-        # Which of them it comes to lie on is Ray's choice, and an autoscaler brings the cheaper ones first.
-        good = next(kind for kind in there if kind in holding)
         where = stage if stage in ("train", "attention") else f"{stage}.engine"
-        return f"may be placed on {', '.join(small)}, too small for it", placed, f"{where}.accelerator_type={good}"
+        remedy = "".join(nearest.kind_to_name(where, groups[0][0], cluster, holding))
+        small = [kind for kind in there if kind not in holding]
+        return f"may be placed on {', '.join(small)}, too small for it" if remedy else "", placed, remedy
     asked = [name for name in groups[0][0] if name.startswith(ACCELERATOR_TYPE)]
     if asked and not there:
         return f"no node has {asked[0]}", placed, ""
-    if len(nodes.place(groups[:needed], cluster.nodes)) < needed:
+    if len(nodes.place(groups[:needed], cluster)) < needed:
         wanted, have = _total(groups[:needed]), cluster.resources
         short = {name: amount for name, amount in wanted.items() if amount > have.get(name, 0)}
         told = [f"{amount:g} {name}, there are {have.get(name, 0):g}" for name, amount in (short or wanted).items()]
@@ -172,11 +168,6 @@ def _no_core_left(cluster: Cluster, groups: Sequence[budget.Group]) -> str:
     """Why the pipeline that feeds an engine would wait for ever; empty where it would not."""
     taken, cores = _total(groups)["CPU"], cluster.resources.get("CPU", 0)
     return f"needs {taken + 1:g} CPU with the pipeline's, there are {cores:g}" if taken + 1 > cores else ""
-
-
-def able(cluster: Cluster, bundle: nodes.Bundle) -> Cluster:
-    """The nodes of a cluster that have room for a bundle: those of the kind that it asks for, where it does."""
-    return Cluster(cluster.name, tuple(each for each in cluster.nodes if nodes.place([(bundle,)], [each])))
 
 
 def _too_large(needs: int | None, gpu: Gpu) -> str:
@@ -200,7 +191,7 @@ def _cpu_fit(
 ) -> Fit:
     if cluster is None:
         return Fit(stage, layout, needs, ("CPU",), (), len(groups))
-    placed = tuple(nodes.place(groups, cluster.nodes))
+    placed = tuple(nodes.place(groups, cluster))
     problem = ""
     if len(placed) < needed:
         cores = _total(groups[:needed])["CPU"]
@@ -227,16 +218,11 @@ def _training_fit(
     kinds = dict.fromkeys(GPUS, needs or 0)
     if cluster is None:
         problem = "" if holding else _too_large(needs, max(GPUS.values(), key=lambda gpu: gpu.bytes))
-        remedy = nearest.training(student, arm, max(gpu.bytes for gpu in GPUS.values())) if problem and student else ""
+        remedy = nearest.training(student, arm, None) if problem and student else ""
         return Fit("train", layout, needs, holding, (), len(groups), problem, remedy)
     problem, placed, remedy = _on_nodes(cluster, [group[:least] for group in groups], holding, 1, kinds, "train")
     if problem and student and not remedy:
-        there = [gpu for each in able(cluster, groups[0][0]).nodes if (gpu := each.gpu)]
-        has_room = bool(nodes.place([groups[0][:least]], cluster.nodes))
-        if there and has_room:
-            remedy = nearest.training(student, arm, max(gpu.bytes for gpu in there))
-        elif there:
-            remedy = nearest.workers(student, arm, cluster)
+        remedy = nearest.training(student, arm, cluster) or nearest.workers(student, arm, cluster)
     return Fit("train", layout, needs, holding, placed, len(groups), problem, remedy)
 
 

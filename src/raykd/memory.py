@@ -5,7 +5,6 @@ Engines: vLLM's split over T tensor and P pipeline parallel processes, the fulle
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -22,9 +21,9 @@ CONTEXT, EXCHANGE, GRAPHS = GIB // 2, GIB // 2, GIB
 PROCESS = GIB
 # vLLM 0.29: the share of a GPU that an engine takes.
 UTILIZATION = 0.92
-# vLLM 0.29, doubled by performance_mode=throughput: tokens in a step and sequences at a time, as a server on GPUs of 70
-# GiB and more that are no A100, on others, and under Ray Data.
-_SERVED_LARGE, _SERVED, _IN_DATA = (16384, 2048), (4096, 512), (4096, 256)
+# vLLM 0.29, doubled by performance_mode=throughput: tokens in a step and sequences at a time, as a server on GPUs from
+# 160 GiB on, on those from 70 on that are no A100, on others, and under Ray Data.
+_SERVED_LARGEST, _SERVED_LARGE, _SERVED, _IN_DATA = (32768, 2048), (16384, 2048), (4096, 512), (4096, 256)
 # Tokens of a sequence that there should be room for where vLLM is to find out how many there is.
 _ROOM = 1024
 # Logits of one sequence: the model's, in float32, and a sampler's copy.
@@ -128,11 +127,10 @@ def engine(
     told, tensor = engine.engine_kwargs, engine.tensor_parallel_size
     layers = stages(shape.layers, engine.pipeline_parallel_size)
     width = _bytes_of(told.get("dtype"))
-    is_large = gpu is not None and gpu.bytes >= 70 * GIB and "A100" not in gpu.kind
-    tokens, sequences = (_SERVED_LARGE if is_large else _SERVED) if served else _IN_DATA
+    tokens, sequences = _served_on(gpu) if served else _IN_DATA
     length = model_length(shape, engine)
-    sequences = _whole(told, "max_num_seqs") or sequences
-    tokens = _whole(told, "max_num_batched_tokens") or min(tokens, sequences * length)
+    sequences = told.get("max_num_seqs") or sequences
+    tokens = told.get("max_num_batched_tokens") or min(tokens, sequences * length)
     # Heads of keys and values that are fewer than processes are there more than once.
     heads = max(1, shape.kv_heads // tensor)
     cached = 1 if str(told.get("kv_cache_dtype", "auto")).startswith("fp8") else width
@@ -151,32 +149,24 @@ def engine(
         kv_token=max(last - first for first, last in layers) * 2 * heads * shape.head_dim * cached,
         max_model_len=length,
         max_num_seqs=sequences,
-        share=_share(told) if gpu else 1.0,
+        share=(told.get("gpu_memory_utilization") or UTILIZATION) if gpu else 1.0,
     )
+
+
+def _served_on(gpu: Gpu | None) -> tuple[int, int]:
+    """Tokens in a step and sequences at a time of an engine that serves, where neither is told."""
+    if gpu is None or gpu.bytes < 70 * GIB:
+        return _SERVED
+    if gpu.bytes >= 160 * GIB:
+        return _SERVED_LARGEST
+    return _SERVED if "A100" in gpu.kind else _SERVED_LARGE
 
 
 def model_length(shape: Shape, engine: Engine) -> int:
     """How long a sequence of an engine may be: `max_model_len`, or what the model was made for."""
     told = engine.engine_kwargs.get("max_model_len")
-    if told in (-1, "auto"):
-        # vLLM takes what there is room for.
-        return min(_ROOM, shape.positions)
-    return _whole(engine.engine_kwargs, "max_model_len") or shape.positions
-
-
-def _whole(told: Mapping[str, Any], name: str) -> int | None:
-    """An argument of vLLM that is a whole number; None where it is not given."""
-    value = told.get(name)
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ValueError(f"engine_kwargs.{name}: should be a whole number above 0, not {value!r}")
-    return value
-
-
-def _share(told: Mapping[str, Any]) -> float:
-    value = told.get("gpu_memory_utilization", UTILIZATION)
-    if not isinstance(value, int | float) or not 0 < value <= 1:
-        raise ValueError(f"engine_kwargs.gpu_memory_utilization: should be above 0, and 1 at most, not {value!r}")
-    return float(value)
+    # By -1 vLLM takes what there is room for.
+    return min(_ROOM, shape.positions) if told == -1 else told or shape.positions
 
 
 def padded_rank(rank: int) -> int:

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 
@@ -22,6 +23,18 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             message = f"{message}, not {problem['input']!r}"
         lines.append(f"{place}: {message}" if place else message)
     return on_one_line("; ".join(lines))
+
+
+def from_yaml(text: str) -> Any:
+    """What a text of YAML says.
+
+    Raises:
+        ValueError: where it is none; PyYAML has other errors too, for a day that no month has or a number too long.
+    """
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
+        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from None
 
 
 def on_one_line(text: str) -> str:

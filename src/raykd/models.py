@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from raykd import prompts, protocols, storage
 from raykd.demo import resolve_model
 from raykd.sections import Protocol, Student, Teacher
+from raykd.shapes import positions
 
 Model = Teacher | Student
 
@@ -32,9 +33,7 @@ def identify(named: Model) -> dict[str, str]:
     try:
         config = load_config(named)
     except OSError as error:
-        raise ValueError(
-            f"model {model!r}: neither a folder here nor to be had from the hub ({' '.join(str(error).split())[:200]})"
-        ) from None
+        raise ValueError(_nowhere(named, error)) from None
     return {"model": model, "revision": getattr(config, "_commit_hash", None) or named.revision or "unknown"}
 
 
@@ -69,6 +68,8 @@ def _load(kind: Any, named: Model) -> Any:
         return kind.from_pretrained(
             resolve_model(named.model), revision=named.revision, trust_remote_code=named.trust_remote_code
         )
+    except OSError as error:
+        raise ValueError(_nowhere(named, error)) from None
     except ValueError as error:
         # Of the ways out that transformers names only one is ours.
         told = " ".join(str(error).split())[:300]
@@ -76,6 +77,11 @@ def _load(kind: Any, named: Model) -> Any:
             f"model {named.model!r}: {told}. Where it comes with code of its own, read that, and set trust_remote_code "
             "beside the model's name"
         ) from None
+
+
+def _nowhere(named: Model, error: OSError) -> str:
+    told = " ".join(str(error).split())[:200]
+    return f"model {named.model!r}: neither a folder here nor to be had from the hub ({told})"
 
 
 def end_token_ids(named: Model) -> set[int]:
@@ -105,10 +111,9 @@ def answer_token_ids(tokenizer: Any, text: str, is_whole: bool) -> list[int]:
 
 def context_length(named: Model, engine_kwargs: Mapping[str, Any]) -> int | None:
     """How many tokens an engine takes, prompt and answer together; None where the model does not say."""
-    if told := engine_kwargs.get("max_model_len"):
-        return int(told)
-    config = load_config(named)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    told = engine_kwargs.get("max_model_len")
+    # By -1 vLLM takes as many as there is room for, up to the model's own.
+    return told if told and told != -1 else positions(load_config(named).get_text_config().to_dict())
 
 
 def check_room(

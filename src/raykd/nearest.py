@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from raykd import budget, memory, nodes, placement
 from raykd.config import Arm
@@ -86,10 +86,11 @@ def engine(
         _, holding = engine_kinds(shape, changed, loras, stage == "teacher", gpus)
         if cluster:
             group = (bundle,) * (changed.tensor_parallel_size * changed.pipeline_parallel_size)
-            placed = nodes.place([group] * replicas, cluster.nodes, holding)
+            placed = nodes.place([group] * replicas, cluster, holding)
             if len(placed) < replicas:
                 continue
             change += _OVER_NODES * any(each.splits(changed.tensor_parallel_size) for each in placed)
+            overrides = " ".join([overrides, *kind_to_name(f"{stage}.engine", bundle, cluster, holding)]).strip()
         if holding and change < cost:
             best, cost = overrides, change
     return best
@@ -126,28 +127,59 @@ def worker(student: Shape, arm: Arm, on_gpu: bool) -> int:
     return memory.worker(student, arm.student.lora, arm.train, budget.longest(arm), on_gpu).total
 
 
-def training(student: Shape, arm: Arm, available: int) -> str:
-    """The overrides of the nearest way of training that fits into a GPU; empty where none does, or it fits."""
-    fitting = [
-        (cost, told)
-        for cost, told, train in _ways(arm.train)
-        if memory.fits(worker(student, arm.model_copy(update={"train": train}), True), available)
-    ]
-    return min(fitting, default=(0.0, ""))[1]
+def kind_to_name(section: str, bundle: nodes.Bundle, cluster: Cluster, holding: Sequence[str]) -> list[str]:
+    """The override by which a stage keeps to GPUs that hold it, where it names no kind and others would take it too.
+
+    Which of them it comes to lie on is Ray's choice, and an autoscaler brings the cheaper ones first.
+    """
+    if any(name.startswith(placement.TYPE) for name in bundle):
+        return []
+    there = [gpu.kind for each in nodes.able(cluster, bundle).nodes if (gpu := each.gpu)]
+    good = [kind for kind in there if kind in holding]
+    return [f"{section}.accelerator_type={good[0]}"] if good and len(good) < len(there) else []
+
+
+def training(student: Shape, arm: Arm, cluster: Cluster | None) -> str:
+    """The overrides of the nearest way of training that fits; empty where none does, or it fits as it is.
+
+    Args:
+        student: the model's shape.
+        arm: whose workers.
+        cluster: what there is; None for any GPU.
+    """
+    gpus = {gpu.kind: gpu for each in cluster.nodes if (gpu := each.gpu)} if cluster else GPUS
+    group = placement.trial_bundles(arm.train, "gpu")[: arm.train.min_workers or arm.train.num_workers]
+    best, least = "", math.inf
+    for cost, told, train in _ways(arm.train):
+        if cost >= least:
+            continue
+        needs = worker(student, arm.model_copy(update={"train": train}), True)
+        holding = [kind for kind, gpu in gpus.items() if memory.holds_worker(gpu, needs, train)]
+        if not holding or (cluster and not nodes.place([group], cluster, holding)):
+            continue
+        best, least = told, cost
+        if cluster:
+            best = " ".join([told, *kind_to_name("train", group[0], cluster, holding)]).strip()
+    return best
 
 
 def workers(student: Shape, arm: Arm, cluster: Cluster) -> str:
     """The most workers that there is room for and the batch can be divided by; empty where none fit."""
     train = arm.train
     for number in range(train.num_workers - 1, 0, -1):
-        bundle = placement.trial_bundles(train.model_copy(update={"num_workers": number}), "gpu")
-        if train.batch_size % number or not nodes.place([bundle], cluster.nodes):
+        fewer = train.model_copy(update={"num_workers": number, "min_workers": None})
+        changed = arm.model_copy(update={"train": fewer})
+        group = placement.trial_bundles(fewer, "gpu")
+        if train.batch_size % number or not nodes.place([group], cluster):
             continue
-        changed = arm.model_copy(update={"train": train.model_copy(update={"num_workers": number})})
-        largest = max((gpu.bytes for each in cluster.nodes if (gpu := each.gpu)), default=0)
-        further = training(student, changed, largest)
-        if further or memory.fits(worker(student, changed, True), largest):
-            return " ".join([f"train.num_workers={number}", *[further] * bool(further)])
+        told = [f"train.num_workers={number}", *["train.min_workers=null"] * (train.min_workers is not None)]
+        if further := training(student, changed, cluster):
+            return " ".join([*told, further])
+        needs = worker(student, changed, True)
+        gpus = [gpu for each in cluster.nodes if (gpu := each.gpu)]
+        holding = [gpu.kind for gpu in gpus if memory.holds_worker(gpu, needs, fewer)]
+        if nodes.place([group], cluster, holding):
+            return " ".join(told)
     return ""
 
 

@@ -125,7 +125,9 @@ def stage_table(fits: Sequence[Fit], cluster: Cluster | None) -> Table:
         table.add_row(fit.stage, fit.layout, needs, _lies(fit) if cluster else _kinds(fit.kinds))
     if cluster:
         what = ", ".join(f"{each.count} x {each.name}" for each in cluster.nodes)
-        table.caption = f"There are, or may be, {what}."
+        others = sum(each.count for each in cluster.nodes if not each.is_head)
+        limit = f", no more than {cluster.most} beside the head" if (cluster.most or others) < others else ""
+        table.caption = f"There are, or may be, {what}{limit}."
     return table
 
 

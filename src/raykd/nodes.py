@@ -1,14 +1,14 @@
 """Nodes: what a cluster has or may grow to, by kinds of nodes, and how placement groups lie on it."""
 
+import heapq
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from raykd.memory import GPUS, Gpu
-from raykd.mistakes import did_you_mean, on_one_line
+from raykd.mistakes import did_you_mean, from_yaml, on_one_line
 from raykd.placement import TYPE as ACCELERATOR_TYPE
 
 Bundle = Mapping[str, float]
@@ -22,9 +22,13 @@ class Nodes:
 
     name: str
     count: int
-    """How many there are, or may be: each kind by itself, whatever of a cluster's `max_workers` others take."""
+    """How many there are, or may be."""
     resources: Mapping[str, float]
     """Of each, as Ray names them."""
+    is_head: bool = False
+    """Whether it is there whatever comes."""
+    priority: float = 0
+    """Of nodes that do as well, Ray's autoscaler brings those of the highest."""
 
     @property
     def gpu(self) -> Gpu | None:
@@ -52,16 +56,24 @@ class Cluster:
 
     name: str
     nodes: tuple[Nodes, ...]
+    most: int | None = None
+    """How many nodes beside the head there may be, of all kinds together; None for as many as each kind has."""
 
     @property
     def resources(self) -> dict[str, float]:
-        """All of them together: Ray's names, and `GPU:H100` and such for the GPUs of nodes of a kind."""
-        total: dict[str, float] = {}
+        """The most that there may be of each: Ray's names, and `GPU:H100` and such for the GPUs of nodes of a kind."""
+        heads: dict[str, float] = {}
+        others: dict[str, list[float]] = {}
         for each in self.nodes:
             gpus = {f"GPU:{kind}": each.resources.get("GPU", 0.0) for kind in _kinds(each.resources)}
             for name, amount in {**each.resources, **gpus}.items():
-                total[name] = total.get(name, 0.0) + amount * each.count
-        return total
+                if each.is_head:
+                    heads[name] = heads.get(name, 0.0) + amount * each.count
+                else:
+                    others.setdefault(name, []).extend([amount] * each.count)
+        most = sum(each.count for each in self.nodes) if self.most is None else self.most
+        top = {name: sum(heapq.nlargest(most, has)) for name, has in others.items()}
+        return {name: heads.get(name, 0.0) + top.get(name, 0.0) for name in {**heads, **top}}
 
 
 @dataclass(frozen=True)
@@ -83,12 +95,17 @@ def read(file: Path) -> Cluster:
         ValueError: where the file is none, with what is missing.
     """
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = from_yaml(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{file}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(on_one_line(f"{file}: not a `ray up` file: {error}")) from None
     types = tree.get("available_node_types") if isinstance(tree, dict) else None
     if not isinstance(types, dict) or not types:
-        raise ValueError(f"{file}: has no available_node_types, by which `ray up` knows the nodes that it may start")
+        raise ValueError(
+            f"{file}: has no available_node_types, by which `ray up` knows the nodes that it may start; for a cluster "
+            "that runs write --cluster live, for KubeRay's a file as cluster/kuberay/nodes.yaml is"
+        )
     head, at_most = tree.get("head_node_type"), tree.get("max_workers")
     found = []
     for name, told in types.items():
@@ -98,16 +115,21 @@ def read(file: Path) -> Cluster:
             # As Ray has it: a head is no worker unless it says so, others are as many as the cluster may have.
             limit = _WORKERS if at_most is None else int(at_most)
             workers = min(limit, int(told.get("max_workers", 0 if name == head else limit)))
-        except (TypeError, ValueError, AttributeError):
-            raise ValueError(f"{file}: node type {name!r}: resources and max_workers should be numbers") from None
+            priority = float(told.get("priority", 0))
+        except (TypeError, ValueError, AttributeError, OverflowError):
+            raise ValueError(
+                f"{file}: node type {name!r}: resources, max_workers and priority should be numbers"
+            ) from None
         if not resources and workers:
             raise ValueError(
                 f"{file}: node type {name!r} does not say what it has: write resources, such as {{CPU: 96, GPU: 8, "
                 "accelerator_type:H100: 1}"
             )
-        if count := int(workers) + (name == head):
-            found.append(Nodes(str(name), count, amounts))
-    return Cluster(str(file), tuple(found))
+        if name == head:
+            found.append(Nodes(str(name), 1, amounts, is_head=True))
+        if workers > 0:
+            found.append(Nodes(str(name), workers, amounts, priority=priority))
+    return Cluster(str(file), tuple(found), most=_WORKERS if at_most is None else int(at_most))
 
 
 def of_ray(records: Iterable[Mapping[str, Any]]) -> Cluster:
@@ -132,40 +154,55 @@ def _named(resources: Mapping[str, float]) -> str:
     return f"node of {gpus}{resources.get('CPU', 0):g} CPU"
 
 
-def place(
-    groups: Sequence[Sequence[Bundle]], nodes: Sequence[Nodes], kinds: Sequence[str] | None = None
-) -> list[Placed]:
+def able(cluster: Cluster, bundle: Bundle) -> Cluster:
+    """The nodes of a cluster that have room for a bundle: those of the kind that it asks for, where it does."""
+    found = (each for each in cluster.nodes if place([(bundle,)], Cluster(each.name, (each,))))
+    return Cluster(cluster.name, tuple(found), cluster.most)
+
+
+def place(groups: Sequence[Sequence[Bundle]], cluster: Cluster, kinds: Sequence[str] | None = None) -> list[Placed]:
     """Where placement groups of equal bundles lie, one beside the other, packed onto as few nodes as they can.
 
-    A group goes to the fullest node that has room for all of it, else over nodes from the emptiest on.
+    A group goes to the fullest node that has room for all of it, else over nodes from the emptiest on; of nodes that
+    are as full, to those of the highest priority.
 
     Args:
         groups: bundles.
-        nodes: the cluster's.
+        cluster: what there is or may be.
         kinds: of GPUs that will do; None for all, and nodes without.
 
     Returns:
         as many of the groups, from the first on, as there is room for.
     """
-    able = [each for each in nodes if kinds is None or (each.gpu and each.gpu.kind in kinds)]
+    will_do = [each for each in cluster.nodes if kinds is None or (each.gpu and each.gpu.kind in kinds)]
     # No more nodes than there are bundles can matter.
-    most = sum(map(len, groups))
-    free = [(each.name, dict(each.resources)) for each in able for _ in range(min(each.count, most))]
+    bundles = sum(map(len, groups))
+    free = [(each, dict(each.resources)) for each in will_do for _ in range(min(each.count, bundles))]
+    to_come = math.inf if cluster.most is None else cluster.most
+    used = {at for at, (each, _) in enumerate(free) if each.is_head}
     placed = []
     for group in groups:
         bundle, wanted = dict(group[0]), len(group)
-        room = sorted(((_room(left, bundle), at) for at, (_, left) in enumerate(free)), key=lambda each: each[0])
-        whole = next(((slots, at) for slots, at in room if slots >= wanted), None)
+        room = [(_room(left, bundle), at) for at, (_, left) in enumerate(free)]
+        # Equal ones stay as they are.
+        room.sort(key=lambda each: -free[each[1]][0].priority)
+        room.sort(key=lambda each: each[0])
+        whole = next(((slots, at) for slots, at in room if slots >= wanted and (at in used or to_come >= 1)), None)
         taken: list[tuple[int, int]] = []
-        for slots, at in [whole] if whole else reversed(room):
-            if number := min(slots, wanted - sum(count for _, count in taken)):
+        new = 0
+        for slots, at in [whole] if whole else sorted(room, key=lambda each: -each[0]):
+            number = min(slots, wanted - sum(count for _, count in taken))
+            if number and (at in used or new < to_come):
                 taken.append((at, number))
+                new += at not in used
         if sum(number for _, number in taken) < wanted:
             break
+        to_come -= new
         for at, number in taken:
+            used.add(at)
             for name, amount in bundle.items():
                 free[at][1][name] -= amount * number
-        placed.append(Placed(tuple((free[at][0], number) for at, number in taken)))
+        placed.append(Placed(tuple((free[at][0].name, number) for at, number in taken)))
     return placed
 
 

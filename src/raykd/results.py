@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from raykd import location
 from raykd.attention_results import AttentionResults, read_attention
 from raykd.comparison import BASELINE, Answers, Baseline, Comparison, Setting, baselines, compare_arms
@@ -14,6 +12,7 @@ from raykd.config import UNTOUCHED, shown
 from raykd.finalists import ranked
 from raykd.job import COMPLETE, FAILED
 from raykd.measured import Measured, Row, measure
+from raykd.mistakes import from_yaml
 from raykd.protocols import described
 from raykd.sections import Evaluate
 from raykd.space import point_key
@@ -279,8 +278,8 @@ def _notes(
 
 def _tree(config: str) -> Mapping[str, Any]:
     try:
-        tree = yaml.safe_load(config)
-    except yaml.YAMLError:
+        tree = from_yaml(config)
+    except ValueError:
         return {}
     return tree if isinstance(tree, dict) else {}
 

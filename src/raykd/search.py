@@ -1,5 +1,6 @@
 """Search: which trial of a sweep is next: first those that are known, then points that depend on what they reached."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,12 +17,13 @@ class Search(Searcher):
     Args:
         known: trials to begin with.
         jobs: trials by id, to which those of new points are added.
-        room: how many trials there is room for at a time, as things are.
+        room: how many trials there is room for at a time, as things are. It is told how many are not over, as far as
+            that is known.
         studies: the searches of the arms whose points are chosen by what earlier ones reached.
     """
 
     def __init__(
-        self, known: Sequence[Job], jobs: dict[str, Job], room: Callable[[], int], studies: Sequence[Study] = ()
+        self, known: Sequence[Job], jobs: dict[str, Job], room: Callable[[float], int], studies: Sequence[Study] = ()
     ) -> None:
         super().__init__()
         self._jobs = jobs
@@ -33,9 +35,9 @@ class Search(Searcher):
     def suggest(self, trial_id: str) -> Any:
         """The next trial, as what Tune calls its configuration; None for not yet, or `Searcher.FINISHED`."""
         # First of all: where nodes were lost there may be no room any more, for which nothing needs to wait.
-        if not self._queue and not any(study.num_open for study in self._studies.values()):
+        if not self._queue and not self._may_draw():
             return Searcher.FINISHED
-        if len(self._under_way) >= self._room():
+        if len(self._under_way) >= self._room(self._num_left()):
             return None
         while not self._queue:
             # In turns, so that the arms get on alike.
@@ -53,6 +55,15 @@ class Search(Searcher):
         job = self._under_way.pop(trial_id)
         if job.arm_name in self._studies:
             self._studies[job.arm_name].tell(job, None if error else reached(job))
+        if left := self._num_left():
+            # What is asked of the autoscaler falls with it, when there is nothing more to hand on, too.
+            self._room(left)
+
+    def _may_draw(self) -> bool:
+        return any(study.num_open for study in self._studies.values())
+
+    def _num_left(self) -> float:
+        return math.inf if self._may_draw() else len(self._queue) + len(self._under_way)
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True

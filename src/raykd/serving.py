@@ -46,7 +46,7 @@ def app(args: Service) -> Any:
     if not ray.is_initialized():
         # As `serve run` does afterwards; what there is to run on is asked now.
         ray.init(namespace="serve")
-    kind = placement.accelerator(teacher.engine.accelerator, capacity())
+    kind = placement.accelerator(teacher.engine.accelerator, capacity(joined=True))
     return build_openai_app({"llm_configs": [llm_config(by_prompt(teacher), 0, kind)]})
 
 

@@ -197,13 +197,29 @@ def read(file: Path) -> Shape | None:
             quantization=_of_method(told.get("quantization_config") or {}),
             attention_biases=biased,
             head_norms=kind == "qwen3",
-            positions=int(told.get("max_position_embeddings") or 131072),
+            positions=positions(told) or 131072,
             dtype_bytes=4 if dtype == "float32" else 2,
             source=str(file),
         )
     except (OSError, UnicodeDecodeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
         why = f"has no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(on_one_line(f"{file}: no configuration of a model ({why})")) from None
+
+
+def positions(told: Mapping[str, Any]) -> int | None:
+    """How long a sequence of a model may be, as vLLM reads its configuration; None where it does not say.
+
+    Rotary embeddings that are scaled (YaRN: arXiv 2309.00071) reach further than `max_position_embeddings`, which those
+    of Llama 3 and LongRoPE count in already.
+    """
+    length = told.get("max_position_embeddings")
+    scaling = told.get("rope_parameters") or told.get("rope_scaling") or {}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if not length or kind in ("default", "llama3", "su", "longrope"):
+        return int(length) if length else None
+    if kind == "yarn":
+        length = scaling.get("original_max_position_embeddings") or length
+    return int(int(length) * float(scaling.get("factor") or 1))
 
 
 def _config_file(model: str, revision: str | None) -> Path | None:

@@ -170,7 +170,8 @@ def run(
     room = _room(
         held, placement.taken_by_the_teacher(beside, cluster) if beside else {}, experiment.max_concurrent_trials
     )
-    group = max((placement.trial_bundles(train, kind) for train, kind in held), key=len)
+    largest, on = max(held, key=lambda each: each[0].num_workers)
+    group, least = placement.trial_bundles(largest, on), largest.min_workers or largest.num_workers
     others = placement.teacher_groups(beside, cluster) if beside else []
     _quiet()
 
@@ -184,9 +185,9 @@ def run(
             kind = placement.accelerator(job.arm.train.accelerator, cluster)
             fit(job, kind, [TuneReportCallback()], folder / "checkpoints")
 
-    def room_as_asked() -> int:
+    def room_as_asked(left: float) -> int:
         there = room()
-        ask_for(there)
+        ask_for(there, left)
         return there
 
     path, system = location.for_arrow(folder)
@@ -216,7 +217,7 @@ def run(
             (job.folder / "trial.json").unlink()
     try:
         with requested() as ask:
-            ask_for = _asking(ask, group, others, at_a_time)
+            ask_for = _asking(ask, group, least, others, at_a_time)
             tuner.fit()
     finally:
         # Tune tells nobody of an end by Ctrl-C.
@@ -238,20 +239,28 @@ def _room(held: Sequence[Held], taken: Mapping[str, float], at_most: int | None)
 
 
 def _asking(
-    ask: Callable[[Sequence[Bundle]], None], group: Sequence[Bundle], beside: Sequence[Sequence[Bundle]], at_a_time: int
-) -> Callable[[int], None]:
-    """What asks the autoscaler for room for trials, given for how many there is some.
+    ask: Callable[[Sequence[Bundle]], None],
+    group: Sequence[Bundle],
+    least: int,
+    beside: Sequence[Sequence[Bundle]],
+    at_a_time: int,
+) -> Callable[[int, float], None]:
+    """What asks the autoscaler for room for trials, given for how many there is some, and how many are not over.
 
     It brings nothing where it cannot bring all, so no more is asked for than may come; where that is not known, for one
     more than there are. It is asked again now and then: another experiment's request, and its end, take this one away.
     """
     held = [bundle for each in beside for bundle in each]
     may_be = may_hold([*beside, *[group] * at_a_time])
+    if may_be is not None and may_be <= len(beside):
+        # Not one trial has room with all of its workers: with as many as have, if it may do with them.
+        fewer = (group[:size] for size in range(len(group) - 1, least - 1, -1))
+        group = next((each for each in fewer if (may_hold([*beside, each]) or 0) > len(beside)), group)
     last = (0, 0.0)
 
-    def ask_for(room: int) -> None:
+    def ask_for(room: int, left: float) -> None:
         nonlocal last
-        number = min(at_a_time, max(1, room + 1 if may_be is None else may_be - len(beside)))
+        number = int(min(at_a_time, left, max(1, room + 1 if may_be is None else may_be - len(beside))))
         if number != last[0] or time.monotonic() > last[1] + ASKED_AGAIN_EVERY_S:
             ask([*held, *list(group) * number])
             last = (number, time.monotonic())

@@ -1,4 +1,4 @@
-"""Watch: on a cluster that goes on, what a run held is given back, however it ends: its teacher, and its places."""
+"""Watch: on a cluster that goes on, what a run held is given back, however it ends: teacher, places and nodes."""
 
 import asyncio
 import os
@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
 from ray.util import remove_placement_group
 from ray.util.placement_group import PlacementGroup
@@ -63,7 +64,11 @@ def take_down(app: str) -> None:
 
 
 def give_back(job_id: str) -> None:
-    """Removes the placement groups of a job that is over, also those that are made for a while after."""
+    """Gives back what a job held that is over: its placement groups, also those that are made for a while after, and
+    the nodes that it asked of the autoscaler, whose request stands until there is another (runs that go on renew
+    theirs)."""
+    with suppress(RayError, TimeoutError):
+        request_resources(bundles=[])
     until = time.monotonic() + LINGERS_S
     while time.monotonic() < until:
         time.sleep(LOOKS_EVERY_S)
@@ -87,7 +92,7 @@ def left_by(job_id: str) -> list[PlacementGroup]:
 
 @contextmanager
 def given_back() -> Iterator[None]:
-    """Has the places that this process' actors hold given back after a `with` block, or should it die within.
+    """Has places and nodes that this process holds given back after a `with` block, or should it die within.
 
     Ray frees an actor's placement groups when the actor dies. The controller of a training that is ended while it waits
     for room makes one more group after that, as its last, which nobody frees: it waits for room for ever, takes it when

@@ -6,9 +6,11 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+from ray.autoscaler.v2.sdk import get_cluster_status
 
 from growing import growing
 from raykd import cluster, sweep
@@ -33,11 +35,49 @@ def grow(address: str, file: Path, log: Path) -> tuple[float, int, int, float]:
         room = sweep._room([(Train(num_workers=1), "cpu")], {}, at_most=4)
         before = room()
         with cluster.requested() as ask:
-            sweep._asking(ask, [{"CPU": 1}], [], at_a_time=9)(before)
+            sweep._asking(ask, [{"CPU": 1}], 1, [], at_a_time=9)(before, 9)
             deadline = time.monotonic() + 240
             while ray.cluster_resources()["CPU"] < 5 and time.monotonic() < deadline:
                 time.sleep(1)
             return capacity["CPU"], before, room(), ray.cluster_resources()["CPU"]
+
+
+def hold(address: str, file: Path, log: Path) -> None:
+    """A run that asks for nodes, and never ends by itself."""
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address, "RAYKD_CLUSTER": str(file)}
+    with cluster.connected(log, "held", "test"), cluster.requested() as ask:
+        ask([{"CPU": 1}] * 4)
+        time.sleep(600)
+
+
+def demanded(address: str) -> list[Any]:
+    """What nodes are asked for."""
+    os.environ |= {"RAY_AUTH_MODE": "disabled"}
+    return list(get_cluster_status(address).resource_demands.cluster_constraint_demand)
+
+
+def test_what_a_killed_run_asked_for_is_taken_back(two_nodes: tuple[str, Path], tmp_path: Path):
+    context = multiprocessing.get_context("spawn")
+    run = context.Process(target=hold, args=(*two_nodes, tmp_path / "driver.log"))
+    run.start()
+    try:
+        with ProcessPoolExecutor(1, context) as pool:
+
+            def until(is_asked: bool) -> bool:
+                deadline = time.monotonic() + 120
+                while time.monotonic() < deadline:
+                    if bool(pool.submit(demanded, two_nodes[0]).result(timeout=60)) == is_asked:
+                        return True
+                    time.sleep(1)
+                return False
+
+            assert until(True)
+            run.kill()
+            run.join(timeout=60)
+            assert until(False)
+    finally:
+        run.kill()
+        run.join(timeout=60)
 
 
 def test_nodes_come_when_trials_want_room_and_trials_when_nodes_come(two_nodes: tuple[str, Path], tmp_path: Path):

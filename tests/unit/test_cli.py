@@ -130,13 +130,13 @@ def test_plan_tells_hours_and_money_where_rates_are_given(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--cluster", "nowhere.yaml"], "nowhere.yaml: not a `ray up` file"),
+        (["--cluster", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["--cluster", "live"], "set RAY_ADDRESS"),
         (["--measured", "nowhere"], "nowhere: has no run.json"),
         (["--training-rate", "0"], "--training-rate 0: should be above 0"),
         (
             ["teacher.engine.engine_kwargs={max_model_len: long}"],
-            "engine_kwargs.max_model_len: should be a whole number",
+            "teacher.engine: engine_kwargs.max_model_len: should be a whole number",
         ),
     ],
 )

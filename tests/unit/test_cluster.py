@@ -39,7 +39,7 @@ def test_what_may_come_counts_before_it_is_there(tmp_path: Path, monkeypatch: py
     expected = {"CPU": 392, "GPU": 16, "GPU:H100": 16, "accelerator_type:H100": 2, "memory": 1}
     assert cluster.capacity() == expected
     monkeypatch.setenv("RAYKD_CLUSTER", str(tmp_path / "none.yaml"))
-    with pytest.raises(ValueError, match=r"none\.yaml: not a `ray up` file"):
+    with pytest.raises(ValueError, match=r"none\.yaml: no such file"):
         cluster.capacity()
     monkeypatch.delenv("RAYKD_CLUSTER")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -59,15 +59,28 @@ def test_no_more_is_asked_for_than_may_come(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("RAYKD_CLUSTER", str(tmp_path / "cluster.yaml"))
     asked: list[list[nodes.Bundle]] = []
     of_a_kind = [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:A10G": 0.001}] * 4
-    sweep._asking(lambda bundles: asked.append(list(bundles)), of_a_kind, [], at_a_time=21)(room=0)
+    sweep._asking(lambda bundles: asked.append(list(bundles)), of_a_kind, 4, [], at_a_time=21)(0, 21)
     assert asked.pop() == of_a_kind * 4
-    sweep._asking(lambda bundles: asked.append(list(bundles)), of_a_kind, [], at_a_time=2)(room=0)
+    sweep._asking(lambda bundles: asked.append(list(bundles)), of_a_kind, 4, [], at_a_time=2)(0, 2)
     assert asked.pop() == of_a_kind * 2
     # What stays up meanwhile has to have room as well.
     teacher = [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:H100": 0.001}] * 8
     anywhere = [{"CPU": 1.0, "GPU": 1.0}] * 8
-    sweep._asking(lambda bundles: asked.append(list(bundles)), anywhere, [teacher], at_a_time=21)(room=0)
+    sweep._asking(lambda bundles: asked.append(list(bundles)), anywhere, 8, [teacher], at_a_time=21)(0, 21)
     assert asked.pop() == [*teacher, *anywhere * 3]
+
+
+def test_a_trial_that_may_do_with_fewer_workers_is_asked_for_with_as_many_as_may_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    grown(tmp_path / "cluster.yaml")
+    monkeypatch.setenv("RAYKD_CLUSTER", str(tmp_path / "cluster.yaml"))
+    asked: list[list[nodes.Bundle]] = []
+    # There may be sixteen of them.
+    of_a_kind = [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:A10G": 0.001}] * 24
+    for least, expected in ((4, 16), (24, 24)):
+        sweep._asking(lambda bundles: asked.append(list(bundles)), of_a_kind, least, [], at_a_time=3)(0, 3)
+        assert asked.pop() == of_a_kind[:expected]
 
 
 def test_where_it_is_not_known_what_may_come_one_more_is_asked_for(monkeypatch: pytest.MonkeyPatch):
@@ -76,14 +89,17 @@ def test_where_it_is_not_known_what_may_come_one_more_is_asked_for(monkeypatch: 
     asked: list[int] = []
     now = [100.0]
     monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
-    ask_for = sweep._asking(lambda bundles: asked.append(len(bundles)), [{"CPU": 1.0}] * 2, [], at_a_time=3)
+    ask_for = sweep._asking(lambda bundles: asked.append(len(bundles)), [{"CPU": 1.0}] * 2, 2, [], at_a_time=3)
     for room in (0, 0, 1, 1, 2, 5):
-        ask_for(room)
+        ask_for(room, 9)
     assert asked == [2, 4, 6]
     # Another experiment may have asked for something else since.
     now[0] += 61
-    ask_for(5)
+    ask_for(5, 9)
     assert asked == [2, 4, 6, 6]
+    # Fewer than there is room for are left.
+    ask_for(5, 1)
+    assert asked == [2, 4, 6, 6, 2]
 
 
 def test_whether_a_group_is_on_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

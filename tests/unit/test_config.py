@@ -76,6 +76,15 @@ def test_every_file_of_the_package_loads_and_survives_a_round_trip(file: Path, t
         (SMALLEST, ["teacher.replicas={min: 3, max: 2}"], ["min (3) is above max (2)"]),
         ("- a list", [], ["mapping of keys"]),
         ("a: [", [], ["not YAML"]),
+        ("name: 2024-02-30", [], ["not YAML", "day is out of range"]),
+        ("name: !!bool maybe", [], ["not YAML"]),
+        (SMALLEST, ["name=2020-13-45"], ["override 'name=2020-13-45': the value is not YAML"]),
+        (SMALLEST, ["teacher.engine.engine_kwargs={max_num_seqs: 0}"], ["teacher.engine", "max_num_seqs", "not 0"]),
+        (
+            SMALLEST,
+            ["evaluate.engine.engine_kwargs={gpu_memory_utilization: 1.5}"],
+            ["evaluate.engine", "gpu_memory_utilization", "not 1.5"],
+        ),
         ("name: small", [], ["teacher: is missing", "student: is missing"]),
     ],
 )
@@ -94,6 +103,19 @@ def test_a_mistake_gets_one_line_that_names_the_place(
 def test_a_file_that_is_not_there_is_named():
     with pytest.raises(ValueError, match=r"nowhere\.yaml: no such file"):
         config.load("nowhere.yaml")
+    with pytest.raises(ValueError, match="cannot be read: File name too long"):
+        config.load("n" * 300)
+
+
+def test_an_axis_of_a_sweep_is_set_by_the_name_of_its_field(tmp_path: Path):
+    told = ("sweep.space.train.learning_rate={choice: [0.1, 0.2]}", "sweep.space.student.lora.rank={choice: [4]}")
+    experiment = load(tmp_path, SMALLEST, "problems={num_train: 9, num_validation: 5, num_test: 5}", *told)
+    assert experiment.sweep and sorted(experiment.sweep.space) == ["student.lora.rank", "train.learning_rate"]
+
+
+def test_an_engine_may_be_left_to_find_out_how_long_a_sequence_may_be(tmp_path: Path):
+    kwargs = load(tmp_path, SMALLEST, "teacher.engine.engine_kwargs={max_model_len: -1}").teacher.engine.engine_kwargs
+    assert kwargs == {"max_model_len": -1}
 
 
 def test_an_arm_changes_what_it_names_and_nothing_else(tmp_path: Path):

@@ -227,13 +227,13 @@ def test_a_model_of_unknown_shape_is_planned_by_its_processors_alone():
 )
 def test_groups_are_packed(sizes: list[int], nodes_of: tuple[int, int], expected: list):
     count, gpus = nodes_of
-    there = (Nodes("n", count, {"CPU": 32.0, "GPU": float(gpus)}),)
+    there = Cluster("a test", (Nodes("n", count, {"CPU": 32.0, "GPU": float(gpus)}),))
     placed = nodes.place([({"CPU": 1.0, "GPU": 1.0},) * size for size in sizes], there)
     assert [list(each.on) for each in placed] == expected
 
 
 def test_a_bundle_that_asks_for_a_kind_lies_there():
-    mixed = (*cluster(1, 8, "H100").nodes, *cluster(2, 4, "A10G").nodes)
+    mixed = Cluster("mixed", (*cluster(1, 8, "H100").nodes, *cluster(2, 4, "A10G").nodes))
     bundle = {"CPU": 1.0, "GPU": 1.0, "accelerator_type:A10G": 0.001}
     (placed,) = nodes.place([(bundle,) * 6], mixed)
     assert placed.on == (("A10G", 4), ("A10G", 2))
@@ -243,16 +243,76 @@ def test_a_bundle_that_asks_for_a_kind_lies_there():
 def test_a_ray_up_file_tells_what_there_may_be(tmp_path: Path):
     (tmp_path / "up.yaml").write_text(UP)
     found = nodes.read(tmp_path / "up.yaml")
-    # The cluster's own limit holds for each type.
+    # The cluster's own limit holds for each type, and for all together.
     assert [(each.name, each.count) for each in found.nodes] == [("head", 1), ("h100", 2), ("a10g", 3)]
-    assert found.resources["GPU"] == 2 * 8 + 3 * 4
+    assert found.resources["GPU"] == 2 * 8 + 1 * 4
+    assert (found.resources["GPU:A10G"], found.resources["CPU"]) == (3 * 4, 8 + 2 * 96 + 32)
     assert [each.gpu and each.gpu.kind for each in found.nodes] == [None, "H100", "A10G"]
+
+
+def test_no_more_nodes_are_laid_on_than_the_cluster_may_have_of_all_kinds(tmp_path: Path):
+    (tmp_path / "up.yaml").write_text(UP)
+    found = nodes.read(tmp_path / "up.yaml")
+    of_four = ({"CPU": 1.0, "GPU": 1.0},) * 4
+    # Two nodes of eight and one of four hold five, but there may be three nodes only, and the fullest come first.
+    assert [each.on for each in nodes.place([of_four] * 9, found)] == [(("a10g", 4),)] * 3
+    of_sixteen = ({"CPU": 1.0, "GPU": 1.0},) * 16
+    assert [each.on for each in nodes.place([of_sixteen], found)] == [(("h100", 8), ("h100", 8))]
+    assert len(nodes.place([of_sixteen, of_four, of_four], found)) == 2
+    # The head is there in any case.
+    assert len(nodes.place([({"CPU": 8.0},)] * 9, found)) == 9
+
+
+def test_of_nodes_that_do_as_well_those_of_higher_priority_are_laid_on(tmp_path: Path):
+    eight = '{CPU: 96, GPU: 8, "accelerator_type:A10G": 1}, priority: 1'
+    (tmp_path / "up.yaml").write_text(UP.replace('{CPU: 32, GPU: 4, "accelerator_type:A10G": 1}', eight))
+    found = nodes.read(tmp_path / "up.yaml")
+    assert [each.on for each in nodes.place([({"GPU": 1.0},) * 8], found)] == [(("a10g", 8),)]
+    assert [each.on for each in nodes.place([({"GPU": 1.0},) * 12], found)] == [(("a10g", 8), ("a10g", 4))]
+
+
+def followed(experiment: Experiment, there: Cluster, *overrides: str) -> str:
+    """What is refused of training after its remedy was taken; empty where nothing is."""
+    student = shapes.find(experiment.student.model)
+    (fit,) = (each for each in fitting.check(experiment, None, student, there) if each.stage == "train")
+    assert fit.problem and fit.remedy
+    (again,) = (
+        each
+        for each in fitting.check(experiment_of("8b-to-1b.yaml", *overrides, *fit.remedy.split()), None, student, there)
+        if each.stage == "train"
+    )
+    return again.problem
+
+
+MIXED = Cluster("mixed", (*cluster(4, 1, "T4").nodes, *cluster(1, 2, "A10G").nodes))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "there"),
+    [
+        (["train.num_workers=8", "train.min_workers=4", "train.zero_stage=0", "train.dtype=float32"], MIXED),
+        (["student.model=meta-llama/Llama-3.1-8B", "train.max_length=512"], MIXED),
+        (["train.num_workers=4"], MIXED),
+        (["train.num_workers=8", "student.model=meta-llama/Llama-3.1-8B"], cluster(2, 2, "L4")),
+    ],
+)
+def test_what_is_proposed_for_training_fits(overrides: list[str], there: Cluster):
+    assert followed(experiment_of("8b-to-1b.yaml", *overrides), there, *overrides) == ""
+
+
+def test_nothing_is_proposed_for_gpus_that_do_not_compute_in_it():
+    experiment = experiment_of("8b-to-1b.yaml", "student.model=meta-llama/Llama-3.1-8B")
+    student = shapes.find(experiment.student.model)
+    assert student and nearest.training(student, experiment.arm("none"), cluster(4, 1, "T4")) == ""
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("[", "not a `ray up` file"),
+        ("available_node_types: {a: {max_workers: .inf, resources: {CPU: 1}}}", "should be numbers"),
+        ("available_node_types: {a: {priority: high, resources: {CPU: 1}}}", "should be numbers"),
+        ("day: 2024-02-30", "not a `ray up` file: not YAML: day is out of range"),
         ("a: 1", "has no available_node_types"),
         ("max_workers: 2\navailable_node_types: {a: {node_config: {}}}", "'a' does not say what it has"),
         ("available_node_types: {a: {max_workers: many, resources: {CPU: 1}}}", "should be numbers"),

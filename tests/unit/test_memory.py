@@ -126,6 +126,17 @@ def test_stages_are_divided_as_vllm_divides_them():
                 assert memory.stages(layers, pipeline) == expected
 
 
+@pytest.mark.parametrize(
+    ("kind", "tokens", "sequences"),
+    # `EngineArgs.get_batch_defaults` of vLLM 0.29, twice, as performance_mode=throughput has it.
+    [("L4", 4096, 512), ("A100-80G", 4096, 512), ("H100", 16384, 2048), ("B200", 32768, 2048)],
+)
+def test_an_engine_that_serves_takes_as_much_in_a_step_as_vllm_lets_it(kind: str, tokens: int, sequences: int):
+    shape = shape_of("meta-llama/Llama-3.1-8B")
+    told = {"max_num_batched_tokens": tokens, "max_num_seqs": sequences}
+    assert memory.engine(shape, Engine(), GPUS[kind]) == memory.engine(shape, Engine(engine_kwargs=told), GPUS[kind])
+
+
 def test_a_float8_cache_and_a_shorter_length_make_room():
     shape, gpu = shape_of("meta-llama/Llama-3.1-8B"), GPUS["A10G"]
     plain = memory.engine(shape, Engine(engine_kwargs={"max_model_len": 4096}), gpu)

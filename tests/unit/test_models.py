@@ -73,6 +73,24 @@ def test_a_model_in_which_packed_rows_would_mix_is_known_by_its_configuration(tm
         models.check_packing(Student(model=str(tmp_path)))
 
 
+@pytest.mark.parametrize("model", ["/nowhere/at/all", "no-such-owner/no-such-model"])
+def test_a_model_that_cannot_be_had_is_told_in_one_line(model: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match=f"model '{model}': neither a folder here nor to be had from the hub") as told:
+        models.load_tokenizer(Teacher(model=model))
+    assert "\n" not in str(told.value)
+
+
+def test_how_long_an_engine_takes_is_the_models_own_where_it_is_left_to_it():
+    teacher = Teacher(model="raykd/demo-teacher")
+    own = models.load_config(teacher).max_position_embeddings
+    assert [models.context_length(teacher, told) for told in ({}, {"max_model_len": -1}, {"max_model_len": 99})] == [
+        own,
+        own,
+        99,
+    ]
+
+
 def test_weights_in_a_pickle_are_refused(tmp_path: Path):
     folder = tmp_path / "model"
     shutil.copytree(resolve_model("raykd/demo-student"), folder)

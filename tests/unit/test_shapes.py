@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from llamas import llama_of
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from raykd import shapes
 from raykd.shapes import Quantization
@@ -44,6 +46,39 @@ def test_transformers_counts_the_same(name: str):
     with torch.device("meta"):
         model = LlamaForCausalLM(llama_of(shape))
     assert sum(each.numel() for each in model.parameters()) == shape.parameters
+
+
+@pytest.mark.parametrize(
+    ("scaling", "length"),
+    [
+        ({"rope_type": "default"}, 32_768),
+        # As the cards of Qwen 2.5 have it.
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}, 131_072),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8_192}, 32_768),
+        ({"rope_type": "linear", "factor": 2.0}, 65_536),
+        ({"rope_type": "dynamic", "factor": 2.0}, 65_536),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "original_max_position_embeddings": 8_192,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
+            32_768,
+        ),
+    ],
+)
+def test_a_sequence_may_be_as_long_as_vllm_says(scaling: dict, length: int):
+    from vllm.config.model import _get_and_verify_max_len
+
+    model = LlamaConfig(max_position_embeddings=32_768, rope_parameters={"rope_theta": 10_000.0, **scaling})
+    assert shapes.positions({"max_position_embeddings": 32_768, "rope_parameters": scaling}) == length
+    # As it is written in older files.
+    older = {"type": scaling["rope_type"], **{name: value for name, value in scaling.items() if name != "rope_type"}}
+    assert shapes.positions({"max_position_embeddings": 32_768, "rope_scaling": older}) == length
+    told: Any = SimpleNamespace(derived_max_model_len_and_key=(32_768, "max_position_embeddings"))
+    assert _get_and_verify_max_len(model, told, None, None, False, None) == length
 
 
 @pytest.mark.parametrize("model", ["raykd/demo-teacher", "raykd/demo-student"])

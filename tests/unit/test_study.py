@@ -161,7 +161,7 @@ def test_tune_is_handed_what_is_known_and_then_new_points_arm_by_arm(tmp_path: P
     some = plan(tmp_path, num_samples=2)
     jobs = {job.trial_id: job for job in some.pending}
     room = 0
-    search = Search(some.pending, jobs, lambda: room, list(studies(some).values()))
+    search = Search(some.pending, jobs, lambda left: room, list(studies(some).values()))
     assert search.suggest("0") is None
     room = 1
     handed = []
@@ -178,6 +178,25 @@ def test_tune_is_handed_what_is_known_and_then_new_points_arm_by_arm(tmp_path: P
     assert all(1e-6 <= each["train.learning_rate"] <= 1e-1 for each in handed)
     over = plan(tmp_path, num_samples=2)
     assert over.undrawn is None and not over.pending and len(over.jobs) == 8
+
+
+def test_no_more_room_is_asked_for_than_trials_are_left(tmp_path: Path):
+    some = plan(tmp_path, num_samples=2)
+    jobs = {job.trial_id: job for job in some.pending}
+    told: list[float] = []
+
+    def room(left: float) -> int:
+        told.append(left)
+        return 3
+
+    search = Search(studies(some)["soft"].draw() * 2, jobs, room)
+    assert [bool(search.suggest(str(number))) for number in range(4)] == [True, True, True, False]
+    for number in range(3):
+        search.on_trial_complete(str(number), {"loss": 0.1})
+    assert search.suggest("3") and search.suggest("4") == Searcher.FINISHED
+    search.on_trial_complete("3", {"loss": 0.1})
+    # It falls with the last ones, when there is nothing more to hand on, too.
+    assert told == [4, 4, 4, 4, 3, 2, 1, 1]
 
 
 def test_the_teacher_is_asked_beforehand_for_whatever_may_be_drawn(tmp_path: Path):
