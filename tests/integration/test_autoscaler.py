@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -42,6 +41,12 @@ def grow(address: str, file: Path, log: Path) -> tuple[float, int, int, float]:
             return capacity["CPU"], before, room(), ray.cluster_resources()["CPU"]
 
 
+def test_nodes_come_when_trials_want_room_and_trials_when_nodes_come(two_nodes: tuple[str, Path], tmp_path: Path):
+    # Ray ends a process whose head is gone.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(grow, *two_nodes, tmp_path / "driver.log").result(timeout=400) == (5, 1, 4, 5)
+
+
 def hold(address: str, file: Path, log: Path) -> None:
     """A run that asks for nodes, and never ends by itself."""
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address, "RAYKD_CLUSTER": str(file)}
@@ -50,10 +55,11 @@ def hold(address: str, file: Path, log: Path) -> None:
         time.sleep(600)
 
 
-def demanded(address: str) -> list[Any]:
-    """What nodes are asked for."""
+def demanded(address: str) -> int:
+    """How many bundles are asked of the autoscaler."""
     os.environ |= {"RAY_AUTH_MODE": "disabled"}
-    return list(get_cluster_status(address).resource_demands.cluster_constraint_demand)
+    demand = get_cluster_status(address).resource_demands.cluster_constraint_demand
+    return sum(each.count for request in demand for each in request.bundles_by_count)
 
 
 def test_what_a_killed_run_asked_for_is_taken_back(two_nodes: tuple[str, Path], tmp_path: Path):
@@ -63,24 +69,18 @@ def test_what_a_killed_run_asked_for_is_taken_back(two_nodes: tuple[str, Path], 
     try:
         with ProcessPoolExecutor(1, context) as pool:
 
-            def until(is_asked: bool) -> bool:
+            def comes_to(number: int) -> bool:
                 deadline = time.monotonic() + 120
                 while time.monotonic() < deadline:
-                    if bool(pool.submit(demanded, two_nodes[0]).result(timeout=60)) == is_asked:
+                    if pool.submit(demanded, two_nodes[0]).result(timeout=60) == number:
                         return True
                     time.sleep(1)
                 return False
 
-            assert until(True)
+            assert comes_to(4)
             run.kill()
             run.join(timeout=60)
-            assert until(False)
+            assert comes_to(0)
     finally:
         run.kill()
         run.join(timeout=60)
-
-
-def test_nodes_come_when_trials_want_room_and_trials_when_nodes_come(two_nodes: tuple[str, Path], tmp_path: Path):
-    # Ray ends a process whose head is gone.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        assert pool.submit(grow, *two_nodes, tmp_path / "driver.log").result(timeout=400) == (5, 1, 4, 5)
