@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 from ray.job_config import JobConfig
 
 from raykd import metrics, nodes, progress, signals
-from raykd.watch import given_back
+from raykd.watch import given_back, taken_back
 
 # Blocks that a task of Ray Data may hand on between two looks of its scheduler.
 BLOCKS_AT_A_LOOK = 16
@@ -131,10 +131,8 @@ def requested() -> Iterator[Callable[[Sequence[nodes.Bundle]], None]]:
         with suppress(RayError, TimeoutError):
             request_resources(bundles=[dict(bundle) for bundle in bundles])
 
-    try:
+    with taken_back() if is_joined() else nullcontext():
         yield ask
-    finally:
-        ask([])
 
 
 def _start(job: JobConfig) -> Any:

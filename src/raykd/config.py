@@ -366,7 +366,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
             raise ValueError(f"override {override!r}: write key.path=value")
         try:
             told = from_yaml(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"override {override!r}: the value is not YAML") from None
         set_path(tree, key, told)
     try:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from raykd import budget, memory, nearest, nodes
-from raykd.config import Arm, Experiment
+from raykd.config import Arm, Experiment, leaves
 from raykd.engine import Engine
 from raykd.memory import GIB, GPUS, Gpu
 from raykd.nodes import ACCELERATOR_TYPE, Cluster, Placed
@@ -147,9 +147,11 @@ def _on_nodes(
     placed = tuple(nodes.place(groups, cluster, holding))
     if len(placed) >= needed:
         where = stage if stage in ("train", "attention") else f"{stage}.engine"
-        remedy = "".join(nearest.kind_to_name(where, groups[0][0], cluster, holding))
+        named = nearest.kind_to_name(where, groups[:needed], cluster, holding)
+        if named == []:
+            return "", placed, ""
         small = [kind for kind in there if kind not in holding]
-        return f"may be placed on {', '.join(small)}, too small for it" if remedy else "", placed, remedy
+        return f"may be placed on {', '.join(small)}, too small for it", placed, "".join(named or ())
     asked = [name for name in groups[0][0] if name.startswith(ACCELERATOR_TYPE)]
     if asked and not there:
         return f"no node has {asked[0]}", placed, ""
@@ -166,8 +168,10 @@ def _on_nodes(
 
 def _no_core_left(cluster: Cluster, groups: Sequence[budget.Group]) -> str:
     """Why the pipeline that feeds an engine would wait for ever; empty where it would not."""
+    if nearest.has_core_beside(groups, cluster):
+        return ""
     taken, cores = _total(groups)["CPU"], cluster.resources.get("CPU", 0)
-    return f"needs {taken + 1:g} CPU with the pipeline's, there are {cores:g}" if taken + 1 > cores else ""
+    return f"needs {taken + 1:g} CPU with the pipeline's, there are {cores:g}"
 
 
 def _too_large(needs: int | None, gpu: Gpu) -> str:
@@ -206,11 +210,11 @@ def _training_fit(
 ) -> Fit:
     on_gpu = "GPU" in groups[0][0]
     arm = fullest(experiment, student, on_gpu) if student else experiment.arm(next(iter(experiment.arms)))
-    train = arm.train
-    each = f"{train.num_workers} worker{'s' * (train.num_workers > 1)}"
-    layout = f"{len(groups)} x {each}, ZeRO {train.zero_stage}"
+    train, number = arm.train, len(groups[0])
+    layout = f"{len(groups)} x {number} worker{'s' * (number > 1)}, ZeRO {train.zero_stage}"
     needs = nearest.worker(student, arm, on_gpu) if student else None
-    least = train.min_workers or train.num_workers
+    # Arms may differ in it.
+    least = max(each.train.min_workers or each.train.num_workers for each in arms(experiment))
     if not on_gpu:
         trial = [group[:least] for group in groups]
         return _cpu_fit("train", layout, needs, trial, 1, cluster)
@@ -219,11 +223,21 @@ def _training_fit(
     if cluster is None:
         problem = "" if holding else _too_large(needs, max(GPUS.values(), key=lambda gpu: gpu.bytes))
         remedy = nearest.training(student, arm, None) if problem and student else ""
-        return Fit("train", layout, needs, holding, (), len(groups), problem, remedy)
+        return Fit("train", layout, needs, holding, (), len(groups), problem, _for_arms(experiment, remedy))
     problem, placed, remedy = _on_nodes(cluster, [group[:least] for group in groups], holding, 1, kinds, "train")
     if problem and student and not remedy:
         remedy = nearest.training(student, arm, cluster) or nearest.workers(student, arm, cluster)
-    return Fit("train", layout, needs, holding, placed, len(groups), problem, remedy)
+    return Fit("train", layout, needs, holding, placed, len(groups), problem, _for_arms(experiment, remedy))
+
+
+def _for_arms(experiment: Experiment, overrides: str) -> str:
+    """Overrides, given to arms that set such a field themselves, too."""
+    told = []
+    for override in overrides.split():
+        path = override.partition("=")[0]
+        own = [name for name, arm in experiment.arms.items() if path in dict(leaves(arm, ""))]
+        told += [override] * (len(own) < len(experiment.arms)) + [f"arms.{name}.{override}" for name in own]
+    return " ".join(told)
 
 
 def _attention_fit(

@@ -90,7 +90,10 @@ def engine(
             if len(placed) < replicas:
                 continue
             change += _OVER_NODES * any(each.splits(changed.tensor_parallel_size) for each in placed)
-            overrides = " ".join([overrides, *kind_to_name(f"{stage}.engine", bundle, cluster, holding)]).strip()
+            named = kind_to_name(f"{stage}.engine", [group] * replicas, cluster, holding)
+            if named is None or not has_core_beside([group] * replicas, cluster):
+                continue
+            overrides = " ".join([overrides, *named]).strip()
         if holding and change < cost:
             best, cost = overrides, change
     return best
@@ -127,16 +130,31 @@ def worker(student: Shape, arm: Arm, on_gpu: bool) -> int:
     return memory.worker(student, arm.student.lora, arm.train, budget.longest(arm), on_gpu).total
 
 
-def kind_to_name(section: str, bundle: nodes.Bundle, cluster: Cluster, holding: Sequence[str]) -> list[str]:
+def kind_to_name(
+    section: str, groups: Sequence[Sequence[nodes.Bundle]], cluster: Cluster, holding: Sequence[str]
+) -> list[str] | None:
     """The override by which a stage keeps to GPUs that hold it, where it names no kind and others would take it too.
 
     Which of them it comes to lie on is Ray's choice, and an autoscaler brings the cheaper ones first.
+
+    Returns:
+        none where it need not name one; None where it has to, and there is not room for it on any one kind.
     """
-    if any(name.startswith(placement.TYPE) for name in bundle):
-        return []
+    bundle = groups[0][0]
     there = [gpu.kind for each in nodes.able(cluster, bundle).nodes if (gpu := each.gpu)]
     good = [kind for kind in there if kind in holding]
-    return [f"{section}.accelerator_type={good[0]}"] if good and len(good) < len(there) else []
+    if len(good) == len(there) or any(name.startswith(placement.TYPE) for name in bundle):
+        return []
+    for kind in dict.fromkeys(good):
+        told = {**bundle, **placement.processor("gpu", kind)}
+        if len(nodes.place([[told] * len(group) for group in groups], cluster)) == len(groups):
+            return [f"{section}.accelerator_type={kind}"]
+    return None
+
+
+def has_core_beside(groups: Sequence[Sequence[nodes.Bundle]], cluster: Cluster) -> bool:
+    """Whether a core is left beside an engine, without which the pipeline that feeds it would wait for ever."""
+    return len(nodes.place([*groups, ({"CPU": 1.0},)], cluster)) > len(groups)
 
 
 def training(student: Shape, arm: Arm, cluster: Cluster | None) -> str:
@@ -157,9 +175,9 @@ def training(student: Shape, arm: Arm, cluster: Cluster | None) -> str:
         holding = [kind for kind, gpu in gpus.items() if memory.holds_worker(gpu, needs, train)]
         if not holding or (cluster and not nodes.place([group], cluster, holding)):
             continue
-        best, least = told, cost
-        if cluster:
-            best = " ".join([told, *kind_to_name("train", group[0], cluster, holding)]).strip()
+        named = kind_to_name("train", [group], cluster, holding) if cluster else []
+        if named is not None:
+            best, least = " ".join([told, *named]).strip(), cost
     return best
 
 

@@ -4,6 +4,7 @@ import asyncio
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -64,11 +65,7 @@ def take_down(app: str) -> None:
 
 
 def give_back(job_id: str) -> None:
-    """Gives back what a job held that is over: its placement groups, also those that are made for a while after, and
-    the nodes that it asked of the autoscaler, whose request stands until there is another (runs that go on renew
-    theirs)."""
-    with suppress(RayError, TimeoutError):
-        request_resources(bundles=[])
+    """Removes the placement groups of a job that is over, also those that are made for a while after."""
     until = time.monotonic() + LINGERS_S
     while time.monotonic() < until:
         time.sleep(LOOKS_EVERY_S)
@@ -92,7 +89,7 @@ def left_by(job_id: str) -> list[PlacementGroup]:
 
 @contextmanager
 def given_back() -> Iterator[None]:
-    """Has places and nodes that this process holds given back after a `with` block, or should it die within.
+    """Has the places that this process' actors hold given back after a `with` block, or should it die within.
 
     Ray frees an actor's placement groups when the actor dies. The controller of a training that is ended while it waits
     for room makes one more group after that, as its last, which nobody frees: it waits for room for ever, takes it when
@@ -101,6 +98,29 @@ def given_back() -> Iterator[None]:
     job_id = ray.get_runtime_context().get_job_id()
     with _watching(f"raykd-give-back-{job_id}", partial(give_back, job_id)):
         yield
+
+
+def ask_for_none() -> None:
+    """Takes back what was asked of the cluster's autoscaler, by whomever: runs that go on ask again."""
+    # A head that is busy, or starting again, has more to do.
+    with suppress(RayError, TimeoutError):
+        request_resources(bundles=[])
+
+
+@contextmanager
+def taken_back() -> Iterator[None]:
+    """Has what is asked of the autoscaler taken back after a `with` block, or should this process die within.
+
+    It stands until something else is asked, whoever asked for it, and the nodes stay for it.
+    """
+    # There may be several, one after another.
+    name = f"raykd-demand-{ray.get_runtime_context().get_job_id()}-{uuid.uuid4().hex[:8]}"
+    with _watching(name, ask_for_none) as watch:
+        try:
+            yield
+        finally:
+            ask_for_none()
+            ray.kill(watch)
 
 
 @contextmanager

@@ -78,6 +78,7 @@ def test_every_file_of_the_package_loads_and_survives_a_round_trip(file: Path, t
         ("a: [", [], ["not YAML"]),
         ("name: 2024-02-30", [], ["not YAML", "day is out of range"]),
         ("name: !!bool maybe", [], ["not YAML"]),
+        (SMALLEST, ["name=" + "[" * 3000], ["the value is not YAML"]),
         (SMALLEST, ["name=2020-13-45"], ["override 'name=2020-13-45': the value is not YAML"]),
         (SMALLEST, ["teacher.engine.engine_kwargs={max_num_seqs: 0}"], ["teacher.engine", "max_num_seqs", "not 0"]),
         (

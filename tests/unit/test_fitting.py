@@ -300,6 +300,54 @@ def test_what_is_proposed_for_training_fits(overrides: list[str], there: Cluster
     assert followed(experiment_of("8b-to-1b.yaml", *overrides), there, *overrides) == ""
 
 
+def test_a_kind_is_proposed_that_holds_all_of_a_stage():
+    one = cluster(1, 1, "A100-80G").nodes
+    there = Cluster("mixed", (*cluster(4, 1, "T4").nodes, *one, *cluster(2, 8, "H100").nodes))
+    experiment = experiment_of("70b-to-8b.yaml")
+    teacher, student = shapes.find(experiment.teacher.model), shapes.find(experiment.student.model)
+    fits = {each.stage: each for each in fitting.check(experiment, teacher, student, there)}
+    assert fits["teacher"].problem == "may be placed on T4, too small for it"
+    assert fits["teacher"].remedy == "teacher.engine.accelerator_type=H100"
+    assert fits["train"].remedy == "train.accelerator_type=H100"
+    # Four of them lie on two kinds together, but there is no asking for both.
+    kinds = (cluster(1, 2, "A100-80G"), cluster(1, 2, "H100"), cluster(1, 4, "T4"))
+    there = Cluster("mixed", tuple(node for each in kinds for node in each.nodes))
+    (fit, *_) = fitting.check(experiment, teacher, student, there)
+    assert fit.problem == "may be placed on T4, too small for it"
+    assert "tensor_parallel_size=2" in fit.remedy
+    (fit, *_) = fitting.check(experiment_of("70b-to-8b.yaml", *fit.remedy.split()), teacher, student, there)
+    assert not fit.problem
+
+
+def test_arms_may_differ_in_workers_and_in_how_they_train():
+    of_arms = "arms={small: {}, large: {train.num_workers: 4, train.gradient_checkpointing: false}}"
+    overrides = ("train.num_workers=2", "student.model=meta-llama/Llama-3.1-8B", of_arms)
+    experiment = experiment_of("8b-to-1b.yaml", *overrides)
+    student = shapes.find(experiment.student.model)
+    fits = {each.stage: each for each in fitting.check(experiment, None, student, cluster(1, 2, "H100"))}
+    assert fits["train"].problem == "needs 4 GPU, there are 2"
+    fits = {each.stage: each for each in fitting.check(experiment, None, student, cluster(1, 4, "L4"))}
+    assert fits["train"].remedy.startswith(
+        "train.gradient_checkpointing=true arms.large.train.gradient_checkpointing=true"
+    )
+    assert followed(experiment, cluster(1, 4, "L4"), *overrides) == ""
+
+
+def test_a_core_is_left_for_what_feeds_an_engine():
+    worker = {"CPU": 8.0, "GPU": 8.0, "accelerator_type:H100": 1.0}
+    experiment = experiment_of("70b-to-8b.yaml", "teacher.engine.tensor_parallel_size=8")
+    teacher = shapes.find(experiment.teacher.model)
+    alone = Cluster("a node", (Nodes("node", 1, worker),))
+    (fit, *_) = fitting.check(experiment, teacher, None, alone)
+    assert fit.problem == "needs 9 CPU with the pipeline's, there are 8"
+    assert fit.remedy == "teacher.engine.tensor_parallel_size=4"
+    # Another node's cores are of no use where only one of the two may be there.
+    either = Cluster("one of two", (Nodes("node", 1, worker), Nodes("cores", 1, {"CPU": 32.0})), most=1)
+    assert fitting.check(experiment, teacher, None, either)[0].problem
+    both = Cluster("both", either.nodes)
+    assert not fitting.check(experiment, teacher, None, both)[0].problem
+
+
 def test_nothing_is_proposed_for_gpus_that_do_not_compute_in_it():
     experiment = experiment_of("8b-to-1b.yaml", "student.model=meta-llama/Llama-3.1-8B")
     student = shapes.find(experiment.student.model)
