@@ -3,19 +3,17 @@
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.data
-from ray.autoscaler.sdk import request_resources
-from ray.exceptions import RayError
 from ray.job_config import JobConfig
 
 from raykd import metrics, nodes, progress, signals
-from raykd.watch import given_back, taken_back
+from raykd.watch import ask, given_back, taken_back
 
 # Blocks that a task of Ray Data may hand on between two looks of its scheduler.
 BLOCKS_AT_A_LOOK = 16
@@ -125,11 +123,6 @@ def requested() -> Iterator[Callable[[Sequence[nodes.Bundle]], None]]:
     What is asked by tasks and actors that wait is asked one by one, and only as far as they are started. A cluster has
     one such request, the last that was made by anybody; where it cannot have all of it, Ray brings nothing at all.
     """
-
-    def ask(bundles: Sequence[nodes.Bundle]) -> None:
-        # A head that is busy, or starting again, will be asked again.
-        with suppress(RayError, TimeoutError):
-            request_resources(bundles=[dict(bundle) for bundle in bundles])
 
     with taken_back() if is_joined() else nullcontext():
         yield ask

@@ -184,12 +184,11 @@ def place(groups: Sequence[Sequence[Bundle]], cluster: Cluster, kinds: Sequence[
     for group in groups:
         bundle, wanted = dict(group[0]), len(group)
         room = [(_room(left, bundle), at) for at, (_, left) in enumerate(free)]
-        # Equal ones stay as they are.
-        room.sort(key=lambda each: -free[each[1]][0].priority)
-        room.sort(key=lambda each: each[0])
+        room.sort(key=lambda each: (each[0], -free[each[1]][0].priority))
         whole = next(((slots, at) for slots, at in room if slots >= wanted and (at in used or to_come >= 1)), None)
         taken: list[tuple[int, int]] = []
         new = 0
+        # Those that are as full stay in their order.
         for slots, at in [whole] if whole else sorted(room, key=lambda each: -each[0]):
             number = min(slots, wanted - sum(count for _, count in taken))
             if number and (at in used or new < to_come):

@@ -5,7 +5,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -100,11 +100,11 @@ def given_back() -> Iterator[None]:
         yield
 
 
-def ask_for_none() -> None:
-    """Takes back what was asked of the cluster's autoscaler, by whomever: runs that go on ask again."""
-    # A head that is busy, or starting again, has more to do.
+def ask(bundles: Sequence[Mapping[str, float]]) -> None:
+    """Asks the cluster's autoscaler for nodes that hold all of some bundles, in place of whatever anybody asked."""
+    # A head that is busy, or starting again, will be asked again.
     with suppress(RayError, TimeoutError):
-        request_resources(bundles=[])
+        request_resources(bundles=[dict(bundle) for bundle in bundles])
 
 
 @contextmanager
@@ -115,11 +115,11 @@ def taken_back() -> Iterator[None]:
     """
     # There may be several, one after another.
     name = f"raykd-demand-{ray.get_runtime_context().get_job_id()}-{uuid.uuid4().hex[:8]}"
-    with _watching(name, ask_for_none) as watch:
+    with _watching(name, partial(ask, ())) as watch:
         try:
             yield
         finally:
-            ask_for_none()
+            ask(())
             ray.kill(watch)
 
 
