@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _preview(options, experiment)
         if options.stage == "sweep" and experiment.sweep is None:
             raise ValueError(f"{options.file}: has no section `sweep`; write one, or use `raykd run`")
-        with lock.held(_folder(experiment), command):
+        with lock.held(_folder(experiment), command, show=progress.say):
             return _run_stage(options.stage, experiment, command, getattr(options, "retry_failed", False))
     except KeyboardInterrupt as stopped:
         print(f"raykd: stopped; the same command goes on from here: {command}", file=sys.stderr)

@@ -8,10 +8,8 @@ from typing import Any
 
 from raykd import location, storage, targets
 from raykd.config import Arm
+from raykd.records import COMPLETE
 from raykd.sections import Sweep
-
-# What a trial may come to. Only the first has an adapter.
-COMPLETE, STOPPED, FAILED = "complete", "stopped", "failed"
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,18 @@ The clocks of machines count for when a second is turned away, never for when on
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
 from _thread import interrupt_main
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from raykd import location, progress
+from raykd import location
 
 LASTS_S = 60.0
 RENEWED_EVERY_S = 15.0
@@ -30,13 +31,19 @@ class Held(Exception):
     """Another holds it; the text says who."""
 
 
+def print_line(message: str) -> None:
+    """Writes a line to standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
 @contextmanager
-def held(file: Path, who: str) -> Iterator[None]:
+def held(file: Path, who: str, show: Callable[[str], None] = print_line) -> Iterator[None]:
     """Holds a file of a bucket for a `with` block, renewing it meanwhile.
 
     Args:
         file: the file.
         who: this process in words, for whoever comes second.
+        show: shows a line to the user, where the lease is lost.
 
     Raises:
         Held: where another has it.
@@ -45,7 +52,7 @@ def held(file: Path, who: str) -> Iterator[None]:
     mine = {"who": who, "token": uuid.uuid4().hex, **_process()}
     _take(file, mine)
     over = threading.Event()
-    renewing = threading.Thread(target=_renew, args=(file, mine, over), daemon=True)
+    renewing = threading.Thread(target=_renew, args=(file, mine, over, show), daemon=True)
     renewing.start()
     try:
         yield
@@ -109,7 +116,7 @@ def _take_over(file: Path, mine: dict[str, Any], found: dict[str, Any]) -> None:
         raise Held(_who(other))
 
 
-def _renew(file: Path, mine: dict[str, Any], over: threading.Event) -> None:
+def _renew(file: Path, mine: dict[str, Any], over: threading.Event, show: Callable[[str], None]) -> None:
     other = None
     while other is None and not over.wait(RENEWED_EVERY_S):
         # A store that does not answer now may do so the next time.
@@ -117,7 +124,7 @@ def _renew(file: Path, mine: dict[str, Any], over: threading.Event) -> None:
             other = _renewed(file, mine)
     if other is not None:
         with suppress(Exception):
-            progress.say(f"raykd: {file} was taken over by {_who(other)}: this run ends")
+            show(f"raykd: {file} was taken over by {_who(other)}: this run ends")
         interrupt_main()
 
 

@@ -4,7 +4,7 @@ import errno
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,9 @@ _UNKNOWN = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextmanager
-def held(folder: Path, command: str, otherwise: str = OTHER_NAME) -> Iterator[None]:
+def held(
+    folder: Path, command: str, otherwise: str = OTHER_NAME, show: Callable[[str], None] = lease.print_line
+) -> Iterator[None]:
     """Holds a folder for a `with` block.
 
     The lock is the operating system's, and goes with the process that has it, however that ends: what is left of a run
@@ -29,13 +31,14 @@ def held(folder: Path, command: str, otherwise: str = OTHER_NAME) -> Iterator[No
         folder: the experiment's, or that of completions that experiments share.
         command: what was typed, for whoever comes second.
         otherwise: what else than wait for the first, or end it, the second can do.
+        show: shows a line to the user, where a bucket's lease is lost.
 
     Raises:
         ValueError: where another process holds it, with who that is.
     """
     if location.is_remote(folder):
         try:
-            with lease.held(folder / FILE, _who(command)):
+            with lease.held(folder / FILE, _who(command), show):
                 yield
         except lease.Held as other:
             raise ValueError(f"{folder} is being worked on by {other}. Wait for it, end it{otherwise}") from None

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from raykd.completions import Request
-from raykd.job import COMPLETE, FAILED, STOPPED, Job
+from raykd.records import COMPLETE, FAILED, STOPPED
 
 WAITING, TRAINING = "waiting", "training"
 STATES = (WAITING, TRAINING, COMPLETE, STOPPED, FAILED)
@@ -91,17 +90,18 @@ def tally(rows: Iterable[Mapping[str, Any]]) -> Tally:
     return Tally(len(done), len(rows) - len(done), tokens, sum(bool(row["is_correct"]) for row in done))
 
 
-def count_completions(experiment: str, request: Request, rows: Iterable[Mapping[str, Any]]) -> None:
+def count_completions(experiment: str, strategy: str, sequence: str, rows: Iterable[Mapping[str, Any]]) -> None:
     """Counts completions that were written.
 
     Args:
         experiment: the experiment's name.
-        request: what they belong to.
+        strategy: how the teacher was primed.
+        sequence: what it answered or scored, as `targets.sequence` has it.
         rows: of `records.COMPLETION`.
     """
     if not _is_connected():
         return
-    found, of = tally(rows), (experiment, _ray_job(), request.strategy_name, request.sequence)
+    found, of = tally(rows), (experiment, _ray_job(), strategy, sequence)
     _add(COMPLETIONS, (*of, "done"), found.done)
     _add(COMPLETIONS, (*of, "failed"), found.failed)
     _add(TOKENS, of, found.tokens)
@@ -113,12 +113,18 @@ def count_completions(experiment: str, request: Request, rows: Iterable[Mapping[
 
 
 def show_training(
-    job: Job, worker: int, loss: float | None, tokens_per_second: float, own_tokens_per_second: float
+    experiment: str,
+    trial_id: str,
+    worker: int,
+    loss: float | None,
+    tokens_per_second: float,
+    own_tokens_per_second: float,
 ) -> None:
     """Shows how a trial's training goes.
 
     Args:
-        job: the trial.
+        experiment: the experiment's name.
+        trial_id: the trial.
         worker: the rank of the worker that this process is.
         loss: of all workers' tokens, nats; None where there were none.
         tokens_per_second: of all workers.
@@ -126,7 +132,7 @@ def show_training(
     """
     if not _is_connected():
         return
-    of = (job.experiment, _ray_job(), job.trial_id)
+    of = (experiment, _ray_job(), trial_id)
     if worker == 0:
         _set(SPEED, of, tokens_per_second)
         if loss is not None:

@@ -296,7 +296,8 @@ def make_completions(plan: Plan, resources: dict[str, float]) -> None:
     with ExitStack() as locks:
         # Another experiment may be asking the same.
         for request in completions.missing(plan.requests):
-            locks.enter_context(lock.held(request.folder, f"experiment {experiment.name!r}", " (it asks the same)"))
+            who, otherwise = f"experiment {experiment.name!r}", " (it asks the same)"
+            locks.enter_context(lock.held(request.folder, who, otherwise, say))
         if missing := completions.missing(plan.requests):
             _ask_teacher(plan, missing, resources)
 

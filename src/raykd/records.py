@@ -12,6 +12,9 @@
 
 import pyarrow as pa
 
+# The status of a trial in trial.json; only the first has an adapter.
+COMPLETE, STOPPED, FAILED = "complete", "stopped", "failed"
+
 PROBLEM = pa.schema(
     [
         pa.field("problem_id", pa.string(), nullable=False),

@@ -228,7 +228,7 @@ class AskTeacher:
             answered = await self._ask(group, request)
             table = pa.Table.from_pylist(answered, schema=records.COMPLETION)
             await asyncio.to_thread(storage.write_part, request.folder, table)
-            metrics.count_completions(self._experiment, request, answered)
+            metrics.count_completions(self._experiment, request.strategy_name, request.sequence, answered)
             if self._elsewhere and any(row["error"] for row in answered):
                 # Is it up to the rows? Where the server is gone, all others would fail as well.
                 await self._check_elsewhere()

@@ -154,7 +154,7 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
         if done % every == 0 or done == mine.stop or is_checkpoint or done in marks:
             torch.distributed.all_reduce(totals[:1])
             loss = float(totals[0] / totals[1]) if totals[1] else None
-            show_training(job, worker, loss, *pace.end())
+            show_training(job.experiment, job.trial_id, worker, loss, *pace.end())
             measured = validation.measure(engine, model.model, tokenizer, job, marks[done]) if done in marks else None
             metrics = {
                 "step": done,

@@ -145,7 +145,7 @@ def test_an_owner_that_was_taken_for_gone_ends_and_leaves_the_others(file: Path,
     # While libraries write to a log, standard error is that log.
     shown = io.StringIO()
     monkeypatch.setattr(progress, "_screen", shown)
-    with pytest.raises(KeyboardInterrupt), lease.held(file, "me"):
+    with pytest.raises(KeyboardInterrupt), lease.held(file, "me", progress.say):
         storage.write_json(file, ELSEWHERE)
         time.sleep(20)
     assert storage.read_json(file)["token"] == "theirs"
