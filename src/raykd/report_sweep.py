@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from raykd.config import UNTOUCHED
-from raykd.job import COMPLETE, FAILED, STOPPED
 from raykd.measured import Share
+from raykd.records import COMPLETE, FAILED, STOPPED
 from raykd.report_text import (
     NOTHING,
     amount,

@@ -10,10 +10,10 @@ from raykd.attention_results import AttentionResults, read_attention
 from raykd.comparison import BASELINE, Answers, Baseline, Comparison, Setting, baselines, compare_arms
 from raykd.config import UNTOUCHED, shown
 from raykd.finalists import ranked
-from raykd.job import COMPLETE, FAILED
 from raykd.measured import Measured, Row, measure
 from raykd.mistakes import from_yaml
 from raykd.protocols import described
+from raykd.records import COMPLETE, FAILED
 from raykd.sections import Evaluate
 from raykd.space import point_key
 from raykd.storage import MANIFEST, read_json

@@ -12,8 +12,9 @@ from rich.text import Text
 
 from raykd import metrics, progress
 from raykd.config import shown
-from raykd.job import FAILED, Job, outcome, read_curve
+from raykd.job import Job, outcome, read_curve
 from raykd.progress import Meter
+from raykd.records import FAILED
 from raykd.sections import Sweep
 
 # Lines of a terminal that a live table leaves free.

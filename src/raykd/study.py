@@ -12,7 +12,8 @@ from ray.tune.search.optuna import OptunaSearch
 
 from raykd import storage, variants
 from raykd.config import Experiment
-from raykd.job import FAILED, Job, outcome, reached
+from raykd.job import Job, outcome, reached
+from raykd.records import FAILED
 from raykd.sections import Sweep
 from raykd.space import Axis
 from raykd.variants import Point, Variant

@@ -17,21 +17,10 @@ from raykd import completions, faults, location, placement, storage, tracking
 from raykd.cluster import live, may_hold, requested
 from raykd.completions import Request
 from raykd.config import CARRIED_OUT_OF_TRAIN, Experiment
-from raykd.job import (
-    COMPLETE,
-    FAILED,
-    STOPPED,
-    Job,
-    is_complete,
-    outcome,
-    reached,
-    read_curve,
-    record,
-    those,
-    validations,
-)
+from raykd.job import Job, is_complete, outcome, reached, read_curve, record, those, validations
 from raykd.nodes import Bundle
 from raykd.progress import say
+from raykd.records import COMPLETE, FAILED, STOPPED
 from raykd.scoreboard import Scoreboard
 from raykd.search import Search
 from raykd.sections import Sweep, Teacher, Train

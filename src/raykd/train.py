@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from raykd import checkpoints, location, placement, storage, targets
-from raykd.job import COMPLETE, Job, problem_ids, problems_of_round, read_curve, record
+from raykd.job import Job, problem_ids, problems_of_round, read_curve, record
 from raykd.metrics import show_training
+from raykd.records import COMPLETE
 from raykd.sections import Train
 from raykd.targets import Target
 

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from raykd import pipeline, records, storage
-from raykd.job import COMPLETE, FAILED, STOPPED, Job, outcome
+from raykd.job import Job, outcome
+from raykd.records import COMPLETE, FAILED, STOPPED
 from runs import RAYKD, kill_when, plan_of, wait_for_end
 
 pytestmark = pytest.mark.timeout(1800)

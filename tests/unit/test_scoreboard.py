@@ -14,7 +14,8 @@ import pytest
 
 from raykd import pipeline, progress
 from raykd.config import Experiment
-from raykd.job import COMPLETE, STOPPED, Job, record
+from raykd.job import Job, record
+from raykd.records import COMPLETE, STOPPED
 from raykd.scoreboard import Scoreboard
 
 

@@ -10,7 +10,8 @@ from ray.tune.search import Searcher
 
 from raykd import pipeline, storage
 from raykd.config import Experiment
-from raykd.job import COMPLETE, FAILED, STOPPED, Job, record
+from raykd.job import Job, record
+from raykd.records import COMPLETE, FAILED, STOPPED
 from raykd.search import Search
 from raykd.study import Study
 

@@ -10,7 +10,8 @@ from ray.tune.schedulers import TrialScheduler
 
 from raykd import finalists, pipeline, storage, sweep
 from raykd.config import Experiment
-from raykd.job import COMPLETE, FAILED, STOPPED, Job, record
+from raykd.job import Job, record
+from raykd.records import COMPLETE, FAILED, STOPPED
 from raykd.report_sweep import best_points
 from raykd.results import read_results
 from raykd.sections import Sweep
