@@ -14,7 +14,7 @@ import ray.data
 import safetensors.numpy
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-from raykd import adapters, answers, location, models, placement, protocols, records, storage
+from raykd import adapters, answers, identity, location, models, placement, protocols, records, storage
 from raykd.config import UNTOUCHED
 from raykd.demo import resolve_model
 from raykd.memory import padded_rank
@@ -101,7 +101,7 @@ def evaluate(
         "prediction_id",
         {
             "trials": [each.trial_id for each in contestants],
-            "asked": protocols.asked(evaluation),
+            "asked": identity.way_of_asking(evaluation),
             "problems": problems.name,
         },
     )
@@ -116,7 +116,7 @@ def check_adapters(contestants: Sequence[Contestant]) -> None:
 
 def folder_name(evaluation: Evaluate) -> str:
     """What the folder of answers is called: other for each way of asking."""
-    return f"{evaluation.protocol}-{storage.content_key(protocols.asked(evaluation))[:8]}"
+    return f"{evaluation.protocol}-{storage.content_key(identity.way_of_asking(evaluation))[:8]}"
 
 
 def collect(folder: Path, file: Path) -> None:

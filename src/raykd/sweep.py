@@ -13,10 +13,10 @@ from ray.tune.execution import class_cache
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
-from raykd import completions, faults, location, placement, storage, tracking
+from raykd import faults, identity, location, placement, storage, tracking
 from raykd.cluster import live, may_hold, requested
 from raykd.completions import Request
-from raykd.config import CARRIED_OUT_OF_TRAIN, Experiment
+from raykd.config import Experiment
 from raykd.job import (
     COMPLETE,
     FAILED,
@@ -70,30 +70,14 @@ def jobs(
         same_tokens: whether the teacher's token ids are the student's.
         folder: the experiment's folder.
     """
-    made = []
+    made, of_problems = [], storage.read_json(problems / storage.MANIFEST)["content"]
     for variant in variants:
-        arm, request, sweep = variant.arm, asked[variant.lesson], experiment.sweep
-        # The teacher and how it was primed are in what identifies the rows.
-        bearing = {name: value for name, value in arm.bearing().items() if name in ("student", "targets", "loss")}
+        arm, request = variant.arm, asked[variant.lesson]
         # A student's own answers are not there yet: what is given is what it begins with.
         given = asked.get(f"{variant.lesson}/warmup") if arm.targets.sequence == "student" else request
         for seed in experiment.seeds:
-            identity = {
-                **bearing,
-                "weights": dict(student),
-                # How a trial is carried out changes nothing of what it is.
-                "train": arm.train.model_dump(exclude={name.removeprefix("train.") for name in CARRIED_OUT_OF_TRAIN}),
-                "instruction": arm.prompt.instruction,
-                "rows": completions.identity(request, arm) if request else problems.name,
-                "problems": problems.name,
-                "seed": seed,
-            }
-            if sweep:
-                # It is measured on the way, which is part of what it gives.
-                identity["measured"] = {"metric": sweep.metric, "validations": sweep.validations}
-                if sweep.metric == "accuracy":
-                    identity["max_tokens"] = experiment.evaluate.sampling.max_tokens
-            trial_id = f"{variant.arm_name}-s{seed}-{storage.content_key(identity)[:8]}"
+            content = identity.trial(experiment, arm, seed, of_problems, request.content if request else None, student)
+            trial_id = f"{variant.arm_name}-s{seed}-{storage.content_key(content)[:8]}"
             made.append(
                 Job(
                     trial_id=trial_id,
@@ -104,10 +88,11 @@ def jobs(
                     problems=problems,
                     completions=given.folder if given else None,
                     same_tokens=same_tokens,
+                    experiment=experiment.name,
                     folder=folder / "trials" / trial_id,
                     lesson=variant.lesson,
                     values=variant.values,
-                    sweep=sweep,
+                    sweep=experiment.sweep,
                     max_tokens=experiment.evaluate.sampling.max_tokens,
                 )
             )

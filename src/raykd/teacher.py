@@ -123,7 +123,7 @@ def served(teacher: Teacher, top_k: int, app: str, cluster: Mapping[str, float])
         cluster: the cluster's resources.
     """
     if teacher.endpoint:
-        say(f"asking the teacher {teacher.elsewhere['model']} at {teacher.endpoint.url}")
+        say(f"asking the teacher {teacher.served_model} at {teacher.endpoint.url}")
         yield
         return
     kind = placement.accelerator(teacher.engine.accelerator, cluster)

@@ -9,7 +9,7 @@ import numpy as np
 from ray import tune
 from ray.tune.search.variant_generator import generate_variants
 
-from raykd import config, storage
+from raykd import config, identity, storage
 from raykd.config import Arm, Experiment
 from raykd.sections import Sweep
 from raykd.space import Axis, point_key
@@ -80,7 +80,7 @@ def at(experiment: Experiment, name: str, point: Point) -> Variant:
         ValueError: where they do not go together.
     """
     arm = experiment.arm(name, point)
-    bearing = dict(config.leaves(arm.bearing(), ""))
+    bearing = dict(config.leaves(identity.effective_config(arm), ""))
     # As they bear on it: two ways of saying one thing are one point.
     values = {path: bearing[path] for path, _ in config.leaves(point, "") if path in bearing}
     return Variant(name, arm, values)

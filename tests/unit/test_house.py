@@ -46,6 +46,7 @@ FLOORS = [
         "budget",
         "nearest",
         "fitting",
+        "identity",
     },
     {
         "attention",
