@@ -14,7 +14,7 @@ import ray.data
 import safetensors.numpy
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-from raykd import adapters, answers, identity, location, models, placement, protocols, records, storage
+from raykd import adapters, answers, compat, identity, location, models, placement, protocols, records, storage
 from raykd.config import UNTOUCHED
 from raykd.demo import resolve_model
 from raykd.memory import padded_rank
@@ -364,7 +364,7 @@ class Score:
         return {"rows": [len(rows)], "tokens": [sum(table["num_tokens"].to_pylist())]}
 
     def _score(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        text, error = row["generated_text"], row["__inference_error__"]
+        text, error = row["generated_text"], row[compat.INFERENCE_ERROR]
         tokens = row["generated_tokens"]
         ended = finish_reason(tokens, self._ends, error)
         if at := next((each for each in self._stop if text.endswith(each)), None):

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from raykd import prompts, protocols, storage
+from raykd import compat, prompts, protocols, storage
 from raykd.demo import resolve_model
 from raykd.sections import Protocol, Student, Teacher
 from raykd.shapes import positions
@@ -34,7 +34,7 @@ def identify(named: Model) -> dict[str, str]:
         config = load_config(named)
     except OSError as error:
         raise ValueError(_nowhere(named, error)) from None
-    return {"model": model, "revision": getattr(config, "_commit_hash", None) or named.revision or "unknown"}
+    return {"model": model, "revision": compat.commit_hash(config) or named.revision or "unknown"}
 
 
 def load_config(named: Model) -> Any:

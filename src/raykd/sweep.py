@@ -9,11 +9,10 @@ from typing import Any
 
 from ray import cloudpickle, tune
 from ray.exceptions import RayActorError
-from ray.tune.execution import class_cache
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
-from raykd import faults, identity, location, placement, storage, tracking
+from raykd import compat, faults, identity, location, placement, storage, tracking
 from raykd.cluster import live, may_hold, requested
 from raykd.completions import Request
 from raykd.config import Experiment
@@ -179,7 +178,7 @@ def run(
     tuner = tune.Tuner(
         # The driver of a trial waits for its workers and needs no core itself, but Tune wants it to need something. On
         # the head it is not lost with a node that its workers are on.
-        tune.with_resources(train_student, {"CPU": 0, "memory": 1 << 20, placement.HEAD: 0.0001}),
+        tune.with_resources(train_student, {"CPU": 0, "memory": 1 << 20, compat.HEAD_RESOURCE: 0.0001}),
         tune_config=tune.TuneConfig(
             search_alg=Search(list(known.values()), jobs, room_as_asked, studies),
             # Until the search says that there is nothing more.
@@ -262,15 +261,14 @@ def _drawn(config: Mapping[str, Any], make: Make | None) -> Job:
 
 def _quiet() -> None:
     # Tune's older reporter is the one that can be told to say nothing; the trials' progress is shown otherwise.
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    os.environ[compat.OLD_TUNE_OUTPUT_ENV] = "0"
     # Else Tune takes Ctrl-C for a wish to end early with what there is, and the run goes on to the next stage.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     # Who is told of the trials is said.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     # A trial tells its steps more often than it is measured.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
-    # Tune copies these into the trials' runtime environment, which Ray writes into its logs. Nodes have their own.
-    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(CLOUD_KEYS)
+    compat.keep_out_of_trials(CLOUD_KEYS)
 
 
 class _OfEachArm(FIFOScheduler):

@@ -16,7 +16,7 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.config import ProxyLocation
 
-from raykd import completions, metrics, placement, records, storage
+from raykd import compat, completions, metrics, placement, records, storage
 from raykd.cluster import is_joined
 from raykd.completions import Request
 from raykd.demo import resolve_model
@@ -289,7 +289,11 @@ class AskTeacher:
                     return failure
             except RayError as error:
                 failure = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-                if attempt and isinstance(error, RayTaskError) and type(error.cause).__name__ != "EngineDeadError":
+                if (
+                    attempt
+                    and isinstance(error, RayTaskError)
+                    and type(error.cause).__name__ != compat.ENGINE_DEAD_ERROR
+                ):
                     # It is up to the call, not to the replica.
                     return failure
         return failure
