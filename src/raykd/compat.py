@@ -21,7 +21,7 @@ Why: what watches over a run must not be lost with a worker node, and Ray has no
 Without it: tasks and actors that ask for it wait for ever."""
 
 ACCELERATOR_TYPE_PREFIX = "accelerator_type:"
-"""How the resource begins that a node with GPUs of a kind has (`ray._private.ray_constants`).
+"""How the resource begins that a node with GPUs of a kind has (`ray._common.utils`).
 
 Why: `accelerator_type` is an option of tasks and actors, and placement bundles have none.
 Without it: bundles that ask for a kind of GPU wait for ever."""
@@ -148,15 +148,6 @@ def engine_callback() -> "type[CallbackBase]":
     from ray.llm._internal.common.callbacks.base import CallbackBase
 
     return CallbackBase
-
-
-def commit_hash(config: Any) -> str | None:
-    """Return the commit of the hub that a `PretrainedConfig` was loaded from; None where it was not.
-
-    Why: a branch moves, and the commit identifies the weights (`PretrainedConfig._commit_hash`).
-    Without it: models of the hub are identified by the revision that was asked for.
-    """
-    return getattr(config, "_commit_hash", None)
 
 
 def attention_implementation(config: Any) -> str | None:
