@@ -312,7 +312,7 @@ class Ask:
                 "reference_answer": problem["reference_answer"],
                 "model": location.for_engine(each.adapter)[1] if each.adapter else self._model,
                 "tokenized_prompt": prompt,
-                "answer_seed": _answer_seed(seed, prediction_id),
+                "answer_seed": _answer_seed(seed, each, problem["problem_id"], sample),
             }
             for each in self._contestants
             for problem, prompt in zip(problems, tokens, strict=True)
@@ -337,9 +337,11 @@ _QUESTION = pa.schema(
 )
 
 
-def _answer_seed(seed: int, prediction_id: str) -> int:
+def _answer_seed(seed: int, contestant: Contestant, problem_id: str, sample: int) -> int:
+    # Of no key: another version of a key must not draw other answers.
+    drawn = f"{seed}/{contestant.arm}/{contestant.seed}/{problem_id}/{sample}"
     # 28 bits: small enough for whatever takes it as an integer on the way to the engine.
-    return int(storage.digest(f"{seed}/{prediction_id}")[:7], 16)
+    return int(storage.digest(drawn)[:7], 16)
 
 
 def finish_reason(tokens: Sequence[int], ends: set[int], error: str) -> str:
