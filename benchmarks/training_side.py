@@ -69,6 +69,7 @@ def job(experiment: Experiment, folder: Path, side: str) -> Job:
         problems=problems,
         completions=folder / "completions",
         same_tokens=True,
+        experiment=experiment.name,
         folder=folder / "trials" / f"{side}-{time.time_ns()}",
         lesson=name,
     )

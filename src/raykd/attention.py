@@ -14,7 +14,7 @@ import ray.data
 import torch
 from peft import PeftModel
 
-from raykd import heads, location, models, placement, prompts, records, spans, storage
+from raykd import heads, identity, location, models, placement, prompts, records, spans, storage
 from raykd.evaluate import Contestant, check_adapters, test_ids
 from raykd.progress import Meter
 from raykd.sections import Attention, Student
@@ -31,8 +31,7 @@ def folder_name(attention: Attention, dtype: str) -> str:
         attention: the configuration's section.
         dtype: of the model.
     """
-    told = {"num_problems": attention.num_problems, "dtype": dtype, "statistics": heads.STATISTICS}
-    return storage.content_key(told)[:8]
+    return storage.content_key(identity.attention(attention, dtype, heads.STATISTICS))[:8]
 
 
 def measure(

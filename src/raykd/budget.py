@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from raykd import config, placement
+from raykd import config, identity, placement, storage
 from raykd.config import Arm, Experiment
 from raykd.rates import Rates
 from raykd.sections import Problems
@@ -199,8 +199,7 @@ def work(
 
 def _question(arm: Arm) -> tuple[object, ...]:
     """What tells a set of completions from another; log-probabilities of an answer come with it."""
-    asked = (arm.prompt.strategy, arm.targets.sequence)
-    return (*asked, arm.teacher.samples, str(arm.teacher.sampling.bearing())) if asked[1] == "teacher" else asked
+    return arm.prompt.strategy, storage.content_key(identity.question(arm))
 
 
 def _searched(experiment: Experiment) -> int:

@@ -7,9 +7,7 @@ the trial for good. So each worker notes beside its files what they hold.
 
 from pathlib import Path
 
-from raykd import location, storage
-
-LIST = "checkpoint_manager_snapshot.json"
+from raykd import compat, location, storage
 
 
 def certify(folder: Path, worker: int, num_workers: int) -> None:
@@ -45,13 +43,13 @@ def mend(run: Path) -> Path | None:
         The checkpoint to go on from where there is no list: the newest that is whole, if any. None where there is a
         list: Ray Train finds it there.
     """
-    file = run / LIST
+    file = run / compat.CHECKPOINT_LIST
     if file.exists():
         if _is_good(file):
             return None
         file.unlink()
     # Their names hold the time.
-    there = [each for each in reversed(location.folders(run)) if each.name.startswith("checkpoint_")]
+    there = [each for each in reversed(location.folders(run)) if each.name.startswith(compat.CHECKPOINT_PREFIX)]
     whole = next((folder for folder in there if is_whole(folder)), None)
     for folder in there:
         if folder != whole:
@@ -61,7 +59,7 @@ def mend(run: Path) -> Path | None:
 
 def _is_good(file: Path) -> bool:
     try:
-        named = [each["checkpoint_dir_name"] for each in storage.read_json(file)["checkpoint_results"]]
+        named = compat.checkpoint_names(storage.read_json(file))
     except (ValueError, KeyError, TypeError):
         return False
     return all(is_whole(file.parent / name) for name in named)

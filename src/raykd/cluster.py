@@ -12,7 +12,7 @@ import ray
 import ray.data
 from ray.job_config import JobConfig
 
-from raykd import metrics, nodes, progress, signals
+from raykd import compat, metrics, nodes, progress, signals
 from raykd.watch import ask, given_back, taken_back
 
 # Blocks that a task of Ray Data may hand on between two looks of its scheduler.
@@ -48,9 +48,8 @@ def connected(log: Path, experiment: str, stage: str) -> Iterator[dict[str, floa
             data = ray.data.DataContext.get_current()
             data.enable_progress_bars = False
             data.print_on_execution_start = False
-            # Ray Data looks ten times a second, and takes at most so many blocks of a task each time, by default 2. A
-            # block of ours is a call, and one task cuts up thousands: the teacher would get 20 calls a second.
-            data._max_num_blocks_in_streaming_gen_buffer = BLOCKS_AT_A_LOOK
+            # A block of ours is a call.
+            compat.hand_on_blocks(data, BLOCKS_AT_A_LOOK)
             dashboard = f"  dashboard: http://{context.dashboard_url}" if context.dashboard_url else ""
             progress.say(f"Ray {ray.__version__}: {address or 'local'}{dashboard}  logs: {log}, {LOGS}")
             try:

@@ -5,13 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raykd import answers, location, records, storage
+from raykd import answers, identity, location, storage
 from raykd.config import Arm, Experiment
 from raykd.engine import Sampling
 from raykd.strategies import Strategy
-
-# What of a problems' manifest determines their train split.
-BEARS_ON_TRAIN = ("source", "train_file", "revision", "seed", "generator", "num_train", "num_validation", "schema")
 
 
 @dataclass(frozen=True)
@@ -63,53 +60,22 @@ def of_arms(
             that asks the same of the same teacher.
         model: what identifies the teacher's weights and tokenizer.
     """
-    contents = {name: _content(experiment, arm, problems, model) for name, arm in arms.items() if arm.needs_teacher}
+    of_problems = storage.read_json(problems / storage.MANIFEST)["content"]
+    contents = {
+        name: identity.completion_set(experiment, arm, of_problems, model)
+        for name, arm in arms.items()
+        if arm.needs_teacher
+    }
     stored, wanted = _by_question(_stored(root)), _by_question(contents.values())
     found: dict[str, Request | None] = dict.fromkeys(arms)
     for name, content in contents.items():
-        question = _question(content)
+        question = identity.same_completions(content)
         there = [each for each in stored.get(question, []) if each["top_k"] >= content["top_k"]]
         chosen = min(there, key=_top_k) if there else max(wanted[question], key=_top_k)
         strategy = arms[name].prompt.strategy
         folder = root / "completions" / storage.content_key(chosen)
         found[name] = Request(strategy, experiment.strategies[strategy], folder, chosen)
     return found
-
-
-def identity(request: Request, arm: Arm) -> str:
-    """What of a request determines an arm's rows: all but log-probabilities that the arm does not use."""
-    used = arm.targets.top_k if arm.targets.kind == "top_k" else 0
-    return storage.content_key(request.content | {"top_k": used})
-
-
-def _content(experiment: Experiment, arm: Arm, problems: Path, model: Mapping[str, Any]) -> dict[str, Any]:
-    teacher, targets = experiment.teacher, arm.targets
-    content = {
-        "problems": _train_key(problems),
-        # Not the name: two names for the same words are the same question.
-        "strategy": experiment.strategies[arm.prompt.strategy].model_dump(mode="json"),
-        "instruction": arm.prompt.instruction,
-        "teacher": dict(model),
-        "engine_kwargs": teacher.engine.arguments_of_answers,
-        "sequence": targets.sequence,
-        "samples": 1,
-        "top_k": targets.top_k if targets.kind == "top_k" else 0,
-        "schema": records.COMPLETION.names,
-    }
-    if teacher.endpoint:
-        # Nothing is known of its engine.
-        content |= {"engine_kwargs": {}, "endpoint": teacher.elsewhere}
-    if targets.sequence == "teacher":
-        content["samples"] = arm.teacher.samples
-        sampling = arm.teacher.sampling
-        content["sampling"] = sampling.model_dump() if sampling.temperature else {"max_tokens": sampling.max_tokens}
-    return content
-
-
-def _train_key(problems: Path) -> str:
-    """What determines the problems that the teacher is asked: nothing of those that students are tested by."""
-    manifest = storage.read_json(problems / storage.MANIFEST)
-    return storage.content_key({name: manifest[name] for name in BEARS_ON_TRAIN if name in manifest})
 
 
 def _stored(root: Path) -> list[dict[str, Any]]:
@@ -127,13 +93,8 @@ def _stored(root: Path) -> list[dict[str, Any]]:
 def _by_question(contents: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for each in contents:
-        found.setdefault(_question(each), []).append(each)
+        found.setdefault(identity.same_completions(each), []).append(each)
     return found
-
-
-def _question(content: Mapping[str, Any]) -> str:
-    """All that determines a set of completions, but for how many log-probabilities it has."""
-    return storage.content_key({name: value for name, value in content.items() if name != "top_k"})
 
 
 def _top_k(content: Mapping[str, Any]) -> int:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -29,19 +29,10 @@ from raykd.sections import (
 )
 from raykd.space import Axis
 from raykd.strategies import BUILT_IN, Strategy
+from raykd.tree import RUNTIME_ONLY, is_runtime_only
 
 UNTOUCHED = "untouched"
 Tracker = Literal["mlflow", "wandb"]
-# How a trial is carried out, which is no part of what it is.
-CARRIED_OUT_OF_TRAIN = (
-    "train.accelerator",
-    "train.accelerator_type",
-    "train.checkpoint_every_steps",
-    "train.gradient_checkpointing",
-    "train.max_failures",
-    "train.micro_batch_size",
-    "train.min_workers",
-)
 # What may differ between arms. All else is shared, so that arms differ in nothing but what names them.
 ARM_SECTIONS = (
     "teacher.sampling",
@@ -61,7 +52,7 @@ class Experiment(Section):
 
     name: str = Field(pattern=NAME_PATTERN)
     """Name of the experiment's folder below `storage`: letters, digits, '.', '_' and '-'."""
-    storage: str = "storage"
+    storage: Annotated[str, RUNTIME_ONLY] = "storage"
     """A folder that every node of the cluster sees, or a bucket: s3://, gs:// or abfs://BUCKET/PREFIX. Keys, and the
     address of another server than the cloud's, come from the environment of the nodes."""
     problems: Problems = Problems(num_train=1000, num_test=300)
@@ -78,10 +69,10 @@ class Experiment(Section):
     """Each arm's overrides by dotted path, such as `prompt.strategy: teacher`."""
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     """Every arm is trained once with each."""
-    max_concurrent_trials: int | None = Field(default=None, ge=1)
+    max_concurrent_trials: Annotated[int | None, RUNTIME_ONLY] = Field(default=None, ge=1)
     """Trials at a time; null for as many as the cluster's free resources hold."""
-    prices: Prices = Prices()
-    tracking: Tracker | None = None
+    prices: Annotated[Prices, RUNTIME_ONLY] = Prices()
+    tracking: Annotated[Tracker | None, RUNTIME_ONLY] = None
     """Who is told of the trials, besides TensorBoard: MLflow, below the experiment's folder unless MLFLOW_TRACKING_URI
     names a server, or Weights & Biases, offline unless WANDB_API_KEY is set."""
     sweep: Sweep | None = None
@@ -137,7 +128,7 @@ class Experiment(Section):
                 f"{where}: no field in which arms may differ{did_you_mean(path, can)}; those are below "
                 f"{', '.join(ARM_SECTIONS)}"
             )
-        if path in CARRIED_OUT_OF_TRAIN:
+        if is_runtime_only(Train, path.removeprefix("train.")):
             raise ValueError(f"{where}: how a trial is carried out changes nothing of what it is; set it for all")
         if self.sweep and self.sweep.search == "optuna" and bears_on_the_teacher(path) and not axis.values:
             raise ValueError(
@@ -181,25 +172,6 @@ class Experiment(Section):
                 f"arm {arm!r}: soft targets are the model's own distribution, before temperature and top-p: "
                 f"teacher.engine.engine_kwargs.logprobs_mode must be raw_logprobs, not {mode!r}"
             )
-
-    def identity(self) -> dict[str, Any]:
-        """All that makes the experiment what it is, by dotted path; how it is carried out is left out.
-
-        Arms and seeds are left out too: they may be added to, and each trial has a name of its own. So is how students
-        are asked the test problems, for answers by other ways of asking have folders of their own; of `evaluate` there
-        is what bears on the students themselves, where anything does.
-        """
-        tree = json.loads(self.model_dump_json(exclude=_CARRIED_OUT))
-        if self.teacher.endpoint:
-            tree["teacher"] |= {"engine": {}, "endpoint": self.teacher.elsewhere}
-        else:
-            tree["teacher"]["engine"] = {"engine_kwargs": self.teacher.engine.arguments_of_answers}
-        found = dict(leaves(tree, ""))
-        if any(self.arm(name).targets.sequence == "student" for name in self.arms):
-            found["evaluate.engine.engine_kwargs"] = self.evaluate.engine.arguments_of_answers
-        if self.sweep and self.sweep.metric == "accuracy":
-            found["evaluate.sampling.max_tokens"] = self.evaluate.sampling.max_tokens
-        return found
 
     @property
     def strategies(self) -> dict[str, Strategy]:
@@ -267,36 +239,6 @@ class Arm(Section):
     def divergence(self) -> str:
         """The divergence that is trained with."""
         return self.loss.divergence or ("reverse_kl" if self.targets.sequence == "student" else "forward_kl")
-
-    def bearing(self) -> dict[str, Any]:
-        """The sections without what plays no part in this arm, as JSON values."""
-        tree = json.loads(self.model_dump_json(exclude={"prompt": {"strategies"}, "teacher": True}))
-        if self.targets.sequence == "teacher":
-            tree["teacher"] = {"sampling": self.teacher.sampling.bearing(), "samples": self.teacher.samples}
-        if self.targets.kind == "hard":
-            del tree["targets"]["top_k"], tree["loss"]
-        else:
-            tree["loss"]["divergence"] = self.divergence
-        if self.targets.sequence != "student":
-            del tree["targets"]["rounds"], tree["targets"]["warmup_rounds"], tree["targets"]["rollout"]
-        if not self.needs_teacher:
-            del tree["prompt"]["strategy"]
-        return tree
-
-
-_CARRIED_OUT: Any = {
-    "storage": True,
-    "arms": True,
-    "seeds": True,
-    "max_concurrent_trials": True,
-    "tracking": True,
-    "attention": True,
-    "prices": True,
-    "sweep": True,
-    "teacher": {"endpoint", "replicas", "batch_size", "concurrency", "timeout_s", "start_timeout_s", "max_error_rate"},
-    "train": {name.removeprefix("train.") for name in CARRIED_OUT_OF_TRAIN},
-    "evaluate": True,
-}
 
 
 def leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -160,7 +160,7 @@ class Server:
             name = endpoint.api_key_env
             return f"; {name} holds no key that it takes" if name else "; name the variable of its key by api_key_env"
         if status == 404:
-            name = self._teacher.elsewhere["model"]
+            name = self._teacher.served_model
             return f"; {endpoint.url}/models lists what it has, which may not be {name!r} (teacher.endpoint.model)"
         if status == 429:
             return f"{times}; lower max_requests_per_minute or max_concurrent_requests"
@@ -198,7 +198,7 @@ def _of_tokens(prompt: list[int], teacher: Teacher, sampling: Mapping[str, Any])
         more["return_tokens_as_token_ids"] = True
     if scored := sampling.get("prompt_logprobs"):
         more["prompt_logprobs"] = scored
-    return {"model": teacher.elsewhere["model"], "prompt": prompt, **known, "extra_body": more}
+    return {"model": teacher.served_model, "prompt": prompt, **known, "extra_body": more}
 
 
 def _of_messages(prompt: list[dict[str, str]], teacher: Teacher, sampling: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def _of_messages(prompt: list[dict[str, str]], teacher: Teacher, sampling: Mappi
     # There are models that take one of temperature and top_p only.
     if sampling["temperature"] and sampling["top_p"] < 1:
         body["top_p"] = sampling["top_p"]
-    return {"model": teacher.elsewhere["model"], "messages": prompt, **body}
+    return {"model": teacher.served_model, "messages": prompt, **body}
 
 
 def _text(choice: Mapping[str, Any]) -> dict[str, Any]:

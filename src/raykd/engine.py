@@ -1,30 +1,16 @@
 """Engine: how vLLM is started for a model, how many times, and how it writes; or where a server elsewhere is asked."""
 
 import re
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from raykd.tree import Section
+from raykd.tree import RUNTIME_ONLY, Section
 
 SECRET = re.compile(r"token$|secret|password|api_?key|access_?key|credential", re.IGNORECASE)
 # Arguments of vLLM that are whole numbers; -1 of the first is as long as there is room for.
 SIZES = {"max_model_len": -1, "max_num_seqs": None, "max_num_batched_tokens": None}
-# Arguments of vLLM that say how fast and in how much memory it answers, not what.
-SPEED_ARGUMENTS = frozenset(
-    [
-        "max_num_seqs",
-        "max_num_batched_tokens",
-        "performance_mode",
-        "gpu_memory_utilization",
-        "kv_cache_memory_bytes",
-        "enable_prefix_caching",
-        "enable_chunked_prefill",
-        "enforce_eager",
-        "disable_log_stats",
-    ]
-)
 
 
 def check_accelerator(accelerator: str, accelerator_type: str | None) -> None:
@@ -42,10 +28,6 @@ class Sampling(Section):
     seed: int = 0
     """Seed of each request where temperature > 0."""
 
-    def bearing(self) -> dict[str, Any]:
-        """The fields without what plays no part: greedy answers have no chance in them."""
-        return self.model_dump() if self.temperature else {"temperature": 0.0, "max_tokens": self.max_tokens}
-
 
 class Replicas(Section):
     min: int = Field(default=1, ge=0)
@@ -62,15 +44,15 @@ class Replicas(Section):
 class Engine(Section):
     """How vLLM is started for a model."""
 
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    accelerator: Annotated[Literal["auto", "cpu", "gpu"], RUNTIME_ONLY] = "auto"
     """`auto`: GPUs where the cluster has any, else the CPU."""
-    accelerator_type: str | None = None
+    accelerator_type: Annotated[str | None, RUNTIME_ONLY] = None
     """Kind of GPU where a cluster has several, as Ray names it: `A10G`, `L4`, `A100-80G`, `H100`; null for any."""
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    pipeline_parallel_size: int = Field(default=1, ge=1)
+    tensor_parallel_size: Annotated[int, RUNTIME_ONLY] = Field(default=1, ge=1)
+    pipeline_parallel_size: Annotated[int, RUNTIME_ONLY] = Field(default=1, ge=1)
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed on to vLLM unchanged (https://docs.vllm.ai/en/latest/configuration/engine_args/)."""
-    env: dict[str, str] = Field(default_factory=dict)
+    env: Annotated[dict[str, str], RUNTIME_ONLY] = Field(default_factory=dict)
     """Environment of the engine's processes, such as VLLM_CPU_KVCACHE_SPACE (GiB)."""
 
     @model_validator(mode="after")
@@ -109,16 +91,11 @@ class Engine(Section):
                 )
         return self
 
-    @property
-    def arguments_of_answers(self) -> dict[str, Any]:
-        """Those of `engine_kwargs` that bear on what is answered."""
-        return {name: value for name, value in self.engine_kwargs.items() if name not in SPEED_ARGUMENTS}
-
 
 class Endpoint(Section):
     """A server that speaks OpenAI's protocol, asked in place of an engine of one's own."""
 
-    url: str
+    url: Annotated[str, RUNTIME_ONLY]
     """What comes before `/completions`, such as http://host:8000/v1."""
     model: str | None = None
     """The model's name on the server; null for `teacher.model`."""
@@ -127,14 +104,14 @@ class Endpoint(Section):
     asked for: what vLLM's server does (with its default `--logprobs-mode`, and a `--max-logprobs` of at least the k).
     The teacher's tokenizer must be here. `chat`: messages are sent and text comes back, as vendors have it: for hard
     targets only, and nothing of the model need be here. What sampling this file does not name is the server's own."""
-    api_key_env: str | None = None
+    api_key_env: Annotated[str | None, RUNTIME_ONLY] = None
     """Name of the environment variable that holds the key, on every node of the cluster; null where none is asked for.
     The key itself is written nowhere."""
-    max_requests_per_minute: float | None = Field(default=None, gt=0)
+    max_requests_per_minute: Annotated[float | None, RUNTIME_ONLY] = Field(default=None, gt=0)
     """Requests go at even distances, so many at most, a prompt each; null for no limit."""
-    max_concurrent_requests: int = Field(default=64, ge=1)
+    max_concurrent_requests: Annotated[int, RUNTIME_ONLY] = Field(default=64, ge=1)
     """Requests under way at a time."""
-    max_retries: int = Field(default=8, ge=0)
+    max_retries: Annotated[int, RUNTIME_ONLY] = Field(default=8, ge=0)
     """How often a request is made again that met with no answer, too many requests (429) or a fault of the server
     (5xx), after 0.5 s, then twice that and so on up to 8 s, less a random quarter, or after what `Retry-After` says."""
 

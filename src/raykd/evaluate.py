@@ -14,7 +14,7 @@ import ray.data
 import safetensors.numpy
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-from raykd import adapters, answers, location, models, placement, protocols, records, storage
+from raykd import adapters, answers, compat, identity, location, models, placement, protocols, records, storage
 from raykd.config import UNTOUCHED
 from raykd.demo import resolve_model
 from raykd.memory import padded_rank
@@ -101,7 +101,7 @@ def evaluate(
         "prediction_id",
         {
             "trials": [each.trial_id for each in contestants],
-            "asked": protocols.asked(evaluation),
+            "asked": identity.way_of_asking(evaluation),
             "problems": problems.name,
         },
     )
@@ -116,7 +116,7 @@ def check_adapters(contestants: Sequence[Contestant]) -> None:
 
 def folder_name(evaluation: Evaluate) -> str:
     """What the folder of answers is called: other for each way of asking."""
-    return f"{evaluation.protocol}-{storage.content_key(protocols.asked(evaluation))[:8]}"
+    return f"{evaluation.protocol}-{storage.content_key(identity.way_of_asking(evaluation))[:8]}"
 
 
 def collect(folder: Path, file: Path) -> None:
@@ -312,7 +312,7 @@ class Ask:
                 "reference_answer": problem["reference_answer"],
                 "model": location.for_engine(each.adapter)[1] if each.adapter else self._model,
                 "tokenized_prompt": prompt,
-                "answer_seed": _answer_seed(seed, prediction_id),
+                "answer_seed": _answer_seed(seed, each, problem["problem_id"], sample),
             }
             for each in self._contestants
             for problem, prompt in zip(problems, tokens, strict=True)
@@ -337,9 +337,11 @@ _QUESTION = pa.schema(
 )
 
 
-def _answer_seed(seed: int, prediction_id: str) -> int:
+def _answer_seed(seed: int, contestant: Contestant, problem_id: str, sample: int) -> int:
+    # Of no key: another version of a key must not draw other answers.
+    drawn = f"{seed}/{contestant.arm}/{contestant.seed}/{problem_id}/{sample}"
     # 28 bits: small enough for whatever takes it as an integer on the way to the engine.
-    return int(storage.digest(f"{seed}/{prediction_id}")[:7], 16)
+    return int(storage.digest(drawn)[:7], 16)
 
 
 def finish_reason(tokens: Sequence[int], ends: set[int], error: str) -> str:
@@ -364,7 +366,7 @@ class Score:
         return {"rows": [len(rows)], "tokens": [sum(table["num_tokens"].to_pylist())]}
 
     def _score(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        text, error = row["generated_text"], row["__inference_error__"]
+        text, error = row["generated_text"], row[compat.INFERENCE_ERROR]
         tokens = row["generated_tokens"]
         ended = finish_reason(tokens, self._ends, error)
         if at := next((each for each in self._stop if text.endswith(each)), None):

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from raykd import budget, memory, nearest, nodes
+from raykd.compat import ACCELERATOR_TYPE_PREFIX
 from raykd.config import Arm, Experiment, leaves
 from raykd.engine import Engine
 from raykd.memory import GIB, GPUS, Gpu
-from raykd.nodes import ACCELERATOR_TYPE, Cluster, Placed
+from raykd.nodes import Cluster, Placed
 from raykd.shapes import Shape
 
 
@@ -152,7 +153,7 @@ def _on_nodes(
             return "", placed, ""
         small = [kind for kind in there if kind not in holding]
         return f"may be placed on {', '.join(small)}, too small for it", placed, "".join(named or ())
-    asked = [name for name in groups[0][0] if name.startswith(ACCELERATOR_TYPE)]
+    asked = [name for name in groups[0][0] if name.startswith(ACCELERATOR_TYPE_PREFIX)]
     if asked and not there:
         return f"no node has {asked[0]}", placed, ""
     if len(nodes.place(groups[:needed], cluster)) < needed:
@@ -181,7 +182,7 @@ def _too_large(needs: int | None, gpu: Gpu) -> str:
 
 
 def _total(groups: Sequence[budget.Group]) -> dict[str, float]:
-    names = dict.fromkeys(name for name in groups[0][0] if not name.startswith(ACCELERATOR_TYPE))
+    names = dict.fromkeys(name for name in groups[0][0] if not name.startswith(ACCELERATOR_TYPE_PREFIX))
     return {name: sum(bundle.get(name, 0.0) for group in groups for bundle in group) for name in names}
 
 

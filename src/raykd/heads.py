@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from raykd import compat
+
 STATISTICS = (
     "entropy",
     "entropy_without_first",
@@ -99,8 +101,7 @@ def measure(model: Any, texts: Sequence[Text], pad_token_id: int, block_elements
     tally = _Tally(texts, longest, block_elements or BLOCK_ELEMENTS, device)
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, _mask)
-    # There is no public way to ask, only to set.
-    before = decoder.config._attn_implementation
+    before = compat.attention_implementation(decoder.config)
     try:
         decoder.set_attn_implementation(_NAME)
         with torch.no_grad():

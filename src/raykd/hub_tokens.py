@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from ray.llm._internal.common.callbacks.base import CallbackBase
+from raykd import compat
 
 # What Serve LLM copies from a replica's environment into the runtime environment of the tasks that it starts, which
 # Ray logs. These tasks have it of their own: they run on the same nodes.
 NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
-class KeepHubTokens(CallbackBase):
+class KeepHubTokens(compat.engine_callback()):
     """Serve LLM's callback for what is done before an engine loads."""
 
     def __init__(self, *args: Any, **kwargs: Any):

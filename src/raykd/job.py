@@ -27,6 +27,8 @@ class Job:
     None where targets are the tokens of the reference solutions."""
     same_tokens: bool
     """Whether the teacher's token ids mean the same to the student."""
+    experiment: str
+    """The experiment's name."""
     folder: Path
     """The trial's folder."""
     lesson: str
@@ -39,11 +41,6 @@ class Job:
     """How long an answer to a validation problem may be."""
     round: int | None = None
     """Which round of a student that learns from its own answers; None for training in one go."""
-
-    @property
-    def experiment(self) -> str:
-        """The experiment's name: its folder, in which the trials' folders are, is called so."""
-        return self.folder.parents[1].name
 
     @property
     def rounds(self) -> int:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from raykd import __version__, config, storage
+from raykd import __version__, config, identity, storage
 from raykd.completions import Request
 from raykd.config import Experiment
 from raykd.demo import MODELS
@@ -36,7 +36,7 @@ def claim(experiment: Experiment, folder: Path) -> None:
         earlier = config.load(file)
     except ValueError as error:
         raise ValueError(f"{error}; {folder} was written by another version of raykd: choose another name") from None
-    was, now = earlier.identity(), experiment.identity()
+    was, now = identity.experiment(earlier), identity.experiment(experiment)
     changed = [
         f"{path} was {was.get(path)!r}, is {now.get(path)!r}"
         for path in sorted(was.keys() | now.keys())
@@ -118,7 +118,7 @@ def begin(
             "predictions": str(predictions.relative_to(folder)),
             "attention": str(attention.relative_to(folder)) if attention else None,
             "demonstration": bool(built_in) or experiment.problems.source == "demo",
-            "models": {role: dict(identity) for role, identity in found.items()},
+            "models": {role: dict(each) for role, each in found.items()},
             "problems": {
                 "source": experiment.problems.source,
                 "key": problems.name,

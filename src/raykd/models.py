@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from raykd import prompts, protocols, storage
@@ -31,10 +32,17 @@ def identify(named: Model) -> dict[str, str]:
     if path.is_dir():
         return {"model": model, "revision": storage.fingerprint(path)}
     try:
-        config = load_config(named)
+        load_config(named)
     except OSError as error:
         raise ValueError(_nowhere(named, error)) from None
-    return {"model": model, "revision": getattr(config, "_commit_hash", None) or named.revision or "unknown"}
+    return {"model": model, "revision": _commit(model, named.revision) or named.revision or "unknown"}
+
+
+def _commit(model: str, revision: str | None) -> str | None:
+    """The commit of the hub whose `config.json` was loaded; a branch, which is what was asked for, may move."""
+    cached = try_to_load_from_cache(model, "config.json", revision=revision)
+    # The cache keeps each commit's files in a folder that is named by it.
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def load_config(named: Model) -> Any:

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from raykd import budget, memory, nodes, placement
+from raykd import budget, compat, memory, nodes, placement
 from raykd.config import Arm
 from raykd.engine import Engine
 from raykd.memory import GPUS, Gpu
@@ -143,7 +143,7 @@ def kind_to_name(
     bundle = groups[0][0]
     there = [gpu.kind for each in nodes.able(cluster, bundle).nodes if (gpu := each.gpu)]
     good = [kind for kind in there if kind in holding]
-    if len(good) == len(there) or any(name.startswith(placement.TYPE) for name in bundle):
+    if len(good) == len(there) or any(name.startswith(compat.ACCELERATOR_TYPE_PREFIX) for name in bundle):
         return []
     for kind in dict.fromkeys(good):
         told = {**bundle, **placement.processor("gpu", kind)}

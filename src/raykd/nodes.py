@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raykd.compat import ACCELERATOR_TYPE_PREFIX
 from raykd.memory import GPUS, Gpu
 from raykd.mistakes import did_you_mean, from_yaml, on_one_line
-from raykd.placement import TYPE as ACCELERATOR_TYPE
 
 Bundle = Mapping[str, float]
 # Workers of a cluster of which `max_workers` is not told: Ray's default.
@@ -146,7 +146,9 @@ def of_ray(records: Iterable[Mapping[str, Any]]) -> Cluster:
 
 
 def _kinds(resources: Mapping[str, float]) -> list[str]:
-    return [name.removeprefix(ACCELERATOR_TYPE) for name in resources if name.startswith(ACCELERATOR_TYPE)]
+    return [
+        name.removeprefix(ACCELERATOR_TYPE_PREFIX) for name in resources if name.startswith(ACCELERATOR_TYPE_PREFIX)
+    ]
 
 
 def _named(resources: Mapping[str, float]) -> str:

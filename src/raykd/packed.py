@@ -13,6 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from raykd import compat
+
 # By which name models are loaded that are to attend so.
 NAME = "raykd_packed"
 
@@ -42,7 +44,7 @@ def use(model: Any) -> None:
     """
     model.set_attn_implementation(NAME)
     # Where it cannot be set, transformers only warns.
-    if model.config.get_text_config()._attn_implementation != NAME or getattr(model, "_is_stateful", False):
+    if compat.attention_implementation(model.config.get_text_config()) != NAME or compat.is_stateful(model):
         raise ValueError(f"{type(model).__name__} cannot keep packed rows apart: set train.packing=false")
 
 

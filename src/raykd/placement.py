@@ -4,15 +4,12 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+from raykd.compat import ACCELERATOR_TYPE_PREFIX, ENGINE_START_TIMEOUT_ENV
 from raykd.config import Experiment
 from raykd.engine import Engine
 from raykd.sections import Attention, Teacher, Train
 
 Accelerator = Literal["cpu", "gpu"]
-# A resource that Ray gives to the head alone, which no autoscaler takes away.
-HEAD = "node:__internal_head__"
-# Before the kind of GPU, in the name of the resource that a node with such GPUs has.
-TYPE = "accelerator_type:"
 # Of an engine for which nothing else is said.
 START_TIMEOUT_S = 3600
 
@@ -34,7 +31,7 @@ def processor(kind: Accelerator, accelerator_type: str | None) -> dict[str, floa
     if kind == "cpu":
         return {"CPU": 1}
     # A node has one of its kind, of which whoever wants to be there takes a little.
-    return {"CPU": 1, "GPU": 1} | ({TYPE + accelerator_type: 0.001} if accelerator_type else {})
+    return {"CPU": 1, "GPU": 1} | ({ACCELERATOR_TYPE_PREFIX + accelerator_type: 0.001} if accelerator_type else {})
 
 
 def need(kind: Accelerator, accelerator_type: str | None, processes: int = 1) -> dict[str, float]:
@@ -79,7 +76,7 @@ def engine_settings(
         "VLLM_LOGGING_LEVEL": "INFO",
         # vLLM gives up after ten minutes by itself, in which hundreds of gigabytes are not always read.
         "VLLM_ENGINE_READY_TIMEOUT_S": timeout,
-        "RAYLLM_ENGINE_START_TIMEOUT_S": timeout,
+        ENGINE_START_TIMEOUT_ENV: timeout,
     }
     if kind == "cpu":
         kwargs["enforce_eager"] = True

@@ -8,14 +8,16 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from raykd import config, location, models, problems, prompts, storage
+from raykd import config, identity, location, models, problems, prompts, storage
 from raykd.config import Experiment
 from raykd.prompts import Messages
 
 
 def arms(experiment: Experiment) -> Table:
     """The arms, each with every field in which not all of them agree, or that one of them names."""
-    leaves = {name: dict(config.leaves(experiment.arm(name).bearing(), "")) for name in experiment.arms}
+    leaves = {
+        name: dict(config.leaves(identity.effective_config(experiment.arm(name)), "")) for name in experiment.arms
+    }
     paths = dict.fromkeys(path for each in leaves.values() for path in each)
     found = {path: {json.dumps(each[path]) for each in leaves.values() if path in each} for path in paths}
     named = {path for overrides in experiment.arms.values() for path, _ in config.leaves(overrides, "")}

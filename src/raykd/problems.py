@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raykd import location, records, storage
+from raykd import identity, location, records, storage
 from raykd.answers import reference_answer
 from raykd.demo import problems as demo_problems
 from raykd.sections import Problems
@@ -31,7 +31,9 @@ def prepare(problems: Problems, root: Path) -> Path:
     Raises:
         ValueError: a file that is missing or a line that is no problem, by file and line number.
     """
-    folder = root / "problems" / storage.content_key(_identity(problems))
+    _check_files(problems)
+    content = identity.problem_set(problems)
+    folder = root / "problems" / storage.content_key(content)
     if storage.read_manifest(folder):
         return folder
     train, test = _source(problems)
@@ -59,7 +61,7 @@ def prepare(problems: Problems, root: Path) -> Path:
                 f" problems left for {split}; ask for fewer"
             )
     files = [folder / f"{split}.parquet" for split in SPLITS]
-    storage.write_manifest(folder, {**_identity(problems), **counts}, files)
+    storage.write_manifest(folder, {"content": content, **counts}, files)
     return folder
 
 
@@ -68,26 +70,10 @@ def split_size(folder: Path, split: str) -> int:
     return storage.read_json(folder / storage.MANIFEST)[split]
 
 
-def _identity(problems: Problems) -> dict[str, Any]:
-    """All that determines the rows."""
-    identity: dict[str, Any] = {
-        "source": problems.source,
-        "num_train": problems.num_train,
-        "num_validation": problems.num_validation,
-        "num_test": problems.num_test,
-        "schema": records.PROBLEM.names,
-    }
-    if problems.source == "demo":
-        identity |= {"seed": problems.seed, "generator": storage.fingerprint(Path(demo_problems.__file__))}
-    elif problems.source == "gsm8k":
-        identity |= {"revision": problems.revision}
-    else:
-        for key, path in (("train_file", problems.train_file), ("test_file", problems.test_file)):
-            assert path, "configuration requires both files"
-            if not Path(path).is_file():
-                raise ValueError(f"problems.{key}: no file {path}")
-            identity[key] = storage.fingerprint(Path(path))
-    return identity
+def _check_files(problems: Problems) -> None:
+    for key, path in (("train_file", problems.train_file), ("test_file", problems.test_file)):
+        if path and not Path(path).is_file():
+            raise ValueError(f"problems.{key}: no file {path}")
 
 
 def _source(problems: Problems) -> tuple[Callable[[], Iterator[Row]], Callable[[], Iterator[Row]]]:

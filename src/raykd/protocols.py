@@ -1,7 +1,5 @@
 """Protocols: the ways in which students are asked test problems, by name."""
 
-from typing import Any
-
 from raykd.prompts import Messages
 from raykd.sections import Evaluate, Protocol
 from raykd.strategies import Exemplar
@@ -12,18 +10,6 @@ def stop_strings(evaluation: Evaluate) -> list[str]:
     if evaluation.stop is not None:
         return list(evaluation.stop)
     return ["Question:"] if evaluation.protocol == "zero_shot_raw" else []
-
-
-def asked(evaluation: Evaluate) -> dict[str, Any]:
-    """All that bears on the students' answers, besides what the experiment is."""
-    return {
-        "protocol": evaluation.protocol,
-        "exemplars": [each.model_dump() for each in exemplars(evaluation.protocol)],
-        "samples": evaluation.samples,
-        "stop": stop_strings(evaluation),
-        "sampling": evaluation.sampling.bearing(),
-        "engine_kwargs": evaluation.engine.arguments_of_answers,
-    }
 
 
 def described(evaluation: Evaluate) -> str:

@@ -13,7 +13,10 @@ import numpy as np
 from ray.serve.llm.deployment import LLMServer
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine.exceptions import EngineDeadError
+
+from raykd import compat
+
+EngineDeadError = compat.engine_dead_error()
 
 
 class Replica(LLMServer):
@@ -41,8 +44,7 @@ class Replica(LLMServer):
 
     async def _answer(self, prompt: list[int], sampling: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         params = SamplingParams(**sampling, output_kind=RequestOutputKind.FINAL_ONLY, flat_logprobs=True)
-        # The engine's client has no public name in Serve LLM.
-        client: Any = self.engine._engine_client  # pyright: ignore[reportOptionalMemberAccess,reportAttributeAccessIssue]
+        client = compat.engine_client(self)
         try:
             async with asyncio.timeout(timeout_s):
                 async for output in client.generate({"prompt_token_ids": prompt}, params, uuid.uuid4().hex):

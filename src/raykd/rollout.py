@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 
-from raykd import completions, models, placement, records, storage
+from raykd import compat, completions, models, placement, records, storage
 from raykd.engine import Sampling
 from raykd.evaluate import Contestant, answered, check_adapters, finish_reason
 from raykd.progress import Meter
@@ -85,7 +85,7 @@ class Keep:
         return {"rows": [len(rows)], "tokens": [sum(len(row["generated_tokens"]) for row in rows)]}
 
     def _completion(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        text, error = row["generated_text"], row["__inference_error__"]
+        text, error = row["generated_text"], row[compat.INFERENCE_ERROR]
         tokens = [int(token) for token in row["generated_tokens"]]
         return {
             "completion_id": row["prediction_id"],

@@ -1,14 +1,14 @@
 """Sections: the parts of an experiment, each with its fields, their defaults and what cannot go together."""
 
 import re
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from raykd.engine import Endpoint, Engine, Replicas, Sampling, check_accelerator
 from raykd.space import Axis
 from raykd.strategies import Strategy
-from raykd.tree import Section
+from raykd.tree import RUNTIME_ONLY, Section
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -56,20 +56,20 @@ class Teacher(Section):
     endpoint: Endpoint | None = None
     """A server elsewhere that is asked instead of an engine of one's own; null for that. Of `engine` only
     `engine_kwargs.max_model_len` then plays a part, what the server takes, and `replicas` none."""
-    replicas: Replicas = Replicas()
+    replicas: Annotated[Replicas, RUNTIME_ONLY] = Replicas()
     sampling: Sampling = Sampling()
     samples: int = Field(default=1, ge=1)
     """Completions of each problem; more than one needs a temperature above 0."""
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: Annotated[int, RUNTIME_ONLY] = Field(default=32, ge=1)
     """Prompts in one call of the served teacher; also what is written at once."""
-    concurrency: int = Field(default=16, ge=1)
+    concurrency: Annotated[int, RUNTIME_ONLY] = Field(default=16, ge=1)
     """Calls in flight for each replica. Together they should hold more prompts than the engine takes at a time
     (`max_num_seqs`), so that it never waits for the next."""
-    timeout_s: float = Field(default=600, gt=0)
+    timeout_s: Annotated[float, RUNTIME_ONLY] = Field(default=600, gt=0)
     """Seconds after which a prompt is given up, and its row carries the error."""
-    start_timeout_s: float = Field(default=3600, gt=0)
+    start_timeout_s: Annotated[float, RUNTIME_ONLY] = Field(default=3600, gt=0)
     """Seconds that the engine may take to load, and its nodes to come where an autoscaler brings them."""
-    max_error_rate: float = Field(default=0.01, ge=0, le=1)
+    max_error_rate: Annotated[float, RUNTIME_ONLY] = Field(default=0.01, ge=0, le=1)
     """The share of rows that may fail before the stage does."""
 
     @model_validator(mode="after")
@@ -84,9 +84,9 @@ class Teacher(Section):
         return self.endpoint is not None and self.endpoint.api == "chat"
 
     @property
-    def elsewhere(self) -> dict[str, str]:
-        """What of a server elsewhere bears on what is answered; empty where there is none."""
-        return {"api": self.endpoint.api, "model": self.endpoint.model or self.model} if self.endpoint else {}
+    def served_model(self) -> str:
+        """The model's name on the server elsewhere."""
+        return (self.endpoint.model if self.endpoint else None) or self.model
 
 
 class Lora(Section):
@@ -186,7 +186,7 @@ class Train(Section):
     epochs: int = Field(default=2, ge=1)
     batch_size: int = Field(default=32, ge=1)
     """Completions in one optimizer step, over all workers."""
-    micro_batch_size: int = Field(default=8, ge=1)
+    micro_batch_size: Annotated[int, RUNTIME_ONLY] = Field(default=8, ge=1)
     """Completions in one forward pass of one worker."""
     learning_rate: float = Field(default=2e-4, gt=0)
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
@@ -198,12 +198,12 @@ class Train(Section):
     """Longer rows (prompt and completion, in tokens) are left out and counted, never cut."""
     num_workers: int = Field(default=1, ge=1)
     """Ray Train workers."""
-    min_workers: int | None = Field(default=None, ge=1)
+    min_workers: Annotated[int | None, RUNTIME_ONLY] = Field(default=None, ge=1)
     """With how few a trial goes on from its last checkpoint when a node is lost; more are taken in as nodes come back.
     null: with all of them, for whose place it waits. Steps are the same either way. Needs `zero_stage` 0 (float32)."""
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    accelerator: Annotated[Literal["auto", "cpu", "gpu"], RUNTIME_ONLY] = "auto"
     """`auto`: a GPU for each worker where the cluster has any, else the CPU."""
-    accelerator_type: str | None = None
+    accelerator_type: Annotated[str | None, RUNTIME_ONLY] = None
     """As `teacher.engine.accelerator_type`."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage (Rajbhandari et al., arXiv 1910.02054)."""
@@ -212,9 +212,9 @@ class Train(Section):
     packing: bool = True
     """Whether a forward pass holds its completions in one sequence without padding, none attending to another; false
     for the few models whose attention cannot be told of rows."""
-    gradient_checkpointing: bool = False
-    checkpoint_every_steps: int = Field(default=50, ge=1)
-    max_failures: int = Field(default=3, ge=0)
+    gradient_checkpointing: Annotated[bool, RUNTIME_ONLY] = False
+    checkpoint_every_steps: Annotated[int, RUNTIME_ONLY] = Field(default=50, ge=1)
+    max_failures: Annotated[int, RUNTIME_ONLY] = Field(default=3, ge=0)
     """How often a trial resumes from its last checkpoint after a worker was lost."""
 
     @model_validator(mode="after")
@@ -268,11 +268,11 @@ class Evaluate(Section):
     stop: tuple[str, ...] | None = None
     """Strings that end an answer, and are cut from it; null for those of the protocol: `Question:` for
     `zero_shot_raw`, none for the others. The tokens that end a turn always do."""
-    max_loras: int = Field(default=8, ge=1)
+    max_loras: Annotated[int, RUNTIME_ONLY] = Field(default=8, ge=1)
     """Adapters that the engine holds at a time; more are cycled."""
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: Annotated[int, RUNTIME_ONLY] = Field(default=64, ge=1)
     """Rows in one batch of the pipeline; also what is written at once."""
-    max_error_rate: float = Field(default=0.01, ge=0, le=1)
+    max_error_rate: Annotated[float, RUNTIME_ONLY] = Field(default=0.01, ge=0, le=1)
     """The share of rows that may fail before the stage does; those of a student's own answers in training too."""
 
     @model_validator(mode="after")
@@ -294,15 +294,15 @@ class Attention(Section):
 
     num_problems: int = Field(default=100, ge=1)
     """How many problems are read, from the start of the test split, or as many as there are."""
-    num_workers: int = Field(default=1, ge=1)
+    num_workers: Annotated[int, RUNTIME_ONLY] = Field(default=1, ge=1)
     """Students that are read with at the same time, each with a model of its own."""
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    accelerator: Annotated[Literal["auto", "cpu", "gpu"], RUNTIME_ONLY] = "auto"
     """`auto`: a GPU for each worker where the cluster has any, else the CPU."""
-    accelerator_type: str | None = None
+    accelerator_type: Annotated[str | None, RUNTIME_ONLY] = None
     """As `teacher.engine.accelerator_type`."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Type of the model, null for `train.dtype`; weights of the heads are float32 in any case."""
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: Annotated[int, RUNTIME_ONLY] = Field(default=8, ge=1)
     """Texts that are read side by side."""
 
     @model_validator(mode="after")
@@ -343,7 +343,7 @@ class Sweep(Section):
     """Strict match of greedy answers to the validation problems; or nats a token of their reference solutions."""
     validations: int = Field(default=4, ge=1)
     """How often a trial is measured, at even distances, the last time at its end."""
-    validation_batch_size: int = Field(default=32, ge=1)
+    validation_batch_size: Annotated[int, RUNTIME_ONLY] = Field(default=32, ge=1)
     """Validation problems that one worker answers at once."""
     finalists: int | None = Field(default=None, ge=1)
     """How many points of each arm, the best by validation, are asked the test problems; null for all that were trained

@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 from ray.tune.search.optuna import OptunaSearch
 
-from raykd import storage, variants
+from raykd import identity, storage, variants
 from raykd.config import Experiment
 from raykd.job import Job, outcome, reached
 from raykd.records import FAILED
@@ -56,8 +56,7 @@ def drawn(experiment: Experiment, folder: Path) -> dict[str, list[Point]]:
 
 def _file(sweep: Sweep, folder: Path, arm: str) -> Path:
     """Where an arm's points are noted. With more of them it is the same search; any other change begins a new one."""
-    told = sweep.model_dump(mode="json", exclude={"num_samples", "finalists", "validation_batch_size"})
-    return folder / "points" / storage.content_key(told) / f"{arm}.json"
+    return folder / "points" / storage.content_key(identity.search(sweep)) / f"{arm}.json"
 
 
 def _read(file: Path) -> list[Point]:

@@ -9,14 +9,13 @@ from typing import Any
 
 from ray import cloudpickle, tune
 from ray.exceptions import RayActorError
-from ray.tune.execution import class_cache
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
-from raykd import completions, faults, location, placement, storage, tracking
+from raykd import compat, faults, identity, location, placement, storage, tracking
 from raykd.cluster import live, may_hold, requested
 from raykd.completions import Request
-from raykd.config import CARRIED_OUT_OF_TRAIN, Experiment
+from raykd.config import Experiment
 from raykd.job import Job, is_complete, outcome, reached, read_curve, record, those, validations
 from raykd.nodes import Bundle
 from raykd.progress import say
@@ -59,30 +58,14 @@ def jobs(
         same_tokens: whether the teacher's token ids are the student's.
         folder: the experiment's folder.
     """
-    made = []
+    made, of_problems = [], storage.read_json(problems / storage.MANIFEST)["content"]
     for variant in variants:
-        arm, request, sweep = variant.arm, asked[variant.lesson], experiment.sweep
-        # The teacher and how it was primed are in what identifies the rows.
-        bearing = {name: value for name, value in arm.bearing().items() if name in ("student", "targets", "loss")}
+        arm, request = variant.arm, asked[variant.lesson]
         # A student's own answers are not there yet: what is given is what it begins with.
         given = asked.get(f"{variant.lesson}/warmup") if arm.targets.sequence == "student" else request
         for seed in experiment.seeds:
-            identity = {
-                **bearing,
-                "weights": dict(student),
-                # How a trial is carried out changes nothing of what it is.
-                "train": arm.train.model_dump(exclude={name.removeprefix("train.") for name in CARRIED_OUT_OF_TRAIN}),
-                "instruction": arm.prompt.instruction,
-                "rows": completions.identity(request, arm) if request else problems.name,
-                "problems": problems.name,
-                "seed": seed,
-            }
-            if sweep:
-                # It is measured on the way, which is part of what it gives.
-                identity["measured"] = {"metric": sweep.metric, "validations": sweep.validations}
-                if sweep.metric == "accuracy":
-                    identity["max_tokens"] = experiment.evaluate.sampling.max_tokens
-            trial_id = f"{variant.arm_name}-s{seed}-{storage.content_key(identity)[:8]}"
+            content = identity.trial(experiment, arm, seed, of_problems, request.content if request else None, student)
+            trial_id = f"{variant.arm_name}-s{seed}-{storage.content_key(content)[:8]}"
             made.append(
                 Job(
                     trial_id=trial_id,
@@ -93,10 +76,11 @@ def jobs(
                     problems=problems,
                     completions=given.folder if given else None,
                     same_tokens=same_tokens,
+                    experiment=experiment.name,
                     folder=folder / "trials" / trial_id,
                     lesson=variant.lesson,
                     values=variant.values,
-                    sweep=sweep,
+                    sweep=experiment.sweep,
                     max_tokens=experiment.evaluate.sampling.max_tokens,
                 )
             )
@@ -183,7 +167,7 @@ def run(
     tuner = tune.Tuner(
         # The driver of a trial waits for its workers and needs no core itself, but Tune wants it to need something. On
         # the head it is not lost with a node that its workers are on.
-        tune.with_resources(train_student, {"CPU": 0, "memory": 1 << 20, placement.HEAD: 0.0001}),
+        tune.with_resources(train_student, {"CPU": 0, "memory": 1 << 20, compat.HEAD_RESOURCE: 0.0001}),
         tune_config=tune.TuneConfig(
             search_alg=Search(list(known.values()), jobs, room_as_asked, studies),
             # Until the search says that there is nothing more.
@@ -266,15 +250,14 @@ def _drawn(config: Mapping[str, Any], make: Make | None) -> Job:
 
 def _quiet() -> None:
     # Tune's older reporter is the one that can be told to say nothing; the trials' progress is shown otherwise.
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    os.environ[compat.OLD_TUNE_OUTPUT_ENV] = "0"
     # Else Tune takes Ctrl-C for a wish to end early with what there is, and the run goes on to the next stage.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     # Who is told of the trials is said.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     # A trial tells its steps more often than it is measured.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
-    # Tune copies these into the trials' runtime environment, which Ray writes into its logs. Nodes have their own.
-    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(CLOUD_KEYS)
+    compat.keep_out_of_trials(CLOUD_KEYS)
 
 
 class _OfEachArm(FIFOScheduler):

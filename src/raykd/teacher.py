@@ -16,7 +16,7 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.config import ProxyLocation
 
-from raykd import completions, metrics, placement, records, storage
+from raykd import compat, completions, metrics, placement, records, storage
 from raykd.cluster import is_joined
 from raykd.completions import Request
 from raykd.demo import resolve_model
@@ -123,7 +123,7 @@ def served(teacher: Teacher, top_k: int, app: str, cluster: Mapping[str, float])
         cluster: the cluster's resources.
     """
     if teacher.endpoint:
-        say(f"asking the teacher {teacher.elsewhere['model']} at {teacher.endpoint.url}")
+        say(f"asking the teacher {teacher.served_model} at {teacher.endpoint.url}")
         yield
         return
     kind = placement.accelerator(teacher.engine.accelerator, cluster)
@@ -289,7 +289,11 @@ class AskTeacher:
                     return failure
             except RayError as error:
                 failure = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-                if attempt and isinstance(error, RayTaskError) and type(error.cause).__name__ != "EngineDeadError":
+                if (
+                    attempt
+                    and isinstance(error, RayTaskError)
+                    and type(error.cause).__name__ != compat.ENGINE_DEAD_ERROR
+                ):
                     # It is up to the call, not to the replica.
                     return failure
         return failure

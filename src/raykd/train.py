@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raykd import checkpoints, location, placement, storage, targets
+from raykd import checkpoints, compat, location, placement, storage, targets
 from raykd.job import Job, problem_ids, problems_of_round, read_curve, record
 from raykd.metrics import show_training
 from raykd.records import COMPLETE
@@ -96,8 +96,7 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
     model = student.learner(job.arm, job.seed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # The buffer in which gradients are gathered is as long as it is told, a gigabyte by default, whatever their number.
-    # Under ZeRO stage 3 a parameter's own length is that of a worker's part.
-    config["zero_optimization"]["reduce_bucket_size"] = sum(getattr(each, "ds_numel", each.numel()) for each in trained)
+    config["zero_optimization"]["reduce_bucket_size"] = sum(map(compat.num_elements, trained))
     # DeepSpeed's annotations name the types that it documents for other arguments.
     initialize: Any = deepspeed.initialize
     engine, _, _, _ = initialize(

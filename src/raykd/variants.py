@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 from ray import tune
-from ray.tune.search.variant_generator import generate_variants
 
-from raykd import config, storage
+from raykd import compat, config, identity, storage
 from raykd.config import Arm, Experiment
 from raykd.sections import Sweep
 from raykd.space import Axis, point_key
@@ -80,7 +79,7 @@ def at(experiment: Experiment, name: str, point: Point) -> Variant:
         ValueError: where they do not go together.
     """
     arm = experiment.arm(name, point)
-    bearing = dict(config.leaves(arm.bearing(), ""))
+    bearing = dict(config.leaves(identity.effective_config(arm), ""))
     # As they bear on it: two ways of saying one thing are one point.
     values = {path: bearing[path] for path, _ in config.leaves(point, "") if path in bearing}
     return Variant(name, arm, values)
@@ -107,7 +106,7 @@ def points(sweep: Sweep) -> list[Point]:
     drawn = [
         {path: _plain(value) for path, value in point.items()}
         for _ in range(sweep.num_samples)
-        for _, point in generate_variants(space, constant_grid_search=True, random_state=random)  # pyright: ignore[reportArgumentType]
+        for point in compat.draw_points(space, random)
     ]
     return list({storage.content_key(point): point for point in drawn}.values())
 

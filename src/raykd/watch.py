@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.state import list_placement_groups
 from ray.util.state.exception import RayStateApiException
 
-from raykd import placement
+from raykd import compat
 
 ATTEMPTS = 30
 # Ray lets an actor whose owner is gone go on for 30 s, and what it does as its last may take a moment to be seen.
@@ -147,7 +147,9 @@ def _watching(name: str, then: Callable[[], None]) -> Iterator[Any]:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # Ray types a handle to an actor as its class, which `ray.kill` does not take.
     run: Any = Run.options(name=f"{name}-run", scheduling_strategy=here).remote()
-    watch: Any = Watch.options(name=name, lifetime="detached", resources={placement.HEAD: 0.0001}).remote(run, then)
+    watch: Any = Watch.options(name=name, lifetime="detached", resources={compat.HEAD_RESOURCE: 0.0001}).remote(
+        run, then
+    )
     try:
         yield watch
     finally:

@@ -70,6 +70,7 @@ def job(variant: str, workers: int) -> Job:
         problems=splits,
         completions=scored(splits) if "soft" in words else None,
         same_tokens=True,
+        experiment=experiment.name,
         folder=FOLDER / name,
         lesson="default",
         sweep=measured if {"loss", "answers"} & set(words) else None,

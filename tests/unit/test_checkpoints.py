@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raykd import checkpoints, location
+from raykd import checkpoints, compat, location
 
 
 def checkpoint(run: Path, name: str, workers: int = 2) -> Path:
@@ -27,7 +27,7 @@ def checkpoint(run: Path, name: str, workers: int = 2) -> Path:
 
 
 def listed(run: Path, *names: str) -> Path:
-    file = run / checkpoints.LIST
+    file = run / compat.CHECKPOINT_LIST
     file.write_text(json.dumps({"checkpoint_results": [{"checkpoint_dir_name": name} for name in names]}))
     return file
 

@@ -5,14 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config
-from ray.data import DataContext
 
 from raykd import cluster, nodes, sweep
-
-
-def test_ray_data_still_has_the_number_of_blocks_that_a_task_hands_on():
-    """A name that it did not know would be set all the same, and the teacher be asked twenty calls a second again."""
-    assert hasattr(DataContext(), "_max_num_blocks_in_streaming_gen_buffer")
 
 
 def test_gpus_are_counted_by_their_kind_too():

@@ -148,32 +148,6 @@ def test_a_strategy_of_your_own_stands_beside_the_built_in_ones(tmp_path: Path):
     assert "ground_truth" in experiment.strategies
 
 
-def test_identity_is_what_bears_on_results(tmp_path: Path):
-    base = load(tmp_path, SMALLEST)
-    same = ["teacher.concurrency=9", "train.max_failures=9", "arms={other: {}}", "seeds=[5]"]
-    same += [
-        "storage=elsewhere",
-        "train.min_workers=1",
-        "train.micro_batch_size=1",
-        "train.gradient_checkpointing=true",
-    ]
-    assert load(tmp_path, SMALLEST, *same).identity() == base.identity()
-    elsewhere = ["teacher.engine.tensor_parallel_size=8", "teacher.engine.engine_kwargs={max_num_seqs: 8}"]
-    assert load(tmp_path, SMALLEST, *elsewhere).identity() == base.identity()
-    asked = ("evaluate.protocol=zero_shot_raw", "evaluate.sampling.max_tokens=9", "evaluate.stop=[x]")
-    asked += ("evaluate.engine.engine_kwargs={dtype: float32}",)
-    assert load(tmp_path, SMALLEST, *asked).identity() == base.identity()
-    changed = load(tmp_path, SMALLEST, "train.learning_rate=0.5").identity()
-    assert {key for key in changed if changed[key] != base.identity()[key]} == {"train.learning_rate"}
-
-
-def test_the_engine_that_students_answer_with_bears_on_those_who_learn_from_that(tmp_path: Path):
-    own = "arms={own: {targets: {sequence: student}}}"
-    other = load(tmp_path, SMALLEST, own, "evaluate.engine.engine_kwargs={dtype: float32, max_num_seqs: 8}").identity()
-    base = load(tmp_path, SMALLEST, own, "evaluate.engine.engine_kwargs={max_num_seqs: 4}").identity()
-    assert {key for key in other if other[key] != base[key]} == {"evaluate.engine.engine_kwargs"}
-
-
 def test_overrides_are_read_as_yaml(tmp_path: Path):
     experiment = load(tmp_path, SMALLEST, "train.learning_rate=3e-4", "seeds=[0, 1]", "train.zero_stage=3")
     assert experiment.train.learning_rate == pytest.approx(3e-4)
@@ -186,17 +160,6 @@ def test_seeds_are_what_generators_take(tmp_path: Path):
     for seed in (-1, 2**32):
         with pytest.raises(ValueError, match=r"seeds should be between 0 and 2\*\*32 - 1"):
             load(tmp_path, SMALLEST, f"seeds=[{seed}]")
-
-
-def test_how_long_answers_are_bears_on_what_a_search_chooses(tmp_path: Path):
-    few = "problems={num_train: 9, num_validation: 5, num_test: 5}"
-    search = (few, "sweep.space={train.learning_rate: {choice: [0.1, 0.2]}}")
-    by_accuracy, longer = (load(tmp_path, SMALLEST, *search, f"evaluate.sampling.max_tokens={n}") for n in (9, 10))
-    assert by_accuracy.identity() != longer.identity()
-    by_loss, longer = (
-        load(tmp_path, SMALLEST, *search, "sweep.metric=loss", f"evaluate.sampling.max_tokens={n}") for n in (9, 10)
-    )
-    assert by_loss.identity() == longer.identity()
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from raykd import storage
 from raykd.demo import MODELS, resolve_model
 from raykd.demo.kinds import KINDS
-from raykd.demo.problems import SPLITS, generate, generate_problems
+from raykd.demo.problems import GENERATOR_VERSION, SPLITS, generate, generate_problems
 
 AWKWARD = (
     "naïve café 😀 ½ ² 中文 12\u00a0345",
@@ -199,3 +200,12 @@ def test_the_unprimed_teacher_does_not():
 def test_the_untouched_student_solves_hardly_any():
     accuracy = greedy_accuracy(MODELS["raykd/demo-student"], "none")
     assert max(accuracy.values()) <= 0.15
+
+
+def test_the_generated_rows_are_those_of_the_generators_version():
+    rows = [row for split in SPLITS for seed in (0, 1) for row in generate(split, 400, seed)]
+    digest = storage.digest(json.dumps(rows))[:20]
+    assert (GENERATOR_VERSION, digest) == (1, "d12e1cbcb61ecfcb7b7d"), (
+        "the generated rows have changed: raise GENERATOR_VERSION in raykd/demo/problems.py, so that problem sets and "
+        "completions of the earlier rows are not taken for theirs, and write both down here"
+    )

@@ -126,6 +126,18 @@ def asked(protocol: str, samples: int = 1, instruction: str = "") -> list[dict]:
     return ask(pa.Table.from_pylist([problem], schema=records.PROBLEM)).to_pylist()
 
 
+def test_what_an_answer_draws_stems_from_no_key():
+    problem = {**dict.fromkeys(records.PROBLEM.names, ""), "problem_id": "p", "question": "What is 1 + 1?"}
+    contestants = [
+        evaluate.Contestant(trial_id, "arm", seed, Path(trial_id))
+        for trial_id, seed in (("arm-s0-0123abcd", 0), ("arm-s0-4567abcd", 0), ("arm-s1-0123abcd", 1))
+    ]
+    ask = evaluate.Ask(contestants, Student(model="raykd/demo-student"), Evaluate(), "", done=set())
+    rows = ask(pa.Table.from_pylist([problem], schema=records.PROBLEM)).to_pylist()
+    first, other_key, other_seed = (row["answer_seed"] for row in rows)
+    assert first == other_key != other_seed
+
+
 def test_eight_worked_problems_come_before_the_question_as_turns():
     tokenizer = models.load_tokenizer(Student(model="raykd/demo-student"))
     (row,) = asked("eight_shot_cot", instruction="End with '#### N'.")

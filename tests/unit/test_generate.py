@@ -6,11 +6,11 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 
-from raykd import completions, generate, models, problems, records, storage, variants
+from raykd import completions, generate, identity, models, problems, records, storage, variants
 from raykd.completions import Request
 from raykd.config import Experiment
 from raykd.engine import Engine
-from raykd.sections import Problems, Teacher
+from raykd.sections import Teacher
 from raykd.selection import select
 
 TREE: dict[str, Any] = {
@@ -73,9 +73,13 @@ def test_each_arm_asks_what_it_needs_and_none_asks_twice(experiment: Experiment,
     request = asked(alone, folder, tmp_path)["hard"]
     assert request is not None
     assert request.top_k == 0
-    arm = experiment.arm("hard")
-    assert completions.identity(request, arm) == completions.identity(requests["hard"], arm)
-    assert completions.identity(requests["soft"], experiment.arm("soft")) != completions.identity(request, arm)
+    of_problems = storage.read_json(folder / storage.MANIFEST)["content"]
+    trials = [
+        identity.trial(experiment, experiment.arm(arm), 0, of_problems, each.content, {"model": "b"})
+        for arm, each in (("hard", request), ("hard", requests["hard"]), ("soft", requests["soft"]))
+    ]
+    assert trials[0] == trials[1]
+    assert trials[0]["completions"] != trials[2]["completions"]
 
 
 def test_what_an_earlier_run_asked_serves_whoever_needs_no_more(experiment: Experiment, folder: Path, tmp_path: Path):
@@ -106,17 +110,6 @@ def test_what_students_are_tested_by_changes_nothing_of_what_is_asked(
     assert folders(num_test=3) == folders()
     for changed in ({"num_train": 13}, {"num_validation": 2}, {"seed": 1}):
         assert not set(folders(**changed).values()) & set(folders().values())
-
-
-def test_nothing_that_determines_problems_is_forgotten_in_what_is_asked(tmp_path: Path):
-    file = tmp_path / "problems.jsonl"
-    file.write_text('{"question": "1 + 1?", "answer": "#### 2"}')
-    for told in (
-        Problems(source="demo", num_train=1, num_test=1),
-        Problems(source="gsm8k"),
-        Problems(source="jsonl", train_file=str(file), test_file=str(file)),
-    ):
-        assert set(problems._identity(told)) - set(completions.BEARS_ON_TRAIN) <= {"num_test", "test_file"}
 
 
 def test_what_is_scored_is_the_solution_and_its_end(experiment: Experiment, folder: Path, tmp_path: Path):

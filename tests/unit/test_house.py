@@ -12,7 +12,7 @@ import raykd
 SOURCE = Path(raykd.__file__).parent
 FLOORS = [
     {"config", "tree", "engine", "sections", "space", "mistakes", "records", "storage", "strategies", "demo"}
-    | {"location"},
+    | {"location", "compat"},
     {
         "prompts",
         "answers",
@@ -46,6 +46,7 @@ FLOORS = [
         "budget",
         "nearest",
         "fitting",
+        "identity",
     },
     {
         "attention",

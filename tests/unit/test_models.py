@@ -5,6 +5,7 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -99,3 +100,19 @@ def test_weights_in_a_pickle_are_refused(tmp_path: Path):
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         student.load_base(Student(model=str(folder)), torch.float32)
+
+
+def test_a_model_of_the_hub_is_identified_by_the_commit_that_its_branch_is_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--somebody--small"
+    (folder / "refs").mkdir(parents=True)
+    for commit in ("a" * 40, "b" * 40):
+        snapshot = folder / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        (folder / "refs" / "main").write_text(commit)
+        found = models.identify(Student(model="somebody/small"))
+        assert found == {"model": "somebody/small", "revision": commit}
+    assert models.identify(Student(model="somebody/small", revision="a" * 40))["revision"] == "a" * 40

@@ -14,6 +14,7 @@ from raykd import (
     completions,
     config,
     generate,
+    identity,
     journal,
     models,
     pipeline,
@@ -198,7 +199,7 @@ def test_rows_are_those_of_a_model_and_an_api_wherever_it_is_asked_and_how_fast(
 
     def of(endpoint: dict[str, Any] | None, **teacher: Any) -> tuple[str, dict[str, Any]]:
         told = experiment(tmp_path, endpoint, {"a": {}}, **teacher)
-        return request_of(told, folder, tmp_path).folder.name, told.identity()
+        return request_of(told, folder, tmp_path).folder.name, identity.experiment(told)
 
     first = of({"url": URL})
     more = {"api_key_env": "KEY", "max_retries": 1, "max_requests_per_minute": 3, "max_concurrent_requests": 2}
@@ -209,7 +210,7 @@ def test_rows_are_those_of_a_model_and_an_api_wherever_it_is_asked_and_how_fast(
     assert len({key for key, _ in [first, *others]}) == 4
     # What was asked without one is found again.
     assert "endpoint" not in request_of(experiment(tmp_path, None, {"a": {}}), folder, tmp_path).content
-    assert not [path for path in experiment(tmp_path, None, {"a": {}}).identity() if "endpoint" in path]
+    assert not [path for path in identity.experiment(experiment(tmp_path, None, {"a": {}})) if "endpoint" in path]
     with pytest.raises(ValueError, match=r"teacher\.endpoint\.api was None, is 'chat'"):
         (tmp_path / "experiment.yaml").write_text(config.dump(experiment(tmp_path, None, {"a": {}})))
         journal.claim(experiment(tmp_path, {"url": URL, "api": "chat"}, {"a": {}}), tmp_path)

@@ -41,6 +41,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         problems=problems.prepare(experiment.problems, folder),
         completions=None,
         same_tokens=True,
+        experiment=experiment.name,
         folder=folder / "trial",
         lesson="default",
         sweep=experiment.sweep,

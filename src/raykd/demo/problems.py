@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from raykd.demo.kinds import KINDS, NAMES, Kind
 
+GENERATOR_VERSION = 1
+"""Part of the key of generated problem sets. Raise it with any change of the generated rows, here or in `kinds`."""
 SPLITS = ("train", "validation", "test")
 _MAX_RESULT = 999
 

@@ -1,0 +1,414 @@
+"""Identity: which key changes with what; golden keys, and defaults that no key holds."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import pytest
+from pydantic import create_model
+
+from raykd import config, identity, storage
+from raykd.config import Arm, Experiment
+from raykd.sections import Problems
+from raykd.strategies import Exemplar
+from raykd.tree import Section, is_runtime_only
+
+TREE: dict[str, Any] = {
+    "name": "small",
+    "problems": {"num_train": 12, "num_validation": 3, "num_test": 2},
+    "teacher": {"model": "a", "engine": {"engine_kwargs": {"dtype": "float32"}}, "sampling": {"temperature": 0.5}},
+    "student": {"model": "b"},
+    "evaluate": {"sampling": {"temperature": 0.5}},
+    "sweep": {"scheduler": "none", "space": {"train.weight_decay": {"choice": [0.0, 0.1]}}},
+    "arms": {
+        "hard": {"prompt.strategy": "teacher"},
+        "soft": {"prompt.strategy": "gold_hint", "targets.kind": "top_k"},
+        "own": {"targets": {"sequence": "student", "kind": "top_k"}},
+        "reference": {"targets.sequence": "reference"},
+    },
+}
+TEACHER, STUDENT = {"model": "a", "revision": "1"}, {"model": "b", "revision": "2"}
+STATISTICS = ("entropy", "first")
+
+
+def keys(experiment: Experiment, arms: dict[str, Arm]) -> dict[str, str]:
+    """All keys of an experiment with the given arms."""
+    of_problems = identity.problem_set(experiment.problems)
+    found = {
+        "problems": of_problems,
+        "predictions": identity.way_of_asking(experiment.evaluate),
+    }
+    if experiment.sweep:
+        found["search"] = identity.search(experiment.sweep)
+    if experiment.attention:
+        dtype = experiment.attention.dtype or experiment.train.dtype
+        found["attention"] = identity.attention(experiment.attention, dtype, STATISTICS)
+    for name, arm in arms.items():
+        asked = identity.completion_set(experiment, arm, of_problems, TEACHER) if arm.needs_teacher else None
+        if asked:
+            found[f"completions {name}"] = asked
+        found[f"trial {name}"] = identity.trial(experiment, arm, 0, of_problems, asked, STUDENT)
+    return {name: storage.content_key(content) for name, content in found.items()}
+
+
+def keys_of(**sections: Any) -> dict[str, str]:
+    experiment = Experiment.model_validate(TREE | sections)
+    return keys(experiment, {name: experiment.arm(name) for name in experiment.arms})
+
+
+def leaves(section: Section, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Path and annotation of each field that is no section."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from leaves(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", field.annotation
+
+
+def other(annotation: Any, value: Any) -> Any:
+    """Another value for a field; it need not be a legal one."""
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    kind = next(each for each in kinds if each is not NoneType)
+    if get_origin(kind) is Literal:
+        return [each for each in get_args(kind) if each != value][-1]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, tuple):
+        return (*value, "more")
+    if isinstance(value, dict):
+        return {**value, "more": 1}
+    return f"{value}-other" if isinstance(value, str) else {int: 7, float: 7.0, str: "other"}.get(kind, ("other",))
+
+
+def changed(section: Any, path: str, value: Any) -> Any:
+    """A copy with another value, which is not validated."""
+    name, _, rest = path.partition(".")
+    return section.model_copy(update={name: changed(getattr(section, name), rest, value) if rest else value})
+
+
+def is_marked(path: str) -> bool:
+    """Whether a field, or a section that it is in, is runtime-only."""
+    section: Any = Experiment.model_validate(TREE | {"teacher": {"model": "a", "endpoint": {"url": "http://host/v1"}}})
+    for name in path.split("."):
+        if is_runtime_only(type(section), name):
+            return True
+        section = getattr(section, name)
+    return False
+
+
+# In no key: what only names or adds, what other functions identify, and what plays no part here.
+ELSEWHERE = {"name", "arms", "seeds", "prompt.strategies", "teacher.model", "teacher.revision"}
+ELSEWHERE |= {"sweep.num_samples", "sweep.finalists", "problems.revision"}
+BASE = Experiment.model_validate(TREE)
+ARMS = {name: BASE.arm(name) for name in BASE.arms}
+FIELDS = {path: annotation for path, annotation in leaves(BASE) if path != "teacher.endpoint"}
+
+
+BEFORE = keys(BASE, ARMS)
+
+
+@functools.cache
+def keys_changed_by(path: str) -> frozenset[str]:
+    """The keys that change, in any of the arms, where a field has another value."""
+    found: set[str] = set()
+    for name, arm in ARMS.items():
+        is_of_arms = path.split(".")[0] in Arm.model_fields
+        value: Any = arm if is_of_arms else BASE
+        for each in path.split("."):
+            value = getattr(value, each)
+        value = "confidence" if path == "prompt.strategy" else other(FIELDS[path], value)
+        experiment = changed(BASE, path, value)
+        after = keys(experiment, {name: changed(arm, path, value) if is_of_arms else arm})
+        found |= {key for key in after if after[key] != BEFORE.get(key)}
+    return frozenset(found)
+
+
+@pytest.mark.parametrize("path", sorted(FIELDS))
+def test_a_field_changes_a_key_unless_it_is_runtime_only(path: str):
+    found = keys_changed_by(path)
+    assert bool(found) == (not is_marked(path) and path not in ELSEWHERE), found
+
+
+@pytest.mark.parametrize(
+    ("path", "kinds"),
+    [
+        ("problems.num_train", {"problems", "completions", "trial"}),
+        ("problems.num_test", {"problems"}),
+        ("problems.seed", {"problems", "completions", "trial"}),
+        ("teacher.sampling.seed", {"completions", "trial"}),
+        ("prompt.instruction", {"completions", "trial"}),
+        ("targets.top_k", {"completions", "trial"}),
+        ("targets.keep", {"trial"}),
+        ("loss.temperature", {"trial"}),
+        ("train.learning_rate", {"trial"}),
+        ("evaluate.samples", {"predictions"}),
+        ("evaluate.sampling.max_tokens", {"predictions", "trial"}),
+        ("attention.num_problems", {"attention"}),
+        ("sweep.seed", {"search"}),
+    ],
+)
+def test_a_field_changes_the_keys_of_what_it_bears_on_and_no_other(path: str, kinds: set[str]):
+    assert {key.split()[0] for key in keys_changed_by(path)} == kinds
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FIELDS if any(f"{path}.".startswith(f"{each}.") for each in config.ARM_SECTIONS)]
+)
+def test_the_configuration_knows_what_bears_on_the_teacher(path: str):
+    asks = any(key.startswith("completions") for key in keys_changed_by(path))
+    assert asks == config.bears_on_the_teacher(path)
+
+
+GOLDEN = {
+    "problems": "afc7b82ba88f0450daee",
+    "predictions": "21bc188b640501651143",
+    "search": "8409f57e2c0d6290d0fa",
+    "attention": "ed1f6ab5a5c369d9fc19",
+    "completions hard": "2cb78e2a3c9f6f6a0aa2",
+    "trial hard": "495cbb9567553a7daf16",
+    "completions soft": "3e07b8145fee2a59dda8",
+    "trial soft": "1f2abee53416178d6b66",
+    "completions own": "b7912cee1af98adb3983",
+    "trial own": "158ecae0b267cb0ea42a",
+    "trial reference": "aea8e7a670206fc2becc",
+    "completions hard, endpoint": "30d261aa8745a6536676",
+    "completions soft, endpoint": "aeb2851bfeab54df77c2",
+    "completions own, endpoint": "af5e5e1084e0f1a637e8",
+}
+
+
+def test_keys_stay_what_they_are():
+    """A key that changes makes every earlier result of its kind anew: raise the version of its kind and say why."""
+    found = keys_of()
+    found |= {f"{name}, endpoint": key for name, key in keys_of(teacher=ENDPOINT).items() if "completions" in name}
+    assert found == GOLDEN
+
+
+ENDPOINT = {"model": "a", "endpoint": {"url": "http://host/v1"}, "sampling": {"temperature": 0.5}}
+
+
+def with_new_field(section: Any) -> Any:
+    """A section, and all below it, of classes that have a field more."""
+    made = create_model(f"New{type(section).__name__}", __base__=type(section), new_field=(bool, False))
+    values = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        values[name] = with_new_field(value) if isinstance(value, Section) else value
+    return made.model_construct(**values, new_field=False)
+
+
+def test_a_new_field_with_a_default_changes_no_key():
+    new, arms = with_new_field(BASE), {name: with_new_field(arm) for name, arm in ARMS.items()}
+    assert "new_field" in type(new.train).model_fields and new.teacher.sampling.new_field is False
+    assert keys(new, arms) == keys(BASE, ARMS)
+    for path in ("train", "student.lora", "loss", "targets.rollout"):
+        after = keys(new, {"own": changed(arms["own"], f"{path}.new_field", True)})
+        assert after["trial own"] != keys(BASE, ARMS)["trial own"], path
+
+
+DEFAULTS: dict[str, Any] = {
+    "Experiment.problems": {"num_train": 1000, "num_test": 300},
+    "Experiment.prompt": {},
+    "Experiment.targets": {},
+    "Experiment.loss": {},
+    "Experiment.train": {},
+    "Experiment.evaluate": {},
+    "Experiment.attention": {},
+    "Experiment.arms": {"default": {}},
+    "Experiment.seeds": [0],
+    "Experiment.sweep": None,
+    "Problems.source": "demo",
+    "Problems.train_file": None,
+    "Problems.test_file": None,
+    "Problems.revision": "main",
+    "Problems.num_train": None,
+    "Problems.num_validation": 0,
+    "Problems.num_test": None,
+    "Problems.seed": 0,
+    "Teacher.revision": None,
+    "Teacher.trust_remote_code": False,
+    "Teacher.engine": {},
+    "Teacher.endpoint": None,
+    "Teacher.sampling": {},
+    "Teacher.samples": 1,
+    "Student.revision": None,
+    "Student.trust_remote_code": False,
+    "Student.lora": {},
+    "Prompt.strategy": "none",
+    "Prompt.instruction": "End with a line of the form '#### 42' that holds the final number alone.",
+    "Prompt.strategies": {},
+    "Targets.sequence": "teacher",
+    "Targets.kind": "hard",
+    "Targets.top_k": 16,
+    "Targets.keep": "all",
+    "Targets.deduplicate": False,
+    "Targets.rounds": 4,
+    "Targets.warmup_rounds": 0,
+    "Targets.rollout": {"temperature": 1.0},
+    "Loss.divergence": None,
+    "Loss.tail": "one_bucket",
+    "Loss.temperature": 1.0,
+    "Loss.cross_entropy_weight": 0.0,
+    "Train.epochs": 2,
+    "Train.batch_size": 32,
+    "Train.learning_rate": 0.0002,
+    "Train.warmup_fraction": 0.05,
+    "Train.weight_decay": 0.0,
+    "Train.max_grad_norm": 1.0,
+    "Train.max_length": 2048,
+    "Train.num_workers": 1,
+    "Train.zero_stage": 2,
+    "Train.dtype": "bfloat16",
+    "Train.packing": True,
+    "Evaluate.protocol": "zero_shot_chat",
+    "Evaluate.engine": {},
+    "Evaluate.sampling": {},
+    "Evaluate.samples": 1,
+    "Evaluate.stop": None,
+    "Attention.num_problems": 100,
+    "Attention.dtype": None,
+    "Sweep.space": {},
+    "Sweep.search": "random",
+    "Sweep.num_samples": 8,
+    "Sweep.scheduler": "asha",
+    "Sweep.reduction_factor": 2,
+    "Sweep.metric": "accuracy",
+    "Sweep.validations": 4,
+    "Sweep.finalists": None,
+    "Sweep.seed": 0,
+    "Engine.engine_kwargs": {},
+    "Endpoint.model": None,
+    "Endpoint.api": "completions",
+    "Sampling.temperature": 0.0,
+    "Sampling.top_p": 1.0,
+    "Sampling.max_tokens": 512,
+    "Sampling.seed": 0,
+    "Lora.rank": 16,
+    "Lora.alpha": 32,
+    "Lora.dropout": 0.0,
+    "Lora.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "Strategy.place": "before",
+    "Strategy.text": "",
+    "Strategy.exemplars": [],
+    "Strategy.version": 1,
+    "Axis.grid": [],
+    "Axis.choice": [],
+    "Axis.uniform": None,
+    "Axis.loguniform": None,
+    "Axis.randint": None,
+}
+
+
+def defaults() -> dict[str, Any]:
+    """The default of each field that may be in a key, by class and name."""
+    found = {}
+    sections: list[type[Section]] = [Experiment, Exemplar]
+    for section in sections:
+        for name, field in section.model_fields.items():
+            if is_runtime_only(section, name):
+                continue
+            sections += [each for each in sections_in(field.annotation) if each not in sections]
+            if not field.is_required():
+                default = field.get_default(call_default_factory=True)
+                found[f"{section.__name__}.{name}"] = identity._plain(default, with_defaults=False)
+    return found
+
+
+def sections_in(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [each for inner in get_args(annotation) for each in sections_in(inner)]
+
+
+def test_no_default_is_changed_unseen():
+    """A field at its default is in no key: with another default, old results would be taken for new ones."""
+    found = defaults()
+    other = {path: (DEFAULTS[path], found.get(path)) for path in DEFAULTS if DEFAULTS[path] != found.get(path)}
+    assert not other, f"changed defaults (old, new): raise identity.VERSIONS of the kinds they bear on: {other}"
+    assert not found.keys() - DEFAULTS.keys(), "new fields: write their defaults down here"
+
+
+def test_every_argument_of_vllm_is_decided_on():
+    """Another version of vLLM: decide for each new argument whether it bears on answers."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    assert not identity.RUNTIME_ARGUMENTS & identity.ANSWER_ARGUMENTS
+    assert known == identity.RUNTIME_ARGUMENTS | identity.ANSWER_ARGUMENTS
+
+
+def test_arguments_that_do_not_bear_on_answers_are_left_out():
+    runtime = {"load_format": "runai_streamer", "model_loader_extra_config": {"concurrency": 16}, "enforce_eager": True}
+    runtime |= {"compilation_config": {"level": 3}, "max_num_seqs": 8, "enable_sleep_mode": True, "block_size": 32}
+    bearing = {"dtype": "float32", "max_model_len": 64, "hf_overrides": {"rope_theta": 1.0}, "not_known_yet": 1}
+    assert identity.engine_arguments(runtime | bearing) == bearing
+    for load_format in ("dummy", "bitsandbytes"):
+        assert identity.engine_arguments({"load_format": load_format}) == {"load_format": load_format}
+
+
+def test_a_problem_set_is_known_by_what_its_files_hold(tmp_path: Path):
+    file, same = tmp_path / "problems.jsonl", tmp_path / "same.jsonl"
+    for each in (file, same):
+        each.write_text('{"question": "1 + 1?", "answer": "#### 2"}')
+    told = Problems(source="jsonl", train_file=str(file), test_file=str(file), seed=3)
+    first = identity.problem_set(told)
+    assert str(tmp_path) not in str(first)
+    assert first["train_file"] == storage.fingerprint(file) == first["test_file"]
+    assert "seed" not in first, "nothing is generated"
+    assert set(first) - set(identity.train_problems(first)) == {"test_file"}
+    file.write_text('{"question": "1 + 2?", "answer": "#### 3"}')
+    assert identity.problem_set(told) != first
+
+
+def test_what_plays_no_part_is_in_no_key():
+    greedy = {"model": "a", "sampling": {"temperature": 0}}
+    assert keys_of(teacher=greedy) == keys_of(teacher={"model": "a", "sampling": {"seed": 7, "top_p": 0.5}})
+    said = {name: key for name, key in keys_of(loss={"divergence": "forward_kl"}).items() if name != "trial own"}
+    assert said.items() < keys_of().items(), "what null stands for is the same, said or not"
+
+
+def load(*overrides: str) -> Experiment:
+    tree: dict[str, Any] = {"name": "small", "teacher": {"model": "a"}, "student": {"model": "b"}}
+    for override in overrides:
+        path, _, value = override.partition("=")
+        config.set_path(tree, path, config.from_yaml(value))
+    return Experiment.model_validate(tree)
+
+
+def test_an_experiment_is_what_bears_on_its_results():
+    base = identity.experiment(load())
+    same = ["teacher.concurrency=9", "train.max_failures=9", "arms={other: {}}", "seeds=[5]", "storage=elsewhere"]
+    same += ["train.min_workers=1", "train.micro_batch_size=1", "train.gradient_checkpointing=true"]
+    assert identity.experiment(load(*same)) == base
+    elsewhere = ["teacher.engine.tensor_parallel_size=8", "teacher.engine.engine_kwargs={max_num_seqs: 8}"]
+    assert identity.experiment(load(*elsewhere)) == base
+    asked = ("evaluate.protocol=zero_shot_raw", "evaluate.sampling.max_tokens=9", "evaluate.stop=[x]")
+    asked += ("evaluate.engine.engine_kwargs={dtype: float32}",)
+    assert identity.experiment(load(*asked)) == base
+    changed = identity.experiment(load("train.learning_rate=0.5"))
+    assert {key for key in changed if changed[key] != base[key]} == {"train.learning_rate"}
+
+
+def test_the_engine_that_students_answer_with_bears_on_those_who_learn_from_that():
+    own = "arms={own: {targets: {sequence: student}}}"
+    other = identity.experiment(load(own, "evaluate.engine.engine_kwargs={dtype: float32, max_num_seqs: 8}"))
+    base = identity.experiment(load(own, "evaluate.engine.engine_kwargs={max_num_seqs: 4}"))
+    assert {key for key in other if other[key] != base[key]} == {"evaluate.engine.engine_kwargs"}
+    engine = {"engine": {"engine_kwargs": {"dtype": "float32"}}, "sampling": {"temperature": 0.5}}
+    before, after = keys_of(), keys_of(evaluate=engine)
+    assert {name for name in before if before[name] != after[name]} == {"predictions", "trial own"}
+
+
+def test_how_long_answers_are_bears_on_what_a_search_chooses():
+    few = "problems={num_train: 9, num_validation: 5, num_test: 5}"
+    search = (few, "sweep.space={train.learning_rate: {choice: [0.1, 0.2]}}")
+    by_accuracy, longer = (load(*search, f"evaluate.sampling.max_tokens={n}") for n in (9, 10))
+    assert identity.experiment(by_accuracy) != identity.experiment(longer)
+    by_loss, longer = (load(*search, "sweep.metric=loss", f"evaluate.sampling.max_tokens={n}") for n in (9, 10))
+    assert identity.experiment(by_loss) == identity.experiment(longer)
