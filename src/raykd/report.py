@@ -213,36 +213,36 @@ def _without_controls(text: str) -> str:
 
 def _markdown(results: Results, drawn: list[Figure]) -> str:
     run, result = results.run, answer(results)
-    blocks = [f"# {_md(results.name)}"]
+    blocks = [f"# {escape_markdown(results.name)}"]
     if run.get("demonstration"):
         blocks.append(f"> **Demonstration.** {DEMONSTRATION}")
-    blocks.append(f"**{_md(result.sentences[0])}** {_md(result.sentences[1])}")
+    blocks.append(f"**{escape_markdown(result.sentences[0])}** {escape_markdown(result.sentences[1])}")
     for lines in (result.remarks, results.notes):
         if lines:
-            blocks.append("\n".join(f"- {_md(line)}" for line in lines))
+            blocks.append("\n".join(f"- {escape_markdown(line)}" for line in lines))
     for figure in drawn:
-        blocks.append(f"![{_md(figure.title)}]({FIGURES}/{figure.name}.svg)")
-        blocks.append(f"*{_md(figure.title)}.* {_md(figure.caption)}")
+        blocks.append(f"![{escape_markdown(figure.title)}]({FIGURES}/{figure.name}.svg)")
+        blocks.append(f"*{escape_markdown(figure.title)}.* {escape_markdown(figure.caption)}")
     for table in report_tables.tables(results):
-        blocks += [f"## {_md(table.title)}", _markdown_table(table)]
+        blocks += [f"## {escape_markdown(table.title)}", _markdown_table(table)]
         if table.note:
-            blocks.append(_md(table.note))
+            blocks.append(escape_markdown(table.note))
     versions = ", ".join(f"{name} {version}" for name, version in (run.get("versions") or {}).items())
     blocks.append("## Reproduction")
     # Indented lines are a code block, whatever they contain.
     blocks.append("\n".join(f"    {line}" for line in str(run.get("command") or "").splitlines()))
     made_with = f"raykd {run.get('raykd_version') or ''}; {versions}"
-    blocks.append(f"{_md(made_with)}. Configuration: `experiment.yaml`.")
+    blocks.append(f"{escape_markdown(made_with)}. Configuration: `experiment.yaml`.")
     return "\n\n".join(blocks) + "\n"
 
 
 def _markdown_table(table: Table) -> str:
     alignment = [":--" if number in table.text_columns else "--:" for number in range(len(table.columns))]
-    header, *rows = ([_md(cell) for cell in cells] for cells in (table.columns, *table.rows))
+    header, *rows = ([escape_markdown(cell) for cell in cells] for cells in (table.columns, *table.rows))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, alignment, *rows))
 
 
-def _md(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Escape text for Markdown, which then shows it as it is."""
     for character in "\\`*_[]|#~$":
         text = text.replace(character, "\\" + character)

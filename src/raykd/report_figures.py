@@ -10,21 +10,17 @@ from raykd.config import UNTOUCHED
 from raykd.measured import Mean, Share
 from raykd.report_attention import NAMES, mean_by_layer, num_significant
 from raykd.report_cost import teacher_share, written_by_the_teacher
+from raykd.report_panels import CURVE_PX, Panel, curves_panel, heat_map, heat_scale, panel_grid
 from raykd.report_svg import (
     Axis,
     Figure,
     ForestRow,
     Key,
     Mark,
-    Panel,
     ScatterPoint,
     axis_over,
-    curve_grid,
-    curves_panel,
     forest_plot,
-    heat_map,
-    heat_scale,
-    panel_grid,
+    legend,
     scatter_plot,
 )
 from raykd.report_text import points_and_interval, share_and_interval
@@ -119,8 +115,8 @@ def _forest(
     if not rows:
         return None
     shown = {row.color for row in rows}
-    legend = [*symbols, *(Key("line", text, color) for color, text in _KINDS.items() if color in shown)]
-    content, height = forest_plot(rows, axis, [key.symbol for key in symbols], legend, unit)
+    keys = [*symbols, *(Key("line", text, color) for color, text in _KINDS.items() if color in shown)]
+    content, height = forest_plot(rows, axis, [key.symbol for key in symbols], keys, unit)
     words = [
         f"{row.name}: " + ", ".join(f"{key.text} {text}" for key, text in zip(symbols, row.texts, strict=True))
         for row in rows
@@ -162,11 +158,11 @@ def _scatter(
             points.append(ScatterPoint(arm.name, colors[arm.name], place, [strict, flexible], text))
     if not points:
         return None
-    legend = [_STRICT, _FLEXIBLE, *(Key("dot", point.name, point.color) for point in points)]
+    keys = [_STRICT, _FLEXIBLE, *(Key("dot", point.name, point.color) for point in points)]
     x = axis_over([bound for point in points for bound in (point.across.low, point.across.high)], 0, most)
     y = axis_over([bound for point in points for mark in point.up for bound in (mark.low, mark.high)], 0, 100)
     symbols = [_STRICT.symbol, _FLEXIBLE.symbol]
-    content, height = scatter_plot(points, x, y, symbols, legend, (across, "Accuracy, %"))
+    content, height = scatter_plot(points, x, y, symbols, keys, (across, "Accuracy, %"))
     words = "; ".join(point.text for point in points)
     return Figure(name, title, "Lines are 95 % intervals.", f"{across}: {words}", height, content)
 
@@ -183,7 +179,7 @@ def _training(results: Results) -> Figure | None:
         steps = [step for curve in own for step, _ in curve]
         ends = (f"step {min(steps)}", f"step {max(steps)}")
         panels.append(curves_panel(name, [("primed", curve) for curve in own], (0.0, top), f"loss {top:.3g}", ends))
-    content, height = curve_grid(panels)
+    content, height = panel_grid(panels, CURVE_PX, columns=2, heading=legend([]))
     words = "; ".join(f"{name}: {own[0][0][1]:.3g} to {own[0][-1][1]:.3g}" for name, own in curves.items())
     caption = "One line for each seed. All panels have the same scale, which begins at 0."
     return Figure("training", "Training loss", caption, words, height, content)
@@ -207,8 +203,8 @@ def _layers(results: Results, attention: AttentionResults) -> Figure | None:
             panels.append(curves_panel(title, curves, (low, high), f"{low:.3g} to {high:.3g}", ends))
     if not panels:
         return None
-    legend = [Key("dashed" if arm.name == UNTOUCHED else "line", arm.name, colors[arm.name]) for arm in attention.arms]
-    content, height = curve_grid(panels, legend)
+    keys = [Key("dashed" if arm.name == UNTOUCHED else "line", arm.name, colors[arm.name]) for arm in attention.arms]
+    content, height = panel_grid(panels, CURVE_PX, columns=2, heading=legend(keys))
     words = f"{len(panels)} statistics over {attention.num_layers} layers for {len(attention.arms)} arms"
     caption = "Mean over the heads of a layer. The numbers above a panel are the ends of its scale."
     return Figure("attention_by_layer", "Attention statistics by layer", caption, words, height, content)

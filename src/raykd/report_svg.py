@@ -7,22 +7,15 @@ screen with its text unscaled. Colours are classes of `templates/style.j2`.
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from math import ceil, floor, isfinite
+from math import ceil, floor
 
-import numpy as np
 from markupsafe import Markup
 
-from raykd.effects import Effect
-
 _TICK_STEPS = (0.5, 1, 2, 5, 10, 20, 25, 50, 100, 200, 500, 1000, 2000, 5000)
-_LINE_PX = 16  # Height of a line of text.
+LINE_PX = 16  # Height of a line of text.
 _MARK_PX = 13  # Height of one mark's line in a forest plot.
 _SCATTER_PX = 260
-_CURVE_PX = 92
-_MAX_POINTS = 240  # A curve with more points looks the same and makes the file larger.
-_TITLE_CHARACTERS = 44  # A line of this length fits a figure of 360 pixels.
-_HEAD_LEVELS = 5  # Steps of a heat map's colour scale on each side of 0.
+LINE_CHARACTERS = 44  # A line of this length fits a figure of 360 pixels.
 
 
 @dataclass(frozen=True)
@@ -97,19 +90,6 @@ class ScatterPoint:
     text: str
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One of several small plots over each other's width."""
-
-    title: str
-    content: Markup
-    """SVG elements, in a viewport of the panel's width and of the height that all panels share."""
-    above: str = ""
-    """The text on top of the plot, such as the end of its scale."""
-    below: tuple[str, str] = ("", "")
-    """The texts under its left and right ends."""
-
-
 def axis_over(values: Iterable[float | None], least: float, most: float) -> Axis:
     """Return an axis with up to nine round ticks that holds all values, clipped to `least` and `most`."""
     known = [value for value in values if value is not None]
@@ -124,7 +104,7 @@ def axis_over(values: Iterable[float | None], least: float, most: float) -> Axis
 
 
 def forest_plot(
-    rows: Sequence[ForestRow], axis: Axis, symbols: Sequence[str], legend: Sequence[Key], unit: str
+    rows: Sequence[ForestRow], axis: Axis, symbols: Sequence[str], keys: Sequence[Key], title: str
 ) -> tuple[Markup, int]:
     """Draw rows of values with intervals over one axis.
 
@@ -132,30 +112,33 @@ def forest_plot(
         rows: from the top down.
         axis: shared by all rows.
         symbols: of the marks of a row, in their order.
-        legend: what the symbols and colours mean.
-        unit: of the axis, for its end.
+        keys: what the symbols and colours mean.
+        title: of the axis, with its unit.
 
     Returns:
         SVG elements and their height in pixels.
     """
-    parts, y = _started(legend)
+    head, y = legend(keys)
+    parts = [head]
     for row in rows:
-        for line in _wrapped(row.name, _TITLE_CHARACTERS):
-            parts.append(_text("0", y + 12, line, css="name"))
-            y += _LINE_PX
+        for line in wrapped(row.name, LINE_CHARACTERS):
+            parts.append(svg_text("0", y + 12, line, css="name"))
+            y += LINE_PX
         for number, (symbol, text) in enumerate(zip(symbols, row.texts, strict=True)):
             parts.append(_key(number, len(symbols), y + 7, Key(symbol, text, row.color)))
-        y += _LINE_PX + 2
+        y += LINE_PX + 2
         height = _MARK_PX * len(symbols) + 4
         lines = [_grid(axis, height)]
         for number, (symbol, mark, text) in enumerate(zip(symbols, row.marks, row.texts, strict=True)):
             if mark is not None:
                 lines.append(_mark_across(axis, mark, symbol, 2 + _MARK_PX * (number + 0.5), f"{row.name}: {text}"))
-        parts.append(_viewport("4%", "92%", y, height, Markup('<g class="{}">{}</g>').format(row.color, _join(lines))))
+        parts.append(viewport("4%", "92%", y, height, Markup('<g class="{}">{}</g>').format(row.color, join(lines))))
         y += height + 10
-    labels = [_text(f"{axis.position(tick):.2f}%", 10, _tick_text(axis, tick), anchor="middle") for tick in axis.ticks]
-    parts += [_viewport("4%", "92%", y, _LINE_PX, _join(labels)), _text("50%", y + 28, unit, anchor="middle")]
-    return _join(parts), y + 34
+    labels = [
+        svg_text(f"{axis.position(tick):.2f}%", 10, _tick_text(axis, tick), anchor="middle") for tick in axis.ticks
+    ]
+    parts += [viewport("4%", "92%", y, LINE_PX, join(labels)), svg_text("50%", y + 28, title, anchor="middle")]
+    return join(parts), y + 34
 
 
 def scatter_plot(
@@ -163,7 +146,7 @@ def scatter_plot(
     x: Axis,
     y: Axis,
     symbols: Sequence[str],
-    legend: Sequence[Key],
+    keys: Sequence[Key],
     titles: tuple[str, str],
 ) -> tuple[Markup, int]:
     """Draw points with intervals both ways.
@@ -173,22 +156,22 @@ def scatter_plot(
         x: the axis across.
         y: the axis up.
         symbols: of the marks of a point, in their order.
-        legend: what the symbols and colours mean.
+        keys: what the symbols and colours mean.
         titles: of the axis across and of the axis up.
 
     Returns:
         SVG elements and their height in pixels.
     """
-    parts, top = _started(legend)
-    parts.append(_text("0", top + 12, titles[1]))
+    head, top = legend(keys)
+    parts = [head, svg_text("0", top + 12, titles[1])]
     lines = [
         Markup('<line class="grid" x1="{0:.2f}%" x2="{0:.2f}%" y1="0" y2="{1}"/>').format(x.position(tick), _SCATTER_PX)
-        + _text(f"{x.position(tick):.2f}%", _SCATTER_PX + 18, f"{tick:g}", anchor="middle")
+        + svg_text(f"{x.position(tick):.2f}%", _SCATTER_PX + 18, f"{tick:g}", anchor="middle")
         for tick in x.ticks
     ]
     lines += [
         Markup('<line class="grid" x1="0" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>').format(_up(y, tick))
-        + _text("-8", _up(y, tick) + 4, f"{tick:g}", anchor="end")
+        + svg_text("-8", _up(y, tick) + 4, f"{tick:g}", anchor="end")
         for tick in y.ticks
     ]
     for point in points:
@@ -200,150 +183,23 @@ def scatter_plot(
         low, high = (f"{x.position(bound):.2f}%" for bound in (point.across.low, point.across.high))
         height = _up(y, point.up[0].value)
         drawn.append(_interval(low, high, height, height))
-        lines.append(Markup('<g class="{}">{}</g>').format(point.color, _join(drawn)))
-    parts.append(_viewport("9%", "88%", top + 24, _SCATTER_PX, _join(lines)))
+        lines.append(Markup('<g class="{}">{}</g>').format(point.color, join(drawn)))
+    parts.append(viewport("9%", "88%", top + 24, _SCATTER_PX, join(lines)))
     bottom = top + 24 + _SCATTER_PX
-    parts.append(_text("53%", bottom + 36, titles[0], anchor="middle"))
-    return _join(parts), bottom + 42
+    parts.append(svg_text("53%", bottom + 36, titles[0], anchor="middle"))
+    return join(parts), bottom + 42
 
 
-def panel_grid(
-    panels: Sequence[Panel], height: int, columns: int, heading: tuple[Markup, int] = (Markup(""), 0)
-) -> tuple[Markup, int]:
-    """Draw small plots side by side.
-
-    Args:
-        panels: in reading order.
-        height: of each plot, in pixels.
-        columns: how many stand side by side.
-        heading: a legend or a scale above them, with its height.
-
-    Returns:
-        SVG elements and their height in pixels.
-    """
-    parts, y = [heading[0]], heading[1]
-    step = 100 / columns
-    width = f"{step - 4:.2f}%"
-    for start in range(0, len(panels), columns):
-        row = panels[start : start + columns]
-        titles = [_wrapped(panel.title, _TITLE_CHARACTERS // columns) for panel in row]
-        title_px = _LINE_PX * max(map(len, titles))
-        above_px = _LINE_PX if any(panel.above for panel in row) else 4
-        for number, (panel, title) in enumerate(zip(row, titles, strict=True)):
-            texts = [_text("0", 12 + _LINE_PX * line, text, css="name") for line, text in enumerate(title)]
-            plot_y = title_px + above_px
-            texts.append(_text("0", plot_y - 4, panel.above, css="small"))
-            texts.append(_text("0", plot_y + height + 14, panel.below[0], css="small"))
-            texts.append(_text("100%", plot_y + height + 14, panel.below[1], css="small", anchor="end"))
-            plot = _viewport("0", "100%", plot_y, height, panel.content)
-            parts.append(_viewport(f"{step * number:.2f}%", width, y, plot_y + height, _join([*texts, plot])))
-        y += title_px + above_px + height + (26 if any(any(panel.below) for panel in row) else 12)
-    return _join(parts), y
-
-
-def curves_panel(
-    title: str,
-    curves: Sequence[tuple[str, Sequence[tuple[float, float]]]],
-    scale: tuple[float, float],
-    above: str,
-    below: tuple[str, str],
-) -> Panel:
-    """Return a panel with a line for each curve.
-
-    Args:
-        title: of the panel.
-        curves: the class of colour and the points of each; values that are not finite are left out.
-        scale: the values at the bottom and at the top.
-        above: the text on top.
-        below: the texts under the left and right ends.
-    """
-    low, high = scale
-    places = [x for _, curve in curves for x, _ in curve]
-    first = min(places, default=0.0)
-    width = (max(places, default=1.0) - first) or 1
-    lines = [
-        Markup('<polyline class="{}" points="{}"/>').format(
-            color,
-            " ".join(
-                f"{100 * (x - first) / width:.2f},{60 - 60 * (value - low) / ((high - low) or 1):.2f}"
-                for x, value in _thinned([point for point in curve if isfinite(point[1])])
-            ),
-        )
-        for color, curve in curves
-    ]
-    grid = Markup('<path class="grid" d="M0 0H100M0 30H100M0 60H100"/>')
-    plot = Markup(
-        '<svg class="curve" width="100%" height="{}" viewBox="0 0 100 60" preserveAspectRatio="none">{}{}</svg>'
-    ).format(_CURVE_PX, grid, _join(lines))
-    return Panel(title, plot, above, below)
-
-
-def curve_grid(panels: Sequence[Panel], keys: Sequence[Key] = ()) -> tuple[Markup, int]:
-    """Draw panels of curves two side by side, under a legend, with the height of it all in pixels."""
-    parts, height = _started(keys)
-    return panel_grid(panels, _CURVE_PX, columns=2, heading=(_join(parts), height))
-
-
-def heat_map(effect: Effect, most: float, shape: tuple[int, int], height: int) -> Markup:
-    """Draw each head's effect as a cell: a row a layer, from the top down, and a column a head.
-
-    Blue is negative and red is positive. Cells of effects that are not significant are pale, and those of undefined
-    effects are not drawn.
-
-    Args:
-        effect: of L x H heads, layer by layer.
-        most: the largest absolute value of the colour scale.
-        shape: L and H.
-        height: in pixels.
-    """
-    num_layers, num_heads = shape
-    is_defined = np.isfinite(effect.value)
-    levels = np.rint(_HEAD_LEVELS * np.where(is_defined, effect.value, 0.0) / most).clip(-_HEAD_LEVELS, _HEAD_LEVELS)
-    runs: dict[str, list[str]] = {}
-    for layer in range(num_layers):
-        cells = range(layer * num_heads, (layer + 1) * num_heads)
-        keys = [heat_class(int(levels[at]), bool(effect.is_clear[at])) if is_defined[at] else "" for at in cells]
-        for css, run in groupby(range(num_heads), key=lambda head, keys=keys: keys[head]):
-            heads = list(run)
-            if css:
-                runs.setdefault(css, []).append(f"M{heads[0]} {layer}.5h{len(heads)}")
-    paths = [Markup('<path class="{}" d="{}"/>').format(css, "".join(cells)) for css, cells in sorted(runs.items())]
-    return Markup(
-        '<svg class="heads" width="100%" height="{0}" viewBox="0 0 {1} {2}" preserveAspectRatio="none">'
-        '<rect width="{1}" height="{2}"/>{3}</svg>'
-    ).format(height, num_heads, num_layers, _join(paths))
-
-
-def heat_class(level: int, is_significant: bool) -> str:
-    """Return the class of a heat map's cell, for a level from -5 to 5."""
-    return f"h{level + _HEAD_LEVELS}" + ("" if is_significant else " pale")
-
-
-def heat_scale(most: float) -> tuple[Markup, int]:
-    """Draw the colour scale of heat maps, and return it with its height in pixels."""
-    num_levels = 2 * _HEAD_LEVELS + 1
-    cells = [Markup('<path class="h{}" d="M{} .5h1"/>').format(level, level) for level in range(num_levels)]
-    scale = Markup(
-        '<svg class="heads" width="50%" height="10" y="2" viewBox="0 0 {} 1" preserveAspectRatio="none">{}</svg>'
-    ).format(num_levels, _join(cells))
-    texts = [
-        _text("0", 26, f"−{most:.3g}", css="small"),
-        _text("25%", 26, "0", css="small", anchor="middle"),
-        _text("50%", 26, f"+{most:.3g}", css="small", anchor="end"),
-    ]
-    return _join([scale, *texts]), 40
-
-
-def _started(keys: Sequence[Key]) -> tuple[list[Markup], int]:
-    """The elements of a figure that begins with a legend, two entries side by side, and where the next one goes."""
-    entries = [_key(number % 2, 2, 8 + (_LINE_PX + 2) * (number // 2), key) for number, key in enumerate(keys)]
-    return entries, (_LINE_PX + 2) * ceil(len(keys) / 2) + (12 if keys else 0)
+def legend(keys: Sequence[Key]) -> tuple[Markup, int]:
+    """Draw a legend, two entries side by side, and return it with its height in pixels."""
+    entries = [_key(number % 2, 2, 8 + (LINE_PX + 2) * (number // 2), key) for number, key in enumerate(keys)]
+    return join(entries), (LINE_PX + 2) * ceil(len(keys) / 2) + (12 if keys else 0)
 
 
 def _key(column: int, num_columns: int, y: float, key: Key) -> Markup:
-    parts = [_symbol(key.symbol, "7", 0), _text("18", 4, key.text)]
+    parts = [_symbol(key.symbol, "7", 0), svg_text("18", 4, key.text)]
     return Markup('<svg class="{}" x="{:.2f}%" y="{}" overflow="visible">{}</svg>').format(
-        key.color or "any", 100 / num_columns * column, y, _join(parts)
+        key.color or "any", 100 / num_columns * column, y, join(parts)
     )
 
 
@@ -368,7 +224,7 @@ def _mark_across(axis: Axis, mark: Mark, symbol: str, y: float, text: str) -> Ma
         for seed in mark.seeds
     ]
     parts = [Markup("<title>{}</title>").format(text), _interval(low, high, y, y), *seeds, _symbol(symbol, value, y)]
-    return Markup('<g class="mark">{}</g>').format(_join(parts))
+    return Markup('<g class="mark">{}</g>').format(join(parts))
 
 
 def _interval(x1: str, x2: str, y1: float, y2: float) -> Markup:
@@ -377,7 +233,7 @@ def _interval(x1: str, x2: str, y1: float, y2: float) -> Markup:
 
 def _grid(axis: Axis, height: float) -> Markup:
     """Vertical lines at an axis' ticks."""
-    return _join(
+    return join(
         Markup('<line class="{0}" x1="{1:.2f}%" x2="{1:.2f}%" y1="0" y2="{2}"/>').format(
             "zero" if tick == 0 else "grid", axis.position(tick), height
         )
@@ -385,14 +241,14 @@ def _grid(axis: Axis, height: float) -> Markup:
     )
 
 
-def _viewport(x: str, width: str, y: float, height: float, content: Markup) -> Markup:
+def viewport(x: str, width: str, y: float, height: float, content: Markup) -> Markup:
     """Elements in a part of the width, of which their percentages are."""
     return Markup('<svg x="{}" y="{}" width="{}" height="{}" overflow="visible">{}</svg>').format(
         x, y, width, height, content
     )
 
 
-def _text(x: str, y: float, text: str, css: str = "", anchor: str = "start") -> Markup:
+def svg_text(x: str, y: float, text: str, css: str = "", anchor: str = "start") -> Markup:
     if not text:
         return Markup("")
     return Markup('<text class="{}" x="{}" y="{:.1f}" text-anchor="{}">{}</text>').format(
@@ -411,22 +267,9 @@ def _tick_text(axis: Axis, tick: float) -> str:
     return text.replace("-", "−")
 
 
-def _wrapped(text: str, width: int) -> list[str]:
+def wrapped(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width) or [""]
 
 
-def _join(parts: Iterable[Markup]) -> Markup:
+def join(parts: Iterable[Markup]) -> Markup:
     return Markup("").join(parts)
-
-
-def _thinned(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most `_MAX_POINTS` points: the mean of each stretch, and both ends as they are."""
-    if len(curve) <= _MAX_POINTS:
-        return list(curve)
-    size = ceil((len(curve) - 2) / (_MAX_POINTS - 2))
-    inner = curve[1:-1]
-    stretches = [inner[start : start + size] for start in range(0, len(inner), size)]
-    means = [
-        (stretch[len(stretch) // 2][0], sum(value for _, value in stretch) / len(stretch)) for stretch in stretches
-    ]
-    return [curve[0], *means, curve[-1]]
