@@ -220,9 +220,13 @@ def _markdown(results: Results, drawn: list[Figure]) -> str:
     for lines in (result.remarks, results.notes):
         if lines:
             blocks.append("\n".join(f"- {escape_markdown(line)}" for line in lines))
+    captions = set()
     for figure in drawn:
         blocks.append(f"![{escape_markdown(figure.title)}]({FIGURES}/{figure.name}.svg)")
-        blocks.append(f"*{escape_markdown(figure.title)}.* {escape_markdown(figure.caption)}")
+        # The figures of single heads share one caption.
+        caption = "" if figure.caption in captions else f" {escape_markdown(figure.caption)}"
+        blocks.append(f"*{escape_markdown(figure.title)}.*{caption}")
+        captions.add(figure.caption)
     for table in report_tables.tables(results):
         blocks += [f"## {escape_markdown(table.title)}", _markdown_table(table)]
         if table.note:

@@ -20,7 +20,7 @@ NAMES = {
     "diagonal": "Weight on the current token",
     "question_numbers": "Weight on numbers in the question",
     "previous_result": "Weight on the previous result",
-    "above_tenth": "Keys with weight above 0.1",
+    "above_tenth": "Share of keys with weight above 0.1",
     "cosine": "Cosine similarity to the previous layer",
 }
 """The title of each of `raykd.heads.STATISTICS`."""
