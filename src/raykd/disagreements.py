@@ -23,7 +23,7 @@ class Side:
     """One of the two students."""
 
     label: str
-    asked: str
+    evaluation: str
     """Its evaluation settings, in words."""
     answers: Answers
 
@@ -77,8 +77,8 @@ def _summary(left: Side, right: Side, pairs: list[tuple[Row, Row]], column: str,
     for number, side in enumerate((left, right)):
         share = sum(pair[number] for pair in every) / len(every)
         low, high = wilson_interval(share * n, n)
-        yield f"  {side.label:<{width}}  {percent(share)} % ({percent(low)}–{percent(high)}), {side.asked}"
-    if left.asked != right.asked:
+        yield f"  {side.label:<{width}}  {percent(share)} % ({percent(low)}–{percent(high)}), {side.evaluation}"
+    if left.evaluation != right.evaluation:
         yield "  The evaluation settings differ, so the difference may not come from the students."
     counts = {pair: every.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))}
     yield (
@@ -128,10 +128,10 @@ def _sides(first: str, second: str) -> tuple[Side, Side]:
             raise ValueError(f"{text}: arm {arm.name!r} has predictions for the seeds {own} only")
         # The base student has no seed.
         label = arm.name if arm.name == UNTOUCHED else f"{arm.name} (seed {seed})"
-        sides.append(Side(label, results[folder].asked, results[folder].answers[trial.trial_id]))
+        sides.append(Side(label, results[folder].evaluation, results[folder].answers[trial.trial_id]))
     if sides[0].label == sides[1].label:
         # The same arm of two experiments.
-        sides = [Side(text, side.asked, side.answers) for text, side in zip(texts, sides, strict=True)]
+        sides = [Side(text, side.evaluation, side.answers) for text, side in zip(texts, sides, strict=True)]
     return sides[0], sides[1]
 
 

@@ -35,7 +35,7 @@ _STRICT, _FLEXIBLE = Key("dot", "strict match"), Key("ring", "flexible extract")
 
 def figures(results: Results) -> list[Figure]:
     """Return the figures that have something to show, in the report's order."""
-    made = [
+    drawn = [
         _accuracy(results),
         _differences(results),
         *_scatter_figures(results),
@@ -43,8 +43,8 @@ def figures(results: Results) -> list[Figure]:
         _training(results),
     ]
     if results.attention and results.attention.arms:
-        made += [_layers(results, results.attention), *_heads(results.attention)]
-    return [figure for figure in made if figure]
+        drawn += [_layers(results, results.attention), *_heads(results.attention)]
+    return [figure for figure in drawn if figure]
 
 
 def _accuracy(results: Results) -> Figure | None:

@@ -23,14 +23,14 @@ from raykd.trial import Trial, finite
 
 def tables(results: Results) -> list[Table]:
     """Return the tables that have rows, in the report's order."""
-    made = [result(results), differences(results)]
+    shown = [result(results), differences(results)]
     if results.sweep:
-        made += [best_points(results), at_equal_points(results), all_trials(results)]
-    made += [form(results), samples(results), teachers(results), trials(results), training(results)]
-    made += [cost(results), processors(results), stages(results)]
+        shown += [best_points(results), at_equal_points(results), all_trials(results)]
+    shown += [form(results), samples(results), teachers(results), trials(results), training(results)]
+    shown += [cost(results), processors(results), stages(results)]
     if results.attention:
-        made += [changes(results.attention), changed_heads(results.attention), correctness(results.attention)]
-    return [table for table in made if table.rows]
+        shown += [changes(results.attention), changed_heads(results.attention), correctness(results.attention)]
+    return [table for table in shown if table.rows]
 
 
 def result(results: Results) -> Table:
@@ -45,14 +45,14 @@ def result(results: Results) -> Table:
         for arm in results.arms
     ]
     note = (
-        f"Students were {results.asked}. Accuracy is in percent with its 95 % Wilson interval. Strict match scores the "
-        "number after “####” and flexible extract the last number, both as lm-evaluation-harness does for gsm8k. "
-        "Predictions with errors are excluded from n."
+        f"Students were {results.evaluation}. Accuracy is in percent with its 95 % Wilson interval. Strict match "
+        "scores the number after “####” and flexible extract the last number, both as lm-evaluation-harness does for "
+        "gsm8k. Predictions with errors are excluded from n."
     )
     if results.arm(UNTOUCHED):
         note += f" Arm “{UNTOUCHED}” is the base student without an adapter."
-    if results.also_asked:
-        note += f" Predictions with other evaluation settings are stored in: {', '.join(results.also_asked)}."
+    if results.other_predictions:
+        note += f" Predictions with other evaluation settings are stored in: {', '.join(results.other_predictions)}."
     if results.sweep:
         note += " Each arm is shown at its best point of the sweep, selected on the validation problems."
     if any(arm.measured.n > arm.measured.num_problems for arm in results.arms):

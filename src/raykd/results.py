@@ -87,12 +87,12 @@ class Results:
     """None where it was not measured."""
 
     @property
-    def asked(self) -> str:
+    def evaluation(self) -> str:
         """The evaluation settings of the students, in words."""
         return described(Evaluate.model_validate(self.tree.get("evaluate") or {}))
 
     @property
-    def also_asked(self) -> list[str]:
+    def other_predictions(self) -> list[str]:
         """The folders of complete predictions with other evaluation settings."""
         complete = [each.parent.name for each in location.in_each(self.folder / "predictions", MANIFEST)]
         return [name for name in complete if f"predictions/{name}" != self.run.get("predictions")]

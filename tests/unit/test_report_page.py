@@ -114,7 +114,7 @@ def test_nothing_is_fetched_from_the_network(page: Path, tmp_path: Path):
 @pytest.mark.parametrize("name", ["accuracy", "attention_by_layer", "attention_heads_entropy"])
 def test_figure_file_is_drawn_like_the_page(page: Path, tmp_path: Path, name: str):
     shot = tmp_path / "figure.png"
-    opened(page.parent / "report" / f"{name}.svg", tmp_path, "--window-size=760,400", f"--screenshot={shot}")
+    opened(page.parent / "report" / f"{name}.svg", tmp_path, "--window-size=520,400", f"--screenshot={shot}")
     with Image.open(shot) as picture:
         colors = picture.convert("RGB").getcolors(maxcolors=1 << 24)
         assert colors and len(colors) > 50, "an empty figure"
