@@ -7,7 +7,8 @@
     predictions/<protocol>-<key>/         part-*.parquet, manifest.json
     attention/<key>/                      part-*.parquet, manifest.json
     lm_eval/                              the test as a task of lm-evaluation-harness
-    predictions.parquet, results.csv, report.md, report.html
+    predictions.parquet, results.csv, attention.csv, attention_correctness.csv, report.md, report.html
+    report/                               the figures of report.md
 """
 
 import pyarrow as pa

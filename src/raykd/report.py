@@ -1,8 +1,9 @@
-"""Report: an experiment's results.csv, report.md and report.html, and its table in the terminal."""
+"""Report: an experiment's results.csv, report.md and report.html, and its tables in the terminal."""
 
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,20 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from raykd import report_attention as attention
-from raykd import report_cost as costs
-from raykd import report_plots as plots
-from raykd import report_scatter as scatter
-from raykd import report_tables as tables
+from raykd import location, report_attention, report_cost, report_sweep, report_tables
 from raykd.measured import Share
-from raykd.report_sweep import validation_share
+from raykd.report_figures import HEADS, figures
+from raykd.report_svg import Figure
 from raykd.report_text import answer
 from raykd.results import Results, read_results
 from raykd.storage import write_text
+from raykd.table import Table
 from raykd.trial import Trial
 
-# Characters of a word that a column of the terminal's table has room for.
+FIGURES = "report"
+"""The folder of the Markdown report's figures, in the experiment's."""
 LONGEST_WORD = 14
+"""Characters of a word that always fit into a column of a terminal's table."""
 CSV_COLUMNS = (
     "arm",
     "seed",
@@ -41,10 +42,10 @@ CSV_COLUMNS = (
     "majority_flexible",
     "pass_strict",
     "pass_flexible",
-    "answer_in_form",
-    "answer_in_form_low",
-    "answer_in_form_high",
-    "right_in_form",
+    "format_rate",
+    "format_rate_low",
+    "format_rate_high",
+    "accuracy_given_format",
     "truncated",
     "truncated_low",
     "truncated_high",
@@ -61,7 +62,6 @@ CSV_COLUMNS = (
     "trial_id",
     "status",
 )
-# In a sweep's table also, and each searched field by its path.
 SWEEP_COLUMNS = (
     "validation_accuracy",
     "validation_accuracy_low",
@@ -72,14 +72,15 @@ SWEEP_COLUMNS = (
     "gpu_seconds",
     "adapter",
 )
+"""Further columns of a sweep's results.csv, besides one for each searched field."""
 DEMONSTRATION = (
-    "This run uses the built-in toy models or generated problems. It shows that every stage works and how a "
-    "report reads. Its figures say nothing about large language models, nor what a prime is worth to them."
+    "This run uses the built-in toy models or generated problems. It shows that every stage works and what a report "
+    "contains. Its numbers say nothing about large language models or about the effect of prompts on them."
 )
 
 
 def write_report(folder: Path) -> Results:
-    """Writes results.csv, report.md and report.html into an experiment's folder, each whole or not at all.
+    """Write results.csv, report.md with its figures, and report.html into an experiment's folder, each atomically.
 
     Args:
         folder: an experiment's folder (layout: `raykd.records`).
@@ -93,35 +94,36 @@ def write_report(folder: Path) -> Results:
     results = read_results(folder)
     write_text(folder / "results.csv", _csv(results))
     if results.attention:
-        write_text(folder / "attention.csv", attention.heads_csv(results.attention))
-        write_text(folder / "attention_and_being_right.csv", attention.right_csv(results.attention))
-    # What draws takes a second to load.
-    from raykd.report_pictures import write_pictures
-
-    write_text(folder / "report.md", _markdown(results, write_pictures(results, folder)))
-    write_text(folder / "report.html", _html(results))
+        write_text(folder / "attention.csv", report_attention.heads_csv(results.attention))
+        write_text(folder / "attention_correctness.csv", report_attention.correctness_csv(results.attention))
+    drawn = figures(results)
+    _write_figures(drawn, folder / FIGURES)
+    write_text(folder / "report.md", _markdown(results, drawn))
+    write_text(folder / "report.html", _html(results, drawn))
     return results
 
 
 def result_tables(results: Results) -> list[RichTable]:
-    """For the terminal: of a sweep its trials and each arm's best point; of each arm accuracy in percent with its 95 %
-    interval, and n."""
-    found = [each for each in (tables.all_trials(results), tables.best_points(results)) if each.rows]
-    return [*(_for_terminal(each, each.title) for each in found), _for_terminal(tables.result(results), results.name)]
+    """Return the terminal's tables: a sweep's trials and best points, and the accuracy of each arm."""
+    shown = []
+    if results.sweep:
+        sweep_tables = (report_sweep.all_trials(results), report_sweep.best_points(results))
+        shown = [_for_terminal(table, table.title) for table in sweep_tables if table.rows]
+    return [*shown, _for_terminal(report_tables.result(results), results.name)]
 
 
-def _for_terminal(shown: tables.Table, title: str) -> RichTable:
-    # Failures are worth a column where there are any; a terminal has no room for how a trial went.
+def _for_terminal(shown: Table, title: str) -> RichTable:
+    # A terminal has no room for how a trial went, nor for columns of failures where there are none.
     kept = [
         number
         for number, column in enumerate(shown.columns)
-        if column not in ("Measured", "Steps", "Time")
+        if column not in ("Validations", "Steps", "Time")
         and (column not in ("Errors", "Failed") or any(row[number] != "0" for row in shown.rows))
     ]
     table = RichTable(title=Text(title), box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for number in kept:
         column = shown.columns[number]
-        # Where there is little room lines are broken between words.
+        # A narrow terminal breaks lines between words.
         words = " ".join([column, *(row[number] for row in shown.rows)]).split()
         table.add_column(
             column,
@@ -130,7 +132,7 @@ def _for_terminal(shown: tables.Table, title: str) -> RichTable:
             overflow="fold",
         )
     for row in shown.rows:
-        # As Text, so that brackets in an error are not taken for markup.
+        # Text, because rich reads brackets in a string as markup.
         table.add_row(*(Text(row[number]) for number in kept))
     return table
 
@@ -142,40 +144,47 @@ def _csv(results: Results) -> str:
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for trial in results.trials:
-        measured = trial.measured
-        row = {column: getattr(trial, column, None) for column in CSV_COLUMNS}
-        row |= {name: getattr(measured, name) for name in ("n", "errors", "samples")}
-        for name, value in (
-            ("accuracy_strict", measured.strict),
-            ("accuracy_flexible", measured.flexible),
-            ("majority_strict", measured.majority_strict),
-            ("majority_flexible", measured.majority_flexible),
-            ("pass_strict", measured.pass_strict.get(measured.samples, Share())),
-            ("pass_flexible", measured.pass_flexible.get(measured.samples, Share())),
-            ("answer_in_form", measured.answer_in_form),
-            ("right_in_form", measured.right_in_form),
-            ("truncated", measured.truncated),
-            ("mean_tokens", measured.tokens),
-            ("repetition", measured.repetition),
-        ):
-            found = {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
-            row |= {column: each for column, each in found.items() if column in CSV_COLUMNS}
+        row = {column: getattr(trial, column, None) for column in CSV_COLUMNS} | _scores(trial)
         if results.sweep:
-            row |= {path: _cell(trial.values.get(path)) for path in paths} | _validated(trial)
+            row |= {path: _cell(trial.values.get(path)) for path in paths} | _validation(trial)
         writer.writerow(row)
     return text.getvalue()
 
 
-def _validated(trial: Trial) -> dict[str, Any]:
-    """The columns of a trial of a sweep."""
-    measured, share = trial.validation or {}, validation_share(trial)
+def _scores(trial: Trial) -> dict[str, Any]:
+    """The columns of a trial's predictions."""
+    measured = trial.measured
+    values = {
+        "accuracy_strict": measured.strict,
+        "accuracy_flexible": measured.flexible,
+        "majority_strict": measured.majority_strict,
+        "majority_flexible": measured.majority_flexible,
+        "pass_strict": measured.pass_strict.get(measured.samples, Share()),
+        "pass_flexible": measured.pass_flexible.get(measured.samples, Share()),
+        "format_rate": measured.answer_in_form,
+        "accuracy_given_format": measured.right_in_form,
+        "truncated": measured.truncated,
+        "mean_tokens": measured.tokens,
+        "repetition": measured.repetition,
+    }
+    row: dict[str, Any] = {"n": measured.n, "errors": measured.errors, "samples": measured.samples}
+    for name, value in values.items():
+        row[name] = value.value
+        if f"{name}_low" in CSV_COLUMNS:
+            row |= {f"{name}_low": value.low, f"{name}_high": value.high}
+    return row
+
+
+def _validation(trial: Trial) -> dict[str, Any]:
+    """The columns of a sweep's trial."""
+    validation, accuracy = trial.validation or {}, report_sweep.validation_share(trial)
     return {
-        "validation_accuracy": share.value,
-        "validation_accuracy_low": share.low,
-        "validation_accuracy_high": share.high,
-        "validation_loss": measured.get("loss"),
-        "validation_n": measured.get("n"),
-        "validation_number": measured.get("number"),
+        "validation_accuracy": accuracy.value,
+        "validation_accuracy_low": accuracy.low,
+        "validation_accuracy_high": accuracy.high,
+        "validation_loss": validation.get("loss"),
+        "validation_n": validation.get("n"),
+        "validation_number": validation.get("number"),
         "gpu_seconds": trial.gpu_seconds,
         "adapter": trial.adapter,
     }
@@ -186,62 +195,92 @@ def _cell(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list | dict | bool) else value
 
 
-def _markdown(results: Results, pictures: list[tuple[str, str]]) -> str:
-    run, found = results.run, answer(results)
-    blocks = [f"# {_md(results.name)}"]
+def _write_figures(drawn: list[Figure], folder: Path) -> None:
+    """Writes each figure as a file, and removes those of an earlier report that there is nothing to draw for."""
+    template = _templates().get_template("figure.svg.j2")
+    names = {f"{figure.name}.svg" for figure in drawn}
+    for figure in drawn:
+        write_text(folder / f"{figure.name}.svg", _without_controls(template.render(figure=figure)))
+    for file in location.files(folder):
+        if file.name not in names:
+            file.unlink()
+
+
+def _without_controls(text: str) -> str:
+    """Text without the characters that XML does not allow."""
+    return re.sub("[^\\t\\n\\r\\x20-\\ud7ff\\ue000-\\ufffd\\U00010000-\\U0010ffff]", "\ufffd", text)
+
+
+def _markdown(results: Results, drawn: list[Figure]) -> str:
+    run, result = results.run, answer(results)
+    blocks = [f"# {escape_markdown(results.name)}"]
     if run.get("demonstration"):
         blocks.append(f"> **Demonstration.** {DEMONSTRATION}")
-    blocks.append(f"**{_md(found.sentences[0])}** {_md(found.sentences[1])}")
-    blocks += ["\n".join(f"- {_md(line)}" for line in lines) for lines in (found.remarks, results.notes) if lines]
-    blocks += [f"![{_md(title)}]({path})" for title, path in pictures]
-    for table in tables.tables(results):
-        blocks += [f"## {_md(table.title)}", _markdown_table(table)]
-        blocks += [_md(table.note)] if table.note else []
+    blocks.append(f"**{escape_markdown(result.sentences[0])}** {escape_markdown(result.sentences[1])}")
+    for lines in (result.remarks, results.notes):
+        if lines:
+            blocks.append("\n".join(f"- {escape_markdown(line)}" for line in lines))
+    captions = set()
+    for figure in drawn:
+        blocks.append(f"![{escape_markdown(figure.title)}]({FIGURES}/{figure.name}.svg)")
+        # The figures of single heads share one caption.
+        caption = "" if figure.caption in captions else f" {escape_markdown(figure.caption)}"
+        blocks.append(f"*{escape_markdown(figure.title)}.*{caption}")
+        captions.add(figure.caption)
+    for table in report_tables.tables(results):
+        blocks += [f"## {escape_markdown(table.title)}", _markdown_table(table)]
+        if table.note:
+            blocks.append(escape_markdown(table.note))
     versions = ", ".join(f"{name} {version}" for name, version in (run.get("versions") or {}).items())
-    blocks.append("## To repeat")
-    # Indented, which makes it a code block whatever it holds.
+    blocks.append("## Reproduction")
+    # Indented lines are a code block, whatever they contain.
     blocks.append("\n".join(f"    {line}" for line in str(run.get("command") or "").splitlines()))
     made_with = f"raykd {run.get('raykd_version') or ''}; {versions}"
-    blocks.append(f"{_md(made_with)}. Configuration: `experiment.yaml`.")
+    blocks.append(f"{escape_markdown(made_with)}. Configuration: `experiment.yaml`.")
     return "\n\n".join(blocks) + "\n"
 
 
-def _markdown_table(table: tables.Table) -> str:
-    rule = [":--" if number in table.text_columns else "--:" for number in range(len(table.columns))]
-    lines = [
-        [_md(cell) for cell in table.columns],
-        rule,
-        *([_md(cell) for cell in row] for row in table.rows),
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _markdown_table(table: Table) -> str:
+    alignment = [":--" if number in table.text_columns else "--:" for number in range(len(table.columns))]
+    header, *rows = ([escape_markdown(cell) for cell in cells] for cells in (table.columns, *table.rows))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, alignment, *rows))
 
 
-def _md(text: str) -> str:
-    """Text from outside as Markdown that shows it and does nothing else."""
+def escape_markdown(text: str) -> str:
+    """Escape text for Markdown, which then shows it as it is."""
     for character in "\\`*_[]|#~$":
         text = text.replace(character, "\\" + character)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    # Names and addresses, of which some readers make links.
+    # Some viewers turn names and addresses into links.
     text = text.replace("@", "&#64;").replace("://", "&#58;//").replace("www.", "www&#46;")
     return " ".join(text.split())
 
 
-def _html(results: Results) -> str:
-    environment = jinja2.Environment(
+def _html(results: Results, drawn: list[Figure]) -> str:
+    by_name = {figure.name: figure for figure in drawn}
+    return (
+        _templates()
+        .get_template("report.html.j2")
+        .render(
+            results=results,
+            run=results.run,
+            answer=answer(results),
+            demonstration=DEMONSTRATION,
+            tables=report_tables,
+            sweep=report_sweep,
+            attention=report_attention,
+            costs=report_cost,
+            figures=by_name,
+            head_figures=[figure for figure in drawn if figure.name.startswith(HEADS)],
+        )
+    )
+
+
+def _templates() -> jinja2.Environment:
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("raykd", "templates"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("report.html.j2").render(
-        results=results,
-        run=results.run,
-        answer=answer(results),
-        demonstration=DEMONSTRATION,
-        tables=tables,
-        plots=plots,
-        attention=attention,
-        costs=costs,
-        scatter=scatter,
     )

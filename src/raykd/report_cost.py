@@ -1,4 +1,4 @@
-"""Report cost: what the teacher did and how well, what processors were held and what that cost."""
+"""Report cost: the teacher's completions, processor time and money."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,43 +15,44 @@ TRAINING = "training"
 
 
 def written_by_the_teacher(results: Results) -> list[Mapping[str, Any]]:
-    """The sets of completions that the teacher wrote, without those that it scored only."""
-    made = results.run.get("completions") or []
-    return [each for each in made if each.get("sequence", "teacher") == "teacher"]
+    """Return the completion sets that the teacher generated, without those that it only scored."""
+    completion_sets = results.run.get("completions") or []
+    return [each for each in completion_sets if each.get("sequence", "teacher") == "teacher"]
 
 
-def teacher_share(made: Mapping[str, Any]) -> Share:
-    """The teacher's own strict accuracy over the completions of one content key, errors left out.
+def teacher_share(completions: Mapping[str, Any]) -> Share:
+    """Return the teacher's strict accuracy on a completion set, errors excluded.
 
-    The interval's n is the number of problems, which several samples of each only repeat.
+    The interval's n is the number of problems, because samples of a problem are not independent of each other.
     """
-    answered, correct = answered_rows(made), made.get("correct")
+    answered, correct = answered_rows(completions), completions.get("correct")
     if not answered or correct is None:
         return Share()
-    problems = max(1, answered // (made.get("samples") or 1))
+    problems = max(1, answered // (completions.get("samples") or 1))
     return Share(correct / answered, *wilson_interval(correct / answered * problems, problems))
 
 
-def answered_rows(made: Mapping[str, Any]) -> int:
-    """How many completions there are that did not fail."""
-    return (made.get("rows") or 0) - (made.get("errors") or 0)
+def answered_rows(completions: Mapping[str, Any]) -> int:
+    """Return the number of completions without an error."""
+    return (completions.get("rows") or 0) - (completions.get("errors") or 0)
 
 
 def cost(results: Results) -> Table:
-    """What the teacher's completions cost."""
+    """Return the tokens and the time of each completion set."""
     rows = []
-    for made in results.run.get("completions") or []:
-        # A teacher that gives text alone leaves its tokens uncounted.
-        tokens, seconds = finite(made.get("completion_tokens")) or None, finite(made.get("seconds"))
-        answered, cut = answered_rows(made), finite(made.get("truncated"))
+    for completions in results.run.get("completions") or []:
+        # A teacher that returns text alone has no token count.
+        tokens = finite(completions.get("completion_tokens")) or None
+        seconds, truncated = finite(completions.get("seconds")), finite(completions.get("truncated"))
+        answered = answered_rows(completions)
         rows.append(
             [
-                str(made.get("strategy", "")),
-                str(made.get("teacher", "")),
-                str(made.get("sequence", "teacher")),
-                amount(made.get("rows")),
-                amount(made.get("errors")),
-                percent(cut / answered if cut is not None and answered else None),
+                str(completions.get("strategy", "")),
+                str(completions.get("teacher", "")),
+                str(completions.get("sequence", "teacher")),
+                amount(completions.get("rows")),
+                amount(completions.get("errors")),
+                percent(truncated / answered if truncated is not None and answered else None),
                 amount(tokens),
                 amount(tokens / answered if tokens is not None and answered else None, 1),
                 duration(seconds),
@@ -59,57 +60,68 @@ def cost(results: Results) -> Table:
             ]
         )
     return Table(
-        "Cost of the teacher",
-        ["Strategy", "Teacher", "Text", "Rows", "Errors", "Cut %", "Tokens", "Tokens a row", "Time", "Tokens a second"],
+        "Teacher cost",
+        [
+            "Strategy",
+            "Teacher",
+            "Sequence",
+            "Rows",
+            "Errors",
+            "Truncated %",
+            "Tokens",
+            "Tokens per row",
+            "Time",
+            "Tokens per second",
+        ],
         rows,
-        "Text: whose it is; the teacher wrote its own, and scored the reference solutions and the students' answers "
-        "token by token. Completions are kept by content: a strategy that an earlier run asked costs nothing again.",
+        "Sequence is the author of the text: the teacher generated its own completions, and scored reference solutions "
+        "and student answers token by token. Completions are stored by content key, so a strategy that an earlier run "
+        "completed costs nothing again.",
         text_columns=(0, 1, 2),
     )
 
 
 def stages(results: Results) -> Table:
-    """Where the time went."""
-    stages = results.run.get("stages") or {}
-    return Table("Time by stage", ["Stage", "Time"], [[str(k), duration(finite(v))] for k, v in stages.items()])
+    """Return the wall-clock time of each stage."""
+    seconds = results.run.get("stages") or {}
+    rows = [[str(stage), duration(finite(value))] for stage, value in seconds.items()]
+    return Table("Time by stage", ["Stage", "Time"], rows)
 
 
 def processors(results: Results) -> Table:
-    """Who held how many processors for how long, and what that cost where prices are given."""
-    held: dict[str, dict[str, float]] = {
-        role: {kind: float(seconds) for kind, seconds in kinds.items()}
-        for role, kinds in (results.run.get("processor_seconds") or {}).items()
+    """Return the processor time of each stage, and its cost where prices are configured."""
+    usage: dict[str, dict[str, float]] = {
+        stage: {kind: float(seconds) for kind, seconds in kinds.items()}
+        for stage, kinds in (results.run.get("processor_seconds") or {}).items()
     }
     for trial in results.trials:
         if trial.train_seconds is not None and trial.num_workers and trial.accelerator:
-            of_role = held.setdefault(TRAINING, {})
-            seconds = of_role.get(trial.accelerator, 0.0) + trial.train_seconds * trial.num_workers
-            of_role[trial.accelerator] = seconds
+            of_training = usage.setdefault(TRAINING, {})
+            seconds = of_training.get(trial.accelerator, 0.0) + trial.train_seconds * trial.num_workers
+            of_training[trial.accelerator] = seconds
     prices = Prices.model_validate(results.tree.get("prices") or {})
-    rows, total, is_priced = [], 0.0, True
-    for role, kinds in held.items():
-        for kind, seconds in kinds.items():
-            price = _price(prices, role, kind)
-            is_priced &= price is not None
-            total += seconds / 3600 * (price or 0.0)
-            money = amount(seconds / 3600 * price, 2) if price is not None else "–"
-            rows.append([role, kind.upper(), amount(seconds), amount(seconds / 3600, 2), money])
-    if len(rows) > 1 and total:
-        rows.append(["all" if is_priced else "all that have a price", "", "", "", amount(total, 2)])
-    columns = ["Held by", "Processors", "Seconds, at most", "Hours, at most", f"Cost, {prices.currency}, at most"]
-    has_prices = any(_price(prices, role, kind) is not None for role, kinds in held.items() for kind in kinds)
-    if not has_prices:
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
-    return Table(
-        "Processors",
-        columns,
-        rows,
-        "Processors times the seconds for which they were held, loading of models included; a teacher that scales "
-        "counts with all its replicas all the time. On a CPU an engine may use more cores than the one that it holds. "
-        "Training: from a trial's first step to its last. Attempts that were killed are not in it."
-        + ("" if has_prices else " With prices.gpu_hour or prices.cpu_hour in the experiment there is a cost as well."),
-        text_columns=(0, 1),
+    columns = ["Stage", "Processor", "Processor-seconds (at most)", "Processor-hours (at most)"]
+    note = (
+        "Processors multiplied by the seconds for which they were reserved, model loading included. An autoscaled "
+        "teacher counts with its maximum number of replicas all the time. On a CPU an engine may use more cores than "
+        "the one that it reserves. Training counts from the first to the last step of each trial, without killed "
+        "attempts."
     )
+    rows, costs = [], []
+    for stage, kinds in usage.items():
+        for kind, seconds in kinds.items():
+            hours, price = seconds / 3600, _price(prices, stage, kind)
+            rows.append([stage, kind.upper(), amount(seconds), amount(hours, 2)])
+            costs.append(None if price is None else hours * price)
+    known = [each for each in costs if each is not None]
+    if not known:
+        note += " Set `prices.gpu_hour` or `prices.cpu_hour` in the experiment to add the cost."
+        return Table("Processor time", columns, rows, note, text_columns=(0, 1))
+    rows = [[*row, amount(each, 2)] for row, each in zip(rows, costs, strict=True)]
+    if len(rows) > 1 and sum(known):
+        label = "all" if len(known) == len(costs) else "all with a price"
+        rows.append([label, "", "", "", amount(sum(known), 2)])
+    return Table("Processor time", [*columns, f"Cost, {prices.currency} (at most)"], rows, note, text_columns=(0, 1))
 
 
 def _price(prices: Prices, role: str, kind: str) -> float | None:

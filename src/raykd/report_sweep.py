@@ -1,4 +1,4 @@
-"""Report sweep: the report's tables of what a search found: each arm's best point, arms at equal points, all trials."""
+"""Report sweep: the tables of a sweep: each arm's best point, arms at equal points, all trials."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,12 +9,10 @@ from raykd.records import COMPLETE, FAILED, STOPPED
 from raykd.report_text import (
     NOTHING,
     amount,
+    baseline_name,
     duration,
-    interval,
     p_value,
-    percent,
-    points,
-    points_interval,
+    points_and_interval,
     share_and_interval,
 )
 from raykd.results import Results
@@ -25,42 +23,45 @@ from raykd.trial import Trial
 
 
 def best_points(results: Results) -> Table:
-    """Where each arm was at its best by the validation problems, and of how many points that is the best."""
+    """Return each arm's best point by validation, with how many points and trials it was selected from."""
     rows = []
     for arm in results.arms:
-        own = [trial for trial in results.trials if trial.arm == arm.name]
         if results.sweep is None or arm.name == UNTOUCHED:
             continue
+        own = [trial for trial in results.trials if trial.arm == arm.name]
         status = [trial.status for trial in own]
+        # Trials that were stopped early at that point took no part in its selection.
+        complete = [trial for trial in arm.trials if trial.status == COMPLETE]
         rows.append(
             [
                 arm.name,
                 at(results, arm.trials[0].values) if COMPLETE in status else NOTHING,
-                # Those that were stopped there are no part of what it was chosen by.
-                _reached(results, [trial for trial in arm.trials if trial.status == COMPLETE]),
+                _reached(results, complete),
                 amount(len({point_key(trial.values) for trial in own})),
-                *(amount(status.count(each)) for each in (COMPLETE, STOPPED, FAILED)),
+                amount(status.count(COMPLETE)),
+                amount(status.count(STOPPED)),
+                amount(status.count(FAILED)),
             ]
         )
-    asked = sum(made.get("rows") or 0 for made in results.run.get("completions") or [])
+    num_rows = sum(completions.get("rows") or 0 for completions in results.run.get("completions") or [])
     return Table(
         "Best point of each arm",
-        ["Arm", "Best at", _measure(results), "Points", "Complete", "Stopped early", "Failed"],
+        ["Arm", "Hyperparameters", _metric_column(results), "Points", "Complete", "Stopped early", "Failed"],
         rows,
-        "By validation problems, in the mean over seeds; a trial that was stopped early is not the best. The best of "
-        f"several looks better by validation than it is. The teacher was asked {amount(asked)} times for all "
-        f"{amount(len(results.trials) - 1)} trials together: what it said is shared.",
+        "Selected by the mean validation metric over seeds, among trials that were not stopped early. The validation "
+        "metric of the selected point is biased, because it is the best of several. The teacher's completions "
+        f"({amount(num_rows)} rows) are shared by all {amount(len(results.trials) - 1)} trials.",
         text_columns=(0, 1),
     )
 
 
 def at_equal_points(results: Results) -> Table:
-    """Every arm against its baseline at equal values of all that was searched."""
+    """Return the paired test of every arm against its baseline at equal values of the searched fields."""
     rows = [
         [
             each.arm,
-            each.baseline.arm + ("" if each.baseline.prime_alone else " †"),
-            f"{points(each.difference)} ({points_interval(each)})",
+            baseline_name(each),
+            points_and_interval(each),
             p_value(each.p),
             p_value(each.p_holm),
             amount(each.num_pairs),
@@ -70,22 +71,24 @@ def at_equal_points(results: Results) -> Table:
     ]
     return Table(
         "Differences at equal points",
-        ["Arm", "Against", "Strict, points", "p", "p, corrected", "Pairs", "Problems"],
+        ["Arm", "Baseline", "Strict difference, points", "p", "p (Holm)", "Pairs", "Problems"],
         rows,
-        "Pairs are the same test problem with the same seed and equal values of all searched fields that bear on both "
-        "arms, wherever both were trained to the end and asked. The interval is over problems, each with all "
-        "its pairs, and so is p: sign-flip test of problems' means, or exact McNemar test where each has one pair.",
+        "Pairs have the same test problem, seed and values of all searched fields that affect both arms. Only trials "
+        "that completed and were evaluated are paired. The interval is over problems, each with all its pairs. p is "
+        "from a sign-flip test of problem means, or an exact McNemar test where each problem has one pair.",
         text_columns=(0, 1),
     )
 
 
 def all_trials(results: Results) -> Table:
-    """Every trial of a sweep, the best of each arm first."""
+    """Return every trial of a sweep, the best of each arm first."""
     rows = []
-    for arm in results.arms if results.sweep else []:
-        own = [trial for trial in results.trials if trial.arm == arm.name and arm.name != UNTOUCHED]
+    for arm in results.arms:
+        if results.sweep is None or arm.name == UNTOUCHED:
+            continue
+        own = [trial for trial in results.trials if trial.arm == arm.name]
         for trial in sorted(own, key=lambda trial: _order(results, trial)):
-            measured = trial.validation
+            validation = trial.validation
             rows.append(
                 [
                     trial.arm,
@@ -93,7 +96,7 @@ def all_trials(results: Results) -> Table:
                     at(results, trial.values),
                     trial.status,
                     _reached(results, [trial]),
-                    f"{measured['number']}/{results.sweep.validations}" if measured and results.sweep else NOTHING,
+                    f"{validation['number']}/{results.sweep.validations}" if validation else NOTHING,
                     share_and_interval(trial.measured.strict),
                     amount(trial.train_steps),
                     duration(trial.train_seconds),
@@ -101,48 +104,59 @@ def all_trials(results: Results) -> Table:
             )
     return Table(
         "All trials",
-        ["Arm", "Seed", "At", "Status", _measure(results), "Measured", "Test, strict %", "Steps", "Time"],
+        [
+            "Arm",
+            "Seed",
+            "Hyperparameters",
+            "Status",
+            _metric_column(results),
+            "Validations",
+            "Test, strict %",
+            "Steps",
+            "Time",
+        ],
         rows,
         text_columns=(0, 2, 3),
     )
 
 
 def at(results: Results, values: Mapping[str, Any]) -> str:
-    """A point, by the last word of each field's path where that is enough."""
+    """Return a point as text, each field by the last part of its path where that is unambiguous."""
     paths = results.sweep.paths if results.sweep else list(values)
-    last = [path.rpartition(".")[2] for path in paths]
-    named = {path: word if last.count(word) == 1 else path for path, word in zip(paths, last, strict=True)}
-    shown = [
-        f"{named[p]} {value:.3g}" if isinstance(value, float) else f"{named[p]} {value}" for p, value in values.items()
-    ]
-    return ", ".join(shown) or NOTHING
+    last_parts = [path.rpartition(".")[2] for path in paths]
+    texts = []
+    for path, value in values.items():
+        last = path.rpartition(".")[2]
+        name = last if last_parts.count(last) == 1 else path
+        texts.append(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}")
+    return ", ".join(texts) or NOTHING
 
 
 def validation_share(trial: Trial) -> Share:
-    """The share of validation problems that a trial had right when it was last measured."""
-    measured = trial.validation
-    if not measured or "correct" not in measured:
+    """Return a trial's accuracy at its last validation."""
+    validation = trial.validation
+    if not validation or "correct" not in validation:
         return Share()
-    return Share(measured["accuracy"], *wilson_interval(measured["correct"], measured["n"]))
+    return Share(validation["accuracy"], *wilson_interval(validation["correct"], validation["n"]))
 
 
-def _measure(results: Results) -> str:
+def _metric_column(results: Results) -> str:
     return "Validation loss" if results.sweep and results.sweep.metric == "loss" else "Validation %"
 
 
 def _reached(results: Results, trials: list[Trial]) -> str:
-    """What trials of one point reached, in the mean; with an interval over problems where that is accuracy."""
-    measured = [trial.validation for trial in trials if trial.validation]
-    if not measured or results.sweep is None:
+    """The mean validation metric of the trials of one point; with an interval over problems where it is accuracy."""
+    validations = [trial.validation for trial in trials if trial.validation]
+    if not validations or results.sweep is None:
         return NOTHING
-    mean = sum(each[results.sweep.metric] for each in measured) / len(measured)
+    mean = sum(each[results.sweep.metric] for each in validations) / len(validations)
     if results.sweep.metric == "loss":
         return amount(mean, 3)
-    n = measured[0]["n"]
-    return f"{percent(mean)} ({interval(Share(mean, *wilson_interval(mean * n, n)))})"
+    n = validations[0]["n"]
+    return share_and_interval(Share(mean, *wilson_interval(mean * n, n)))
 
 
 def _order(results: Results, trial: Trial) -> tuple[bool, float, int]:
-    reached = trial.validation[results.sweep.metric] if trial.validation and results.sweep else 0.0
+    metric = trial.validation[results.sweep.metric] if trial.validation and results.sweep else 0.0
     sign = 1 if results.sweep and results.sweep.metric == "loss" else -1
-    return trial.status != COMPLETE, sign * reached, trial.seed
+    return trial.status != COMPLETE, sign * metric, trial.seed

@@ -1,18 +1,19 @@
 """Report tables: the report's tables as text cells, the same for Markdown, HTML and the terminal."""
 
+from raykd.config import UNTOUCHED
 from raykd.measured import Measured, passes
-from raykd.report_attention import being_right, changes, clear_heads
+from raykd.report_attention import changed_heads, changes, correctness
 from raykd.report_cost import answered_rows, cost, processors, stages, teacher_share, written_by_the_teacher
 from raykd.report_sweep import all_trials, at_equal_points, best_points
 from raykd.report_text import (
     NOTHING,
     amount,
+    baseline_name,
     duration,
     mean_and_interval,
     p_value,
     percent,
-    points,
-    points_interval,
+    points_and_interval,
     share_and_interval,
 )
 from raykd.results import Results
@@ -21,17 +22,19 @@ from raykd.trial import Trial, finite
 
 
 def tables(results: Results) -> list[Table]:
-    """All tables that have rows, in the report's order."""
-    of_sweep = (best_points, at_equal_points, all_trials) if results.sweep else ()
-    makers = (result, differences, *of_sweep, form, samples, teachers, trials, training, cost, processors, stages)
-    found = [make(results) for make in makers]
+    """Return the tables that have rows, in the report's order."""
+    shown = [result(results), differences(results)]
+    if results.sweep:
+        shown += [best_points(results), at_equal_points(results), all_trials(results)]
+    shown += [form(results), samples(results), teachers(results), trials(results), training(results)]
+    shown += [cost(results), processors(results), stages(results)]
     if results.attention:
-        found += [make(results.attention) for make in (changes, clear_heads, being_right)]
-    return [table for table in found if table.rows]
+        shown += [changes(results.attention), changed_heads(results.attention), correctness(results.attention)]
+    return [table for table in shown if table.rows]
 
 
 def result(results: Results) -> Table:
-    """Every arm with its accuracy, its seeds pooled."""
+    """Return the accuracy of every arm, its seeds pooled."""
     rows = [
         _accuracy(
             arm.name,
@@ -42,37 +45,32 @@ def result(results: Results) -> Table:
         for arm in results.arms
     ]
     note = (
-        f"Students {results.asked}. Accuracy in percent with its 95 % Wilson interval. Strict: the number after "
-        "“####”. Flexible: the last number. Both as lm-evaluation-harness scores gsm8k. Problems that got no "
-        "completion (errors) are not in n."
+        f"Students were {results.evaluation}. Accuracy is in percent with its 95 % Wilson interval. Strict match "
+        "scores the number after “####” and flexible extract the last number, both as lm-evaluation-harness does for "
+        "gsm8k. Predictions with errors are excluded from n."
     )
-    if results.also_asked:
-        note += f" Their answers in other ways are kept: {', '.join(results.also_asked)}."
+    if results.arm(UNTOUCHED):
+        note += f" Arm “{UNTOUCHED}” is the base student without an adapter."
+    if results.other_predictions:
+        note += f" Predictions with other evaluation settings are stored in: {', '.join(results.other_predictions)}."
     if results.sweep:
-        note += " Each arm is at its best point of the sweep, chosen by validation problems."
+        note += " Each arm is shown at its best point of the sweep, selected on the validation problems."
     if any(arm.measured.n > arm.measured.num_problems for arm in results.arms):
-        note += " Seeds are pooled; an interval's n is the number of problems, which seeds only repeat."
+        note += " Seeds and samples are pooled; the n of an interval is the number of problems."
     return Table("Results", ["Arm", "Seed", *_ACCURACY], rows, note, text_columns=(0, 6))
 
 
 def trials(results: Results) -> Table:
-    """Every trial, failed ones too, with its accuracy, where arms have several."""
-    rows = [
-        _accuracy(trial.arm, str(trial.seed), trial.measured, _status([trial]))
-        for trial in _shown(results)
-        if is_repeated(results)
-    ]
-    return Table("Seed by seed", ["Arm", "Seed", *_ACCURACY], rows, text_columns=(0, 6))
+    """Return every trial, failed ones too, with its accuracy; no rows where each arm has one trial."""
+    has_seeds = any(len(arm.trials) > 1 for arm in results.arms)
+    shown = _shown(results) if has_seeds else []
+    rows = [_accuracy(trial.arm, str(trial.seed), trial.measured, _status([trial])) for trial in shown]
+    return Table("Results by seed", ["Arm", "Seed", *_ACCURACY], rows, text_columns=(0, 6))
 
 
 def _shown(results: Results) -> list[Trial]:
-    """The trials of the arms as they are shown: of a sweep those at the best points, for all have their own table."""
+    """The trials of the arms; of a sweep those at the best points, because all of them have their own table."""
     return [trial for arm in results.arms for trial in arm.trials]
-
-
-def is_repeated(results: Results) -> bool:
-    """Whether an arm has several seeds."""
-    return any(len(arm.trials) > 1 for arm in results.arms)
 
 
 _ACCURACY = ("Strict %", "Flexible %", "n", "Errors", "Status")
@@ -87,27 +85,24 @@ def _status(trials: list[Trial]) -> str:
     failed = [trial for trial in trials if trial.status == "failed"]
     if not failed:
         return trials[0].status
-    of = "" if len(trials) == 1 else f"{len(failed)} of {len(trials)} "
-    return f"{of}failed: {_first_line(failed[0].error)}"
-
-
-_MORE = " †"
+    count = "" if len(trials) == 1 else f"{len(failed)} of {len(trials)} "
+    return f"{count}failed: {_first_line(failed[0].error)}"
 
 
 def differences(results: Results) -> Table:
-    """Every arm against its baseline, by paired tests."""
+    """Return the paired test of every arm against its baseline."""
     rows = []
     for strict, flexible in zip(results.strict, results.flexible, strict=True):
         rows.append(
             [
                 strict.arm,
-                strict.baseline.arm + ("" if strict.baseline.prime_alone else _MORE),
-                f"{points(strict.difference)} ({points_interval(strict)})",
+                baseline_name(strict),
+                points_and_interval(strict),
                 amount(strict.only_arm),
                 amount(strict.only_baseline),
                 p_value(strict.p),
                 p_value(strict.p_holm),
-                f"{points(flexible.difference)} ({points_interval(flexible)})",
+                points_and_interval(flexible),
                 amount(strict.num_problems),
             ]
         )
@@ -115,28 +110,27 @@ def differences(results: Results) -> Table:
         "Differences",
         [
             "Arm",
-            "Against",
-            "Strict, points",
-            "Only arm right",
-            "Only other right",
+            "Baseline",
+            "Strict difference, points",
+            "Only arm correct",
+            "Only baseline correct",
             "p",
-            "p, corrected",
-            "Flexible, points",
+            "p (Holm)",
+            "Flexible difference, points",
             "Problems",
         ],
         rows,
-        f"Against: the arm that differs from it in the prime alone, and has none;{_MORE} where there is none, one that "
-        "differs in more. "
-        "Pairs are the same problem with the same seed and sample. Intervals: 95 %, paired bootstrap over problems. p: "
-        "on strict match, exact McNemar test, or where a problem has several pairs the sign-flip test of problems' "
-        "means; by itself and by Holm's correction for all rows of this table. What training with another seed would "
-        "change is in neither but as far as there are several.",
+        "The baseline is the unprimed arm that matches in all other settings; † marks a baseline that differs in more "
+        "than the prompt. Pairs have the same problem, seed and sample. Intervals are 95 % and come from a paired "
+        "bootstrap over problems. p is on strict match: exact McNemar test, or a sign-flip test of problem means where "
+        "a problem has several pairs. p (Holm) is corrected for all rows of this table. Variation between training "
+        "seeds is included only as far as there are several seeds.",
         text_columns=(0, 1),
     )
 
 
 def form(results: Results) -> Table:
-    """Accuracy beside what a change of form alone would do to it."""
+    """Return accuracy with the statistics of answer format and length that may explain it."""
     rows = []
     for arm in results.arms:
         m = arm.measured
@@ -144,29 +138,30 @@ def form(results: Results) -> Table:
         means = [mean_and_interval(m.tokens), mean_and_interval(m.repetition, 100)]
         rows.append([arm.name, *(share_and_interval(share) for share in shares), *means, amount(m.n)])
     return Table(
-        "Accuracy and form",
+        "Accuracy and answer format",
         [
             "Arm",
             "Strict %",
             "Flexible %",
-            "Answer in form %",
-            "Right if in form %",
-            "Cut %",
+            "Format rate %",
+            "Accuracy given format %",
+            "Truncated %",
             "Mean tokens",
-            "Repeated %",
+            "Repeated 4-grams %",
             "n",
         ],
         rows,
-        "Seeds pooled; 95 % intervals. Answer in form: an answer after “####”. Cut: at the token limit. Repeated: of "
-        "an answer's runs of four words those that occurred in it before, in the mean. If strict accuracy "
-        "rises with the share of answers in form, while flexible accuracy and accuracy among answers in form "
-        "do not, the arm learned to state answers rather than to find them.",
+        "Seeds are pooled; intervals are 95 %. The format rate is the share of answers with a number after “####”. "
+        "Accuracy given format is strict accuracy among those answers. Truncated answers reached the token limit. "
+        "Repeated 4-grams are the mean share of an answer's sequences of four words that occurred in it before. If the "
+        "format rate rises and neither flexible accuracy nor accuracy given format does, the arm has learned the "
+        "answer format rather than better reasoning.",
         share_columns=(1, 2, 3, 4, 5),
     )
 
 
 def samples(results: Results) -> Table:
-    """What several answers to each problem are worth, where they were asked for."""
+    """Return majority and pass@k accuracy, where problems have several samples."""
     rows = []
     for arm in results.arms:
         m = arm.measured
@@ -175,49 +170,47 @@ def samples(results: Results) -> Table:
             shares += [m.flexible, m.majority_flexible, *m.pass_flexible.values()]
             rows.append([arm.name, *(share_and_interval(each) for each in shares)])
     most = max((arm.measured.samples for arm in results.arms), default=1)
+    # A row with fewer samples than the others has fewer cells and is left out.
     scores = [f"maj@{most}", *(f"pass@{k}" for k in passes(most))]
     return Table(
-        "Several answers to each problem",
+        "Multiple samples per problem",
         ["Arm", "Strict %", *scores, "Flexible %", *scores],
         [row for row in rows if len(row) == 2 * len(scores) + 3],
-        f"Strict and flexible: the mean over all answers. maj@{most}: the answer that most of a problem's {most} give "
-        "is right. pass@k: one of k is right, in the mean over all choices of k.",
+        f"Strict and flexible are means over all samples. maj@{most}: the most frequent answer of a problem's {most} "
+        "samples is correct. pass@k: at least one of k samples is correct, averaged over all subsets of k.",
     )
 
 
 def teachers(results: Results) -> Table:
-    """The teacher's own accuracy by strategy, beside that of the students it taught."""
+    """Return the teacher's accuracy by strategy, with that of the students distilled from it."""
     rows = []
-    for made in written_by_the_teacher(results):
-        teacher, first = teacher_share(made), finite(made.get("answer_first"))
-        answered = answered_rows(made)
-        students = [arm for name in made.get("arms") or [] if (arm := results.arm(name))]
-        for arm in students or [None]:
-            rows.append(
-                [
-                    str(made.get("strategy", "")),
-                    share_and_interval(teacher),
-                    amount(answered),
-                    percent(first / answered if first is not None and answered else None),
-                    arm.name if arm else NOTHING,
-                    share_and_interval(arm.measured.strict) if arm else NOTHING,
-                ]
-            )
+    for completions in written_by_the_teacher(results):
+        answered, answer_first = answered_rows(completions), finite(completions.get("answer_first"))
+        of_teacher = [
+            str(completions.get("strategy", "")),
+            share_and_interval(teacher_share(completions)),
+            amount(answered),
+            percent(answer_first / answered if answer_first is not None and answered else None),
+        ]
+        students = [arm for name in completions.get("arms") or [] if (arm := results.arm(name))]
+        for arm in students:
+            rows.append([*of_teacher, arm.name, share_and_interval(arm.measured.strict)])
+        if not students:
+            rows.append([*of_teacher, NOTHING, NOTHING])
     return Table(
-        "Teacher beside student",
+        "Teacher and student accuracy",
         ["Strategy", "Teacher %", "Teacher n", "Answer first %", "Arm", "Student %"],
         rows,
-        "Strict accuracy; an interval's n is the number of problems. The teacher answered training problems, primed; "
-        "the student test problems, unprimed: not one scale. A teacher that was told the answer is right more often "
-        "for that alone. Answer "
-        "first: completions that state an answer before any calculation, or without one, as a teacher does that "
-        "repeats what it was told.",
+        "Strict accuracy; the n of an interval is the number of problems. The teacher answers training problems with "
+        "its prompt and the student answers test problems without it, so the two are not directly comparable. A prompt "
+        "that contains the answer raises the teacher's accuracy by itself. Answer first: completions that state an "
+        "answer before any calculation or without one, as a teacher does that copies the answer from its prompt.",
         text_columns=(0, 4),
     )
 
 
 def training(results: Results) -> Table:
-    """What each trial was trained on, and how its loss went."""
+    """Return the size of each trial's training data, its training time and its loss."""
     rows = []
     for trial in _shown(results):
         if trial.train_steps is None and trial.train_rows is None:
@@ -238,9 +231,10 @@ def training(results: Results) -> Table:
         )
     return Table(
         "Training",
-        ["Arm", "Seed", "Rows", "Left out", "Steps", "Target tokens", "Time", "Loss"],
+        ["Arm", "Seed", "Rows", "Excluded rows", "Steps", "Target tokens", "Time", "Loss"],
         rows,
-        "Losses of arms with different targets or divergences are not on one scale.",
+        "Losses of arms with different targets or divergences are not comparable. Loss is that of the first and "
+        "last step.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Report text: how a number is written, and the answer to the experiment's question in words."""
+"""Report text: numbers as text, and the experiment's main result in words."""
 
 from dataclasses import dataclass, field
 
@@ -12,10 +12,11 @@ NOTHING = "–"
 
 @dataclass(frozen=True)
 class Answer:
-    """What the experiment found: a figure to see first, two sentences, and what to bear in mind."""
+    """The experiment's main result: a number, two sentences on it, and remarks that limit it."""
 
     sentences: tuple[str, str]
     figure: str = ""
+    """The number, in percentage points; empty where there is none."""
     figure_caption: str = ""
     remarks: list[str] = field(default_factory=list)
 
@@ -44,7 +45,7 @@ def share_and_interval(share: Share) -> str:
 
 
 def mean_and_interval(mean: Mean, unit: float = 1) -> str:
-    """A mean and its interval, in so many of a unit: `61.3 (55.7–66.7)`."""
+    """A mean and its interval, multiplied by `unit`: `61.3 (55.7–66.7)`."""
     if mean.value is None:
         return NOTHING
     value = amount(unit * mean.value, 1)
@@ -58,8 +59,18 @@ def points_interval(comparison: Comparison) -> str:
     return f"{points(comparison.low)} to {points(comparison.high)}"
 
 
+def points_and_interval(comparison: Comparison) -> str:
+    """A difference and its interval, in percentage points: `+3.0 (−1.2 to +7.1)`."""
+    return f"{points(comparison.difference)} ({points_interval(comparison)})"
+
+
+def baseline_name(comparison: Comparison) -> str:
+    """The arm that another is compared with, marked where the two differ in more than the prompt."""
+    return comparison.baseline.arm if comparison.baseline.prime_alone else f"{comparison.baseline.arm} †"
+
+
 def p_value(p: float) -> str:
-    """A p-value with two figures; below 0.001 only that."""
+    """A p-value with two significant digits; `<0.001` below that."""
     return "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
@@ -69,7 +80,7 @@ def amount(value: float | None, decimals: int = 0) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as a person says them: `8.2 s`, `3 min 20 s`, `2 h 05 min`."""
+    """Seconds as text: `8.2 s`, `3 min 20 s`, `2 h 05 min`."""
     if seconds is None:
         return NOTHING
     if seconds < 59.95:
@@ -79,125 +90,127 @@ def duration(seconds: float | None) -> str:
 
 
 def answer(results: Results) -> Answer:
-    """The best primed arm against the unprimed one, worded no more strongly than the numbers bear."""
+    """Return the result of the best primed arm against its unprimed baseline.
+
+    Only an arm that differs from its baseline in the prompt alone can show the effect of the prompt, so such an arm is
+    preferred to a better one without.
+    """
     primed = [arm for arm in results.arms if arm.kind == "primed" and arm.measured.n]
     if not primed:
         return _answer_without_primed(results)
-    # What a prime is worth is told by an arm that differs from another in nothing else.
-    told = {c.arm: c for c in results.strict if c.baseline.prime_alone}
-    best = max([arm for arm in primed if arm.name in told] or primed, key=lambda arm: arm.measured.strict.value or 0.0)
-    strict_share, num_problems = best.measured.strict, amount(best.measured.num_problems)
-    said = (
-        f"Distilled from a teacher primed with “{best.strategy}”, the student answers "
-        f"{percent(strict_share.value)} % of {num_problems} test problems correctly"
+    comparisons = {each.arm: each for each in results.strict if each.baseline.prime_alone}
+    comparable = [arm for arm in primed if arm.name in comparisons]
+    best = max(comparable or primed, key=lambda arm: arm.measured.strict.value or 0.0)
+    accuracy = best.measured.strict
+    first = (
+        f"The student distilled from a teacher primed with “{best.strategy}” answers {percent(accuracy.value)} % of "
+        f"{amount(best.measured.num_problems)} test problems correctly"
     )
-    strict = told.get(best.name)
-    baseline = results.arm(strict.baseline.arm) if strict else None
-    if strict is None or baseline is None:
+    comparison = comparisons.get(best.name)
+    baseline = results.arm(comparison.baseline.arm) if comparison else None
+    if comparison is None or baseline is None:
         return Answer(
             (
-                f"{said} (strict match, 95 % interval {interval(strict_share)}).",
-                "What the prime is worth cannot be told: no arm that differs from it in the prime alone answered the "
-                "same problems with the same seed.",
+                f"{first} (strict match, 95 % interval {interval(accuracy)}).",
+                "The effect of the prompt cannot be estimated: no unprimed arm with the same seed and problems matches "
+                "this one in all other settings.",
             ),
-            remarks=_untouched_remark(results),
+            remarks=_base_remarks(results),
         )
-    said += f" (strict match); distilled without a prime, {percent(baseline.measured.strict.value)} %."
+    unprimed = percent(baseline.measured.strict.value)
     return Answer(
-        (said, _verdict(strict, len(results.strict))),
-        figure=points(strict.difference),
-        figure_caption=f"points: “{best.name}” against “{baseline.name}”; 95 % interval {points_interval(strict)}",
-        remarks=_remarks(results, strict, len(primed)),
+        (
+            f"{first}; the student of the unprimed teacher answers {unprimed} % (strict match).",
+            _verdict(comparison, len(results.strict)),
+        ),
+        figure=points(comparison.difference),
+        figure_caption=(
+            f"percentage points: “{best.name}” against “{baseline.name}”; 95 % interval {points_interval(comparison)}"
+        ),
+        remarks=_remarks(results, comparison, len(primed)),
     )
 
 
 def _answer_without_primed(results: Results) -> Answer:
-    arm = results.arm(BASELINE) or next((a for a in results.arms if a.measured.n and a.name != UNTOUCHED), None)
-    arm = arm or results.arm(UNTOUCHED)
+    trained = [arm for arm in results.arms if arm.measured.n and arm.name != UNTOUCHED]
+    arm = results.arm(BASELINE) or (trained[0] if trained else results.arm(UNTOUCHED))
     if arm is None:
-        return Answer(
-            (
-                "No arm has predictions that could be counted.",
-                "The table below says what became of each trial.",
-            )
-        )
-    said = (
-        f"Arm “{arm.name}” answers {percent(arm.measured.strict.value)} % of "
+        return Answer(("No arm has predictions to score.", "The table below shows the status of each trial."))
+    sentence = (
+        f"The student of arm “{arm.name}” answers {percent(arm.measured.strict.value)} % of "
         f"{amount(arm.measured.num_problems)} test problems correctly "
         f"(strict match, 95 % interval {interval(arm.measured.strict)})."
     )
-    missing = "there is no arm with a primed teacher among those that have predictions"
     return Answer(
-        (said, f"What a prime is worth cannot be told from this experiment: {missing}."),
-        remarks=_untouched_remark(results) if arm.name != UNTOUCHED else [],
+        (sentence, "The effect of the prompt cannot be estimated: no arm with a primed teacher has predictions."),
+        remarks=_base_remarks(results) if arm.name != UNTOUCHED else [],
     )
 
 
-def _verdict(comparison: Comparison, num_compared: int) -> str:
-    p = f"{test_name(comparison)} p {_p_in_words(comparison.p)}"
-    if num_compared > 1:
-        p += f", {_p_in_words(comparison.p_holm, bare=True)} corrected for {num_compared} comparisons"
-    found = f"The difference of {points(comparison.difference)} points "
-    found += f"(95 % interval {points_interval(comparison)}; {p}) "
+def _verdict(comparison: Comparison, num_comparisons: int) -> str:
+    tests = f"{test_name(comparison)} p {_with_relation(p_value(comparison.p))}"
+    if num_comparisons > 1:
+        tests += f", p {_with_relation(p_value(comparison.p_holm))} corrected for {num_comparisons} comparisons"
+    difference = (
+        f"The difference of {points(comparison.difference)} percentage points "
+        f"(95 % interval {points_interval(comparison)}; {tests})"
+    )
+    if comparison.is_clear and comparison.difference > 0:
+        return f"{difference} is statistically significant."
     if comparison.is_clear:
-        return found + (
-            "is more than the choice of test problems explains."
-            if comparison.difference > 0
-            else "is more than the choice of test problems explains: here the prime did harm."
-        )
+        return f"{difference} is statistically significant: priming the teacher reduced the student's accuracy."
     if comparison.low <= 0 <= comparison.high:
-        return found + "cannot be told from chance: the interval holds no difference at all."
-    return found + "is not clear of chance, once both tests and the number of arms are counted."
+        return f"{difference} is not statistically significant (the 95 % interval includes 0)."
+    return f"{difference} is not statistically significant (the corrected p is 0.05 or more)."
 
 
 def test_name(comparison: Comparison) -> str:
-    """Which test p is of."""
+    """Return the name of the test that p is from."""
     return "McNemar" if comparison.num_pairs == comparison.num_problems else "sign-flip"
 
 
-def _p_in_words(p: float, bare: bool = False) -> str:
-    text = p_value(p)
-    return text if bare and not text.startswith("<") else f"< {text[1:]}" if text.startswith("<") else f"= {text}"
+def _with_relation(p: str) -> str:
+    return f"< {p[1:]}" if p.startswith("<") else f"= {p}"
 
 
 def _remarks(results: Results, strict: Comparison, num_primed: int) -> list[str]:
     remarks = []
-    flexible = next((c for c in results.flexible if c.arm == strict.arm), None)
+    flexible = next((each for each in results.flexible if each.arm == strict.arm), None)
     if flexible is not None:
         remark = (
-            f"By flexible extract, which takes the last number in whatever form, the difference is "
-            f"{points(flexible.difference)} points (95 % interval {points_interval(flexible)})."
+            f"By flexible extract (the last number in the answer, in any format), the difference is "
+            f"{points(flexible.difference)} percentage points (95 % interval {points_interval(flexible)})."
         )
         if strict.is_clear and not flexible.is_clear:
-            remark += " So the gain may be one of form: how often an answer is stated as asked."
+            remark += " The effect may therefore be one of answer format alone."
         remarks.append(remark)
     if num_primed > 1:
         remarks.append(
-            f"This is the best of {num_primed} primed arms, picked by the same test problems; "
-            "the best of several looks better than it is."
+            f"This arm is the best of {num_primed} primed arms, selected on the same test problems. Its accuracy is "
+            "therefore biased upward."
         )
     for arm in results.arms:
-        comparison = next((c for c in results.strict if c.arm == arm.name), None)
+        comparison = next((each for each in results.strict if each.arm == arm.name), None)
         if arm.kind == "control" and comparison and comparison.baseline == strict.baseline:
             remarks.append(
-                f"The control “{arm.name}”, whose teacher was given another problem's answer, differs from "
-                f"“{comparison.baseline.arm}” by {points(comparison.difference)} points "
+                f"The control arm “{arm.name}”, whose teacher received another problem's answer, differs from "
+                f"“{comparison.baseline.arm}” by {points(comparison.difference)} percentage points "
                 f"(95 % interval {points_interval(comparison)})."
             )
-    seeds = len({trial.seed for arm in results.arms if arm.name == strict.arm for trial in arm.trials})
-    if seeds == 1:
+    seeds = {trial.seed for arm in results.arms if arm.name == strict.arm for trial in arm.trials}
+    if len(seeds) == 1:
         remarks.append(
-            "Each arm was trained with one seed: how much another would change is in neither interval nor p."
+            "Each arm was trained with one seed, so neither the interval nor p includes variation between training "
+            "seeds."
         )
-    return remarks + _untouched_remark(results)
+    return remarks + _base_remarks(results)
 
 
-def _untouched_remark(results: Results) -> list[str]:
-    untouched = results.arm(UNTOUCHED)
-    if untouched is None:
+def _base_remarks(results: Results) -> list[str]:
+    base = results.arm(UNTOUCHED)
+    if base is None:
         return []
-    measured = untouched.measured
     return [
-        f"The untouched student answers {percent(measured.strict.value)} % by strict match "
-        f"and {percent(measured.flexible.value)} % by flexible extract."
+        f"The base student (no adapter) answers {percent(base.measured.strict.value)} % correctly by strict match and "
+        f"{percent(base.measured.flexible.value)} % by flexible extract."
     ]

@@ -1,4 +1,4 @@
-"""Results: from an experiment's folder to the numbers of its report, each computed from rows, with n."""
+"""Results: the numbers of an experiment's report, each computed from the rows in its folder, with n."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,13 +27,13 @@ NUM_EXAMPLES = 10
 class Arm:
     """An arm, its seeds pooled, at its best point where there was a sweep.
 
-    An interval's n is the number of problems: seeds only repeat them.
+    An interval's n is the number of problems, because every seed answers the same ones.
     """
 
     name: str
     kind: str
-    """`untouched`, `baseline` (others are compared with it), `primed`, `control` (its teacher was told another
-    problem's answer) or `unprimed`."""
+    """`base` (the base student), `baseline` (others are compared with it), `primed`, `control` (its teacher received
+    another problem's answer) or `unprimed`."""
     strategy: str
     trials: list[Trial]
     measured: Measured
@@ -41,7 +41,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Example:
-    """A test problem and what one trial of each arm said, as prediction rows by arm."""
+    """A test problem and the answer of one trial of each arm, as prediction rows by arm."""
 
     question: str
     reference_answer: str
@@ -50,28 +50,28 @@ class Example:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a search found. The arms of the results are at their best points by validation, the trials are all."""
+    """The results of a sweep. `Results.arms` are at their best points by validation, `Results.trials` are all."""
 
     metric: str
     """`accuracy` or `loss`."""
     validations: int
-    """How often a trial is measured that goes to its end."""
+    """Number of validations of a trial that completes."""
     paths: list[str]
-    """The searched fields that bear on some trial."""
+    """The searched fields that affect some trial."""
     equal: list[Comparison]
-    """Every arm against its baseline by strict match, at equal values of what was searched."""
+    """Every arm against its baseline by strict match, at equal values of the searched fields."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """All that a report shows."""
+    """The contents of a report."""
 
     folder: Path
     run: Mapping[str, Any]
     config: str
-    """`experiment.yaml` as it stands."""
+    """The text of `experiment.yaml`."""
     tree: Mapping[str, Any]
-    """The same as a tree."""
+    """The same, parsed."""
     trials: list[Trial]
     arms: list[Arm]
     strict: list[Comparison]
@@ -82,64 +82,64 @@ class Results:
     """By trial."""
     notes: list[str]
     """What is missing or failed."""
-    sweep: "Sweep | None" = None
+    sweep: Sweep | None = None
     attention: AttentionResults | None = None
     """None where it was not measured."""
 
     @property
-    def asked(self) -> str:
-        """How the students were asked, in words."""
+    def evaluation(self) -> str:
+        """The evaluation settings of the students, in words."""
         return described(Evaluate.model_validate(self.tree.get("evaluate") or {}))
 
     @property
-    def also_asked(self) -> list[str]:
-        """The folders of complete answers to other ways of asking."""
-        found = [each.parent.name for each in location.in_each(self.folder / "predictions", MANIFEST)]
-        return [name for name in found if f"predictions/{name}" != self.run.get("predictions")]
+    def other_predictions(self) -> list[str]:
+        """The folders of complete predictions with other evaluation settings."""
+        complete = [each.parent.name for each in location.in_each(self.folder / "predictions", MANIFEST)]
+        return [name for name in complete if f"predictions/{name}" != self.run.get("predictions")]
 
     @property
     def name(self) -> str:
-        """What the experiment is called."""
+        """The experiment's name."""
         return str(self.run.get("name") or self.folder.name)
 
     def arm(self, name: str) -> Arm | None:
-        """The arm of that name, where it has predictions."""
+        """The arm of that name; None where it has no predictions."""
         return next((arm for arm in self.arms if arm.name == name and arm.measured.n), None)
 
 
 def read_results(folder: Path, with_attention: bool = True) -> Results:
-    """Computes an experiment's numbers from its folder (layout: `raykd.records`).
+    """Compute an experiment's numbers from its folder (layout: `raykd.records`).
 
     Args:
         folder: the experiment's.
-        with_attention: whether the numbers of the attention heads are wanted, which take seconds to minutes.
+        with_attention: whether to compute the statistics of attention heads, which takes seconds to minutes.
 
     Raises:
         ValueError: the folder is not an experiment's, or holds neither trials nor predictions.
     """
     for name in ("experiment.yaml", "run.json"):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}: give the folder of an experiment, as `raykd run` makes it")
+            raise ValueError(f"{folder} has no {name}: give the folder of an experiment that `raykd run` made")
     run = read_json(folder / "run.json")
     config = (folder / "experiment.yaml").read_text(encoding="utf-8")
     rows = read_predictions(folder / (run.get("predictions") or "predictions"))
     trials = read_trials(folder / "trials", rows)
-    # What an earlier configuration of the experiment made, or an arm that was taken out, is none of its results.
+    # Trials of an earlier configuration, or of an arm that was removed, are not results of this experiment.
     current = {UNTOUCHED, *run["trials"]} if run.get("trials") is not None else {trial.trial_id for trial in trials}
     earlier = [trial.trial_id for trial in trials if trial.trial_id not in current]
     trials = [trial for trial in trials if trial.trial_id in current]
     if not trials:
-        raise ValueError(f"{folder} holds neither trials nor predictions: there is nothing to report yet")
+        raise ValueError(f"{folder} has no trials and no predictions: there is nothing to report yet")
     tree = _tree(config)
-    # As their author thinks of them.
+    # The order of the configuration.
     order = [UNTOUCHED, *(str(name) for name in tree.get("arms") or ())]
     trials.sort(key=lambda t: (_rank(t.arm, order), t.arm, t.seed, t.trial_id))
-    told = tree.get("sweep")
-    best = _best(trials, told["metric"]) if told else trials
+    sweep = tree.get("sweep")
+    best = _best(trials, sweep["metric"]) if sweep else trials
     trained = {trial.arm: trial for trial in trials if trial.arm != UNTOUCHED}
     overrides = {name: trial.overrides for name, trial in trained.items()}
-    # Where the prime is searched too, an arm is not one that has it or has it not.
-    is_searched = bool(told) and "prompt.strategy" in (told.get("space") or {})
+    # Where the strategy is searched too, an arm is neither primed nor unprimed.
+    is_searched = bool(sweep) and "prompt.strategy" in (sweep.get("space") or {})
     against = baselines(overrides, {name: "" if is_searched else trial.strategy for name, trial in trained.items()})
     names = dict.fromkeys(trial.arm for trial in trials)
     compared = {baseline.arm for baseline in against.values()}
@@ -148,7 +148,7 @@ def read_results(folder: Path, with_attention: bool = True) -> Results:
     attention = _attention(folder, run, arms, rows) if with_attention else None
     notes = _notes(folder, run, trials, best, earlier) + (attention.notes if attention else [])
     if with_attention and run.get("attention") and not attention:
-        notes.append("Attention: not measured yet; `raykd run` and `raykd attention` do it")
+        notes.append("Attention: not measured yet; run `raykd attention`")
     by_seed = {arm.name: [(Setting(t.seed), rows.get(t.trial_id, {})) for t in arm.trials] for arm in arms}
     return Results(
         folder=folder,
@@ -163,13 +163,13 @@ def read_results(folder: Path, with_attention: bool = True) -> Results:
         answers=rows,
         notes=notes,
         attention=attention,
-        sweep=_sweep(told, trials, against, rows) if told else None,
+        sweep=_sweep(sweep, trials, against, rows) if sweep else None,
     )
 
 
 def _best(trials: list[Trial], metric: str) -> list[Trial]:
-    """The trials of each arm at its best point; all of an arm that has none which was trained to its end."""
-    found = []
+    """The trials of each arm at its best point; all of an arm without a complete trial."""
+    best = []
     for arm in dict.fromkeys(trial.arm for trial in trials):
         own = [trial for trial in trials if trial.arm == arm]
         reached: dict[str, list[float]] = {}
@@ -177,35 +177,37 @@ def _best(trials: list[Trial], metric: str) -> list[Trial]:
             if trial.status == COMPLETE and trial.validation:
                 reached.setdefault(point_key(trial.values), []).append(trial.validation[metric])
         points = ranked(reached, metric)[:1]
-        found += [trial for trial in own if not points or point_key(trial.values) == points[0]]
-    return found
+        best += [trial for trial in own if not points or point_key(trial.values) == points[0]]
+    return best
 
 
 def _sweep(
-    told: Mapping[str, Any],
+    section: Mapping[str, Any],
     trials: list[Trial],
     against: Mapping[str, Baseline],
     rows: Mapping[str, Answers],
 ) -> Sweep:
-    everywhere: dict[str, list[tuple[Setting, Answers]]] = {}
+    by_arm: dict[str, list[tuple[Setting, Answers]]] = {}
     for trial in trials:
         if trial.arm == UNTOUCHED:
             continue
         setting = Setting(trial.seed, trial.values)
-        everywhere.setdefault(trial.arm, []).append((setting, rows.get(trial.trial_id, {})))
+        by_arm.setdefault(trial.arm, []).append((setting, rows.get(trial.trial_id, {})))
     return Sweep(
-        metric=told["metric"],
-        validations=told["validations"],
+        metric=section["metric"],
+        validations=section["validations"],
         paths=list(dict.fromkeys(path for trial in trials for path in trial.values)),
-        equal=compare_arms(everywhere, against, "is_correct_strict"),
+        equal=compare_arms(by_arm, against, "is_correct_strict"),
     )
 
 
 def _arm(name: str, is_baseline: bool, controls: set[str], trials: list[Trial], rows: Mapping[str, Answers]) -> Arm:
     own = [trial for trial in trials if trial.arm == name]
     strategy = own[0].strategy
-    if name == UNTOUCHED or is_baseline:
-        kind = "untouched" if name == UNTOUCHED else "baseline"
+    if name == UNTOUCHED:
+        kind = "base"
+    elif is_baseline:
+        kind = "baseline"
     elif strategy in ("", BASELINE):
         kind = "unprimed"
     else:
@@ -225,7 +227,7 @@ def _attention(
 
 
 def _examples(arms: list[Arm], rows: Mapping[str, Answers]) -> list[Example]:
-    """Problems on which the arms disagree most, taken from each arm's first trial with predictions."""
+    """The problems on which the arms disagree most, by each arm's first trial with predictions."""
     shown: dict[str, Answers] = {}
     for arm in arms:
         first = next((trial for trial in arm.trials if trial.measured.n), None)
@@ -254,7 +256,7 @@ def _notes(
 ) -> list[str]:
     notes = []
     if earlier:
-        notes.append(f"Left out: {len(earlier)} of an earlier configuration of this experiment ({_some(earlier)})")
+        notes.append(f"Excluded, of an earlier configuration of this experiment: {_counted(earlier)}")
     expected = (run.get("problems") or {}).get("num_test")
     samples = max((trial.measured.samples for trial in trials), default=1)
     for trial in trials:
@@ -263,16 +265,15 @@ def _notes(
         if trial.status == FAILED:
             notes.append(f"{name} failed: {trial.error or 'no reason was recorded'}")
         elif not total and trial.status == COMPLETE and trial in best:
-            notes.append(f"{name} has no predictions: it was trained and not evaluated")
+            notes.append(f"{name} has no predictions: it was trained but not evaluated")
         elif total and expected and total != expected * samples:
-            notes.append(f"{name} has {total} of {expected * samples} predictions: its evaluation is not complete")
+            notes.append(f"{name} has {total} of {expected * samples} predictions: its evaluation is incomplete")
         if trial.measured.errors:
-            notes.append(f"{name}: {trial.measured.errors} of {total} problems got no answer and are left out of n")
+            notes.append(f"{name}: {trial.measured.errors} of {total} predictions are errors and are excluded from n")
     begun = [path.name for path in location.folders(folder / "trials") if not (path / "trial.json").is_file()]
     unfinished = [name for name in begun if name in (run.get("trials") or begun)]
     if unfinished:
-        what = f"Trial {unfinished[0]}" if len(unfinished) == 1 else f"{len(unfinished)} trials ({_some(unfinished)})"
-        notes.append(f"Begun and not finished, so in no table: {what}")
+        notes.append(f"Unfinished and therefore in no table: {_counted(unfinished)}")
     return notes
 
 
@@ -285,14 +286,16 @@ def _tree(config: str) -> Mapping[str, Any]:
 
 
 def _controls(config: Mapping[str, Any]) -> set[str]:
-    """The strategies that tell the teacher another problem's answer."""
+    """The strategies that give the teacher another problem's answer."""
     own = (config.get("prompt") or {}).get("strategies") or {}
     known = BUILT_IN | {name: Strategy.model_validate(each) for name, each in own.items()}
     return {name for name, strategy in known.items() if strategy.is_control}
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+def _counted(trials: list[str]) -> str:
+    """How many trials, and the names of the first three."""
+    more = ", …" if len(trials) > 3 else ""
+    return f"{len(trials)} {'trial' if len(trials) == 1 else 'trials'} ({', '.join(trials[:3])}{more})"
 
 
 def _rank(name: str, order: list[str]) -> int:

@@ -13,4 +13,4 @@ class Table:
     note: str = ""
     text_columns: tuple[int, ...] = (0,)
     share_columns: tuple[int, ...] = ()
-    """Columns of percentages, which the page underlines with a bar."""
+    """Columns of percentages, for which the page draws a bar."""

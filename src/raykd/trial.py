@@ -1,6 +1,5 @@
-"""Trial: what a trial, or the untouched student, came to, as read from its folder and its predictions, with n."""
+"""Trial: the result of a trial, or of the base student, read from its folder and its predictions."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import Any
 
 from raykd import location
 from raykd.comparison import Answers
+from raykd.job import COMPLETE, read_curve
 from raykd.measured import Measured, Row, measure
 from raykd.records import PREDICTION
 from raykd.storage import read_json, read_rows
@@ -16,7 +16,7 @@ from raykd.storage import read_json, read_rows
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial, or the untouched student: what trial.json says, and what its predictions do."""
+    """A trial, or the base student: its trial.json and the scores of its predictions."""
 
     trial_id: str
     arm: str
@@ -34,10 +34,11 @@ class Trial:
     loss_first: float | None = None
     loss_last: float | None = None
     losses: list[tuple[int, float]] = field(default_factory=list)
+    """Step and loss, without losses that are not finite."""
     values: Mapping[str, Any] = field(default_factory=dict)
     """The searched fields by dotted path."""
     validation: Mapping[str, Any] | None = None
-    """What was last measured on the validation problems."""
+    """The last validation's metrics."""
     num_workers: int | None = None
     accelerator: str = ""
     """`gpu` or `cpu`."""
@@ -72,11 +73,14 @@ def read_predictions(folder: Path) -> dict[str, dict[tuple[str, int], Row]]:
 
 
 def read_trials(folder: Path, rows: Mapping[str, Answers]) -> list[Trial]:
-    """All trials that have come to an end, and the untouched student.
+    """Return all trials that have ended, and the base student.
 
     Args:
         folder: of the trials.
         rows: prediction rows by trial.
+
+    Raises:
+        ValueError: a trial's record or loss curve is damaged.
     """
     trials = [_trial(file.parent, rows) for file in location.in_each(folder, "trial.json")]
     with_folder = {trial.trial_id for trial in trials}
@@ -88,7 +92,7 @@ def read_trials(folder: Path, rows: Mapping[str, Answers]) -> list[Trial]:
                     trial_id=trial_id,
                     arm=first["arm"],
                     seed=first["seed"],
-                    status="complete",
+                    status=COMPLETE,
                     error="",
                     strategy="",
                     overrides={},
@@ -100,43 +104,29 @@ def read_trials(folder: Path, rows: Mapping[str, Answers]) -> list[Trial]:
 
 
 def _trial(folder: Path, rows: Mapping[str, Answers]) -> Trial:
-    told = read_json(folder / "trial.json")
+    record = read_json(folder / "trial.json")
+    curve = read_curve(folder / "metrics.jsonl")
+    losses = [(point["step"], point["loss"]) for point in curve if finite(point.get("loss")) is not None]
     return Trial(
-        trial_id=told["trial_id"],
-        arm=told["arm"],
-        seed=told["seed"],
-        status=told["status"],
-        error=told.get("error") or "",
-        strategy=told.get("strategy") or "",
-        overrides=told.get("overrides") or {},
-        dropped=told.get("dropped") or {},
-        measured=measure(rows.get(told["trial_id"], {}).values()),
-        train_rows=told.get("rows"),
-        train_steps=told.get("steps"),
-        target_tokens=told.get("target_tokens"),
-        train_seconds=finite(told.get("seconds")),
-        loss_first=finite(told.get("loss_first")),
-        loss_last=finite(told.get("loss_last")),
-        losses=_losses(folder / "metrics.jsonl"),
-        values=told.get("values") or {},
-        validation=told.get("validation"),
-        num_workers=told.get("num_workers"),
-        accelerator=told.get("accelerator") or "",
-        adapter=told.get("adapter") or "",
+        trial_id=record["trial_id"],
+        arm=record["arm"],
+        seed=record["seed"],
+        status=record["status"],
+        error=record.get("error") or "",
+        strategy=record.get("strategy") or "",
+        overrides=record.get("overrides") or {},
+        dropped=record.get("dropped") or {},
+        measured=measure(rows.get(record["trial_id"], {}).values()),
+        train_rows=record.get("rows"),
+        train_steps=record.get("steps"),
+        target_tokens=record.get("target_tokens"),
+        train_seconds=finite(record.get("seconds")),
+        loss_first=finite(record.get("loss_first")),
+        loss_last=finite(record.get("loss_last")),
+        losses=losses,
+        values=record.get("values") or {},
+        validation=record.get("validation"),
+        num_workers=record.get("num_workers"),
+        accelerator=record.get("accelerator") or "",
+        adapter=record.get("adapter") or "",
     )
-
-
-def _losses(file: Path) -> list[tuple[int, float]]:
-    """Loss by step. A trial that resumed wrote some steps twice: the later ones count."""
-    by_step: dict[int, float] = {}
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            point = json.loads(line)
-        except json.JSONDecodeError:
-            if number == len(lines):
-                break  # A trial that was killed may leave its last line half written.
-            raise ValueError(f"{file}, line {number} is not JSON: {line[:80]!r}") from None
-        if finite(point.get("loss")) is not None:
-            by_step[point["step"]] = point["loss"]
-    return sorted(by_step.items())

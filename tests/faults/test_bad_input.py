@@ -147,7 +147,7 @@ def test_any_completion(text: str, reference: str):
     for at, seen in enumerate(spans.previous_results(text, offsets)):
         assert all(0 <= each < at for each in seen)
     assert "\x1b" not in disagreements.printable(text)
-    shown = report._md(text)
+    shown = report.escape_markdown(text)
     assert "<" not in shown and "\n" not in shown
     try:
         assert answers.reference_answer(text)
@@ -218,7 +218,7 @@ def test_any_adapter_folder(tmp_path: Path, config: bytes, weights: bytes, more:
 @given(text=st.text(max_size=30) | st.builds("{}:{}:{}".format, words, words, words | st.integers(-5, 5)))
 def test_anything_typed_where_a_run_is_named(text: str):
     try:
-        folder, arm, seed = disagreements._named(text)
+        folder, arm, seed = disagreements.parse_student(text)
     except ValueError as error:
         assert "FOLDER:ARM:SEED" in str(error)
         return

@@ -56,7 +56,7 @@ def test_the_report_tells_what_heads_did(ran: Ran):
         rows = list(csv.DictReader(file))
     assert {row["arm"] for row in rows} == {"untouched", "none", "soft", "scored", "reference"}
     assert {row["statistic"] for row in rows} == set(heads.STATISTICS)
-    assert "What the heads look at" in (ran.plan.folder / "report.html").read_text()
+    assert "Attention statistics" in (ran.plan.folder / "report.html").read_text()
 
 
 def test_lm_evaluation_harness_hears_the_same_answers(ran: Ran, tmp_path: Path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from raykd.config import UNTOUCHED
 from raykd.records import ATTENTION, PREDICTION
 from raykd.report_attention import NAMES
 from raykd.storage import seal, write_json, write_part
@@ -17,7 +18,7 @@ NUM_TEST = 60
 
 
 def prediction(arm: str, seed: int, number: int, strict: bool, flexible: bool, in_form: bool, **more) -> dict:
-    trial_id = arm if arm == "untouched" else f"{arm}-{seed}"
+    trial_id = arm if arm == UNTOUCHED else f"{arm}-{seed}"
     said = str(number) if strict or flexible else "0"
     return {
         "prediction_id": f"{trial_id}/{number}",
@@ -77,7 +78,7 @@ class Experiment:
 
     def trial(self, name: str, seed: int, answers: list[dict], strategy: str = "none", **more) -> None:
         folder = self.folder / "trials" / f"{name}-{seed}"
-        told = {
+        record = {
             "trial_id": f"{name}-{seed}",
             "arm": name,
             "seed": seed,
@@ -94,7 +95,7 @@ class Experiment:
             "loss_last": 0.7,
             "adapter": "adapter",
         } | more
-        write_json_into(folder / "trial.json", told)
+        write_json_into(folder / "trial.json", record)
         lines = [
             {"step": step, "epoch": 0, "loss": 0.7 + 1.2 * 0.88**step + 0.04 * ((step * 7 + seed) % 5)}
             for step in range(1, 31)
@@ -133,8 +134,8 @@ class Experiment:
                 row |= {"problem_id": f"problem-{number:03}", "num_tokens": 9, "values": values.ravel(), "error": ""}
                 rows.append(row)
             write_part(folder, pa.Table.from_pylist(rows, schema=ATTENTION))
-        told = {"statistics": list(STATISTICS), "layers": shape[0], "heads": shape[1], "trials": list(trials)}
-        seal(folder, ATTENTION, "attention_id", told)
+        manifest = {"statistics": list(STATISTICS), "layers": shape[0], "heads": shape[1], "trials": list(trials)}
+        seal(folder, ATTENTION, "attention_id", manifest)
         self.run["attention"] = "attention/key"
 
     def write(self) -> Path:
@@ -154,10 +155,10 @@ def write_json_into(path: Path, value) -> None:
 
 
 def full_experiment(folder: Path, num_test: int = NUM_TEST) -> Experiment:
-    """Untouched, reference, none, three primes, a control and a failed trial, two seeds each."""
+    """The base student, reference, none, three primes, a control and a failed trial, two seeds each."""
     run = {"seeds": [0, 1], "demonstration": True, "problems": {"source": "demo", "num_test": num_test}}
     experiment = Experiment(folder, **run)
-    experiment.rows += drawn("untouched", 0, 0.35, 0.3, num_test)
+    experiment.rows += drawn(UNTOUCHED, 0, 0.35, 0.3, num_test)
     arms = {
         "reference": ("none", 0.45, 0.95, {"targets.sequence": "reference"}),
         "none": ("none", 0.5, 0.7, {}),

@@ -9,6 +9,7 @@ from synthetic import prediction
 
 from raykd import records, storage
 from raykd.attention_results import read_attention
+from raykd.config import UNTOUCHED
 
 STATISTICS, LAYERS, HEADS = ["entropy", "first"], 3, 2
 SHAPE = (len(STATISTICS), LAYERS, HEADS)
@@ -46,38 +47,38 @@ def answers_of(arm: str, seed: int, right: np.ndarray) -> dict:
     return {(row["problem_id"], 0): row for row in rows}
 
 
-def test_arms_are_compared_with_the_untouched_student_on_the_problems_that_all_have_read(tmp_path: Path):
+def test_arms_are_compared_with_the_base_student_on_the_problems_that_all_have_read(tmp_path: Path):
     rng = np.random.default_rng(0)
-    untouched = rng.normal(size=(30, *SHAPE))
-    seeds = [untouched + 0.5 + rng.normal(scale=0.1, size=untouched.shape) for _ in range(2)]
+    base = rng.normal(size=(30, *SHAPE))
+    seeds = [base + 0.5 + rng.normal(scale=0.1, size=base.shape) for _ in range(2)]
     seeds[1][:, 1, 2, 1] += 3.0
-    rows = rows_of("untouched", "untouched", 0, untouched, missing=4)
+    rows = rows_of(UNTOUCHED, UNTOUCHED, 0, base, missing=4)
     rows += [row for seed in (0, 1) for row in rows_of(f"primed-{seed}", "primed", seed, seeds[seed])]
     # A student of an arm that is not asked about.
-    rows += rows_of("other-0", "other", 0, rng.normal(size=untouched.shape))
-    right = {name: rng.random(30) < share for name, share in (("untouched", 0.2), ("primed-0", 0.6), ("primed-1", 0.7))}
+    rows += rows_of("other-0", "other", 0, rng.normal(size=base.shape))
+    right = {name: rng.random(30) < share for name, share in ((UNTOUCHED, 0.2), ("primed-0", 0.6), ("primed-1", 0.7))}
     answers = {
-        "untouched": answers_of("untouched", 0, right["untouched"]),
+        UNTOUCHED: answers_of(UNTOUCHED, 0, right[UNTOUCHED]),
         "primed-0": answers_of("primed", 0, right["primed-0"]),
         "primed-1": answers_of("primed", 1, right["primed-1"]),
     }
-    arms = {"untouched": ["untouched"], "primed": ["primed-0", "primed-1"], "failed": []}
+    arms = {UNTOUCHED: [UNTOUCHED], "primed": ["primed-0", "primed-1"], "failed": []}
     found = read_attention(written(tmp_path, rows), arms, answers)
 
     kept = [number for number in range(30) if number != 4]
     assert (found.num_problems, found.num_students, found.num_arms) == (29, 3, 2)
     assert (found.num_layers, found.num_heads, found.statistics) == (LAYERS, HEADS, STATISTICS)
-    assert found.notes == ["Attention: 1 of 120 texts could not be read (too long)"]
-    assert [arm.name for arm in found.arms] == ["untouched", "primed"]
+    assert found.notes == ["Attention: 1 of 120 texts could not be measured (too long)"]
+    assert [arm.name for arm in found.arms] == [UNTOUCHED, "primed"]
     assert not found.arms[0].heads
     primed, mean = found.arms[1], (seeds[0] + seeds[1])[kept] / 2
     for number, name in enumerate(STATISTICS):
         assert primed.means[name] == pytest.approx(mean[:, number].mean(0), abs=1e-6)
-        paired = (mean - untouched[kept])[:, number]
+        paired = (mean - base[kept])[:, number]
         assert primed.heads[name].value.reshape(LAYERS, HEADS) == pytest.approx(paired.mean(0), abs=1e-6)
         assert primed.overall[name].value == pytest.approx([paired.mean()], abs=1e-6)
         assert primed.heads[name].is_clear.all()
-        students = [untouched, *seeds]
+        students = [base, *seeds]
         # Two arms, so that r is 1 or -1.
         assert np.abs(found.accurate[name].value) == pytest.approx(np.ones(LAYERS * HEADS))
         for head in range(LAYERS * HEADS):
@@ -93,7 +94,7 @@ def test_where_nothing_could_be_read_it_is_said(tmp_path: Path):
     rows = [row | {"values": [], "error": "no plain softmax"} for row in rows_of("a-0", "a", 0, np.zeros((12, *SHAPE)))]
     found = read_attention(written(tmp_path, rows), {"a": ["a-0"]}, {})
     assert not found.arms and not found.right
-    assert found.notes == ["Attention: 12 of 12 texts could not be read (no plain softmax)"]
+    assert found.notes == ["Attention: 12 of 12 texts could not be measured (no plain softmax)"]
 
 
 def test_arms_stand_for_their_seeds_together(tmp_path: Path):
@@ -120,10 +121,10 @@ def test_arms_stand_for_their_seeds_together(tmp_path: Path):
 def test_a_student_that_was_begun_later_takes_nothing_from_the_others(tmp_path: Path):
     rng = np.random.default_rng(2)
     values = rng.normal(size=(2, 30, *SHAPE))
-    rows = rows_of("untouched", "untouched", 0, values[0]) + rows_of("a-0", "a", 0, values[1])
+    rows = rows_of(UNTOUCHED, UNTOUCHED, 0, values[0]) + rows_of("a-0", "a", 0, values[1])
     late = rows_of("a-1", "a", 1, values[1][:5])
-    arms = {"untouched": ["untouched"], "a": ["a-0", "a-1"]}
+    arms = {UNTOUCHED: [UNTOUCHED], "a": ["a-0", "a-1"]}
     found = read_attention(written(tmp_path, rows + late, late={"a-1"}), arms, {})
     assert found.num_problems == 30
     assert found.arms[1].means["entropy"] == pytest.approx(values[1][:, 0].mean(0), abs=1e-6)
-    assert found.notes == ["Attention: not measured yet of a-1"]
+    assert found.notes == ["Attention: not measured yet for a-1"]

@@ -23,9 +23,9 @@ def test_each_problem_that_one_alone_has_right_is_there_with_both_texts(tmp_path
     folder = experiment(tmp_path, {"none": [True, True, False, False], "primed": [True, False, True, True]})
     text = compare(f"{folder}:none", f"{folder}:primed")
     assert "4 problems in common" in text
-    assert "both right 1, neither 0, only none (seed 0) 1, only primed (seed 0) 2" in text
+    assert "both correct 1, neither 0, only none (seed 0) 1, only primed (seed 0) 2" in text
     assert "difference −25.0 points" in text and "McNemar p = 1.00" in text
-    before, only_none, only_primed = text.split("only none (seed 0) is right: 1")[0], *text.split("is right: ")[1:]
+    before, only_none, only_primed = text.split("only none (seed 0) is correct: 1")[0], *text.split("is correct: ")[1:]
     assert "50.0 % (15.0–85.0)" in before and "75.0 % (30.1–95.4)" in before
     assert "problem-001" in only_none and "problem-002" not in only_none
     assert "none says so of problem-001" in only_none and "primed says so of problem-001" in only_none
@@ -35,7 +35,7 @@ def test_each_problem_that_one_alone_has_right_is_there_with_both_texts(tmp_path
 def test_as_many_are_shown_as_asked_for(tmp_path: Path):
     folder = experiment(tmp_path, {"none": [False] * 30, "primed": [True] * 30})
     text = compare(f"{folder}:none", f"{folder}:primed")
-    assert "only primed (seed 0) is right: 10 of 30" in text and text.count("says so") == 20
+    assert "only primed (seed 0) is correct: 10 of 30" in text and text.count("says so") == 20
     assert compare(f"{folder}:none", f"{folder}:primed", limit=None).count("says so") == 60
 
 
@@ -53,14 +53,14 @@ def test_the_seed_is_the_first_that_both_have_or_the_one_that_is_named(tmp_path:
     # The one that is named binds the other side.
     assert "none (seed 2)" in compare(str(first), f"{second}:primed:2")
     assert "none (seed 2)" in compare(f"{first}:none:2", str(second))
-    with pytest.raises(ValueError, match=r"answers of the seeds \[1, 2\] only"):
+    with pytest.raises(ValueError, match=r"predictions for the seeds \[1, 2\] only"):
         compare(str(first), f"{second}:primed:7")
 
 
 @pytest.mark.parametrize(
     ("named", "message"),
     [
-        ("{}", "which arm.*none, primed"),
+        ("{}", "several arms.*none, primed"),
         ("{}:prmed", "did you mean 'primed'"),
         ("{}:none:x", "write FOLDER, FOLDER:ARM or FOLDER:ARM:SEED"),
         ("{}/elsewhere", "has no experiment.yaml"),
@@ -83,11 +83,11 @@ def test_the_command_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture):
 def test_students_that_were_asked_in_other_ways_are_compared_with_a_warning(tmp_path: Path):
     first = experiment(tmp_path / "a", {"none": [True, False]})
     second = experiment(tmp_path / "b", {"primed": [True, True]})
-    assert "not asked in the same way" not in compare(str(first), str(second))
+    assert "evaluation settings differ" not in compare(str(first), str(second))
     with (second / "experiment.yaml").open("a") as file:
         file.write("evaluate: {protocol: eight_shot_cot}\n")
     text = compare(str(first), str(second))
-    assert "not asked in the same way" in text
+    assert "evaluation settings differ" in text
     assert "asked by zero_shot_chat, greedy" in text and "asked by eight_shot_cot, greedy" in text
 
 

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from synthetic import NUM_TEST, Experiment, drawn, full_experiment, prediction
 
+from raykd.config import UNTOUCHED
 from raykd.report import CSV_COLUMNS, result_tables, write_report
 from raykd.report_text import answer, duration, p_value, points
 
@@ -70,7 +71,7 @@ def test_results_csv_against_figures_computed_anew(tmp_path: Path) -> None:
     table = csv_rows(tmp_path)
     assert tuple(table[0]) == CSV_COLUMNS
     assert [(row["arm"], row["seed"]) for row in table] == [
-        ("untouched", "0"),
+        (UNTOUCHED, "0"),
         *((arm, str(seed)) for arm in experiment.arms for seed in (0, 1)),
     ]
     for row in table:
@@ -88,16 +89,16 @@ def test_results_csv_against_figures_computed_anew(tmp_path: Path) -> None:
             bounds = float(row[f"accuracy_{score}_low"]), float(row[f"accuracy_{score}_high"])
             assert bounds == pytest.approx(wilson_by_bisection(share, n), abs=1e-9)
         in_form = sum("#### " in p["completion"] for p in answers) / n
-        assert float(row["answer_in_form"]) == pytest.approx(in_form)
+        assert float(row["format_rate"]) == pytest.approx(in_form)
         assert float(row["truncated"]) == pytest.approx(sum(p["finish_reason"] == "length" for p in answers) / n)
         assert float(row["mean_tokens"]) == pytest.approx(sum(p["num_tokens"] for p in answers) / n)
     by_trial = {row["trial_id"]: row for row in table}
-    assert by_trial["untouched"]["errors"] == "0"
+    assert by_trial[UNTOUCHED]["errors"] == "0"
     assert by_trial["shuffled_hint-1"]["errors"] == "1"
     trained = by_trial["none-0"]
     of_training = ("train_rows", "train_steps", "target_tokens", "train_seconds", "loss_first", "loss_last")
     assert [trained[c] for c in of_training] == ["480", "30", "98765", "61.5", "1.9", "0.7"]
-    assert all(by_trial["untouched"][column] == "" for column in of_training)
+    assert all(by_trial[UNTOUCHED][column] == "" for column in of_training)
 
 
 def test_a_failed_trial_is_listed_with_its_error(tmp_path: Path) -> None:
@@ -118,7 +119,7 @@ def test_differences_against_pairs_counted_anew(tmp_path: Path) -> None:
     results = write_report(experiment.write())
     right = {(p["arm"], p["seed"], p["problem_id"]): p["is_correct_strict"] for p in experiment.rows if not p["error"]}
     assert [c.arm for c in results.strict] == [
-        "untouched",
+        UNTOUCHED,
         *(arm for arm in experiment.arms if arm != "none"),
     ]
     for comparison in results.strict:
@@ -126,7 +127,7 @@ def test_differences_against_pairs_counted_anew(tmp_path: Path) -> None:
         for (arm, seed, problem), is_right in right.items():
             if arm != "none":
                 continue
-            other = (comparison.arm, 0 if comparison.arm == "untouched" else seed, problem)
+            other = (comparison.arm, 0 if comparison.arm == UNTOUCHED else seed, problem)
             if other in right:
                 pairs.append((right[other], is_right))
         assert comparison.num_pairs == len(pairs)
@@ -154,7 +155,13 @@ def test_page_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
     assert not {"script", "link", "iframe", "img"} & set(page.tags)
     assert not [pair for pair in page.attributes if pair[0] in ("src", "href", "xlink:href")]
     assert "url(" not in html and "@import" not in html and "http" not in html
-    for title in ("Results", "Accuracy by arm", "Accuracy and form", "Teacher beside student", "Examples"):
+    for title in (
+        "Results",
+        "Accuracy by arm",
+        "Accuracy and answer format",
+        "Teacher and student accuracy",
+        "Examples",
+    ):
         assert title in page.text
     assert "Demonstration." in page.text
     assert not re.search(r"[^a-z]nan[^a-z]", page.text.lower())
@@ -209,10 +216,10 @@ def two_arms(folder: Path, only_primed: int, only_none: int, both: int, neither:
 @pytest.mark.parametrize(
     ("counts", "words", "figure"),
     [
-        ((40, 5, 30, 25), "is more than the choice of test problems explains.", "+35.0"),
-        ((5, 40, 30, 25), "here the prime did harm", "−35.0"),
-        ((9, 7, 50, 34), "cannot be told from chance", "+2.0"),
-        ((0, 0, 50, 50), "cannot be told from chance", "0.0"),
+        ((40, 5, 30, 25), "is statistically significant.", "+35.0"),
+        ((5, 40, 30, 25), "priming the teacher reduced the student's accuracy", "−35.0"),
+        ((9, 7, 50, 34), "is not statistically significant (the 95 % interval includes 0)", "+2.0"),
+        ((0, 0, 50, 50), "is not statistically significant (the 95 % interval includes 0)", "0.0"),
     ],
 )
 def test_the_answer_is_worded_by_its_tests(tmp_path: Path, counts, words: str, figure: str) -> None:
@@ -220,7 +227,7 @@ def test_the_answer_is_worded_by_its_tests(tmp_path: Path, counts, words: str, f
     assert words in found.sentences[1]
     assert found.figure == figure
     assert "95 % interval" in found.sentences[1] and "McNemar p" in found.sentences[1]
-    assert ("test problems explains" in found.sentences[1]) == (words != "cannot be told from chance")
+    assert ("is statistically significant" in found.sentences[1]) == ("is not" not in words)
     page = Page((tmp_path / "report.html").read_text())
     assert found.sentences[1] in page.text
 
@@ -237,16 +244,16 @@ def test_one_arm_alone_claims_nothing(tmp_path: Path) -> None:
     experiment = Experiment(tmp_path)
     experiment.trial("default", 0, drawn("default", 0, 0.5, 0.9))
     found = answer(write_report(experiment.write()))
-    assert "cannot be told from this experiment" in found.sentences[1]
+    assert "The effect of the prompt cannot be estimated" in found.sentences[1]
     assert found.figure == ""
-    assert "No arm has one without a prime beside it" in Page((tmp_path / "report.html").read_text()).text
+    assert "No arm has an unprimed baseline" in Page((tmp_path / "report.html").read_text()).text
 
 
 def test_a_prime_without_the_unprimed_arm_claims_nothing(tmp_path: Path) -> None:
     experiment = Experiment(tmp_path)
     experiment.trial("teacher", 0, drawn("teacher", 0, 0.5, 0.9), "teacher")
     found = answer(write_report(experiment.write()))
-    assert "What the prime is worth cannot be told" in found.sentences[1]
+    assert "The effect of the prompt cannot be estimated" in found.sentences[1]
 
 
 def test_a_prime_is_not_credited_with_what_the_targets_did(tmp_path: Path) -> None:
@@ -255,7 +262,7 @@ def test_a_prime_is_not_credited_with_what_the_targets_did(tmp_path: Path) -> No
     experiment.trial("none", 0, drawn("none", 0, 0.2, 1.0))
     experiment.trial("soft", 0, drawn("soft", 0, 0.9, 1.0), "teacher", overrides={"prompt.strategy": "teacher", **soft})
     found = answer(write_report(experiment.write()))
-    assert "cannot be told: no arm that differs from it in the prime alone" in found.sentences[1]
+    assert "matches this one in all other settings" in found.sentences[1]
     assert found.figure == ""
     assert "| soft | none † | +" in (tmp_path / "report.md").read_text()
     # With its unprimed twin beside it, or another primed arm that has one, it can.
@@ -294,7 +301,7 @@ def test_trials_of_an_earlier_configuration_are_left_out(tmp_path: Path) -> None
     results = write_report(experiment.write())
     assert [trial.trial_id for trial in results.trials] == ["none-0"]
     assert results.arms[0].measured.n == 60
-    assert results.notes == ["Left out: 1 of an earlier configuration of this experiment (none-7)"]
+    assert results.notes == ["Excluded, of an earlier configuration of this experiment: 1 trial (none-7)"]
 
 
 def test_arms_without_a_common_seed_are_not_compared(tmp_path: Path) -> None:
@@ -322,10 +329,10 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     notes = " / ".join(write_report(experiment.write()).notes)
     assert "Arm none, seed 0 has 40 of 60 predictions" in notes
     assert "Arm teacher, seed 0 has no predictions" in notes
-    assert "Begun and not finished, so in no table: Trial killed-0" in notes
+    assert "Unfinished and therefore in no table: 1 trial (killed-0)" in notes
     for number in range(1, 5):
         (tmp_path / "trials" / f"killed-{number}").mkdir()
-    (note,) = (note for note in write_report(tmp_path).notes if note.startswith("Begun"))
+    (note,) = (note for note in write_report(tmp_path).notes if note.startswith("Unfinished"))
     assert note.endswith("5 trials (killed-0, killed-1, killed-2, …)")
 
 
@@ -343,12 +350,16 @@ def test_a_folder_that_is_no_experiment_says_so(tmp_path: Path) -> None:
         write_report(Experiment(tmp_path).write())
 
 
-def test_a_torn_last_line_of_metrics_is_passed_over(tmp_path: Path) -> None:
+def test_damaged_loss_curve_is_refused(tmp_path: Path) -> None:
     experiment = two_arms(tmp_path, 3, 2, 5, 5)
     metrics = tmp_path / "trials" / "none-0" / "metrics.jsonl"
-    metrics.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n{"step": 1, "loss": 1.5}\n{"st')
+    metrics.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n{"step": 3, "loss": 1.5}\n')
     results = write_report(experiment.write())
-    assert next(t for t in results.trials if t.arm == "none").losses == [(1, 1.5)]
+    assert next(trial for trial in results.trials if trial.arm == "none").losses == [(1, 2.0), (3, 1.5)]
+    with metrics.open("a") as file:
+        file.write('{"st')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 4 is damaged"):
+        write_report(tmp_path)
 
 
 def test_examples_show_where_arms_differ(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from raykd.storage import read_json, write_json
 def table(folder: Path, prices: str = "", **held):
     experiment = Experiment(folder)
     for seed in (0, 1):
-        told = {"seconds": 1800.0, "num_workers": 4, "accelerator": "gpu"}
-        experiment.trial("none", seed, drawn("none", seed, 0.5, 1.0, 5), **told)
+        record = {"seconds": 1800.0, "num_workers": 4, "accelerator": "gpu"}
+        experiment.trial("none", seed, drawn("none", seed, 0.5, 1.0, 5), **record)
     experiment.run["processor_seconds"] = held
     experiment.write()
     with (folder / "experiment.yaml").open("a") as file:
@@ -25,7 +25,7 @@ def table(folder: Path, prices: str = "", **held):
 
 def test_processor_seconds_are_those_that_were_held_and_those_of_training(tmp_path: Path):
     found = table(tmp_path, teacher={"gpu": 7200.0}, attention={"cpu": 36.0})
-    assert found.columns == ["Held by", "Processors", "Seconds, at most", "Hours, at most"]
+    assert found.columns == ["Stage", "Processor", "Processor-seconds (at most)", "Processor-hours (at most)"]
     assert found.rows == [
         ["teacher", "GPU", "7,200", "2.00"],
         ["attention", "CPU", "36", "0.01"],
@@ -37,13 +37,13 @@ def test_processor_seconds_are_those_that_were_held_and_those_of_training(tmp_pa
 @pytest.mark.parametrize(
     ("prices", "teacher", "total"),
     [
-        ("prices: {gpu_hour: 2.5}\n", "5.00", ["all that have a price", "15.00"]),
+        ("prices: {gpu_hour: 2.5}\n", "5.00", ["all with a price", "15.00"]),
         ("prices: {gpu_hour: 2.5, teacher_gpu_hour: 4, cpu_hour: 1, currency: EUR}\n", "8.00", ["all", "18.01"]),
     ],
 )
 def test_money_is_processor_hours_by_their_price(tmp_path: Path, prices: str, teacher: str, total: list[str]):
     found = table(tmp_path, prices, teacher={"gpu": 7200.0}, attention={"cpu": 36.0})
-    assert found.columns[-1] == ("Cost, EUR, at most" if "EUR" in prices else "Cost, USD, at most")
+    assert found.columns[-1] == ("Cost, EUR (at most)" if "EUR" in prices else "Cost, USD (at most)")
     assert found.rows[0][-1] == teacher
     assert found.rows[2][-1] == "10.00"
     assert [found.rows[3][0], found.rows[3][-1]] == total

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from synthetic import full_experiment
 
+from raykd.config import UNTOUCHED
 from raykd.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -25,7 +26,12 @@ MEASURE = """<!doctype html><iframe id=page style="width:{width}px;height:900px;
 for (const each of root.querySelectorAll("details")) each.open = true;
 document.body.dataset.found = JSON.stringify({{ width: root.documentElement.scrollWidth,
   height: root.documentElement.scrollHeight, scripts: root.scripts.length,
-  pictures: [...root.images].map(each => each.naturalWidth), sections: root.querySelectorAll("section").length }}); }}
+  images: root.images.length, sections: root.querySelectorAll("section").length,
+  figures: root.querySelectorAll("figure > svg").length,
+  outside: [...root.querySelectorAll("svg.chart")].flatMap(figure => [...figure.querySelectorAll("text")]
+    .filter(each => each.getBoundingClientRect().right > figure.getBoundingClientRect().right + 4
+      || each.getBoundingClientRect().left < figure.getBoundingClientRect().left - 4).map(each => each.textContent))
+  }}); }}
 </script>"""
 
 
@@ -35,7 +41,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     experiment = full_experiment(folder)
     trials = {f"{arm}-{seed}": (arm, seed) for arm in ("none", "teacher", "ground_truth") for seed in (0, 1)}
-    experiment.attention({"untouched": ("untouched", 0)} | trials)
+    experiment.attention({UNTOUCHED: (UNTOUCHED, 0)} | trials)
     hostile = "<script>alert(1)</script><img src=http://example.com/x.png onerror=alert(2)> & \\boxed{7}"
     for row in experiment.rows[:200]:
         row["question"], row["completion"] = f"{hostile} {row['question']}", f"{hostile}\n{row['completion']}"
@@ -58,17 +64,20 @@ def opened(page: Path, folder: Path, *more: str) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.parametrize("width", [400, 1400])
-def test_the_page_fits_its_screen_without_scripts_and_with_all_its_pictures(page: Path, tmp_path: Path, width: int):
+def test_page_fits_screen_without_scripts(page: Path, tmp_path: Path, width: int):
     frame = tmp_path / "frame.html"
     frame.write_text(MEASURE.format(width=width, page=f"file://{page}"))
     done = opened(frame, tmp_path, "--virtual-time-budget=5000", "--window-size=1500,1000", "--dump-dom")
-    told = re.search(r'data-found="([^"]*)"', done.stdout)
-    assert told, done.stderr
-    found = json.loads(told[1].replace("&quot;", '"'))
+    dumped = re.search(r'data-found="([^"]*)"', done.stdout)
+    assert dumped, done.stderr
+    found = json.loads(dumped[1].replace("&quot;", '"'))
     assert found["width"] <= width, "wider than the screen"
     assert found["scripts"] == 0
-    # A heatmap for each statistic and arm, a pixel a head.
-    assert found["pictures"] == [2] * 24
+    assert found["images"] == 0, "figures are part of the page"
+    # Five of accuracy, one of training, one by layer and eight by head.
+    assert found["figures"] == 15
+    # No text leaves its figure on either side.
+    assert found["outside"] == []
     assert found["sections"] >= 10
     assert "CONSOLE" not in done.stderr, done.stderr
 
@@ -100,3 +109,14 @@ def test_nothing_is_fetched_from_the_network(page: Path, tmp_path: Path):
     other = tmp_path / "other.html"
     other.write_text("<!doctype html><img src=http://example.com/x.png>")
     assert fetched(other, tmp_path / "other") == {"example.com"}
+
+
+@pytest.mark.parametrize("name", ["accuracy", "attention_by_layer", "attention_heads_entropy"])
+def test_figure_file_is_drawn_like_the_page(page: Path, tmp_path: Path, name: str):
+    shot = tmp_path / "figure.png"
+    opened(page.parent / "report" / f"{name}.svg", tmp_path, "--window-size=520,400", f"--screenshot={shot}")
+    with Image.open(shot) as picture:
+        colors = picture.convert("RGB").getcolors(maxcolors=1 << 24)
+        assert colors and len(colors) > 50, "an empty figure"
+        # The ground is drawn, for viewers that have none.
+        assert (255, 255, 255) in {color for _, color in colors}

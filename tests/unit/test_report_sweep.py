@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 from synthetic import Experiment, drawn
 
+from raykd.config import UNTOUCHED
 from raykd.report import CSV_COLUMNS, SWEEP_COLUMNS, result_tables, write_report
 from raykd.report_sweep import all_trials, at, at_equal_points, best_points
 from raykd.results import Results
@@ -22,7 +23,7 @@ SHARE = {"none": (0.3, 0.5, 0.4), "teacher": (0.6, 0.9, 0.7)}
 def results(tmp_path: Path) -> Results:
     """Two arms at three learning rates with two seeds; the last point is stopped early, with its second seed only."""
     experiment = Experiment(tmp_path, seeds=[0, 1])
-    experiment.rows += drawn("untouched", 0, 0.2, 0.9)
+    experiment.rows += drawn(UNTOUCHED, 0, 0.2, 0.9)
     for arm in ("none", "teacher"):
         for point, rate in enumerate(RATES):
             for seed in (0, 1):
@@ -66,14 +67,14 @@ def add(experiment: Experiment, arm: str, point: int, rate: float, seed: int) ->
 def test_each_arm_is_at_its_best_point_by_validation_and_not_by_test(results: Results):
     best = {arm.name: {trial.values["train.learning_rate"] for trial in arm.trials} for arm in results.arms[1:]}
     assert best == {"none": {1e-3}, "teacher": {1e-4}}
-    assert [(arm.name, arm.measured.n) for arm in results.arms] == [("untouched", 60), ("none", 120), ("teacher", 120)]
+    assert [(arm.name, arm.measured.n) for arm in results.arms] == [(UNTOUCHED, 60), ("none", 120), ("teacher", 120)]
     table = best_points(results)
     assert [row[:4] for row in table.rows] == [
         ["none", "learning_rate 0.001, rank 16", "40.0 (27.6–53.8)", "3"],
         ["teacher", "learning_rate 0.0001, rank 16", "90.0 (78.6–95.7)", "3"],
     ]
     assert [row[4:] for row in table.rows] == [["5", "1", "0"]] * 2
-    assert "500 times" in table.note and "12 trials" in table.note
+    assert "500 rows" in table.note and "12 trials" in table.note
 
 
 def test_arms_are_compared_at_their_best_and_at_equal_points(results: Results):
@@ -108,8 +109,8 @@ def test_the_tables_hold_every_trial(results: Results, tmp_path: Path):
     assert (row["validation_accuracy"], row["validation_n"], row["validation_number"]) == ("0.4", "50", "4")
     assert float(row["validation_accuracy_low"]) == pytest.approx(0.276, abs=1e-3)
     assert float(row["gpu_seconds"]) == 2 * 61.5
-    untouched = next(row for row in written if row["arm"] == "untouched")
-    assert {untouched[name] for name in (*paths, *SWEEP_COLUMNS)} == {""}
+    base = next(row for row in written if row["arm"] == UNTOUCHED)
+    assert {base[name] for name in (*paths, *SWEEP_COLUMNS)} == {""}
     table = all_trials(results)
     assert [row[0] for row in table.rows] == ["none"] * 6 + ["teacher"] * 6
     assert [row[3] for row in table.rows[:6]] == ["complete"] * 5 + ["stopped"]

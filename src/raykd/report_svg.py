@@ -1,0 +1,275 @@
+"""Report SVG: a figure drawn once, which the page holds inline and the Markdown report as a file.
+
+Positions across are percentages of the width and positions down are pixels, so that a figure fits a phone and a wide
+screen with its text unscaled. Colours are classes of `templates/style.j2`.
+"""
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import ceil, floor
+
+from markupsafe import Markup
+
+_TICK_STEPS = (0.5, 1, 2, 5, 10, 20, 25, 50, 100, 200, 500, 1000, 2000, 5000)
+LINE_PX = 16  # Height of a line of text.
+_MARK_PX = 13  # Height of one mark's line in a forest plot.
+_SCATTER_PX = 260
+LINE_CHARACTERS = 44  # A line of this length fits a figure of 360 pixels.
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure: what is drawn, and the words that go with it."""
+
+    name: str
+    """Name of its file, without the suffix."""
+    title: str
+    caption: str
+    """What the marks mean, for the line below the figure."""
+    description: str
+    """The numbers in words, for a screen reader."""
+    height: int
+    """In pixels."""
+    content: Markup
+    """SVG elements, to be put into an `<svg class="chart">` of any width."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis from the first to the last of its ticks."""
+
+    ticks: list[float]
+
+    def position(self, value: float) -> float:
+        """Where a value lies, in percent of the axis' length."""
+        low, high = self.ticks[0], self.ticks[-1]
+        return 100 * (value - low) / (high - low)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A value with its interval, in the unit of the axis."""
+
+    value: float
+    low: float
+    high: float
+    seeds: Sequence[float] = ()
+    """The values of single seeds, drawn as ticks."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A legend entry."""
+
+    symbol: str
+    """`dot`, `ring`, `diamond`, `line` or `dashed`."""
+    text: str
+    color: str = ""
+    """A class of colour; none for a symbol whose colour varies."""
+
+
+@dataclass(frozen=True)
+class ForestRow:
+    """A row of a forest plot: one mark for each symbol of the plot, and the same values as text."""
+
+    name: str
+    color: str
+    marks: Sequence[Mark | None]
+    texts: Sequence[str]
+
+
+@dataclass(frozen=True)
+class ScatterPoint:
+    """An arm in a scatter plot: where it lies across, and one mark up for each symbol of the plot."""
+
+    name: str
+    color: str
+    across: Mark
+    up: Sequence[Mark]
+    text: str
+
+
+def axis_over(values: Iterable[float | None], least: float, most: float) -> Axis:
+    """Return an axis with up to nine round ticks that holds all values, clipped to `least` and `most`."""
+    known = [value for value in values if value is not None]
+    low, high = (min(known), max(known)) if known else (0.0, 100.0)
+    step = next((step for step in _TICK_STEPS if (high - low) / step <= 7), _TICK_STEPS[-1])
+    first, last = floor(low / step), ceil(high / step)
+    if first == last:
+        first, last = first - 1, last + 1
+    ticks = [step * k for k in range(first, last + 1)]
+    clipped = [tick for tick in ticks if least <= tick <= most]
+    return Axis(clipped if len(clipped) > 1 else ticks)
+
+
+def forest_plot(
+    rows: Sequence[ForestRow], axis: Axis, symbols: Sequence[str], keys: Sequence[Key], title: str
+) -> tuple[Markup, int]:
+    """Draw rows of values with intervals over one axis.
+
+    Args:
+        rows: from the top down.
+        axis: shared by all rows.
+        symbols: of the marks of a row, in their order.
+        keys: what the symbols and colours mean.
+        title: of the axis, with its unit.
+
+    Returns:
+        SVG elements and their height in pixels.
+    """
+    head, y = legend(keys)
+    parts = [head]
+    for row in rows:
+        for line in wrapped(row.name, LINE_CHARACTERS):
+            parts.append(svg_text("0", y + 12, line, css="name"))
+            y += LINE_PX
+        for number, (symbol, text) in enumerate(zip(symbols, row.texts, strict=True)):
+            parts.append(_key(number, len(symbols), y + 7, Key(symbol, text, row.color)))
+        y += LINE_PX + 2
+        height = _MARK_PX * len(symbols) + 4
+        lines = [_grid(axis, height)]
+        for number, (symbol, mark, text) in enumerate(zip(symbols, row.marks, row.texts, strict=True)):
+            if mark is not None:
+                lines.append(_mark_across(axis, mark, symbol, 2 + _MARK_PX * (number + 0.5), f"{row.name}: {text}"))
+        parts.append(viewport("4%", "92%", y, height, Markup('<g class="{}">{}</g>').format(row.color, join(lines))))
+        y += height + 10
+    labels = [
+        svg_text(f"{axis.position(tick):.2f}%", 10, _tick_text(axis, tick), anchor="middle") for tick in axis.ticks
+    ]
+    parts += [viewport("4%", "92%", y, LINE_PX, join(labels)), svg_text("50%", y + 28, title, anchor="middle")]
+    return join(parts), y + 34
+
+
+def scatter_plot(
+    points: Sequence[ScatterPoint],
+    x: Axis,
+    y: Axis,
+    symbols: Sequence[str],
+    keys: Sequence[Key],
+    titles: tuple[str, str],
+) -> tuple[Markup, int]:
+    """Draw points with intervals both ways.
+
+    Args:
+        points: one for each arm.
+        x: the axis across.
+        y: the axis up.
+        symbols: of the marks of a point, in their order.
+        keys: what the symbols and colours mean.
+        titles: of the axis across and of the axis up.
+
+    Returns:
+        SVG elements and their height in pixels.
+    """
+    head, top = legend(keys)
+    parts = [head, svg_text("0", top + 12, titles[1])]
+    lines = [
+        Markup('<line class="grid" x1="{0:.2f}%" x2="{0:.2f}%" y1="0" y2="{1}"/>').format(x.position(tick), _SCATTER_PX)
+        + svg_text(f"{x.position(tick):.2f}%", _SCATTER_PX + 18, f"{tick:g}", anchor="middle")
+        for tick in x.ticks
+    ]
+    lines += [
+        Markup('<line class="grid" x1="0" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>').format(_up(y, tick))
+        + svg_text("-8", _up(y, tick) + 4, f"{tick:g}", anchor="end")
+        for tick in y.ticks
+    ]
+    for point in points:
+        drawn = [Markup("<title>{}</title>").format(point.text)]
+        at = x.position(point.across.value)
+        for symbol, mark in reversed(list(zip(symbols, point.up, strict=True))):
+            drawn.append(_interval(f"{at:.2f}%", f"{at:.2f}%", _up(y, mark.low), _up(y, mark.high)))
+            drawn.append(_symbol(symbol, f"{at:.2f}%", _up(y, mark.value)))
+        low, high = (f"{x.position(bound):.2f}%" for bound in (point.across.low, point.across.high))
+        height = _up(y, point.up[0].value)
+        drawn.append(_interval(low, high, height, height))
+        lines.append(Markup('<g class="{}">{}</g>').format(point.color, join(drawn)))
+    parts.append(viewport("9%", "88%", top + 24, _SCATTER_PX, join(lines)))
+    bottom = top + 24 + _SCATTER_PX
+    parts.append(svg_text("53%", bottom + 36, titles[0], anchor="middle"))
+    return join(parts), bottom + 42
+
+
+def legend(keys: Sequence[Key]) -> tuple[Markup, int]:
+    """Draw a legend, two entries side by side, and return it with its height in pixels."""
+    entries = [_key(number % 2, 2, 8 + (LINE_PX + 2) * (number // 2), key) for number, key in enumerate(keys)]
+    return join(entries), (LINE_PX + 2) * ceil(len(keys) / 2) + (12 if keys else 0)
+
+
+def _key(column: int, num_columns: int, y: float, key: Key) -> Markup:
+    parts = [_symbol(key.symbol, "7", 0), svg_text("18", 4, key.text)]
+    return Markup('<svg class="{}" x="{:.2f}%" y="{}" overflow="visible">{}</svg>').format(
+        key.color or "any", 100 / num_columns * column, y, join(parts)
+    )
+
+
+def _symbol(symbol: str, x: str, y: float) -> Markup:
+    """A mark at a place across, with its unit, and a place down."""
+    if symbol == "diamond":
+        # A nested viewport puts a path in pixels at a place in percent.
+        path = '<svg x="{}" y="{:.1f}" overflow="visible"><path class="hollow" d="M0-6L6 0L0 6L-6 0Z"/></svg>'
+        return Markup(path).format(x, y)
+    if symbol in ("line", "dashed"):
+        return Markup('<line class="{}" x1="0" x2="14" y1="{}" y2="{}"/>').format(symbol, y, y)
+    css = "hollow" if symbol == "ring" else "dot"
+    return Markup('<circle class="{}" cx="{}" cy="{:.1f}" r="4.5"/>').format(css, x, y)
+
+
+def _mark_across(axis: Axis, mark: Mark, symbol: str, y: float, text: str) -> Markup:
+    low, value, high = (f"{axis.position(each):.2f}%" for each in (mark.low, mark.value, mark.high))
+    seeds = [
+        Markup('<line class="seed" x1="{0:.2f}%" x2="{0:.2f}%" y1="{1}" y2="{2}"/>').format(
+            axis.position(seed), y - 6, y + 6
+        )
+        for seed in mark.seeds
+    ]
+    parts = [Markup("<title>{}</title>").format(text), _interval(low, high, y, y), *seeds, _symbol(symbol, value, y)]
+    return Markup('<g class="mark">{}</g>').format(join(parts))
+
+
+def _interval(x1: str, x2: str, y1: float, y2: float) -> Markup:
+    return Markup('<line class="interval" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(x1, x2, y1, y2)
+
+
+def _grid(axis: Axis, height: float) -> Markup:
+    """Vertical lines at an axis' ticks."""
+    return join(
+        Markup('<line class="{0}" x1="{1:.2f}%" x2="{1:.2f}%" y1="0" y2="{2}"/>').format(
+            "zero" if tick == 0 else "grid", axis.position(tick), height
+        )
+        for tick in axis.ticks
+    )
+
+
+def viewport(x: str, width: str, y: float, height: float, content: Markup) -> Markup:
+    """Elements in a part of the width, of which their percentages are."""
+    return Markup('<svg x="{}" y="{}" width="{}" height="{}" overflow="visible">{}</svg>').format(
+        x, y, width, height, content
+    )
+
+
+def svg_text(x: str, y: float, text: str, css: str = "", anchor: str = "start") -> Markup:
+    if not text:
+        return Markup("")
+    return Markup('<text class="{}" x="{}" y="{:.1f}" text-anchor="{}">{}</text>').format(
+        css or "label", x, y, anchor, text
+    )
+
+
+def _up(axis: Axis, value: float) -> float:
+    """Where a value lies in a scatter plot, in pixels from the top."""
+    return _SCATTER_PX * (1 - axis.position(value) / 100)
+
+
+def _tick_text(axis: Axis, tick: float) -> str:
+    """A tick's number, with its sign where the axis goes below 0."""
+    text = f"{tick:+g}" if axis.ticks[0] < 0 and tick else f"{tick:g}"
+    return text.replace("-", "−")
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width) or [""]
+
+
+def join(parts: Iterable[Markup]) -> Markup:
+    return Markup("").join(parts)
