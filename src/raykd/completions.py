@@ -8,6 +8,7 @@ from typing import Any
 from raykd import answers, location, records, storage
 from raykd.config import Arm, Experiment
 from raykd.engine import Sampling
+from raykd.faults import UserError
 from raykd.strategies import Strategy
 
 # What of a problems' manifest determines their train split.
@@ -45,7 +46,7 @@ class Request:
 
 
 def of_arms(
-    experiment: Experiment, arms: Mapping[str, Arm], problems: Path, root: Path, model: Mapping[str, Any]
+    experiment: Experiment, arms: Mapping[str, Arm], problems: Mapping[str, Any], root: Path, model: Mapping[str, Any]
 ) -> dict[str, Request | None]:
     """For each arm the completions that it is about; None where nothing is asked of the teacher.
 
@@ -58,7 +59,7 @@ def of_arms(
     Args:
         experiment: the experiment.
         arms: what is trained on, by name.
-        problems: the folder of the splits.
+        problems: what determines the splits (`problems.Splits.identity`).
         root: the storage folder; the rows lie in `root/completions/<content key>`, for every experiment
             that asks the same of the same teacher.
         model: what identifies the teacher's weights and tokenizer.
@@ -82,7 +83,7 @@ def identity(request: Request, arm: Arm) -> str:
     return storage.content_key(request.content | {"top_k": used})
 
 
-def _content(experiment: Experiment, arm: Arm, problems: Path, model: Mapping[str, Any]) -> dict[str, Any]:
+def _content(experiment: Experiment, arm: Arm, problems: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
     teacher, targets = experiment.teacher, arm.targets
     content = {
         "problems": _train_key(problems),
@@ -106,10 +107,9 @@ def _content(experiment: Experiment, arm: Arm, problems: Path, model: Mapping[st
     return content
 
 
-def _train_key(problems: Path) -> str:
+def _train_key(problems: Mapping[str, Any]) -> str:
     """What determines the problems that the teacher is asked: nothing of those that students are tested by."""
-    manifest = storage.read_json(problems / storage.MANIFEST)
-    return storage.content_key({name: manifest[name] for name in BEARS_ON_TRAIN if name in manifest})
+    return storage.content_key({name: problems[name] for name in BEARS_ON_TRAIN if name in problems})
 
 
 def _stored(root: Path) -> list[dict[str, Any]]:
@@ -118,7 +118,7 @@ def _stored(root: Path) -> list[dict[str, Any]]:
     for manifest in location.in_each(root / "completions", storage.MANIFEST):
         try:
             found.append(storage.read_json(manifest)["content"])
-        except (ValueError, KeyError):
+        except (UserError, KeyError):
             # Whoever needs these rows is told so; for the others they are not there.
             continue
     return found

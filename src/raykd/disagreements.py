@@ -8,6 +8,7 @@ from pathlib import Path
 from raykd import location
 from raykd.comparison import Answers, Baseline, compare_pairs
 from raykd.config import UNTOUCHED
+from raykd.faults import UserError
 from raykd.measured import Row
 from raykd.mistakes import did_you_mean
 from raykd.report_text import p_value, percent, points, points_interval, test_name
@@ -42,7 +43,7 @@ def compare(first: str, second: str, score: str = "strict", limit: int | None = 
         Text for a terminal.
 
     Raises:
-        ValueError: where a side names no student that answered, or the two have no problem in common.
+        UserError: where a side names no student that answered, or the two have no problem in common.
     """
     left, right = _sides(first, second)
     column = f"is_correct_{score}"
@@ -53,7 +54,7 @@ def compare(first: str, second: str, score: str = "strict", limit: int | None = 
         if not left.answers[key]["error"] and not right.answers[key]["error"]
     ]
     if not pairs:
-        raise ValueError(f"{left.label} and {right.label} answered no problem in common: nothing to compare")
+        raise UserError(f"{left.label} and {right.label} answered no problem in common: nothing to compare")
     only = [
         [pair for pair in pairs if pair[0][column] and not pair[1][column]],
         [pair for pair in pairs if pair[1][column] and not pair[0][column]],
@@ -125,7 +126,7 @@ def _sides(first: str, second: str) -> tuple[Side, Side]:
         wanted = seed if seed is not None else common if common is not None else own[0]
         trial = next((each for each in arm.trials if each.seed == wanted and each.measured.n), None)
         if trial is None:
-            raise ValueError(f"{text}: arm {arm.name!r} has answers of the seeds {own} only")
+            raise UserError(f"{text}: arm {arm.name!r} has answers of the seeds {own} only")
         # The untouched student has no seed.
         label = arm.name if arm.name == UNTOUCHED else f"{arm.name} (seed {wanted})"
         sides.append(Side(label, read[folder].asked, read[folder].answers[trial.trial_id]))
@@ -141,20 +142,20 @@ def _named(text: str) -> tuple[Path, str | None, int | None]:
     scheme, is_uri, rest = text.rpartition("://")
     folder, *more = rest.split(":")
     arm, seed = (*more, None, None)[:2]
-    if len(more) > 2 or (seed is not None and not re.fullmatch("-?[0-9]+", seed)):
-        raise ValueError(f"{text!r}: write FOLDER, FOLDER:ARM or FOLDER:ARM:SEED")
+    if len(more) > 2 or (seed is not None and not re.fullmatch("-?[0-9]{1,18}", seed)):
+        raise UserError(f"{text!r}: write FOLDER, FOLDER:ARM or FOLDER:ARM:SEED")
     return location.at(scheme + is_uri + folder) if is_uri else Path(folder), arm or None, int(seed) if seed else None
 
 
 def _arm(text: str, results: Results, name: str | None) -> Arm:
     answered = [arm.name for arm in results.arms if arm.measured.n]
     if not answered:
-        raise ValueError(f"{text}: no student has answered a test problem yet")
+        raise UserError(f"{text}: no student has answered a test problem yet")
     trained = [each for each in answered if each != UNTOUCHED]
     if name is None and len(trained) != 1:
-        raise ValueError(f"{text}: which arm? Write {text}:ARM; those that answered: {', '.join(answered)}")
+        raise UserError(f"{text}: which arm? Write {text}:ARM; those that answered: {', '.join(answered)}")
     found = results.arm(name or trained[0])
     if found is None:
         hint = did_you_mean(name or "", answered)
-        raise ValueError(f"{text}: no arm {name!r} has answers{hint}; those that have: {', '.join(answered)}")
+        raise UserError(f"{text}: no arm {name!r} has answers{hint}; those that have: {', '.join(answered)}")
     return found

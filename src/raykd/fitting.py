@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from raykd import budget, memory, nearest, nodes
 from raykd.config import Arm, Experiment, leaves
 from raykd.engine import Engine
+from raykd.faults import UserError
 from raykd.memory import GIB, GPUS, Gpu
 from raykd.nodes import ACCELERATOR_TYPE, Cluster, Placed
 from raykd.shapes import Shape
@@ -88,7 +89,7 @@ def arms(experiment: Experiment) -> list[Arm]:
         for point in ends:
             try:
                 found.append(experiment.arm(name, point))
-            except ValueError:
+            except UserError:
                 # What does not go with the arm's other fields may go with other values of those.
                 continue
     return found

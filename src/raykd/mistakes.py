@@ -7,6 +7,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from raykd.faults import UserError
+
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """One line that names each place in the tree, what is wrong there, and the way out."""
@@ -29,12 +31,12 @@ def from_yaml(text: str) -> Any:
     """What a text of YAML says.
 
     Raises:
-        ValueError: where it is none; PyYAML has other errors too, for a day that no month has or a number too long.
+        UserError: where it is none; PyYAML has other errors too, for a day that no month has or a number too long.
     """
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
-        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"not YAML: {' '.join(str(error).split())}") from None
 
 
 def on_one_line(text: str) -> str:

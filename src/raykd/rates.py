@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from raykd import config, job, location, storage
+from raykd.faults import UserError
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ def measured(folder: Path) -> Rates:
         folder: the experiment's, with `run.json`.
 
     Raises:
-        ValueError: where it is not the folder of a run, or what it wrote is damaged.
+        UserError: where it is not the folder of a run, or what it wrote is damaged.
     """
     if not (folder / "run.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"{folder}: has no run.json; --measured takes the folder of an experiment, storage/experiments/NAME"
         )
     run = storage.read_json(folder / "run.json")

@@ -88,7 +88,7 @@ def write_report(folder: Path) -> Results:
         The numbers behind them.
 
     Raises:
-        ValueError: the folder is not an experiment's, or holds nothing to report yet.
+        UserError: the folder is not an experiment's, or holds nothing to report yet.
     """
     results = read_results(folder)
     write_text(folder / "results.csv", _csv(results))

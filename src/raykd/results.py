@@ -9,6 +9,7 @@ from raykd import location
 from raykd.attention_results import AttentionResults, read_attention
 from raykd.comparison import BASELINE, Answers, Baseline, Comparison, Setting, baselines, compare_arms
 from raykd.config import UNTOUCHED, shown
+from raykd.faults import UserError
 from raykd.finalists import ranked
 from raykd.job import COMPLETE, FAILED
 from raykd.measured import Measured, Row, measure
@@ -115,11 +116,11 @@ def read_results(folder: Path, with_attention: bool = True) -> Results:
         with_attention: whether the numbers of the attention heads are wanted, which take seconds to minutes.
 
     Raises:
-        ValueError: the folder is not an experiment's, or holds neither trials nor predictions.
+        UserError: the folder is not an experiment's, or holds neither trials nor predictions.
     """
     for name in ("experiment.yaml", "run.json"):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}: give the folder of an experiment, as `raykd run` makes it")
+            raise UserError(f"{folder} has no {name}: give the folder of an experiment, as `raykd run` makes it")
     run = read_json(folder / "run.json")
     config = (folder / "experiment.yaml").read_text(encoding="utf-8")
     rows = read_predictions(folder / (run.get("predictions") or "predictions"))
@@ -129,7 +130,7 @@ def read_results(folder: Path, with_attention: bool = True) -> Results:
     earlier = [trial.trial_id for trial in trials if trial.trial_id not in current]
     trials = [trial for trial in trials if trial.trial_id in current]
     if not trials:
-        raise ValueError(f"{folder} holds neither trials nor predictions: there is nothing to report yet")
+        raise UserError(f"{folder} holds neither trials nor predictions: there is nothing to report yet")
     tree = _tree(config)
     # As their author thinks of them.
     order = [UNTOUCHED, *(str(name) for name in tree.get("arms") or ())]
@@ -279,7 +280,7 @@ def _notes(
 def _tree(config: str) -> Mapping[str, Any]:
     try:
         tree = from_yaml(config)
-    except ValueError:
+    except UserError:
         return {}
     return tree if isinstance(tree, dict) else {}
 

@@ -17,6 +17,7 @@ from raykd import completions, faults, location, placement, storage, tracking
 from raykd.cluster import live, may_hold, requested
 from raykd.completions import Request
 from raykd.config import CARRIED_OUT_OF_TRAIN, Experiment
+from raykd.faults import StageError
 from raykd.job import (
     COMPLETE,
     FAILED,
@@ -376,7 +377,7 @@ class _Records(tune.Callback):
             text = Path(trial.error_file).read_text().strip()
             if faults.refusal(text):
                 # The next would fail as well, and this one has done no wrong.
-                raise RuntimeError(f"{job.trial_id}: {faults.refusal(text)}")
+                raise StageError(f"{job.trial_id}: {faults.refusal(text)}")
             record(job, FAILED, text.splitlines()[-1])
 
 

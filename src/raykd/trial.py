@@ -9,6 +9,7 @@ from typing import Any
 
 from raykd import location
 from raykd.comparison import Answers
+from raykd.faults import UserError
 from raykd.measured import Measured, Row, measure
 from raykd.records import PREDICTION
 from raykd.storage import read_json, read_rows
@@ -136,7 +137,7 @@ def _losses(file: Path) -> list[tuple[int, float]]:
         except json.JSONDecodeError:
             if number == len(lines):
                 break  # A trial that was killed may leave its last line half written.
-            raise ValueError(f"{file}, line {number} is not JSON: {line[:80]!r}") from None
+            raise UserError(f"{file}, line {number} is not JSON: {line[:80]!r}") from None
         if finite(point.get("loss")) is not None:
             by_step[point["step"]] = point["loss"]
     return sorted(by_step.items())

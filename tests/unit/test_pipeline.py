@@ -9,6 +9,7 @@ import pytest
 from raykd import pipeline
 from raykd.config import Experiment
 from raykd.demo import resolve_model
+from runs import started_plan
 
 
 def prepare(tmp_path: Path, **tree: Any) -> pipeline.Plan:
@@ -19,7 +20,7 @@ def prepare(tmp_path: Path, **tree: Any) -> pipeline.Plan:
         "teacher": {"model": "raykd/demo-teacher"},
         "student": {"model": "raykd/demo-student"},
     }
-    return pipeline.prepare(Experiment.model_validate(experiment | tree), "raykd run small.yaml")
+    return started_plan(Experiment.model_validate(experiment | tree))
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,9 @@ from raykd import (
 from raykd import problems as problems_of
 from raykd.completions import Request
 from raykd.config import Experiment
-from raykd.endpoint import EndpointError
+from raykd.faults import StageError
 from raykd.teacher import AskTeacher
+from runs import started_plan
 
 URL = "http://127.0.0.1:9/v1"
 SOFT = {"prompt.strategy": "teacher", "targets.kind": "top_k", "targets.top_k": 3}
@@ -60,7 +61,7 @@ def at(elsewhere: Elsewhere, **endpoint: Any) -> dict[str, Any]:
 
 
 def prepared(told: Experiment) -> tuple[pipeline.Plan, Request]:
-    plan = pipeline.prepare(told, "raykd run small.yaml")
+    plan = started_plan(told)
     (request,) = plan.requests
     return plan, request
 
@@ -164,7 +165,7 @@ def test_a_server_that_is_gone_ends_it_and_what_was_answered_stays(tmp_path: Pat
 
     with serving(says) as elsewhere:
         plan, request = prepared(experiment(tmp_path, at(elsewhere), {"soft": SOFT}))
-        with pytest.raises(EndpointError, match=f"teacher.endpoint {elsewhere.url}: .*status {status}"):
+        with pytest.raises(StageError, match=f"teacher.endpoint {elsewhere.url}: .*status {status}"):
             make(plan, request)
         assert len(elsewhere.asked) == 1 + 4 + 1, "the check, a call of four, and the check that failed"
     rows = storage.read_rows(request.folder, records.COMPLETION).to_pylist()
@@ -187,8 +188,8 @@ def test_the_key_is_written_nowhere(tmp_path: Path):
 
 
 def request_of(told: Experiment, folder: Path, root: Path) -> Request:
-    lessons = variants.lessons(variants.variants(told, {}))
-    (found,) = completions.of_arms(told, lessons, folder, root, {"model": "a", "revision": "1"}).values()
+    lessons, splits = variants.lessons(variants.variants(told, {})), problems_of.resolve(told.problems, root)
+    (found,) = completions.of_arms(told, lessons, splits.identity, root, {"model": "a", "revision": "1"}).values()
     assert found
     return found
 
