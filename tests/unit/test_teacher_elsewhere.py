@@ -187,7 +187,7 @@ def test_the_key_is_written_nowhere(tmp_path: Path):
     assert KEY not in json.dumps(request.content)
 
 
-def request_of(told: Experiment, folder: Path, root: Path) -> Request:
+def request_of(told: Experiment, root: Path) -> Request:
     lessons, splits = variants.lessons(variants.variants(told, {})), problems_of.resolve(told.problems, root)
     (found,) = completions.of_arms(told, lessons, splits.identity, root, {"model": "a", "revision": "1"}).values()
     assert found
@@ -195,11 +195,9 @@ def request_of(told: Experiment, folder: Path, root: Path) -> Request:
 
 
 def test_rows_are_those_of_a_model_and_an_api_wherever_it_is_asked_and_how_fast(tmp_path: Path):
-    folder = problems_of.prepare(experiment(tmp_path, None, {"a": {}}).problems, tmp_path)
-
     def of(endpoint: dict[str, Any] | None, **teacher: Any) -> tuple[str, dict[str, Any]]:
         told = experiment(tmp_path, endpoint, {"a": {}}, **teacher)
-        return request_of(told, folder, tmp_path).folder.name, told.identity()
+        return request_of(told, tmp_path).folder.name, told.identity()
 
     first = of({"url": URL})
     more = {"api_key_env": "KEY", "max_retries": 1, "max_requests_per_minute": 3, "max_concurrent_requests": 2}
@@ -209,7 +207,7 @@ def test_rows_are_those_of_a_model_and_an_api_wherever_it_is_asked_and_how_fast(
     others = [of(None), of({"url": URL, "model": "another"}), of({"url": URL, "api": "chat"})]
     assert len({key for key, _ in [first, *others]}) == 4
     # What was asked without one is found again.
-    assert "endpoint" not in request_of(experiment(tmp_path, None, {"a": {}}), folder, tmp_path).content
+    assert "endpoint" not in request_of(experiment(tmp_path, None, {"a": {}}), tmp_path).content
     assert not [path for path in experiment(tmp_path, None, {"a": {}}).identity() if "endpoint" in path]
     with pytest.raises(ValueError, match=r"teacher\.endpoint\.api was None, is 'chat'"):
         (tmp_path / "experiment.yaml").write_text(config.dump(experiment(tmp_path, None, {"a": {}})))
