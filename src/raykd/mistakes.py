@@ -2,12 +2,14 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from raykd.faults import UserError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
@@ -25,6 +27,23 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             message = f"{message}, not {problem['input']!r}"
         lines.append(f"{place}: {message}" if place else message)
     return on_one_line("; ".join(lines))
+
+
+def validated(model: type[Model], tree: Any, where: str) -> Model:
+    """Return a model of a tree that a user may have written.
+
+    Args:
+        model: what the tree should be.
+        tree: keys and values.
+        where: the file and the section, for the message.
+
+    Raises:
+        UserError: with each place in the tree that is wrong.
+    """
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{where}: {explain(error, model)}") from None
 
 
 def from_yaml(text: str) -> Any:

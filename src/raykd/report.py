@@ -189,7 +189,7 @@ def _cell(value: Any) -> Any:
 def _markdown(results: Results, pictures: list[tuple[str, str]]) -> str:
     run, found = results.run, answer(results)
     blocks = [f"# {_md(results.name)}"]
-    if run.get("demonstration"):
+    if run.demonstration:
         blocks.append(f"> **Demonstration.** {DEMONSTRATION}")
     blocks.append(f"**{_md(found.sentences[0])}** {_md(found.sentences[1])}")
     blocks += ["\n".join(f"- {_md(line)}" for line in lines) for lines in (found.remarks, results.notes) if lines]
@@ -197,11 +197,11 @@ def _markdown(results: Results, pictures: list[tuple[str, str]]) -> str:
     for table in tables.tables(results):
         blocks += [f"## {_md(table.title)}", _markdown_table(table)]
         blocks += [_md(table.note)] if table.note else []
-    versions = ", ".join(f"{name} {version}" for name, version in (run.get("versions") or {}).items())
+    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     blocks.append("## To repeat")
     # Indented, which makes it a code block whatever it holds.
-    blocks.append("\n".join(f"    {line}" for line in str(run.get("command") or "").splitlines()))
-    made_with = f"raykd {run.get('raykd_version') or ''}; {versions}"
+    blocks.append("\n".join(f"    {line}" for line in run.command.splitlines()))
+    made_with = f"raykd {run.raykd_version}; {versions}"
     blocks.append(f"{_md(made_with)}. Configuration: `experiment.yaml`.")
     return "\n\n".join(blocks) + "\n"
 

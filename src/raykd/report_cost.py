@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raykd.measured import Share
+from raykd.mistakes import validated
 from raykd.report_text import amount, duration, percent
 from raykd.results import Results
 from raykd.sections import Prices
@@ -16,7 +17,7 @@ TRAINING = "training"
 
 def written_by_the_teacher(results: Results) -> list[Mapping[str, Any]]:
     """The sets of completions that the teacher wrote, without those that it scored only."""
-    made = results.run.get("completions") or []
+    made = results.run.completions
     return [each for each in made if each.get("sequence", "teacher") == "teacher"]
 
 
@@ -40,7 +41,7 @@ def answered_rows(made: Mapping[str, Any]) -> int:
 def cost(results: Results) -> Table:
     """What the teacher's completions cost."""
     rows = []
-    for made in results.run.get("completions") or []:
+    for made in results.run.completions:
         # A teacher that gives text alone leaves its tokens uncounted.
         tokens, seconds = finite(made.get("completion_tokens")) or None, finite(made.get("seconds"))
         answered, cut = answered_rows(made), finite(made.get("truncated"))
@@ -70,7 +71,7 @@ def cost(results: Results) -> Table:
 
 def stages(results: Results) -> Table:
     """Where the time went."""
-    stages = results.run.get("stages") or {}
+    stages = results.run.stages
     return Table("Time by stage", ["Stage", "Time"], [[str(k), duration(finite(v))] for k, v in stages.items()])
 
 
@@ -78,14 +79,14 @@ def processors(results: Results) -> Table:
     """Who held how many processors for how long, and what that cost where prices are given."""
     held: dict[str, dict[str, float]] = {
         role: {kind: float(seconds) for kind, seconds in kinds.items()}
-        for role, kinds in (results.run.get("processor_seconds") or {}).items()
+        for role, kinds in results.run.processor_seconds.items()
     }
     for trial in results.trials:
         if trial.train_seconds is not None and trial.num_workers and trial.accelerator:
             of_role = held.setdefault(TRAINING, {})
             seconds = of_role.get(trial.accelerator, 0.0) + trial.train_seconds * trial.num_workers
             of_role[trial.accelerator] = seconds
-    prices = Prices.model_validate(results.tree.get("prices") or {})
+    prices = validated(Prices, results.tree.get("prices") or {}, f"{results.folder / 'experiment.yaml'}: prices")
     rows, total, is_priced = [], 0.0, True
     for role, kinds in held.items():
         for kind, seconds in kinds.items():

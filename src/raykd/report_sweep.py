@@ -42,7 +42,7 @@ def best_points(results: Results) -> Table:
                 *(amount(status.count(each)) for each in (COMPLETE, STOPPED, FAILED)),
             ]
         )
-    asked = sum(made.get("rows") or 0 for made in results.run.get("completions") or [])
+    asked = sum(made.get("rows") or 0 for made in results.run.completions)
     return Table(
         "Best point of each arm",
         ["Arm", "Best at", _measure(results), "Points", "Complete", "Stopped early", "Failed"],

@@ -13,11 +13,12 @@ from raykd.faults import UserError
 from raykd.finalists import ranked
 from raykd.job import COMPLETE, FAILED
 from raykd.measured import Measured, Row, measure
-from raykd.mistakes import from_yaml
+from raykd.mistakes import from_yaml, validated
 from raykd.protocols import described
+from raykd.run_file import RunRecord, read_run
 from raykd.sections import Evaluate
 from raykd.space import point_key
-from raykd.storage import MANIFEST, read_json
+from raykd.storage import MANIFEST
 from raykd.strategies import BUILT_IN, Strategy
 from raykd.trial import Trial, read_predictions, read_trials
 
@@ -68,7 +69,7 @@ class Results:
     """All that a report shows."""
 
     folder: Path
-    run: Mapping[str, Any]
+    run: RunRecord
     config: str
     """`experiment.yaml` as it stands."""
     tree: Mapping[str, Any]
@@ -90,18 +91,19 @@ class Results:
     @property
     def asked(self) -> str:
         """How the students were asked, in words."""
-        return described(Evaluate.model_validate(self.tree.get("evaluate") or {}))
+        where = f"{self.folder / 'experiment.yaml'}: evaluate"
+        return described(validated(Evaluate, self.tree.get("evaluate") or {}, where))
 
     @property
     def also_asked(self) -> list[str]:
         """The folders of complete answers to other ways of asking."""
         found = [each.parent.name for each in location.in_each(self.folder / "predictions", MANIFEST)]
-        return [name for name in found if f"predictions/{name}" != self.run.get("predictions")]
+        return [name for name in found if f"predictions/{name}" != self.run.predictions]
 
     @property
     def name(self) -> str:
         """What the experiment is called."""
-        return str(self.run.get("name") or self.folder.name)
+        return self.run.name or self.folder.name
 
     def arm(self, name: str) -> Arm | None:
         """The arm of that name, where it has predictions."""
@@ -118,15 +120,14 @@ def read_results(folder: Path, with_attention: bool = True) -> Results:
     Raises:
         UserError: the folder is not an experiment's, or holds neither trials nor predictions.
     """
-    for name in ("experiment.yaml", "run.json"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}: give the folder of an experiment, as `raykd run` makes it")
-    run = read_json(folder / "run.json")
+    run = read_run(folder)
+    if not (folder / "experiment.yaml").is_file():
+        raise UserError(f"{folder} has no experiment.yaml: give the folder of an experiment, as `raykd run` makes it")
     config = (folder / "experiment.yaml").read_text(encoding="utf-8")
-    rows = read_predictions(folder / (run.get("predictions") or "predictions"))
+    rows = read_predictions(folder / run.predictions)
     trials = read_trials(folder / "trials", rows)
     # What an earlier configuration of the experiment made, or an arm that was taken out, is none of its results.
-    current = {UNTOUCHED, *run["trials"]} if run.get("trials") is not None else {trial.trial_id for trial in trials}
+    current = {UNTOUCHED, *run.trials} if run.trials is not None else {trial.trial_id for trial in trials}
     earlier = [trial.trial_id for trial in trials if trial.trial_id not in current]
     trials = [trial for trial in trials if trial.trial_id in current]
     if not trials:
@@ -144,11 +145,11 @@ def read_results(folder: Path, with_attention: bool = True) -> Results:
     against = baselines(overrides, {name: "" if is_searched else trial.strategy for name, trial in trained.items()})
     names = dict.fromkeys(trial.arm for trial in trials)
     compared = {baseline.arm for baseline in against.values()}
-    controls = _controls(tree)
+    controls = _controls(tree, folder)
     arms = [_arm(name, name in compared, controls, best, rows) for name in names]
     attention = _attention(folder, run, arms, rows) if with_attention else None
     notes = _notes(folder, run, trials, best, earlier) + (attention.notes if attention else [])
-    if with_attention and run.get("attention") and not attention:
+    if with_attention and run.attention and not attention:
         notes.append("Attention: not measured yet; `raykd run` and `raykd attention` do it")
     by_seed = {arm.name: [(Setting(t.seed), rows.get(t.trial_id, {})) for t in arm.trials] for arm in arms}
     return Results(
@@ -215,10 +216,8 @@ def _arm(name: str, is_baseline: bool, controls: set[str], trials: list[Trial], 
     return Arm(name, kind, strategy, own, measure(pooled))
 
 
-def _attention(
-    folder: Path, run: Mapping[str, Any], arms: list[Arm], rows: Mapping[str, Answers]
-) -> AttentionResults | None:
-    measured = folder / run["attention"] if run.get("attention") else None
+def _attention(folder: Path, run: RunRecord, arms: list[Arm], rows: Mapping[str, Answers]) -> AttentionResults | None:
+    measured = folder / run.attention if run.attention else None
     if measured is None or not (measured / MANIFEST).is_file():
         return None
     trained = {arm.name: [trial.trial_id for trial in arm.trials if trial.status == COMPLETE] for arm in arms}
@@ -250,13 +249,11 @@ def _examples(arms: list[Arm], rows: Mapping[str, Answers]) -> list[Example]:
     return examples
 
 
-def _notes(
-    folder: Path, run: Mapping[str, Any], trials: list[Trial], best: list[Trial], earlier: list[str]
-) -> list[str]:
+def _notes(folder: Path, run: RunRecord, trials: list[Trial], best: list[Trial], earlier: list[str]) -> list[str]:
     notes = []
     if earlier:
         notes.append(f"Left out: {len(earlier)} of an earlier configuration of this experiment ({_some(earlier)})")
-    expected = (run.get("problems") or {}).get("num_test")
+    expected = run.problems.num_test
     samples = max((trial.measured.samples for trial in trials), default=1)
     for trial in trials:
         name = f"Arm {trial.arm}, seed {trial.seed}" + (f", {shown(trial.values)}" if trial.values else "")
@@ -270,7 +267,7 @@ def _notes(
         if trial.measured.errors:
             notes.append(f"{name}: {trial.measured.errors} of {total} problems got no answer and are left out of n")
     begun = [path.name for path in location.folders(folder / "trials") if not (path / "trial.json").is_file()]
-    unfinished = [name for name in begun if name in (run.get("trials") or begun)]
+    unfinished = [name for name in begun if name in (run.trials or begun)]
     if unfinished:
         what = f"Trial {unfinished[0]}" if len(unfinished) == 1 else f"{len(unfinished)} trials ({_some(unfinished)})"
         notes.append(f"Begun and not finished, so in no table: {what}")
@@ -285,10 +282,11 @@ def _tree(config: str) -> Mapping[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
-def _controls(config: Mapping[str, Any]) -> set[str]:
+def _controls(config: Mapping[str, Any], folder: Path) -> set[str]:
     """The strategies that tell the teacher another problem's answer."""
     own = (config.get("prompt") or {}).get("strategies") or {}
-    known = BUILT_IN | {name: Strategy.model_validate(each) for name, each in own.items()}
+    where = f"{folder / 'experiment.yaml'}: prompt.strategies"
+    known = BUILT_IN | {name: validated(Strategy, each, f"{where}.{name}") for name, each in own.items()}
     return {name for name, strategy in known.items() if strategy.is_control}
 
 

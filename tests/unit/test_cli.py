@@ -132,7 +132,7 @@ def test_plan_tells_hours_and_money_where_rates_are_given(capsys, monkeypatch):
     [
         (["--cluster", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["--cluster", "live"], "set RAY_ADDRESS"),
-        (["--measured", "nowhere"], "nowhere: has no run.json"),
+        (["--measured", "nowhere"], "nowhere has no run.json"),
         (["--training-rate", "0"], "--training-rate 0: should be above 0"),
         (
             ["teacher.engine.engine_kwargs={max_model_len: long}"],

@@ -12,7 +12,7 @@ import raykd
 SOURCE = Path(raykd.__file__).parent
 FLOORS = [
     {"config", "tree", "engine", "sections", "space", "mistakes", "records", "storage", "strategies", "demo"}
-    | {"location", "faults"},
+    | {"location", "faults", "run_file"},
     {
         "prompts",
         "answers",
