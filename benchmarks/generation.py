@@ -121,7 +121,9 @@ def alternately(file: Path, root: Path, options: Any) -> dict[str, list[dict[str
 
 
 def plan_of(file: Path, storage_folder: Path, overrides: list[str]) -> pipeline.Plan:
-    return pipeline.prepare(config.load(file, [f"storage={storage_folder}", *overrides]), "benchmark")
+    plan = pipeline.resolve(config.load(file, [f"storage={storage_folder}", *overrides]))
+    pipeline.start(plan, "benchmark")
+    return plan
 
 
 def figures(plan: pipeline.Plan, began: float) -> dict[str, float]:

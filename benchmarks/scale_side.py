@@ -82,7 +82,8 @@ def measure(told: dict[str, Any], root: Path) -> dict[str, float]:
     """All rows, from problems in Parquet to completions in Parquet and their manifest."""
     file = root / "experiment.yaml"
     file.write_text(json.dumps(experiment_of(told)))
-    plan = pipeline.prepare(config.load(file, [f"storage={root}"]), "benchmark")
+    plan = pipeline.resolve(config.load(file, [f"storage={root}"]))
+    pipeline.start(plan, "benchmark")
     teacher, (request,) = plan.experiment.teacher, plan.requests
     with connected(root / "log", "scale", "benchmark"):
         deployment: Any = serve.deployment(Simulated)

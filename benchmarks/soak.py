@@ -160,7 +160,7 @@ def resident(pid: int) -> float:
 
 def counted(typed: list[str]) -> dict[str, Any]:
     """How many rows there are, and what is wrong with them: empty where every one is there once."""
-    plan = pipeline.prepare(config.load(typed[1], typed[2:]), "soak")
+    plan = pipeline.resolve(config.load(typed[1], typed[2:]))
     wrong = [] if plan.is_complete() else ["not complete"]
     completions = 0
     num_train, num_test = (problems.split_size(plan.problems, split) for split in ("train", "test"))

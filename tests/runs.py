@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from raykd import config, pipeline
+from raykd.config import Experiment
 
 RAYKD = str(Path(sys.executable).parent / "raykd")
 
@@ -40,7 +41,14 @@ def finish(arguments: list[str], cwd: Path) -> Ran:
 
 def plan_of(arguments: list[str]) -> pipeline.Plan:
     """What a command line works on."""
-    return pipeline.prepare(config.load(arguments[1], arguments[2:]), "test")
+    return pipeline.resolve(config.load(arguments[1], arguments[2:]))
+
+
+def started_plan(experiment: Experiment, retry_failed: bool = False) -> pipeline.Plan:
+    """An experiment as a command begins it: resolved, with its problems written and its folder claimed."""
+    plan = pipeline.resolve(experiment, retry_failed)
+    pipeline.start(plan, "raykd run small.yaml")
+    return plan
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from raykd import location, storage
+from raykd.faults import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # By these peft would import modules, or look into other files, that a configuration names.
@@ -14,7 +15,7 @@ _NAMING_CODE = ("auto_mapping", "megatron_config", "loftq_config", "eva_config",
 
 
 def check(folder: Path, rank: int) -> None:
-    """Raises ValueError where a folder does not hold a LoRA adapter of a rank as raykd writes it, naming the file.
+    """Raises UserError where a folder does not hold a LoRA adapter of a rank as raykd writes it, naming the file.
 
     Weights are read as safetensors only: other formats can hold code.
 
@@ -57,5 +58,5 @@ def _shape(tensor: Any) -> tuple[int, ...]:
     return tensor.shape
 
 
-def _refused(file: Path, why: str) -> ValueError:
-    return ValueError(f"{file}: {why}; delete {file.parent.parent}, and the student is trained anew")
+def _refused(file: Path, why: str) -> UserError:
+    return UserError(f"{file}: {why}; delete {file.parent.parent}, and the student is trained anew")

@@ -8,6 +8,8 @@ string without a digit ("...", "$."), there is no answer here. Either way it is 
 
 import re
 
+from raykd.faults import UserError
+
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
 _FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 # What the comparison overlooks, in the order in which it is taken out.
@@ -44,14 +46,14 @@ def reference_answer(solution: str) -> str:
     """The reference answer of a GSM8K solution, which ends in `#### N`, without thousands commas.
 
     Raises:
-        ValueError: there is no `####`, or what follows the last one is not a number.
+        UserError: there is no `####`, or what follows the last one is not a number.
     """
     _, mark, stated = solution.rpartition("####")
     if not mark:
-        raise ValueError(f"a reference solution must end in '#### N', and this has no '####': {_end(solution)!r}")
+        raise UserError(f"a reference solution must end in '#### N', and this has no '####': {_end(solution)!r}")
     answer = _normalised(stated.strip())
     if not _NUMBER.fullmatch(answer):
-        raise ValueError(f"a reference solution must end in '#### N', N a number; after '####' is {stated!r}")
+        raise UserError(f"a reference solution must end in '#### N', N a number; after '####' is {stated!r}")
     return answer
 
 

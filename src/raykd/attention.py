@@ -16,6 +16,7 @@ from peft import PeftModel
 
 from raykd import heads, identity, location, models, placement, prompts, records, spans, storage
 from raykd.evaluate import Contestant, check_adapters, test_ids
+from raykd.faults import UserError
 from raykd.progress import Meter
 from raykd.sections import Attention, Student
 from raykd.student import load_base
@@ -65,7 +66,7 @@ def measure(
         How many texts could not be read.
 
     Raises:
-        ValueError: where an adapter is damaged, naming it.
+        UserError: where an adapter is damaged, naming it.
     """
     check_adapters(contestants)
     ids = test_ids(problems)[: attention.num_problems]
@@ -171,14 +172,14 @@ class Read:
         for problem_id in problem_ids:
             try:
                 found[problem_id] = text_of(self._problems[problem_id], self._tokenizer, self._instruction, self._limit)
-            except ValueError as error:
+            except UserError as error:
                 errors[problem_id] = str(error)
         values: Mapping[str, Any] = {}
         try:
             if found:
                 measured = heads.measure(model, list(found.values()), self._tokenizer.pad_token_id or 0)
                 values = dict(zip(found, measured, strict=True))
-        except ValueError as error:
+        except UserError as error:
             errors |= dict.fromkeys(found, str(error))
         return [
             {
@@ -201,15 +202,15 @@ def text_of(problem: Mapping[str, Any], tokenizer: Any, instruction: str, limit:
         limit: how many tokens the model takes; None where it does not say.
 
     Raises:
-        ValueError: where the model's tokenizer or chat template hides what is looked for, or the text is too long.
+        UserError: where the model's tokenizer or chat template hides what is looked for, or the text is too long.
     """
     if not tokenizer.is_fast:
-        raise ValueError("the model's tokenizer does not tell which characters a token stands for: it has no fast form")
+        raise UserError("the model's tokenizer does not tell which characters a token stands for: it has no fast form")
     messages = prompts.student_messages(problem, instruction)
     rendered, question = models.prompt_text(tokenizer, messages), problem["question"].strip()
     start = rendered.find(question)
     if start < 0:
-        raise ValueError("the model's chat template alters the question, so that its numbers cannot be found")
+        raise UserError("the model's chat template alters the question, so that its numbers cannot be found")
     prompt = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
     numbers = [(start + first, start + last) for first, last in spans.number_spans(question)]
     solution = problem["reference_solution"]
@@ -225,5 +226,5 @@ def text_of(problem: Mapping[str, Any], tokenizer: Any, instruction: str, limit:
     )
     assert text.prompt_token_ids == prompt["input_ids"], "a chat template is a text that is tokenised as it stands"
     if limit is not None and len(text) > limit:
-        raise ValueError(f"problem and reference solution are {len(text)} tokens, more than the model's {limit}")
+        raise UserError(f"problem and reference solution are {len(text)} tokens, more than the model's {limit}")
     return text

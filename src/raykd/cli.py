@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from raykd import __version__, config, faults, location, lock, progress
+from raykd.faults import UserError
+from raykd.mistakes import on_one_line
 
 LOG_WIDTH = 160
 _EPILOG = """\
@@ -53,31 +55,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = shlex.join(["raykd", *arguments])
     # vLLM greets on import; the engines, which have logs of their own, are told otherwise.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    experiment = None
+    folder = None
     try:
         if options.stage == "compare":
             return _compare(options)
+        if options.stage == "report":
+            return _report(options, command)
         experiment = config.load(options.file, options.overrides)
         if options.stage in ("plan", "prompts"):
             return _preview(options, experiment)
         if options.stage == "sweep" and experiment.sweep is None:
-            raise ValueError(f"{options.file}: has no section `sweep`; write one, or use `raykd run`")
-        with lock.held(_folder(experiment), command, show=progress.say):
+            raise UserError(f"{options.file}: has no section `sweep`; write one, or use `raykd run`")
+        folder = _folder(experiment)
+        with lock.held(folder, command, show=progress.say):
             return _run_stage(options.stage, experiment, command, getattr(options, "retry_failed", False))
     except KeyboardInterrupt as stopped:
         print(f"raykd: stopped; the same command goes on from here: {command}", file=sys.stderr)
         return getattr(stopped, "status", 130)
     except Exception as fault:
-        if isinstance(fault, ValueError) and not faults.is_of_the_cluster(fault):
-            # What a user can mend.
-            print(f"raykd: {fault}", file=sys.stderr)
-            return 2
-        told = _told(fault)
-        if not told or experiment is None:
-            raise
-        log = progress.note(_folder(experiment) / progress.LOG, "".join(traceback.format_exception(fault)))
-        print(f"raykd: {told}. All that is there is kept; the same command goes on. Log: {log}", file=sys.stderr)
-        return 1
+        return _tell(fault, folder)
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
@@ -91,14 +87,35 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _told(fault: Exception) -> str:
-    """A fault in a sentence; empty where it is one of raykd's own, which keeps its traceback."""
-    if refused := faults.refusal(fault):
-        return f"a file cannot be read or written: {refused}; make room, mend its permissions, or set another `storage`"
-    if faults.is_of_the_cluster(fault):
-        return faults.cause(fault)
-    # Said by a stage.
-    return str(fault) if type(fault) is RuntimeError else ""
+def _tell(fault: Exception, folder: Path | None) -> int:
+    """Print an exception on one line, keep its traceback, and return the exit status.
+
+    Args:
+        fault: what ended the command.
+        folder: the experiment's folder, whose log takes the traceback; None where no stage was begun.
+    """
+    stated = faults.stated(fault)
+    if isinstance(stated, UserError):
+        print(f"raykd: {on_one_line(str(stated))}", file=sys.stderr)
+        return 2
+    refused = faults.refusal(fault)
+    if refused:
+        line = f"a file cannot be read or written: {refused}; make room, mend its permissions, or set another `storage`"
+    elif stated:
+        line = str(stated)
+    elif faults.is_of_the_cluster(fault):
+        line = faults.cause(fault)
+    else:
+        # A bug, or a fault of a library.
+        line = f"unexpected error: {type(fault).__name__}: {fault}"
+    text, kept = "".join(traceback.format_exception(fault)), ""
+    if folder:
+        log = progress.note(folder / progress.LOG, text)
+        kept = f". All that is there is kept; the same command goes on. Log: {log}"
+    elif not refused and not stated:
+        print(text, end="", file=sys.stderr)
+    print(f"raykd: {on_one_line(line)}{kept}", file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,7 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     stages = parser.add_subparsers(dest="stage", metavar="COMMAND", required=True)
     for name, text in _STAGES.items():
         stage = stages.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        stage.add_argument("file", metavar="FILE", help="the experiment's YAML file")
+        also = ", or its folder, storage/experiments/NAME" if name == "report" else ""
+        stage.add_argument("file", metavar="FILE", help=f"the experiment's YAML file{also}")
         if name == "prompts":
             stage.add_argument("--problem", default="0", metavar="N", help="number or id of a training problem (0)")
         if name == "plan":
@@ -166,7 +184,7 @@ def _preview(options: argparse.Namespace, experiment: config.Experiment) -> int:
 
 
 def _show_needs(options: argparse.Namespace, experiment: config.Experiment) -> None:
-    """Prints what an experiment needs, and raises ValueError where it cannot run."""
+    """Prints what an experiment needs, and raises UserError where it cannot run."""
     from rich.console import Console
 
     from raykd import needs, nodes, rates
@@ -182,18 +200,18 @@ def _show_needs(options: argparse.Namespace, experiment: config.Experiment) -> N
     for table in tables:
         console.print(table)
     if refused:
-        raise ValueError(f"{options.file} does not fit: {refused}")
+        raise UserError(f"{options.file} does not fit: {refused}")
 
 
 def _rates_of(options: argparse.Namespace) -> dict[str, float]:
     """The rates that were typed.
 
     Raises:
-        ValueError: where one is not above 0.
+        UserError: where one is not above 0.
     """
     told = {name: value for name in _RATES if (value := getattr(options, name)) is not None}
     if bad := [f"--{name.replace('_', '-')} {value:g}" for name, value in told.items() if not 0 < value < math.inf]:
-        raise ValueError(f"{', '.join(bad)}: should be above 0")
+        raise UserError(f"{', '.join(bad)}: should be above 0")
     return {name.removesuffix("_rate"): value for name, value in told.items()}
 
 
@@ -201,17 +219,18 @@ def _live() -> list[dict[str, Any]]:
     """The nodes of the cluster that RAY_ADDRESS names, as for the stages: no other is joined that may run here.
 
     Raises:
-        ValueError: where there is none.
+        UserError: where there is none.
     """
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        raise ValueError("--cluster live: set RAY_ADDRESS to the cluster's (auto: one on this machine)")
+        raise UserError("--cluster live: set RAY_ADDRESS to the cluster's (auto: one on this machine)")
     import ray
 
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError:
-        raise ValueError(f"--cluster live: no Ray cluster at RAY_ADDRESS={address}") from None
+    # A ValueError where it is no address.
+    except (ConnectionError, ValueError):
+        raise UserError(f"--cluster live: no Ray cluster at RAY_ADDRESS={address}") from None
     try:
         return ray.nodes()
     finally:
@@ -226,35 +245,61 @@ def _run_stage(stage: str, experiment: config.Experiment, command: str, retry_fa
     if stage in ("run", "sweep"):
         pipeline.run(experiment, command, retry_failed, stage)
     else:
-        plan = pipeline.prepare(experiment, command)
+        plan = pipeline.resolve(experiment)
+        pipeline.start(plan, command)
         steps: dict[str, Callable[..., Any]] = {
             "generate": pipeline.make_completions,
             "train": pipeline.train_students,
             "evaluate": pipeline.make_predictions,
             "attention": pipeline.measure_attention,
         }
-        if stage in steps:
-            with connected(plan.log, experiment.name, stage) as resources:
-                pipeline.check(plan, resources, [stage])
-                steps[stage](plan, resources)
-            print(f"{stage}: done; {plan.folder}", file=sys.stderr)
-            return 0
-        pipeline.write_report(plan)
-    return _show_results(experiment)
+        with connected(plan.log, experiment.name, stage) as resources:
+            pipeline.check(plan, resources, [stage])
+            steps[stage](plan, resources)
+        pipeline.record(plan)
+        print(f"{stage}: done; {plan.folder}", file=sys.stderr)
+        return 0
+    return _show_results(_folder(experiment))
+
+
+def _report(options: argparse.Namespace, command: str) -> int:
+    """Render a finished experiment from its folder alone: neither its models nor Ray need be here."""
+    folder = _finished(options.file, options.overrides)
+    if not location.is_remote(folder) and not folder.is_dir():
+        raise UserError(f"{folder}: no such folder, nothing to report yet; `raykd run` makes it")
+    from raykd.report import write_report
+
+    with lock.held(folder, command):
+        write_report(folder)
+        return _show_results(folder)
+
+
+def _finished(file: str, overrides: Sequence[str]) -> Path:
+    """Return the experiment's folder that `report` is given, by itself or by the experiment's YAML file."""
+    if "://" in file or Path(file).is_dir():
+        if overrides:
+            raise UserError(f"{overrides[0]!r}: {file} is a folder; fields can be set where FILE is a YAML file")
+        return location.at(file)
+    experiment = config.load(file, overrides)
+    folder = _folder(experiment)
+    # What the folder holds may be another experiment of that name.
+    from raykd import journal
+
+    journal.claim(experiment, folder)
+    return folder
 
 
 def _folder(experiment: config.Experiment) -> Path:
     return location.at(experiment.storage) / "experiments" / experiment.name
 
 
-def _show_results(experiment: config.Experiment) -> int:
+def _show_results(folder: Path) -> int:
     """Prints the result table, and tells whether a trial failed."""
     from rich.console import Console
 
     from raykd.report import result_tables
     from raykd.results import read_results
 
-    folder = _folder(experiment)
     results = read_results(folder, with_attention=False)
     # In a log lines may be long; a terminal knows its width.
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)

@@ -13,6 +13,7 @@ import ray.data
 from ray.job_config import JobConfig
 
 from raykd import compat, metrics, nodes, progress, signals
+from raykd.faults import StageError, UserError
 from raykd.watch import ask, given_back, taken_back
 
 # Blocks that a task of Ray Data may hand on between two looks of its scheduler.
@@ -43,7 +44,7 @@ def connected(log: Path, experiment: str, stage: str) -> Iterator[dict[str, floa
         # The dashboard calls a job by its `job_name`.
         told = {"job_name": f"{experiment} {stage}", "experiment": experiment, "stage": stage}
         job = JobConfig(metadata=told)
-        context = ray.init(address=address, job_config=job, log_to_driver=False) if address else _start(job)
+        context = _join(address, job) if address else _start(job)
         with signals.end_in_order():
             data = ray.data.DataContext.get_current()
             data.enable_progress_bars = False
@@ -75,7 +76,7 @@ def capacity(joined: bool | None = None) -> dict[str, float]:
         joined: whether the cluster is one that goes on when this process ends; None for `is_joined()`.
 
     Raises:
-        ValueError: where the file that is named is none of `ray up`.
+        UserError: where the file that is named is none of `ray up`.
     """
     there, grown = live(), _grown(is_joined() if joined is None else joined)
     may_come = grown.resources if grown else {}
@@ -90,7 +91,7 @@ def _grown(joined: bool) -> nodes.Cluster | None:
         return None
     try:
         return nodes.read(file)
-    except ValueError:
+    except UserError:
         if named:
             raise
         # On machines of one's own it does not say what they have, and all of them are there.
@@ -127,6 +128,17 @@ def requested() -> Iterator[Callable[[Sequence[nodes.Bundle]], None]]:
         yield ask
 
 
+def _join(address: str, job: JobConfig) -> Any:
+    try:
+        return ray.init(address=address, job_config=job, log_to_driver=False)
+    except (ConnectionError, ValueError) as error:
+        # A ValueError where it is no address.
+        said = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"no Ray cluster at RAY_ADDRESS={address}: {said}; set it to the cluster's, or unset it"
+        ) from None
+
+
 def _start(job: JobConfig) -> Any:
     """A cluster of this machine's own, beside whatever others run here.
 
@@ -152,4 +164,4 @@ def _free_port() -> int:
         with closing(socket.socket()) as probe:
             if probe.connect_ex(("127.0.0.1", port)):
                 return port
-    raise RuntimeError(f"no port is free from {DASHBOARD_PORT} on, which Ray's dashboard needs")
+    raise StageError(f"no port is free from {DASHBOARD_PORT} on, which Ray's dashboard needs")

@@ -8,6 +8,7 @@ from typing import Any
 from raykd import answers, identity, location, storage
 from raykd.config import Arm, Experiment
 from raykd.engine import Sampling
+from raykd.faults import UserError
 from raykd.strategies import Strategy
 
 
@@ -42,7 +43,7 @@ class Request:
 
 
 def of_arms(
-    experiment: Experiment, arms: Mapping[str, Arm], problems: Path, root: Path, model: Mapping[str, Any]
+    experiment: Experiment, arms: Mapping[str, Arm], problems: Mapping[str, Any], root: Path, model: Mapping[str, Any]
 ) -> dict[str, Request | None]:
     """For each arm the completions that it is about; None where nothing is asked of the teacher.
 
@@ -55,14 +56,13 @@ def of_arms(
     Args:
         experiment: the experiment.
         arms: what is trained on, by name.
-        problems: the folder of the splits.
+        problems: what determines the splits (`problems.Splits.content`).
         root: the storage folder; the rows lie in `root/completions/<content key>`, for every experiment
             that asks the same of the same teacher.
         model: what identifies the teacher's weights and tokenizer.
     """
-    of_problems = storage.read_json(problems / storage.MANIFEST)["content"]
     contents = {
-        name: identity.completion_set(experiment, arm, of_problems, model)
+        name: identity.completion_set(experiment, arm, problems, model)
         for name, arm in arms.items()
         if arm.needs_teacher
     }
@@ -84,7 +84,7 @@ def _stored(root: Path) -> list[dict[str, Any]]:
     for manifest in location.in_each(root / "completions", storage.MANIFEST):
         try:
             found.append(storage.read_json(manifest)["content"])
-        except (ValueError, KeyError):
+        except (UserError, KeyError):
             # Whoever needs these rows is told so; for the others they are not there.
             continue
     return found

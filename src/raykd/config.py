@@ -11,6 +11,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from raykd import location
+from raykd.faults import UserError
 from raykd.mistakes import did_you_mean, explain, from_yaml, on_one_line
 from raykd.sections import (
     NAME_PATTERN,
@@ -82,14 +83,14 @@ class Experiment(Section):
     def _arms(self) -> Self:
         location.check(self.storage)
         if not self.arms:
-            raise ValueError("arms is empty: name at least one, such as `none: {}`")
+            raise UserError("arms is empty: name at least one, such as `none: {}`")
         if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds holds a seed twice: {list(self.seeds)}")
+            raise UserError(f"seeds holds a seed twice: {list(self.seeds)}")
         if not all(0 <= seed < 2**32 for seed in self.seeds):
-            raise ValueError(f"seeds should be between 0 and 2**32 - 1: {list(self.seeds)}")
+            raise UserError(f"seeds should be between 0 and 2**32 - 1: {list(self.seeds)}")
         for name in self.arms:
             if not re.match(NAME_PATTERN, name) or name == UNTOUCHED:
-                raise ValueError(
+                raise UserError(
                     f"arm name {name!r}: letters, digits, '.', '_' and '-' only, and not {UNTOUCHED!r}, "
                     "which is the student without an adapter and always there"
                 )
@@ -102,7 +103,7 @@ class Experiment(Section):
         if self.sweep is None:
             return self
         if not self.problems.num_validation:
-            raise ValueError(
+            raise UserError(
                 "sweep: points are chosen by validation problems, which are cut from train: set problems.num_validation"
             )
         for path, axis in self.sweep.space.items():
@@ -111,7 +112,7 @@ class Experiment(Section):
         for name in self.arms:
             told = (self.sweep.scheduler, self.sweep.search)
             if self.arm(name).targets.sequence == "student" and told != ("none", "random"):
-                raise ValueError(
+                raise UserError(
                     f"arm {name!r} learns from its own answers, in rounds that all students take in step, so none of "
                     "them can be stopped before the others, or chosen by what others reached: set "
                     "sweep.scheduler=none and sweep.search=random"
@@ -119,39 +120,39 @@ class Experiment(Section):
         return self
 
     def _check_axis(self, path: str, axis: Axis, name: str, overrides: Mapping[str, Any]) -> None:
-        """Raises ValueError where a field cannot be searched, or not for an arm."""
+        """Raises UserError where a field cannot be searched, or not for an arm."""
         where = f"sweep.space.{path}"
         known = _paths(json.loads(self.arm(name).model_dump_json()), "")
         if path not in known or not _may_differ(path):
             can = [each for each in known if _may_differ(each)]
-            raise ValueError(
+            raise UserError(
                 f"{where}: no field in which arms may differ{did_you_mean(path, can)}; those are below "
                 f"{', '.join(ARM_SECTIONS)}"
             )
         if is_runtime_only(Train, path.removeprefix("train.")):
-            raise ValueError(f"{where}: how a trial is carried out changes nothing of what it is; set it for all")
+            raise UserError(f"{where}: how a trial is carried out changes nothing of what it is; set it for all")
         if self.sweep and self.sweep.search == "optuna" and bears_on_the_teacher(path) and not axis.values:
-            raise ValueError(
+            raise UserError(
                 f"{where}: the teacher is asked before the first trial, so what optuna may choose of this must be "
                 "listed: give choice, or set sweep.search=random"
             )
         if any(("targets.sequence", "student") in leaves({path: value}, "") for value in axis.extremes):
-            raise ValueError(f"{where}: a student's own answers are trained on in rounds; make it an arm of its own")
+            raise UserError(f"{where}: a student's own answers are trained on in rounds; make it an arm of its own")
         for named, _ in leaves(overrides, ""):
             if f"{named}.".startswith(f"{path}.") or f"{path}.".startswith(f"{named}."):
-                raise ValueError(f"{where}: arm {name!r} sets {named}; what is searched is not set by an arm")
+                raise UserError(f"{where}: arm {name!r} sets {named}; what is searched is not set by an arm")
         for value in axis.extremes:
             try:
                 self._arm(name, {path: value})
             except ValidationError as error:
                 # What does not go with other fields may go with other values of those.
                 if any(each["loc"] and _is_below(each["loc"], path) for each in error.errors()):
-                    raise ValueError(f"{where}: {explain(error, Arm)}") from None
+                    raise UserError(f"{where}: {explain(error, Arm)}") from None
 
     def _teacher_gives(self, arm: str, top_k: int) -> None:
-        """Raises ValueError where the teacher cannot give an arm's soft targets, or its engine is told not to."""
+        """Raises UserError where the teacher cannot give an arm's soft targets, or its engine is told not to."""
         if self.teacher.is_sent_messages:
-            raise ValueError(
+            raise UserError(
                 f"arm {arm!r}: targets.kind=top_k: soft targets, and the scoring of given tokens, need token ids with "
                 "log-probabilities, which teacher.endpoint.api=chat does not give; set targets.kind=hard, or "
                 "teacher.endpoint.api=completions where the server is vLLM's or does as much"
@@ -161,14 +162,14 @@ class Experiment(Section):
         told = self.teacher.engine.engine_kwargs
         limit, mode = told.get("max_logprobs", top_k), told.get("logprobs_mode", "raw_logprobs")
         if not isinstance(limit, int):
-            raise ValueError(f"teacher.engine.engine_kwargs.max_logprobs: should be a whole number, not {limit!r}")
+            raise UserError(f"teacher.engine.engine_kwargs.max_logprobs: should be a whole number, not {limit!r}")
         if limit != -1 and limit < top_k:
-            raise ValueError(
+            raise UserError(
                 f"arm {arm!r}: targets.top_k={top_k} is above teacher.engine.engine_kwargs.max_logprobs={limit}; "
                 "lower the one or leave the other out"
             )
         if mode != "raw_logprobs":
-            raise ValueError(
+            raise UserError(
                 f"arm {arm!r}: soft targets are the model's own distribution, before temperature and top-p: "
                 f"teacher.engine.engine_kwargs.logprobs_mode must be raw_logprobs, not {mode!r}"
             )
@@ -182,21 +183,21 @@ class Experiment(Section):
         """The experiment with the named arm's overrides in place, and the values of a point of the sweep.
 
         Raises:
-            ValueError: where they do not go together.
+            UserError: where they do not go together.
         """
         whose = f"arm {name!r}" + (f" at {shown(point)}" if point else "")
         for path, _ in leaves(self.arms[name], ""):
             if not _may_differ(path):
-                raise ValueError(
+                raise UserError(
                     f"arm {name!r} overrides {path!r}; arms may differ in {', '.join(ARM_SECTIONS)} only, "
                     "for they share problems, models and evaluation"
                 )
         try:
             arm = self._arm(name, point)
         except ValidationError as error:
-            raise ValueError(f"{whose}: {explain(error, Arm)}") from None
+            raise UserError(f"{whose}: {explain(error, Arm)}") from None
         if arm.prompt.strategy not in self.strategies:
-            raise ValueError(
+            raise UserError(
                 f"{whose}: unknown strategy {arm.prompt.strategy!r}"
                 f"{did_you_mean(arm.prompt.strategy, self.strategies)}; known: "
                 f"{', '.join(sorted(self.strategies))}; add your own under prompt.strategies"
@@ -287,36 +288,36 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
         overrides: `key.path=value` strings; the values are read as YAML.
 
     Raises:
-        ValueError: with the file, the key, and the way out.
+        UserError: with the file, the key, and the way out.
     """
     try:
         text = (Path(path) if isinstance(path, str) else path).read_text(encoding="utf-8")
         tree = from_yaml(text)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise ValueError(f"{path}: no such file; `configs/` holds experiments to start from") from None
+        raise UserError(f"{path}: no such file; `configs/` holds experiments to start from") from None
     except OSError as error:
-        raise ValueError(on_one_line(f"{path}: cannot be read: {error.strerror or error}")) from None
+        raise UserError(on_one_line(f"{path}: cannot be read: {error.strerror or error}")) from None
     except ValueError as error:
-        raise ValueError(on_one_line(f"{path}: {error}")) from None
+        raise UserError(on_one_line(f"{path}: {error}")) from None
     except RecursionError:
-        raise ValueError(f"{path}: nested too deeply for an experiment") from None
+        raise UserError(f"{path}: nested too deeply for an experiment") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"{path}: an experiment is a mapping of keys, not {type(tree).__name__}")
+        raise UserError(f"{path}: an experiment is a mapping of keys, not {type(tree).__name__}")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise ValueError(f"override {override!r}: write key.path=value")
+            raise UserError(f"override {override!r}: write key.path=value")
         try:
             told = from_yaml(value)
-        except (ValueError, RecursionError):
-            raise ValueError(f"override {override!r}: the value is not YAML") from None
+        except (UserError, RecursionError):
+            raise UserError(f"override {override!r}: the value is not YAML") from None
         set_path(tree, key, told)
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:
-        raise ValueError(f"{path}: {explain(error, Experiment)}") from None
+        raise UserError(f"{path}: {explain(error, Experiment)}") from None
     except RecursionError:
-        raise ValueError(f"{path}: nested too deeply for an experiment") from None
+        raise UserError(f"{path}: nested too deeply for an experiment") from None
 
 
 def dump(experiment: Experiment) -> str:
@@ -336,5 +337,5 @@ def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
         tree = tree[parent]
         if not isinstance(tree, dict):
             value_at = ".".join(parents[: depth + 1])
-            raise ValueError(on_one_line(f"{path}: {value_at} is a value and has no keys below it"))
+            raise UserError(on_one_line(f"{path}: {value_at} is a value and has no keys below it"))
     tree[last] = value

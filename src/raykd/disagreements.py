@@ -8,6 +8,7 @@ from pathlib import Path
 from raykd import location
 from raykd.comparison import Answers, Baseline, compare_pairs
 from raykd.config import UNTOUCHED
+from raykd.faults import UserError
 from raykd.measured import Row
 from raykd.mistakes import did_you_mean
 from raykd.report_text import p_value, percent, points, points_interval, test_name
@@ -42,7 +43,7 @@ def compare(first: str, second: str, score: str = "strict", limit: int | None = 
         Text for a terminal.
 
     Raises:
-        ValueError: a side names no student with predictions, or the two have no problem in common.
+        UserError: a side names no student with predictions, or the two have no problem in common.
     """
     left, right = _sides(first, second)
     column = f"is_correct_{score}"
@@ -53,7 +54,7 @@ def compare(first: str, second: str, score: str = "strict", limit: int | None = 
         if not left.answers[key]["error"] and not right.answers[key]["error"]
     ]
     if not pairs:
-        raise ValueError(f"{left.label} and {right.label} have no answered problem in common: nothing to compare")
+        raise UserError(f"{left.label} and {right.label} have no answered problem in common: nothing to compare")
     only_left = [pair for pair in pairs if pair[0][column] and not pair[1][column]]
     only_right = [pair for pair in pairs if pair[1][column] and not pair[0][column]]
     lines = [*_summary(left, right, pairs, column, score), ""]
@@ -125,7 +126,7 @@ def _sides(first: str, second: str) -> tuple[Side, Side]:
             seed = common[0] if common else own[0]
         trial = next((each for each in arm.trials if each.seed == seed and each.measured.n), None)
         if trial is None:
-            raise ValueError(f"{text}: arm {arm.name!r} has predictions for the seeds {own} only")
+            raise UserError(f"{text}: arm {arm.name!r} has predictions for the seeds {own} only")
         # The base student has no seed.
         label = arm.name if arm.name == UNTOUCHED else f"{arm.name} (seed {seed})"
         sides.append(Side(label, results[folder].evaluation, results[folder].answers[trial.trial_id]))
@@ -146,8 +147,8 @@ def parse_student(text: str) -> tuple[Path, str | None, int | None]:
     folder, *more = rest.split(":")
     arm = more[0] if more else ""
     seed = more[1] if len(more) > 1 else None
-    if len(more) > 2 or (seed is not None and not re.fullmatch("-?[0-9]+", seed)):
-        raise ValueError(f"{text!r}: write FOLDER, FOLDER:ARM or FOLDER:ARM:SEED")
+    if len(more) > 2 or (seed is not None and not re.fullmatch("-?[0-9]{1,18}", seed)):
+        raise UserError(f"{text!r}: write FOLDER, FOLDER:ARM or FOLDER:ARM:SEED")
     path = location.at(scheme + is_uri + folder) if is_uri else Path(folder)
     return path, arm or None, int(seed) if seed else None
 
@@ -155,12 +156,12 @@ def parse_student(text: str) -> tuple[Path, str | None, int | None]:
 def _arm(text: str, results: Results, name: str | None) -> Arm:
     answered = [arm.name for arm in results.arms if arm.measured.n]
     if not answered:
-        raise ValueError(f"{text}: no arm has predictions yet")
+        raise UserError(f"{text}: no arm has predictions yet")
     trained = [each for each in answered if each != UNTOUCHED]
     if name is None and len(trained) != 1:
-        raise ValueError(f"{text} has several arms: write {text}:ARM; arms with predictions: {', '.join(answered)}")
+        raise UserError(f"{text} has several arms: write {text}:ARM; arms with predictions: {', '.join(answered)}")
     arm = results.arm(name or trained[0])
     if arm is None:
         hint = did_you_mean(name or "", answered)
-        raise ValueError(f"{text}: arm {name!r} has no predictions{hint}; arms with predictions: {', '.join(answered)}")
+        raise UserError(f"{text}: arm {name!r} has no predictions{hint}; arms with predictions: {', '.join(answered)}")
     return arm

@@ -6,7 +6,6 @@ protocol what a teacher must give besides text: the ids of the tokens, in answer
 
 import asyncio
 import os
-import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
+from raykd.faults import StageError
 from raykd.sections import Teacher
 
 CONNECT_TIMEOUT_S = 10
@@ -24,16 +24,6 @@ SAID = 300
 NO_KEY = "EMPTY"
 # Sampling that a request does not name, vLLM's server takes from the model's generation_config.json.
 PLAIN_SAMPLING = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-
-
-class EndpointError(RuntimeError):
-    """The server does not give what is asked of it, whatever the row; one line with the place and the way out."""
-
-
-def told(error: BaseException) -> str:
-    """What an `EndpointError` said, in whichever process it was raised; empty where another error is at hand."""
-    found = re.search(rf"\b{EndpointError.__name__}: ([^\n]+)", str(error))
-    return found[1].strip() if found else ""
 
 
 class Server:
@@ -89,7 +79,7 @@ class Server:
             prompt_logprobs: the same of given tokens that are scored.
 
         Raises:
-            EndpointError: where it is not given.
+            StageError: where it is not given, whatever the row, with the address and the way out.
         """
         endpoint, wanted = self._endpoint, self._teacher.sampling
         if endpoint.api_key_env and not self._key:
@@ -133,8 +123,8 @@ class Server:
         if request.headers.get("x-stainless-retry-count", "0") != "0":
             await self._pace.wait()
 
-    def _error(self, text: str) -> EndpointError:
-        return EndpointError(f"teacher.endpoint {self._endpoint.url}: {text}")
+    def _error(self, text: str) -> StageError:
+        return StageError(f"teacher.endpoint {self._endpoint.url}: {text}")
 
     def _said(self, error: Exception) -> str:
         """What went wrong, in one line without the key."""

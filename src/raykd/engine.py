@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from raykd.faults import UserError
 from raykd.tree import RUNTIME_ONLY, Section
 
 SECRET = re.compile(r"token$|secret|password|api_?key|access_?key|credential", re.IGNORECASE)
@@ -14,9 +15,9 @@ SIZES = {"max_model_len": -1, "max_num_seqs": None, "max_num_batched_tokens": No
 
 
 def check_accelerator(accelerator: str, accelerator_type: str | None) -> None:
-    """Raises ValueError where a kind of GPU is named for what runs on the CPU."""
+    """Raises UserError where a kind of GPU is named for what runs on the CPU."""
     if accelerator == "cpu" and accelerator_type:
-        raise ValueError(f"accelerator_type {accelerator_type!r} is a kind of GPU, and accelerator is cpu: drop one")
+        raise UserError(f"accelerator_type {accelerator_type!r} is a kind of GPU, and accelerator is cpu: drop one")
 
 
 class Sampling(Section):
@@ -37,7 +38,7 @@ class Replicas(Section):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.min > self.max:
-            raise ValueError(f"min ({self.min}) is above max ({self.max})")
+            raise UserError(f"min ({self.min}) is above max ({self.max})")
         return self
 
 
@@ -63,7 +64,7 @@ class Engine(Section):
     @model_validator(mode="after")
     def _trusts_by_name(self) -> Self:
         if "trust_remote_code" in self.engine_kwargs:
-            raise ValueError("engine_kwargs.trust_remote_code: is set beside the model's name, for all that loads it")
+            raise UserError("engine_kwargs.trust_remote_code: is set beside the model's name, for all that loads it")
         return self
 
     @model_validator(mode="after")
@@ -73,11 +74,11 @@ class Engine(Section):
             value = self.engine_kwargs.get(name)
             is_whole = isinstance(value, int) and not isinstance(value, bool)
             if not (value is None or (is_whole and (value > 0 or value == also))):
-                raise ValueError(f"engine_kwargs.{name}: should be a whole number above 0, not {value!r}")
+                raise UserError(f"engine_kwargs.{name}: should be a whole number above 0, not {value!r}")
         share = self.engine_kwargs.get("gpu_memory_utilization")
         is_number = isinstance(share, int | float) and not isinstance(share, bool)
         if not (share is None or (is_number and 0 < share <= 1)):
-            raise ValueError(f"engine_kwargs.gpu_memory_utilization: should be above 0, and 1 at most, not {share!r}")
+            raise UserError(f"engine_kwargs.gpu_memory_utilization: should be above 0, and 1 at most, not {share!r}")
         return self
 
     @model_validator(mode="after")
@@ -85,7 +86,7 @@ class Engine(Section):
         # Whatever is configured is written into the experiment's folder and its report.
         for where, names in (("env", self.env), ("engine_kwargs", self.engine_kwargs)):
             if secret := next((name for name in names if SECRET.search(str(name))), None):
-                raise ValueError(
+                raise UserError(
                     f"{where}.{secret}: what is secret is not configured, for the configuration is written down; set "
                     "it in the environment of the cluster's nodes"
                 )
@@ -125,9 +126,9 @@ class Endpoint(Section):
         except ValueError:
             parts, is_address = None, False
         if parts is None or not is_address:
-            raise ValueError("should be an address such as http://host:8000/v1")
+            raise UserError("should be an address such as http://host:8000/v1")
         if "@" in parts.netloc or parts.query or parts.fragment:
-            raise ValueError(
+            raise UserError(
                 "should hold neither user, password nor a query, for the configuration is written down; name the "
                 "environment variable that holds the key by api_key_env"
             )
@@ -138,5 +139,5 @@ class Endpoint(Section):
     def _is_a_name(cls, name: str | None) -> str | None:
         if name is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", name):
             # It may be the key.
-            raise ValueError("should be the name of an environment variable, in capitals, not the key itself")
+            raise UserError("should be the name of an environment variable, in capitals, not the key itself")
         return name

@@ -17,6 +17,7 @@ from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 from raykd import adapters, answers, compat, identity, location, models, placement, protocols, records, storage
 from raykd.config import UNTOUCHED
 from raykd.demo import resolve_model
+from raykd.faults import as_user_error
 from raykd.memory import padded_rank
 from raykd.progress import Meter
 from raykd.sections import Evaluate, Student
@@ -61,8 +62,8 @@ def evaluate(
         folder: where `records.PREDICTION` rows go.
 
     Raises:
-        RuntimeError: where more than `evaluation.max_error_rate` of the rows failed, naming some.
-        ValueError: where an adapter is damaged, naming it.
+        StageError: where more than `evaluation.max_error_rate` of the rows failed, naming some.
+        UserError: where an adapter is damaged, naming it.
     """
     check_adapters(contestants)
     ids = test_ids(problems)
@@ -108,7 +109,7 @@ def evaluate(
 
 
 def check_adapters(contestants: Sequence[Contestant]) -> None:
-    """Raises ValueError where an adapter is not as raykd writes it, naming the file."""
+    """Raises UserError where an adapter is not as raykd writes it, naming the file."""
     for each in contestants:
         if each.adapter:
             adapters.check(each.adapter, each.rank)
@@ -142,7 +143,7 @@ def collect(folder: Path, file: Path) -> None:
 
 
 def check_lengths(split: Path, student: Student, evaluation: Evaluate, instruction: str, whose: str) -> None:
-    """Raises ValueError where more prompts than may fail leave the student no room to answer, naming some.
+    """Raises UserError where more prompts than may fail leave the student no room to answer, naming some.
 
     Args:
         split: the Parquet file of the problems.
@@ -251,8 +252,8 @@ def _processor(
     if student.revision:
         kwargs["revision"] = student.revision
     kwargs["trust_remote_code"] = student.trust_remote_code
-    return build_processor(
-        vLLMEngineProcessorConfig(
+    with as_user_error("evaluate.engine", ValueError):
+        config = vLLMEngineProcessorConfig(
             model_source=resolve_model(student.model),
             engine_kwargs=kwargs,
             runtime_env={"env_vars": env},
@@ -266,7 +267,9 @@ def _processor(
             detokenize_stage=False,
             placement_group_config={"bundles": placement.engine_bundles(evaluation.engine, kind)},
             log_engine_metrics=not kwargs.get("disable_log_stats", False),
-        ),
+        )
+    return build_processor(
+        config,
         preprocess=lambda row: {**row, "sampling_params": sampling_params(evaluation, int(row["answer_seed"]))},
     )
 

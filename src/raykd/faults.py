@@ -1,8 +1,12 @@
-"""Faults: what went wrong outside of what a user typed, in a sentence, from wherever on the cluster it happened."""
+"""Faults: the two kinds of errors that are told in one line, and what else went wrong, from wherever on the cluster.
+
+`UserError` and `StageError` are for the user; every other exception is a bug, or a fault of a library.
+"""
 
 import errno
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 # What a storage answers that is full, over its quota, read-only, not allowed, or no folder.
 REFUSALS = (
@@ -10,6 +14,72 @@ REFUSALS = (
     *(errno.ENOTDIR, errno.ENAMETOOLONG),
 )
 _REFUSAL = re.compile(rf"\[Errno (?:{'|'.join(map(str, REFUSALS))})\] [^\n]+")
+
+
+class UserError(ValueError):
+    """A configuration or an environment that the user can mend: one line with the place and the remedy, status 2.
+
+    It is a ValueError, so that pydantic's validators may raise it.
+    """
+
+
+class StageError(RuntimeError):
+    """A stage that failed, one line with the reason: what is complete is kept, status 1."""
+
+
+# Ray Data's UserCodeException and the ActorDiedError of an actor's constructor (Ray 2.60) hold the exception of the
+# other process as the text of its traceback alone.
+_IN_A_TRACEBACK = re.compile(r"^(?:[\w.]+\.)?(UserError|StageError): ([^\n]+)", re.MULTILINE)
+_OF_RAY = re.compile(r"^ray\.[\w.]+: ", re.MULTILINE)
+_LED_TO = re.compile(
+    r"^(?:The above exception was the direct cause|During handling of the above exception).*$", re.MULTILINE
+)
+
+
+def stated(error: BaseException) -> UserError | StageError | None:
+    """Return the UserError or StageError that an exception is, or that Ray brought from another process.
+
+    Args:
+        error: what was raised in this process.
+
+    Returns:
+        The error as it was raised; None where the exception is another one: a bug, or a fault of a library.
+    """
+    if not is_of_the_cluster(error):
+        return error if isinstance(error, UserError | StageError) else None
+    # Only what Ray says that it was caused by: an error that was handled on the way is none.
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        if isinstance(cause, UserError | StageError) and not is_of_the_cluster(cause):
+            return cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    for traceback in reversed(_LED_TO.split(str(error))):
+        if found := _IN_A_TRACEBACK.findall(traceback):
+            kind, message = found[-1]
+            return UserError(message.strip()) if kind == UserError.__name__ else StageError(message.strip())
+        if not _OF_RAY.search(traceback):
+            # The process ended by another exception.
+            break
+    return None
+
+
+@contextmanager
+def as_user_error(where: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn a library's error about the user's input, raised in a `with` block, into a UserError.
+
+    Args:
+        where: the path in the configuration, or the file, that the library was given.
+        kinds: the exceptions that the library raises for it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{where}: {said}") from error
 
 
 def refusal(error: BaseException | str) -> str:

@@ -7,6 +7,7 @@ from raykd import budget, memory, nearest, nodes
 from raykd.compat import ACCELERATOR_TYPE_PREFIX
 from raykd.config import Arm, Experiment, leaves
 from raykd.engine import Engine
+from raykd.faults import UserError
 from raykd.memory import GIB, GPUS, Gpu
 from raykd.nodes import Cluster, Placed
 from raykd.shapes import Shape
@@ -89,7 +90,7 @@ def arms(experiment: Experiment) -> list[Arm]:
         for point in ends:
             try:
                 found.append(experiment.arm(name, point))
-            except ValueError:
+            except UserError:
                 # What does not go with the arm's other fields may go with other values of those.
                 continue
     return found

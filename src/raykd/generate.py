@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 
 from raykd import answers, location, models, prompts, records, storage
 from raykd.completions import Request, completion_id
+from raykd.faults import StageError, stated
 from raykd.progress import Meter
 from raykd.sections import Teacher
 from raykd.spent import Spent
@@ -43,7 +44,7 @@ def generate(
         versions: of the packages that matter, for the manifest.
 
     Raises:
-        RuntimeError: where more than `teacher.max_error_rate` of a strategy's rows failed, naming some.
+        StageError: where more than `teacher.max_error_rate` of a strategy's rows failed, naming some.
     """
     spent = Spent(request.folder for request in wanted)
     num_problems = storage.num_rows(problems / "train.parquet")
@@ -85,7 +86,7 @@ def score(
         versions: of the packages that matter, for the manifest.
 
     Raises:
-        RuntimeError: as `generate`.
+        StageError: as `generate`.
     """
     requests = list(wanted.values())
     spent = Spent(request.folder for request in requests)
@@ -192,16 +193,9 @@ def _ask(
                 spent.note()
         except RayError as error:
             # Where it is the teacher that failed, say so rather than where that was noticed.
-            if failed := failure(app) if teacher.endpoint is None else _said_elsewhere(error):
-                raise RuntimeError(failed) from None
-            raise
-
-
-def _said_elsewhere(error: RayError) -> str:
-    # Loads OpenAI's client.
-    from raykd.endpoint import told
-
-    return told(error)
+            if teacher.endpoint is None and (failed := failure(app)):
+                raise StageError(failed) from None
+            raise (stated(error) or error) from None
 
 
 class Render:
@@ -297,7 +291,7 @@ def question(
 
 
 def check_lengths(wanted: list[Request], problems: Path, teacher: Teacher, instruction: str, max_tokens: int) -> None:
-    """Raises ValueError where more prompts than may fail leave the teacher no room to answer, naming some.
+    """Raises UserError where more prompts than may fail leave the teacher no room to answer, naming some.
 
     Args:
         wanted: what is to be asked.
@@ -338,7 +332,7 @@ def _seal(request: Request, total: int, max_error_rate: float, spent: Spent, ver
     """Checks that all rows of a request are there, and writes the manifest with what they hold.
 
     Raises:
-        RuntimeError: where more than `max_error_rate` of them failed, naming some.
+        StageError: where more than `max_error_rate` of them failed, naming some.
     """
     counts = {
         "answered": 0,

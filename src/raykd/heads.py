@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from raykd import compat
+from raykd.faults import UserError
 
 STATISTICS = (
     "entropy",
@@ -85,13 +86,13 @@ def measure(model: Any, texts: Sequence[Text], pad_token_id: int, block_elements
         (B, S, L, H) float32, with `STATISTICS` along S; NaN where none of a text's completion tokens has it.
 
     Raises:
-        ValueError: where the model's attention is more than a softmax over keys, or is not to be had.
+        UserError: where the model's attention is more than a softmax over keys, or is not to be had.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     decoder, config = base.get_decoder(), base.config.get_text_config()
     assert not base.training, "dropout would be measured as well"
     if base.config.is_encoder_decoder:
-        raise ValueError(f"{type(base).__name__}: encoder and decoder; heads are measured of decoders alone")
+        raise UserError(f"{type(base).__name__}: encoder and decoder; heads are measured of decoders alone")
     device = next(base.parameters()).device
     longest = max(len(text) for text in texts)
     sequences = [text.prompt_token_ids + text.completion_token_ids for text in texts]
@@ -110,7 +111,7 @@ def measure(model: Any, texts: Sequence[Text], pad_token_id: int, block_elements
     finally:
         decoder.set_attn_implementation(before)
     if len(tally.layers) != config.num_hidden_layers:
-        raise ValueError(
+        raise UserError(
             f"{type(base).__name__}: {len(tally.layers)} of {config.num_hidden_layers} layers have attention that can "
             "be measured, by the AttentionInterface of transformers; use a model in which all have"
         )
@@ -225,12 +226,12 @@ def _attention(
     """A layer's attention as `AttentionInterface` has it: it gets the mask of `_mask`, and gives back (B, T, H, D)."""
     name = type(module).__name__
     if head_tally is None:
-        raise ValueError(f"{name} is not handed what its model was called with, so that its heads cannot be measured")
+        raise UserError(f"{name} is not handed what its model was called with, so that its heads cannot be measured")
     more = sorted(key for key in others.keys() - _HARMLESS if others[key] is not None and others[key] is not False)
     if attention_mask is None or attention_mask.dtype != torch.bool:
         more.append("a mask of its own making")
     if more or attention_mask is None:
-        raise ValueError(
+        raise UserError(
             f"{name} computes with {', '.join(more)} besides queries, keys and values: its heads cannot be measured, "
             "which is done of a plain softmax over the text's keys; use a model without"
         )

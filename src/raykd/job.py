@@ -122,7 +122,7 @@ def read_curve(file: Path) -> list[dict[str, Any]]:
     """The points of a trial's loss curve, as far as it has come.
 
     Raises:
-        ValueError: where a line is no point.
+        UserError: where a line is no point.
     """
     return storage.read_json_lines(file) if file.exists() else []
 

@@ -14,6 +14,7 @@ from raykd import __version__, config, identity, storage
 from raykd.completions import Request
 from raykd.config import Experiment
 from raykd.demo import MODELS
+from raykd.faults import UserError
 from raykd.placement import Accelerator
 from raykd.problems import SPLITS, split_size
 
@@ -34,8 +35,8 @@ def claim(experiment: Experiment, folder: Path) -> None:
         return
     try:
         earlier = config.load(file)
-    except ValueError as error:
-        raise ValueError(f"{error}; {folder} was written by another version of raykd: choose another name") from None
+    except UserError as error:
+        raise UserError(f"{error}; {folder} was written by another version of raykd: choose another name") from None
     was, now = identity.experiment(earlier), identity.experiment(experiment)
     changed = [
         f"{path} was {was.get(path)!r}, is {now.get(path)!r}"
@@ -50,7 +51,7 @@ def claim(experiment: Experiment, folder: Path) -> None:
         if arm in experiment.arms and overrides != experiment.arms[arm]
     ]
     if changed:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds another experiment named {experiment.name!r}: {'; '.join(changed)}. Give this one a name "
             "of its own (name=...); it uses the completions that are there where it asks the same"
         )
@@ -64,6 +65,30 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def check(folder: Path, found: Mapping[str, Mapping[str, str]], problems: Path) -> None:
+    """Refuse a folder that was begun with other weights or problems under the same names.
+
+    Args:
+        folder: the experiment's folder.
+        found: what identifies the teacher's and the student's weights.
+        problems: the folder of the splits.
+
+    Raises:
+        UserError: with what the folder was begun with.
+    """
+    file = folder / "run.json"
+    earlier = storage.read_json(file) if file.exists() else {}
+    models, key = earlier.get("models") or {}, (earlier.get("problems") or {}).get("key")
+    contents = [(f"the {role}", models.get(role), dict(each)) for role, each in found.items()]
+    for what, was, now in [*contents, ("the problems' key", key, problems.name)]:
+        # The same words may name another thing by now: a branch of the hub that moved, a file that was edited.
+        if was is not None and was != now:
+            raise UserError(
+                f"{folder} was begun with other content: {what} was {was}, is {now}. Give this experiment a name of "
+                "its own (name=...), or name the revision that it was begun with"
+            )
 
 
 def begin(
@@ -87,21 +112,9 @@ def begin(
         found: what identifies the teacher's and the student's weights.
         trials: their ids; what else lies in the folder is of an earlier configuration.
         command: what was typed.
-
-    Raises:
-        ValueError: where the folder was begun with other weights or problems under the same names.
     """
     file = folder / "run.json"
     earlier = storage.read_json(file) if file.exists() else {}
-    models, key = earlier.get("models") or {}, (earlier.get("problems") or {}).get("key")
-    contents = [(f"the {role}", models.get(role), dict(each)) for role, each in found.items()]
-    for what, was, now in [*contents, ("the problems' key", key, problems.name)]:
-        # The same words may name another thing by now: a branch of the hub that moved, a file that was edited.
-        if was is not None and was != now:
-            raise ValueError(
-                f"{folder} was begun with other content: {what} was {was}, is {now}. Give this experiment a name of "
-                "its own (name=...), or name the revision that it was begun with"
-            )
     built_in = {experiment.teacher.model, experiment.student.model} & set(MODELS)
     storage.write_json(
         file,
@@ -127,6 +140,7 @@ def begin(
             "completions": earlier.get("completions", []),
             "stages": earlier.get("stages", {}),
             "processor_seconds": earlier.get("processor_seconds", {}),
+            "harness": earlier.get("harness", ""),
         },
     )
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from raykd import location
+from raykd.faults import UserError
 
 LASTS_S = 60.0
 RENEWED_EVERY_S = 15.0
@@ -47,7 +48,7 @@ def held(file: Path, who: str, show: Callable[[str], None] = print_line) -> Iter
 
     Raises:
         Held: where another has it.
-        ValueError: where the bucket cannot be reached or written.
+        UserError: where the bucket cannot be reached or written.
     """
     mine = {"who": who, "token": uuid.uuid4().hex, **_process()}
     _take(file, mine)
@@ -71,7 +72,7 @@ def _take(file: Path, mine: dict[str, Any]) -> None:
             is_new = location.create(file, _written(mine))
         except Exception as error:
             # The first request of a run. What a library raises for wrong keys, names or networks is its own affair.
-            raise ValueError(
+            raise UserError(
                 f"{file} cannot be written ({' '.join(str(error).split())[:300]}): see that the bucket is there, and "
                 "that its keys, and its address where it is not the cloud's, are in the environment of every node"
             ) from error

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from raykd.faults import UserError, as_user_error
+
 # Files that are asked of a bucket at a time: each takes tens of milliseconds, whatever it holds.
 AT_A_TIME = 32
 
@@ -44,48 +46,49 @@ AZURE_ACCOUNT = "AZURE_STORAGE_ACCOUNT_NAME"
 
 
 def check(storage: str) -> None:
-    """Raises ValueError where a storage is neither a folder nor a bucket that is known, or holds a key."""
+    """Raises UserError where a storage is neither a folder nor a bucket that is known, or holds a key."""
+    if "\0" in storage:
+        raise UserError(f"storage {storage!r}: holds a character that no path has")
     if "://" not in storage:
         return
     scheme = storage.partition("://")[0]
     known = ", ".join(f"{each}://" for each in STORES)
     if scheme not in STORES:
-        raise ValueError(
-            f"storage {scheme + '://'!r}: not known; give a folder that every node sees, or one of {known}"
-        )
+        raise UserError(f"storage {scheme + '://'!r}: not known; give a folder that every node sees, or one of {known}")
     if any(each in storage for each in "@?#"):
         # What may be a key is not repeated.
-        raise ValueError(
+        raise UserError(
             f"storage {scheme}://…: write {scheme}://BUCKET/PREFIX and nothing else: keys and accounts belong into the "
             "environment of the cluster's nodes, for a configuration is written into the experiment's folder and its "
             "report"
         )
-    split = urlsplit(storage)
+    with as_user_error(f"storage {storage!r}", ValueError):
+        split = urlsplit(storage)
     names = split.path.strip("/").split("/") if split.path.strip("/") else []
     if not split.netloc or any(name in ("", ".", "..") for name in names):
-        raise ValueError(f"storage {storage!r}: write {scheme}://BUCKET/PREFIX")
+        raise UserError(f"storage {storage!r}: write {scheme}://BUCKET/PREFIX")
 
 
 def at(storage: str) -> Path:
     """Where an experiment's `storage` is.
 
     Raises:
-        ValueError: where it cannot be (`check`), what reads such buckets is not installed, or the environment does not
+        UserError: where it cannot be (`check`), what reads such buckets is not installed, or the environment does not
             say whose it is.
     """
+    check(storage)
     if "://" not in storage:
         return Path(storage).absolute()
-    check(storage)
     scheme = storage.partition("://")[0]
     if scheme == "abfs" and not os.environ.get(AZURE_ACCOUNT):
         # Else it would show when students that are trained are to be asked.
-        raise ValueError(
+        raise UserError(
             f"storage {storage!r}: set {AZURE_ACCOUNT} in the environment of every node to the storage account's name, "
             "by which the engine finds adapters; a connection string alone does not do"
         )
     store = STORES[scheme]
     if importlib.util.find_spec(store.library) is None:
-        raise ValueError(
+        raise UserError(
             f"storage {storage!r}: {store.library} is not installed: pip install 'raykd[{store.extra}]' on every node"
         )
     # Half a second that a folder does not need.

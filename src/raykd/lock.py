@@ -5,11 +5,13 @@ import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TextIO
 
 from raykd import lease, location
+from raykd.faults import UserError
 
 FILE = "run.lock"
 OTHER_NAME = ", or give this experiment a name of its own (name=...)"
@@ -34,26 +36,22 @@ def held(
         show: shows a line to the user, where a bucket's lease is lost.
 
     Raises:
-        ValueError: where another process holds it, with who that is.
+        UserError: where another process holds it, with who that is.
     """
     if location.is_remote(folder):
         try:
             with lease.held(folder / FILE, _who(command), show):
                 yield
         except lease.Held as other:
-            raise ValueError(f"{folder} is being worked on by {other}. Wait for it, end it{otherwise}") from None
+            raise UserError(f"{folder} is being worked on by {other}. Wait for it, end it{otherwise}") from None
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / FILE).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            who = " ".join(file.read().split()) or "another process"
-            raise ValueError(f"{folder} is being worked on by {who}. Wait for it, end it{otherwise}") from None
-        except OSError as error:
-            if error.errno not in _UNKNOWN:
-                raise
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{folder}: {error.filename} is a file, not a folder; set another `storage`") from None
+    is_new = not (folder / FILE).exists()
+    with _locked(folder, otherwise) as file:
         file.truncate(0)
         file.write(f"{_who(command)}\n")
         file.flush()
@@ -61,6 +59,34 @@ def held(
             yield
         finally:
             file.truncate(0)
+            if is_new:
+                (folder / FILE).unlink(missing_ok=True)
+            # A command that was refused leaves nothing: folders that are empty go, from the innermost on.
+            with suppress(OSError):
+                for each in made:
+                    each.rmdir()
+
+
+def _locked(folder: Path, otherwise: str) -> TextIO:
+    """Open a folder's lock file, and lock it."""
+    while True:
+        file = (folder / FILE).open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                who = " ".join(file.read().split()) or "another process"
+            raise UserError(f"{folder} is being worked on by {who}. Wait for it, end it{otherwise}") from None
+        except OSError as error:
+            if error.errno not in _UNKNOWN:
+                file.close()
+                raise
+        # Whoever held it may have removed it after it was opened here: then others lock another file of the same name.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), (folder / FILE).stat()):
+                return file
+        file.close()
 
 
 def _who(command: str) -> str:

@@ -2,10 +2,14 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+
+from raykd.faults import UserError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
@@ -25,16 +29,33 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     return on_one_line("; ".join(lines))
 
 
+def validated(model: type[Model], tree: Any, where: str) -> Model:
+    """Return a model of a tree that a user may have written.
+
+    Args:
+        model: what the tree should be.
+        tree: keys and values.
+        where: the file and the section, for the message.
+
+    Raises:
+        UserError: with each place in the tree that is wrong.
+    """
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{where}: {explain(error, model)}") from None
+
+
 def from_yaml(text: str) -> Any:
     """What a text of YAML says.
 
     Raises:
-        ValueError: where it is none; PyYAML has other errors too, for a day that no month has or a number too long.
+        UserError: where it is none; PyYAML has other errors too, for a day that no month has or a number too long.
     """
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
-        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"not YAML: {' '.join(str(error).split())}") from None
 
 
 def on_one_line(text: str) -> str:

@@ -1,14 +1,17 @@
 """Models: found on disk or on the hub, identified, and their tokenizers compared."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from raykd import prompts, protocols, storage
 from raykd.demo import resolve_model
+from raykd.faults import UserError, as_user_error
 from raykd.sections import Protocol, Student, Teacher
 from raykd.shapes import positions
 
@@ -23,7 +26,7 @@ def identify(named: Model) -> dict[str, str]:
     """What identifies a model's weights and tokenizer: the folder's content, or the hub's commit.
 
     Raises:
-        ValueError: where the model can neither be found on disk nor on the hub.
+        UserError: where the model can neither be found on disk nor on the hub.
     """
     if isinstance(named, Teacher) and named.is_sent_messages:
         # Whatever the server has under that name.
@@ -34,7 +37,7 @@ def identify(named: Model) -> dict[str, str]:
     try:
         load_config(named)
     except OSError as error:
-        raise ValueError(_nowhere(named, error)) from None
+        raise UserError(_nowhere(named, error)) from None
     return {"model": model, "revision": _commit(model, named.revision) or named.revision or "unknown"}
 
 
@@ -49,7 +52,7 @@ def load_config(named: Model) -> Any:
     """The configuration of a model.
 
     Raises:
-        ValueError: where it cannot be read, or needs code of its own that is not trusted.
+        UserError: where it cannot be read, or needs code of its own that is not trusted.
     """
     return _load(AutoConfig, named)
 
@@ -58,11 +61,11 @@ def load_tokenizer(named: Model) -> Any:
     """The tokenizer of a model, which must have a chat template.
 
     Raises:
-        ValueError: where it has none, cannot be read, or needs code of its own that is not trusted.
+        UserError: where it has none, cannot be read, or needs code of its own that is not trusted.
     """
     tokenizer = _load(AutoTokenizer, named)
     if not tokenizer.chat_template:
-        raise ValueError(f"model {named.model!r} has no chat template; use an instruct model")
+        raise UserError(f"model {named.model!r} has no chat template; use an instruct model")
     return tokenizer
 
 
@@ -77,11 +80,12 @@ def _load(kind: Any, named: Model) -> Any:
             resolve_model(named.model), revision=named.revision, trust_remote_code=named.trust_remote_code
         )
     except OSError as error:
-        raise ValueError(_nowhere(named, error)) from None
-    except ValueError as error:
+        raise UserError(_nowhere(named, error)) from None
+    # The parsers behind it have errors of their own; that of a damaged tokenizer.json is a plain Exception.
+    except Exception as error:
         # Of the ways out that transformers names only one is ours.
         told = " ".join(str(error).split())[:300]
-        raise ValueError(
+        raise UserError(
             f"model {named.model!r}: {told}. Where it comes with code of its own, read that, and set trust_remote_code "
             "beside the model's name"
         ) from None
@@ -127,7 +131,7 @@ def context_length(named: Model, engine_kwargs: Mapping[str, Any]) -> int | None
 def check_room(
     needs: Iterable[tuple[str, int]], total: int, limit: int, max_error_rate: float, whose: str, engine: str, also: str
 ) -> None:
-    """Raises ValueError where more prompts than may fail leave a model no room to answer, naming some.
+    """Raises UserError where more prompts than may fail leave a model no room to answer, naming some.
 
     Args:
         needs: what may need more than the model's context: the problem, and how many tokens prompt and answer take.
@@ -141,21 +145,21 @@ def check_room(
     long = [(name, tokens) for name, tokens in needs if tokens > limit]
     if len(long) > max_error_rate * total:
         shown = ", ".join(f"{name} with {tokens}" for name, tokens in long[:3])
-        raise ValueError(
+        raise UserError(
             f"{whose}: {len(long)} of {total} prompts with their answers do not fit into {limit} tokens ({shown}); "
             f"raise {engine}.engine_kwargs.max_model_len, or lower {also}"
         )
 
 
 def check_packing(named: Model) -> None:
-    """Raises ValueError where a model has layers that cannot keep packed rows apart (see `raykd.packed`)."""
+    """Raises UserError where a model has layers that cannot keep packed rows apart (see `raykd.packed`)."""
     config = load_config(named).get_text_config()
     kinds: Iterable[str] = getattr(config, "layer_types", None) or ()
     strange = set(kinds) - {"full_attention", "sliding_attention"}
     if getattr(config, "attn_logit_softcapping", None):
         strange.add("soft-capped attention")
     if strange:
-        raise ValueError(
+        raise UserError(
             f"model {named.model!r} has {', '.join(sorted(strange))}, where packed rows would mix: set "
             "train.packing=false"
         )
@@ -168,9 +172,10 @@ def same_tokens(first: Any, second: Any) -> bool:
 
 def prompt_token_ids(tokenizer: Any, messages: prompts.Messages) -> list[int]:
     """The tokens of a conversation by the model's own chat template, up to where the assistant begins."""
-    encoded = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=True, date_string=DATE_STRING
-    )
+    with _template(tokenizer):
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, date_string=DATE_STRING
+        )
     return list(encoded["input_ids"])
 
 
@@ -197,4 +202,12 @@ def question_text(tokenizer: Any, problem: Mapping[str, Any], instruction: str, 
 
 def prompt_text(tokenizer: Any, messages: prompts.Messages) -> str:
     """What `prompt_token_ids` are the tokens of."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, date_string=DATE_STRING)
+    with _template(tokenizer):
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, date_string=DATE_STRING
+        )
+
+
+def _template(tokenizer: Any) -> AbstractContextManager[None]:
+    """A chat template may refuse a conversation, such as one that begins with a system message."""
+    return as_user_error(f"model {getattr(tokenizer, 'name_or_path', '')!r}: its chat template fails", TemplateError)

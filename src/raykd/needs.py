@@ -29,7 +29,7 @@ def tables(experiment: Experiment, cluster: Cluster | None, rates: Rates) -> tup
         The tables, and the reasons with the ways out; empty where it can run as far as is known.
 
     Raises:
-        ValueError: where a model's configuration, or the cluster, cannot be read.
+        UserError: where a model's configuration, or the cluster, cannot be read.
     """
     told = experiment.teacher
     teacher = shapes.find(told.model, told.revision, told.engine.engine_kwargs)

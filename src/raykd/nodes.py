@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raykd.compat import ACCELERATOR_TYPE_PREFIX
+from raykd.faults import UserError
 from raykd.memory import GPUS, Gpu
 from raykd.mistakes import did_you_mean, from_yaml, on_one_line
 
@@ -35,7 +36,7 @@ class Nodes:
         """What its GPUs are; None where it has none.
 
         Raises:
-            ValueError: where it has some of a kind that is not told, or not known.
+            UserError: where it has some of a kind that is not told, or not known.
         """
         if not self.resources.get("GPU"):
             return None
@@ -43,7 +44,7 @@ class Nodes:
         kind = max(_kinds(self.resources), key=len, default="")
         if kind not in GPUS:
             told = f"of an unknown kind {kind!r}{did_you_mean(kind, GPUS)}" if kind else "of a kind that is not told"
-            raise ValueError(
+            raise UserError(
                 f"node type {self.name!r} has GPUs {told}: give it the resource accelerator_type:KIND: 1, by which Ray "
                 f"knows them; known: {', '.join(GPUS)}"
             )
@@ -92,17 +93,17 @@ def read(file: Path) -> Cluster:
     """What the cluster of a `ray up` file may grow to.
 
     Raises:
-        ValueError: where the file is none, with what is missing.
+        UserError: where the file is none, with what is missing.
     """
     try:
         tree = from_yaml(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{file}: no such file") from None
+        raise UserError(f"{file}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(on_one_line(f"{file}: not a `ray up` file: {error}")) from None
+        raise UserError(on_one_line(f"{file}: not a `ray up` file: {error}")) from None
     types = tree.get("available_node_types") if isinstance(tree, dict) else None
     if not isinstance(types, dict) or not types:
-        raise ValueError(
+        raise UserError(
             f"{file}: has no available_node_types, by which `ray up` knows the nodes that it may start; for a cluster "
             "that runs write --cluster live, for KubeRay's a file as cluster/kuberay/nodes.yaml is"
         )
@@ -117,11 +118,11 @@ def read(file: Path) -> Cluster:
             workers = min(limit, int(told.get("max_workers", 0 if name == head else limit)))
             priority = float(told.get("priority", 0))
         except (TypeError, ValueError, AttributeError, OverflowError):
-            raise ValueError(
+            raise UserError(
                 f"{file}: node type {name!r}: resources, max_workers and priority should be numbers"
             ) from None
         if not resources and workers:
-            raise ValueError(
+            raise UserError(
                 f"{file}: node type {name!r} does not say what it has: write resources, such as {{CPU: 96, GPU: 8, "
                 "accelerator_type:H100: 1}"
             )

@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from raykd import compat
+from raykd.faults import UserError
 
 # By which name models are loaded that are to attend so.
 NAME = "raykd_packed"
@@ -40,12 +41,12 @@ def use(model: Any) -> None:
     """Has a model attend so.
 
     Raises:
-        ValueError: where it does not attend by transformers' AttentionInterface, or carries a state from row to row.
+        UserError: where it does not attend by transformers' AttentionInterface, or carries a state from row to row.
     """
     model.set_attn_implementation(NAME)
     # Where it cannot be set, transformers only warns.
     if compat.attention_implementation(model.config.get_text_config()) != NAME or compat.is_stateful(model):
-        raise ValueError(f"{type(model).__name__} cannot keep packed rows apart: set train.packing=false")
+        raise UserError(f"{type(model).__name__} cannot keep packed rows apart: set train.packing=false")
 
 
 def attend(
@@ -76,13 +77,13 @@ def attend(
         (1, T, H, D), and no weights.
 
     Raises:
-        ValueError: where the model attends in a way that is not known here.
+        UserError: where the model attends in a way that is not known here.
     """
     starts = more.get("cu_seq_lens_q")
     if starts is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
     if strange := [name for name in ("softcap", "s_aux", "position_bias") if more.get(name) is not None]:
-        raise ValueError(f"this model's attention has {', '.join(strange)}: set train.packing=false")
+        raise UserError(f"this model's attention has {', '.join(strange)}: set train.packing=false")
     # Rows that are no longer than the window do not notice it.
     window = sliding_window if sliding_window and sliding_window < more["max_length_q"] else None
     if _has_kernel(query) and not dropout:

@@ -4,11 +4,8 @@ Each step is a function from folders to a folder. What is complete is skipped, s
 after whatever ended it.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from raykd import (
@@ -16,128 +13,31 @@ from raykd import (
     completions,
     config,
     evaluate,
-    finalists,
     generate,
     harness,
     journal,
     location,
     lock,
     metrics,
-    models,
     placement,
     problems,
     rounds,
     storage,
-    study,
     sweep,
     teacher,
-    tracking,
 )
 from raykd.cluster import connected, is_on_a_node
 from raykd.completions import Request
 from raykd.config import Experiment
-from raykd.job import Job, outcome
-from raykd.progress import LOG, say
-from raykd.study import Make, Undrawn
-from raykd.variants import Point, Variant, arm_of, at, corners, lessons, variants
+from raykd.faults import UserError
+from raykd.job import outcome
+from raykd.plan import Plan, resolve
+from raykd.progress import say
 
 # What is done on a cluster, in this order.
 STAGES = ("generate", "train", "evaluate", "attention")
 # How many trials are named on one line.
 NAMED = 8
-
-
-@dataclass(frozen=True)
-class Plan:
-    """An experiment with its models found, and where all of it lies."""
-
-    experiment: Experiment
-    root: Path
-    folder: Path
-    problems: Path
-    teacher_model: dict[str, str]
-    student_model: dict[str, str]
-    same_tokens: bool
-    variants: list[Variant]
-    """What is trained on."""
-    asked: dict[str, Request | None]
-    """For each of `variants.lessons` the completions it is about; None where nothing is asked of the teacher."""
-    retry_failed: bool
-    """Whether trials of a sweep that failed are tried again."""
-    undrawn: Undrawn | None
-    """The points of a sweep that will be chosen by what others reach; None where all are known."""
-
-    @property
-    def predictions(self) -> Path:
-        """Where the students' answers to the test problems are: other folders for other ways of asking."""
-        return self.folder / "predictions" / evaluate.folder_name(self.experiment.evaluate)
-
-    @property
-    def attention(self) -> Path | None:
-        """Where it is what the students' attention heads did; None where that is not measured."""
-        told = self.experiment.attention
-        return self.folder / "attention" / attention.folder_name(told, self.attention_dtype) if told else None
-
-    @property
-    def attention_dtype(self) -> str:
-        """The type of the model whose attention is measured."""
-        told = self.experiment.attention
-        return (told.dtype if told else None) or self.experiment.train.dtype
-
-    @property
-    def log(self) -> Path:
-        """Where libraries write what they have to say."""
-        return self.folder / LOG
-
-    @property
-    def requests(self) -> list[Request]:
-        """The distinct sets of completions that the arms need before they are trained."""
-        asked = [request for request in self.asked.values() if request and request.sequence != "student"]
-        return list({request.folder: request for request in asked}.values())
-
-    @property
-    def teachings(self) -> list[journal.Teaching]:
-        """All that the teacher wrote or scored, and for which arms."""
-        arms: dict[Path, dict[str, None]] = {}
-        for lesson, request in self.asked.items():
-            if request:
-                arms.setdefault(request.folder, {})[arm_of(lesson)] = None
-        given = [journal.Teaching(each, list(arms[each.folder]), [each.folder]) for each in self.requests]
-        scored: dict[str, list[Path]] = {}
-        for job in self.jobs:
-            if job.arm.targets.sequence == "student":
-                scored.setdefault(job.lesson, []).extend(rounds.scored(job))
-        own = [
-            journal.Teaching(request, [arm_of(lesson)], folders)
-            for lesson, folders in scored.items()
-            if (request := self.asked[lesson])
-        ]
-        return given + own
-
-    @cached_property
-    def jobs(self) -> list[Job]:
-        """The trials."""
-        found = (self.problems, self.asked, self.student_model, self.same_tokens, self.folder)
-        return sweep.jobs(self.experiment, self.variants, *found)
-
-    @property
-    def pending(self) -> list[Job]:
-        """The trials that have not come to their end."""
-        return sweep.pending(self.jobs, self.retry_failed)
-
-    @property
-    def contestants(self) -> list[evaluate.Contestant]:
-        """Who answers the test problems: the untouched student, and every adapter that is there and goes so far."""
-        adapters = [
-            evaluate.Contestant(job.trial_id, job.arm_name, job.seed, job.folder / "adapter", job.arm.student.lora.rank)
-            for job in finalists.of(self.jobs, self.experiment.sweep)
-        ]
-        return [evaluate.UNTOUCHED_STUDENT, *adapters]
-
-    def is_complete(self) -> bool:
-        """Whether nothing is left but to write the report."""
-        is_trained = not self.pending and not self.undrawn
-        return not completions.missing(self.requests) and is_trained and _are_predicted(self) and _is_measured(self)
 
 
 def run(experiment: Experiment, command: str, retry_failed: bool = False, stage: str = "run") -> Path:
@@ -149,7 +49,8 @@ def run(experiment: Experiment, command: str, retry_failed: bool = False, stage:
         retry_failed: whether trials of a sweep that failed are tried again.
         stage: what this is called in Ray's dashboard.
     """
-    plan = prepare(experiment, command, retry_failed)
+    plan = resolve(experiment, retry_failed)
+    start(plan, command)
     if not plan.is_complete():
         with connected(plan.log, experiment.name, stage) as resources:
             check(plan, resources)
@@ -157,79 +58,37 @@ def run(experiment: Experiment, command: str, retry_failed: bool = False, stage:
             train_students(plan, resources)
             if plan.undrawn:
                 # By now it is known which points there are.
-                plan = prepare(experiment, command, retry_failed)
+                plan = resolve(experiment, retry_failed)
+                start(plan, command)
             make_predictions(plan, resources)
             measure_attention(plan, resources)
-    write_report(plan)
+    record(plan)
+    # Not before there is something to draw.
+    from raykd.report import write_report
+
+    write_report(plan.folder)
     return plan.folder
 
 
-def prepare(experiment: Experiment, command: str, retry_failed: bool = False) -> Plan:
-    """Step 1: finds the models, writes the problems, and claims the experiment's folder.
+def start(plan: Plan, command: str) -> None:
+    """Write the problems, and record what is about to be done, before any work.
 
-    Raises:
-        ValueError: where something that the experiment names is not there or does not fit together.
+    Args:
+        plan: the experiment, which `resolve` has found nothing wrong with.
+        command: what was typed, for the report.
     """
-    root = location.at(experiment.storage)
-    folder = root / "experiments" / experiment.name
-    tracking.check(experiment.tracking, folder)
-    journal.claim(experiment, folder)
-    for named in (experiment.teacher, experiment.student):
-        if named.trust_remote_code:
-            say(f"warning: code that comes with {named.model} is run (trust_remote_code)")
-    teacher_model = models.identify(experiment.teacher)
-    student_model = models.identify(experiment.student)
-    teacher_tokenizer = models.teacher_tokenizer(experiment.teacher)
-    student_tokenizer = models.load_tokenizer(experiment.student)
-    # Where the teacher gives text alone, the student reads it by its own tokenizer.
-    same_tokens = teacher_tokenizer is not None and models.same_tokens(teacher_tokenizer, student_tokenizer)
-    drawn = study.drawn(experiment, folder)
-    trained = variants(experiment, drawn)
-    bounds = corners(experiment) if experiment.sweep and experiment.sweep.search == "optuna" else []
-    for variant in [*trained, *bounds]:
-        if variant.arm.targets.kind == "top_k" and not same_tokens:
-            raise ValueError(
-                f"arm {variant.arm_name!r}: soft targets need one tokenizer, but {experiment.teacher.model} and "
-                f"{experiment.student.model} have different ones; set targets.kind=hard"
-            )
-    if any(variant.arm.train.packing for variant in [*trained, *bounds]):
-        models.check_packing(experiment.student)
-    splits = problems.prepare(experiment.problems, root)
-    for variant in trained:
-        arm = variant.arm
-        steps = arm.train.epochs * math.ceil(problems.split_size(splits, "train") / arm.train.batch_size)
-        if arm.targets.sequence == "student" and arm.targets.rounds > steps:
-            raise ValueError(
-                f"arm {variant.arm_name!r}: targets.rounds={arm.targets.rounds} is more than its {steps} optimizer "
-                "steps"
-            )
-    asked = completions.of_arms(experiment, lessons([*trained, *bounds]), splits, root, teacher_model)
-
-    def make(name: str, point: Point) -> list[Job]:
-        variant = at(experiment, name, point)
-        own = completions.of_arms(experiment, lessons([variant]), splits, root, teacher_model)
-        return sweep.jobs(experiment, [variant], splits, own, student_model, same_tokens, folder)
-
-    undrawn = _undrawn(experiment, drawn, make, bounds)
-    found = (splits, teacher_model, student_model, same_tokens, trained, asked)
-    plan = Plan(experiment, root, folder, *found, retry_failed, undrawn)
-    identities = {"teacher": teacher_model, "student": student_model}
-    trials = [job.trial_id for job in plan.jobs]
-    where = (plan.problems, plan.predictions, plan.attention)
-    journal.begin(experiment, folder, *where, identities, trials, command)
-    storage.write_text(folder / "experiment.yaml", config.dump(experiment))
-    return plan
-
-
-def _undrawn(
-    experiment: Experiment, drawn: Mapping[str, Sequence[Point]], make: Make, bounds: list[Variant]
-) -> Undrawn | None:
-    """What a search that chooses by results has left to choose."""
-    if experiment.sweep is None or not bounds:
-        return None
-    num_points = sum(experiment.sweep.num_samples - len(points) for points in drawn.values())
-    num_trials = num_points * len(experiment.seeds)
-    return Undrawn(make, bounds, num_trials) if num_trials else None
+    problems.prepare(plan.experiment.problems, plan.root)
+    journal.begin(
+        plan.experiment,
+        plan.folder,
+        problems=plan.problems,
+        predictions=plan.predictions,
+        attention=plan.attention,
+        found=plan.identities(),
+        trials=[job.trial_id for job in plan.jobs],
+        command=command,
+    )
+    storage.write_text(plan.folder / "experiment.yaml", config.dump(plan.experiment))
 
 
 def check(plan: Plan, resources: dict[str, float], stages: Sequence[str] = STAGES) -> None:
@@ -241,7 +100,7 @@ def check(plan: Plan, resources: dict[str, float], stages: Sequence[str] = STAGE
         stages: those that will run.
 
     Raises:
-        ValueError: with what does not fit, and the way out.
+        UserError: with what does not fit, and the way out.
     """
     experiment, instruction = plan.experiment, plan.experiment.prompt.instruction
     pending = plan.pending if "train" in stages else []
@@ -250,7 +109,7 @@ def check(plan: Plan, resources: dict[str, float], stages: Sequence[str] = STAGE
     to_score = [(request, job.arm.targets.rollout) for name, job in own.items() if (request := plan.asked[name])]
     missing = completions.missing(plan.requests) if "generate" in stages else []
     will_serve = experiment.teacher.endpoint is None and bool(missing or to_score)
-    will_predict = "evaluate" in stages and not _are_predicted(plan)
+    will_predict = "evaluate" in stages and not plan.is_predicted()
     for name, engine, replicas, is_needed in (
         ("teacher", experiment.teacher.engine, experiment.teacher.replicas.min, will_serve),
         ("evaluate", experiment.evaluate.engine, 1, bool(own) or will_predict),
@@ -261,7 +120,7 @@ def check(plan: Plan, resources: dict[str, float], stages: Sequence[str] = STAGE
     students = experiment.evaluate.engine
     group = placement.engine_bundles(students, placement.accelerator(students.accelerator, resources))
     if location.is_remote(plan.root) and (own or will_predict) and not is_on_a_node(group):
-        raise ValueError(
+        raise UserError(
             f"evaluate.engine: its {len(group)} processes do not fit onto one node, and Ray brings adapters from a "
             "bucket to one only; lower its tensor or pipeline parallel size, or give a folder that all nodes see as "
             "storage"
@@ -269,7 +128,7 @@ def check(plan: Plan, resources: dict[str, float], stages: Sequence[str] = STAGE
     bounds = plan.undrawn.corners if plan.undrawn and "train" in stages else []
     for train in [job.arm.train for job in pending] + [each.arm.train for each in bounds]:
         placement.check_trial(train, placement.accelerator(train.accelerator, resources), resources)
-    if plan.experiment.attention and "attention" in stages and not _is_measured(plan):
+    if plan.experiment.attention and "attention" in stages and not plan.is_measured():
         kind = placement.accelerator(plan.experiment.attention.accelerator, resources)
         placement.attention_workers(plan.experiment.attention, kind, resources)
     for requests, room in [
@@ -339,7 +198,7 @@ def train_students(plan: Plan, resources: dict[str, float]) -> None:
 
 def make_predictions(plan: Plan, resources: dict[str, float]) -> None:
     """Step 4: all adapters, and the untouched student, answer the test problems in one engine."""
-    if _are_predicted(plan):
+    if plan.is_predicted():
         return
     experiment = plan.experiment
     kind = placement.accelerator(experiment.evaluate.engine.accelerator, resources)
@@ -353,7 +212,7 @@ def make_predictions(plan: Plan, resources: dict[str, float]) -> None:
 def measure_attention(plan: Plan, resources: dict[str, float]) -> None:
     """Step 5: all students read the same solutions, and it is measured what their attention heads look at."""
     told, folder = plan.experiment.attention, plan.attention
-    if told is None or folder is None or _is_measured(plan):
+    if told is None or folder is None or plan.is_measured():
         return
     experiment = plan.experiment
     kind = placement.accelerator(told.accelerator, resources)
@@ -366,11 +225,11 @@ def measure_attention(plan: Plan, resources: dict[str, float]) -> None:
         say(f"attention: {errors} texts could not be read; the report says why")
 
 
-def write_report(plan: Plan) -> None:
-    """Step 6: tables and plots from the rows, and the test as a task of lm-evaluation-harness."""
-    # Not before there is something to draw.
-    from raykd.report import write_report as write
+def record(plan: Plan) -> None:
+    """Step 6: what a report needs beside the rows: the teacher's counts, and the test as a task of lm-eval.
 
+    After it a report is written from the experiment's folder alone.
+    """
     journal.note_completions(plan.folder, plan.experiment.teacher.model, plan.teachings)
     evaluate.collect(plan.predictions.parent, plan.folder / "predictions.parquet")
     tasks = plan.folder / harness.FOLDER
@@ -378,18 +237,3 @@ def write_report(plan: Plan) -> None:
     # Of the student that was asked last; the others' differ in the adapter.
     adapter = plan.contestants[-1].adapter
     journal.note(plan.folder, "harness", harness.command(plan.experiment, tasks, str(adapter or "")))
-    write(plan.folder)
-
-
-def _is_measured(plan: Plan) -> bool:
-    return not plan.attention or _holds_all(plan, plan.attention)
-
-
-def _are_predicted(plan: Plan) -> bool:
-    return _holds_all(plan, plan.predictions)
-
-
-def _holds_all(plan: Plan, folder: Path) -> bool:
-    """Whether a folder is complete, and of the students that there are now."""
-    manifest = storage.read_manifest(folder)
-    return manifest is not None and manifest["trials"] == [each.trial_id for each in plan.contestants]

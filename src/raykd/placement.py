@@ -7,6 +7,7 @@ from typing import Any, Literal
 from raykd.compat import ACCELERATOR_TYPE_PREFIX, ENGINE_START_TIMEOUT_ENV
 from raykd.config import Experiment
 from raykd.engine import Engine
+from raykd.faults import UserError
 from raykd.sections import Attention, Teacher, Train
 
 Accelerator = Literal["cpu", "gpu"]
@@ -108,10 +109,10 @@ def room(train: Train, kind: Accelerator, cluster: Mapping[str, float]) -> int:
 
 
 def check_trial(train: Train, kind: Accelerator, cluster: Mapping[str, float]) -> None:
-    """Raises ValueError where the cluster does not hold one trial, with what is missing."""
+    """Raises UserError where the cluster does not hold one trial, with what is missing."""
     for name, amount in need(kind, train.accelerator_type, train.min_workers or train.num_workers).items():
         if cluster.get(name, 0) < amount:
-            raise ValueError(
+            raise UserError(
                 f"a trial needs {amount:g} {name} (train.num_workers={train.num_workers}, "
                 f"min_workers={train.min_workers}, {kind}), the cluster has {cluster.get(name, 0):g}"
                 f"{_other_kinds(name, cluster)}; lower one of them or add nodes"
@@ -122,13 +123,13 @@ def attention_workers(attention: Attention, kind: Accelerator, cluster: Mapping[
     """How many students are read with at a time: as many as are asked for and the cluster holds.
 
     Raises:
-        ValueError: where it holds none.
+        UserError: where it holds none.
     """
     needed = need(kind, attention.accelerator_type)
     # One core stays for the pipeline.
     fit = int(min(cluster.get(name, 0) - (name == "CPU") for name in needed))
     if fit < 1:
-        raise ValueError(
+        raise UserError(
             f"attention: a worker needs {', '.join(f'{amount:g} {name}' for name, amount in needed.items())} and the "
             f"pipeline one CPU, the cluster has {cluster.get('CPU', 0):g} CPU and {cluster.get('GPU', 0):g} GPU"
             f"{_other_kinds([*needed][-1], cluster)}; set attention.accelerator, add nodes, or leave it out by "
@@ -196,7 +197,7 @@ def taken_by_the_teacher(teacher: Teacher, cluster: Mapping[str, float]) -> dict
 def check_engine(
     where: str, engine: Engine, kind: Accelerator, cluster: Mapping[str, float], replicas: int = 1
 ) -> None:
-    """Raises ValueError where the cluster cannot hold an engine and the pipeline that feeds it.
+    """Raises UserError where the cluster cannot hold an engine and the pipeline that feeds it.
 
     Args:
         where: the section that the engine belongs to, for the message.
@@ -209,7 +210,7 @@ def check_engine(
         # The pipeline that feeds it would wait for a core for ever.
         wanted = amount + (name == "CPU")
         if cluster.get(name, 0) < wanted:
-            raise ValueError(
+            raise UserError(
                 f"{where}: {max(1, replicas)} x {engine.tensor_parallel_size} x {engine.pipeline_parallel_size} shards "
                 f"(replicas x tensor x pipeline parallel) need {wanted:g} {name} (one CPU is the pipeline's), the "
                 f"cluster has {cluster.get(name, 0):g}{_other_kinds(name, cluster)}; lower one of them, or add nodes"

@@ -1,15 +1,15 @@
 """Preview: what will be sent to whom, and in what arms differ, before anything is started."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from raykd import config, identity, location, models, problems, prompts, storage
+from raykd import config, identity, location, models, problems, prompts
 from raykd.config import Experiment
+from raykd.faults import UserError
 from raykd.prompts import Messages
 
 
@@ -37,7 +37,7 @@ def search(experiment: Experiment) -> str:
     """What a sweep would train and ask, in a few lines; empty where the experiment has none.
 
     Raises:
-        ValueError: where an arm and a point do not go together.
+        UserError: where an arm and a point do not go together.
     """
     if experiment.sweep is None:
         return ""
@@ -70,13 +70,13 @@ def prompts_of(experiment: Experiment, wanted: str) -> str:
     """What teacher and student are sent for one training problem, by each model's own chat template.
 
     Args:
-        experiment: the experiment; its problems are written below its storage folder.
+        experiment: the experiment; its problems are read, and not written.
         wanted: the problem's number in the training split, or its id.
 
     Raises:
-        ValueError: where there is no such problem.
+        UserError: where there is no such problem.
     """
-    problem = _problem(problems.prepare(experiment.problems, location.at(experiment.storage)), wanted)
+    problem = _problem(problems.rows_of(experiment.problems, location.at(experiment.storage), "train"), wanted)
     teacher = models.teacher_tokenizer(experiment.teacher)
     student = models.load_tokenizer(experiment.student)
     instruction = experiment.prompt.instruction
@@ -99,16 +99,16 @@ def prompts_of(experiment: Experiment, wanted: str) -> str:
     return "\n\n".join(blocks)
 
 
-def _problem(folder: Path, wanted: str) -> dict[str, Any]:
-    rows = storage.read_table(folder / "train.parquet")
-    ids = rows["problem_id"].to_pylist()
+def _problem(rows: list[dict[str, Any]], wanted: str) -> dict[str, Any]:
+    ids = [row["problem_id"] for row in rows]
     if wanted in ids:
         number = ids.index(wanted)
-    elif wanted.isdigit() and int(wanted) < len(ids):
+    # Of decimal digits alone int() makes a number, and of not too many.
+    elif wanted.isdecimal() and len(wanted) < 19 and int(wanted) < len(ids):
         number = int(wanted)
     else:
-        raise ValueError(f"no training problem {wanted!r}: give a number below {len(ids)}, or an id such as {ids[0]!r}")
-    return rows.slice(number, 1).to_pylist()[0]
+        raise UserError(f"no training problem {wanted!r}: give a number below {len(ids)}, or an id such as {ids[0]!r}")
+    return rows[number]
 
 
 def _rendered(title: str, tokenizer: Any, messages: Messages) -> str:

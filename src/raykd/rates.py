@@ -1,6 +1,6 @@
 """Rates: how fast the stages go, as it is told or as an earlier run measured it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from raykd import config, job, location, storage
+from raykd.run_file import read_run
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,13 @@ def measured(folder: Path) -> Rates:
         folder: the experiment's, with `run.json`.
 
     Raises:
-        ValueError: where it is not the folder of a run, or what it wrote is damaged.
+        UserError: where it is not the folder of a run, or what it wrote is damaged.
     """
-    if not (folder / "run.json").is_file():
-        raise ValueError(
-            f"{folder}: has no run.json; --measured takes the folder of an experiment, storage/experiments/NAME"
-        )
-    run = storage.read_json(folder / "run.json")
+    run = read_run(folder)
     file = folder / "experiment.yaml"
     replicas = config.load(file).teacher.replicas.max if file.is_file() else 1
     # Solutions are scored in the same stream, and each set's seconds are an equal share of all.
-    together = [each for each in run.get("completions") or [] if each.get("sequence") != "student"]
+    together = [each for each in run.completions if each.get("sequence") != "student"]
     made = [each for each in together if each.get("sequence") != "reference"]
     tokens, seconds = _sum(made, "completion_tokens"), _sum(together, "seconds")
     rows = _sum(made, "rows") - _sum(made, "errors")
@@ -55,8 +52,8 @@ def measured(folder: Path) -> Rates:
     trained = _sum(ends, "target_tokens")
     worked = sum(float(each.get("seconds") or 0) * float(each.get("num_workers") or 1) for each in ends)
     answers, answered = _answers(folder / "predictions.parquet")
-    answering = float((run.get("stages") or {}).get("predictions") or 0)
-    held = {kind for kinds in (run.get("processor_seconds") or {}).values() for kind in kinds}
+    answering = run.stages.get("predictions", 0.0)
+    held = {kind for kinds in run.processor_seconds.values() for kind in kinds}
     return Rates(
         generation=_ratio(tokens, seconds * replicas),
         training=_ratio(trained, worked),
@@ -77,7 +74,7 @@ def _answers(file: Path) -> tuple[int, float]:
     return len(table), float(sum(table["num_tokens"].to_pylist()))
 
 
-def _sum(entries: Iterable[dict[str, Any]], name: str) -> float:
+def _sum(entries: Iterable[Mapping[str, Any]], name: str) -> float:
     return sum(float(each.get(name) or 0) for each in entries)
 
 

@@ -89,7 +89,7 @@ def write_report(folder: Path) -> Results:
         The numbers behind them.
 
     Raises:
-        ValueError: the folder is not an experiment's, or holds nothing to report yet.
+        UserError: the folder is not an experiment's, or holds nothing to report yet.
     """
     results = read_results(folder)
     write_text(folder / "results.csv", _csv(results))
@@ -214,7 +214,7 @@ def _without_controls(text: str) -> str:
 def _markdown(results: Results, drawn: list[Figure]) -> str:
     run, result = results.run, answer(results)
     blocks = [f"# {escape_markdown(results.name)}"]
-    if run.get("demonstration"):
+    if run.demonstration:
         blocks.append(f"> **Demonstration.** {DEMONSTRATION}")
     blocks.append(f"**{escape_markdown(result.sentences[0])}** {escape_markdown(result.sentences[1])}")
     for lines in (result.remarks, results.notes):
@@ -231,11 +231,11 @@ def _markdown(results: Results, drawn: list[Figure]) -> str:
         blocks += [f"## {escape_markdown(table.title)}", _markdown_table(table)]
         if table.note:
             blocks.append(escape_markdown(table.note))
-    versions = ", ".join(f"{name} {version}" for name, version in (run.get("versions") or {}).items())
+    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     blocks.append("## Reproduction")
     # Indented lines are a code block, whatever they contain.
-    blocks.append("\n".join(f"    {line}" for line in str(run.get("command") or "").splitlines()))
-    made_with = f"raykd {run.get('raykd_version') or ''}; {versions}"
+    blocks.append("\n".join(f"    {line}" for line in run.command.splitlines()))
+    made_with = f"raykd {run.raykd_version}; {versions}"
     blocks.append(f"{escape_markdown(made_with)}. Configuration: `experiment.yaml`.")
     return "\n\n".join(blocks) + "\n"
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raykd.measured import Share
+from raykd.mistakes import validated
 from raykd.report_text import amount, duration, percent
 from raykd.results import Results
 from raykd.sections import Prices
@@ -16,7 +17,7 @@ TRAINING = "training"
 
 def written_by_the_teacher(results: Results) -> list[Mapping[str, Any]]:
     """Return the completion sets that the teacher generated, without those that it only scored."""
-    completion_sets = results.run.get("completions") or []
+    completion_sets = results.run.completions
     return [each for each in completion_sets if each.get("sequence", "teacher") == "teacher"]
 
 
@@ -40,7 +41,7 @@ def answered_rows(completions: Mapping[str, Any]) -> int:
 def cost(results: Results) -> Table:
     """Return the tokens and the time of each completion set."""
     rows = []
-    for completions in results.run.get("completions") or []:
+    for completions in results.run.completions:
         # A teacher that returns text alone has no token count.
         tokens = finite(completions.get("completion_tokens")) or None
         seconds, truncated = finite(completions.get("seconds")), finite(completions.get("truncated"))
@@ -83,7 +84,7 @@ def cost(results: Results) -> Table:
 
 def stages(results: Results) -> Table:
     """Return the wall-clock time of each stage."""
-    seconds = results.run.get("stages") or {}
+    seconds = results.run.stages
     rows = [[str(stage), duration(finite(value))] for stage, value in seconds.items()]
     return Table("Time by stage", ["Stage", "Time"], rows)
 
@@ -92,14 +93,14 @@ def processors(results: Results) -> Table:
     """Return the processor time of each stage, and its cost where prices are configured."""
     usage: dict[str, dict[str, float]] = {
         stage: {kind: float(seconds) for kind, seconds in kinds.items()}
-        for stage, kinds in (results.run.get("processor_seconds") or {}).items()
+        for stage, kinds in results.run.processor_seconds.items()
     }
     for trial in results.trials:
         if trial.train_seconds is not None and trial.num_workers and trial.accelerator:
             of_training = usage.setdefault(TRAINING, {})
             seconds = of_training.get(trial.accelerator, 0.0) + trial.train_seconds * trial.num_workers
             of_training[trial.accelerator] = seconds
-    prices = Prices.model_validate(results.tree.get("prices") or {})
+    prices = validated(Prices, results.tree.get("prices") or {}, f"{results.folder / 'experiment.yaml'}: prices")
     columns = ["Stage", "Processor", "Processor-seconds (at most)", "Processor-hours (at most)"]
     note = (
         "Processors multiplied by the seconds for which they were reserved, model loading included. An autoscaled "

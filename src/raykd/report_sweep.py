@@ -43,7 +43,7 @@ def best_points(results: Results) -> Table:
                 amount(status.count(FAILED)),
             ]
         )
-    num_rows = sum(completions.get("rows") or 0 for completions in results.run.get("completions") or [])
+    num_rows = sum(completions.get("rows") or 0 for completions in results.run.completions)
     return Table(
         "Best point of each arm",
         ["Arm", "Hyperparameters", _metric_column(results), "Points", "Complete", "Stopped early", "Failed"],

@@ -9,14 +9,16 @@ from raykd import location
 from raykd.attention_results import AttentionResults, read_attention
 from raykd.comparison import BASELINE, Answers, Baseline, Comparison, Setting, baselines, compare_arms
 from raykd.config import UNTOUCHED, shown
+from raykd.faults import UserError
 from raykd.finalists import ranked
 from raykd.measured import Measured, Row, measure
-from raykd.mistakes import from_yaml
+from raykd.mistakes import from_yaml, validated
 from raykd.protocols import described
 from raykd.records import COMPLETE, FAILED
+from raykd.run_file import RunRecord, read_run
 from raykd.sections import Evaluate
 from raykd.space import point_key
-from raykd.storage import MANIFEST, read_json
+from raykd.storage import MANIFEST
 from raykd.strategies import BUILT_IN, Strategy
 from raykd.trial import Trial, read_predictions, read_trials
 
@@ -67,7 +69,7 @@ class Results:
     """The contents of a report."""
 
     folder: Path
-    run: Mapping[str, Any]
+    run: RunRecord
     config: str
     """The text of `experiment.yaml`."""
     tree: Mapping[str, Any]
@@ -89,18 +91,19 @@ class Results:
     @property
     def evaluation(self) -> str:
         """The evaluation settings of the students, in words."""
-        return described(Evaluate.model_validate(self.tree.get("evaluate") or {}))
+        where = f"{self.folder / 'experiment.yaml'}: evaluate"
+        return described(validated(Evaluate, self.tree.get("evaluate") or {}, where))
 
     @property
     def other_predictions(self) -> list[str]:
         """The folders of complete predictions with other evaluation settings."""
         complete = [each.parent.name for each in location.in_each(self.folder / "predictions", MANIFEST)]
-        return [name for name in complete if f"predictions/{name}" != self.run.get("predictions")]
+        return [name for name in complete if f"predictions/{name}" != self.run.predictions]
 
     @property
     def name(self) -> str:
         """The experiment's name."""
-        return str(self.run.get("name") or self.folder.name)
+        return self.run.name or self.folder.name
 
     def arm(self, name: str) -> Arm | None:
         """The arm of that name; None where it has no predictions."""
@@ -115,21 +118,20 @@ def read_results(folder: Path, with_attention: bool = True) -> Results:
         with_attention: whether to compute the statistics of attention heads, which takes seconds to minutes.
 
     Raises:
-        ValueError: the folder is not an experiment's, or holds neither trials nor predictions.
+        UserError: the folder is not an experiment's, or holds neither trials nor predictions.
     """
-    for name in ("experiment.yaml", "run.json"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}: give the folder of an experiment that `raykd run` made")
-    run = read_json(folder / "run.json")
+    run = read_run(folder)
+    if not (folder / "experiment.yaml").is_file():
+        raise UserError(f"{folder} has no experiment.yaml: give the folder of an experiment that `raykd run` made")
     config = (folder / "experiment.yaml").read_text(encoding="utf-8")
-    rows = read_predictions(folder / (run.get("predictions") or "predictions"))
+    rows = read_predictions(folder / run.predictions)
     trials = read_trials(folder / "trials", rows)
     # Trials of an earlier configuration, or of an arm that was removed, are not results of this experiment.
-    current = {UNTOUCHED, *run["trials"]} if run.get("trials") is not None else {trial.trial_id for trial in trials}
+    current = {UNTOUCHED, *run.trials} if run.trials is not None else {trial.trial_id for trial in trials}
     earlier = [trial.trial_id for trial in trials if trial.trial_id not in current]
     trials = [trial for trial in trials if trial.trial_id in current]
     if not trials:
-        raise ValueError(f"{folder} has no trials and no predictions: there is nothing to report yet")
+        raise UserError(f"{folder} has no trials and no predictions: there is nothing to report yet")
     tree = _tree(config)
     # The order of the configuration.
     order = [UNTOUCHED, *(str(name) for name in tree.get("arms") or ())]
@@ -143,11 +145,11 @@ def read_results(folder: Path, with_attention: bool = True) -> Results:
     against = baselines(overrides, {name: "" if is_searched else trial.strategy for name, trial in trained.items()})
     names = dict.fromkeys(trial.arm for trial in trials)
     compared = {baseline.arm for baseline in against.values()}
-    controls = _controls(tree)
+    controls = _controls(tree, folder)
     arms = [_arm(name, name in compared, controls, best, rows) for name in names]
     attention = _attention(folder, run, arms, rows) if with_attention else None
     notes = _notes(folder, run, trials, best, earlier) + (attention.notes if attention else [])
-    if with_attention and run.get("attention") and not attention:
+    if with_attention and run.attention and not attention:
         notes.append("Attention: not measured yet; run `raykd attention`")
     by_seed = {arm.name: [(Setting(t.seed), rows.get(t.trial_id, {})) for t in arm.trials] for arm in arms}
     return Results(
@@ -216,10 +218,8 @@ def _arm(name: str, is_baseline: bool, controls: set[str], trials: list[Trial], 
     return Arm(name, kind, strategy, own, measure(pooled))
 
 
-def _attention(
-    folder: Path, run: Mapping[str, Any], arms: list[Arm], rows: Mapping[str, Answers]
-) -> AttentionResults | None:
-    measured = folder / run["attention"] if run.get("attention") else None
+def _attention(folder: Path, run: RunRecord, arms: list[Arm], rows: Mapping[str, Answers]) -> AttentionResults | None:
+    measured = folder / run.attention if run.attention else None
     if measured is None or not (measured / MANIFEST).is_file():
         return None
     trained = {arm.name: [trial.trial_id for trial in arm.trials if trial.status == COMPLETE] for arm in arms}
@@ -251,13 +251,11 @@ def _examples(arms: list[Arm], rows: Mapping[str, Answers]) -> list[Example]:
     return examples
 
 
-def _notes(
-    folder: Path, run: Mapping[str, Any], trials: list[Trial], best: list[Trial], earlier: list[str]
-) -> list[str]:
+def _notes(folder: Path, run: RunRecord, trials: list[Trial], best: list[Trial], earlier: list[str]) -> list[str]:
     notes = []
     if earlier:
         notes.append(f"Excluded, of an earlier configuration of this experiment: {_counted(earlier)}")
-    expected = (run.get("problems") or {}).get("num_test")
+    expected = run.problems.num_test
     samples = max((trial.measured.samples for trial in trials), default=1)
     for trial in trials:
         name = f"Arm {trial.arm}, seed {trial.seed}" + (f", {shown(trial.values)}" if trial.values else "")
@@ -271,7 +269,7 @@ def _notes(
         if trial.measured.errors:
             notes.append(f"{name}: {trial.measured.errors} of {total} predictions are errors and are excluded from n")
     begun = [path.name for path in location.folders(folder / "trials") if not (path / "trial.json").is_file()]
-    unfinished = [name for name in begun if name in (run.get("trials") or begun)]
+    unfinished = [name for name in begun if name in (run.trials or begun)]
     if unfinished:
         notes.append(f"Unfinished and therefore in no table: {_counted(unfinished)}")
     return notes
@@ -280,15 +278,16 @@ def _notes(
 def _tree(config: str) -> Mapping[str, Any]:
     try:
         tree = from_yaml(config)
-    except ValueError:
+    except UserError:
         return {}
     return tree if isinstance(tree, dict) else {}
 
 
-def _controls(config: Mapping[str, Any]) -> set[str]:
+def _controls(config: Mapping[str, Any], folder: Path) -> set[str]:
     """The strategies that give the teacher another problem's answer."""
     own = (config.get("prompt") or {}).get("strategies") or {}
-    known = BUILT_IN | {name: Strategy.model_validate(each) for name, each in own.items()}
+    where = f"{folder / 'experiment.yaml'}: prompt.strategies"
+    known = BUILT_IN | {name: validated(Strategy, each, f"{where}.{name}") for name, each in own.items()}
     return {name for name, strategy in known.items() if strategy.is_control}
 
 

@@ -35,8 +35,8 @@ def rollout(
         kind: what the engine runs on.
 
     Raises:
-        RuntimeError: where more than `evaluation.max_error_rate` of a student's answers failed, naming some.
-        ValueError: where an adapter is damaged, naming it.
+        StageError: where more than `evaluation.max_error_rate` of a student's answers failed, naming some.
+        UserError: where an adapter is damaged, naming it.
     """
     check_adapters(list(folders))
     done = {id_ for folder in folders.values() for id_ in storage.done_ids(folder, records.COMPLETION, "completion_id")}

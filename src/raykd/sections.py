@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from raykd.engine import Endpoint, Engine, Replicas, Sampling, check_accelerator
+from raykd.faults import UserError
 from raykd.space import Axis
 from raykd.strategies import Strategy
 from raykd.tree import RUNTIME_ONLY, Section
@@ -37,11 +38,11 @@ class Problems(Section):
     @model_validator(mode="after")
     def _files(self) -> Self:
         if self.source == "jsonl" and not (self.train_file and self.test_file):
-            raise ValueError("source jsonl needs train_file and test_file")
+            raise UserError("source jsonl needs train_file and test_file")
         if self.source != "jsonl" and (self.train_file or self.test_file):
-            raise ValueError(f"train_file and test_file go with source jsonl, not {self.source}")
+            raise UserError(f"train_file and test_file go with source jsonl, not {self.source}")
         if self.source == "demo" and not (self.num_train and self.num_test):
-            raise ValueError("source demo generates problems without end: set num_train and num_test")
+            raise UserError("source demo generates problems without end: set num_train and num_test")
         return self
 
 
@@ -75,7 +76,7 @@ class Teacher(Section):
     @model_validator(mode="after")
     def _samples_differ(self) -> Self:
         if self.samples > 1 and not self.sampling.temperature:
-            raise ValueError(f"samples={self.samples} would all be the same: set sampling.temperature above 0")
+            raise UserError(f"samples={self.samples} would all be the same: set sampling.temperature above 0")
         return self
 
     @property
@@ -119,13 +120,13 @@ class Prompt(Section):
     def _texts(self) -> Self:
         for name, strategy in self.strategies.items():
             if not re.match(NAME_PATTERN, name):
-                raise ValueError(f"strategy name {name!r}: letters, digits, '.', '_' and '-' only")
+                raise UserError(f"strategy name {name!r}: letters, digits, '.', '_' and '-' only")
             if name == "none" and (strategy.text.strip() or strategy.exemplars):
-                raise ValueError(
+                raise UserError(
                     "strategy 'none' is the one without a prime, which others are compared with; name yours otherwise"
                 )
             if not strategy.text.strip() and not strategy.exemplars and name != "none":
-                raise ValueError(
+                raise UserError(
                     f"strategy {name!r} has neither text nor exemplars; `none` is the strategy without a prime"
                 )
         return self
@@ -155,7 +156,7 @@ class Targets(Section):
     @model_validator(mode="after")
     def _rounds_of_its_own(self) -> Self:
         if self.warmup_rounds >= self.rounds:
-            raise ValueError(
+            raise UserError(
                 f"warmup_rounds {self.warmup_rounds} leaves none of {self.rounds} rounds to the student's own answers"
             )
         return self
@@ -175,7 +176,7 @@ class Loss(Section):
     @model_validator(mode="after")
     def _bucket_is_not_flattened(self) -> Self:
         if self.temperature != 1 and self.tail == "one_bucket":
-            raise ValueError(
+            raise UserError(
                 f"temperature {self.temperature:g} with tail one_bucket: how the tokens outside the top-k would spread "
                 "is not known; set loss.tail=renormalise"
             )
@@ -225,7 +226,7 @@ class Train(Section):
     @model_validator(mode="after")
     def _accumulates_in_float32(self) -> Self:
         if self.dtype == "bfloat16" and not self.zero_stage:
-            raise ValueError(
+            raise UserError(
                 "zero_stage 0 with dtype bfloat16: DeepSpeed sums gradients in float32 from stage 1 on only; set "
                 "train.zero_stage=2, on one GPU too, or train.dtype=float32"
             )
@@ -234,9 +235,9 @@ class Train(Section):
     @model_validator(mode="after")
     def _goes_on_with_fewer(self) -> Self:
         if self.min_workers is not None and not self.min_workers <= self.num_workers:
-            raise ValueError(f"min_workers {self.min_workers} is above num_workers {self.num_workers}")
+            raise UserError(f"min_workers {self.min_workers} is above num_workers {self.num_workers}")
         if self.min_workers not in (None, self.num_workers) and self.zero_stage:
-            raise ValueError(
+            raise UserError(
                 f"min_workers {self.min_workers}: only as many workers as wrote a checkpoint of ZeRO stage "
                 f"{self.zero_stage} can go on from it; set zero_stage to 0, which costs little where few weights are "
                 "optimised, or min_workers to null"
@@ -246,10 +247,10 @@ class Train(Section):
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.batch_size % self.num_workers:
-            raise ValueError(f"batch_size {self.batch_size} is no multiple of num_workers {self.num_workers}")
+            raise UserError(f"batch_size {self.batch_size} is no multiple of num_workers {self.num_workers}")
         per_worker = self.batch_size // self.num_workers
         if per_worker % min(self.micro_batch_size, per_worker):
-            raise ValueError(
+            raise UserError(
                 f"batch_size {self.batch_size} over num_workers {self.num_workers} leaves {per_worker} "
                 f"for each, no multiple of micro_batch_size {self.micro_batch_size}"
             )
@@ -278,9 +279,9 @@ class Evaluate(Section):
     @model_validator(mode="after")
     def _samples_differ(self) -> Self:
         if self.samples > 1 and not self.sampling.temperature:
-            raise ValueError(f"samples={self.samples} would all be the same: set sampling.temperature above 0")
+            raise UserError(f"samples={self.samples} would all be the same: set sampling.temperature above 0")
         if self.stop is not None and not all(self.stop):
-            raise ValueError("stop holds an empty string, which ends every answer before it begins")
+            raise UserError("stop holds an empty string, which ends every answer before it begins")
         return self
 
     def as_in_training(self, sampling: Sampling) -> Self:
@@ -359,14 +360,14 @@ class Sweep(Section):
     @model_validator(mode="after")
     def _stops_before_the_end(self) -> Self:
         if self.scheduler != "none" and self.validations < 2:
-            raise ValueError(
+            raise UserError(
                 f"validations={self.validations}: scheduler {self.scheduler} stops trials by what they reach before "
                 "their end; set validations to 2 or more, or scheduler to none"
             )
         if self.search == "optuna":
             for path, axis in self.space.items():
                 if axis.grid:
-                    raise ValueError(f"space.{path}: optuna chooses every value: give them as choice, not as grid")
+                    raise UserError(f"space.{path}: optuna chooses every value: give them as choice, not as grid")
             if not self.space:
-                raise ValueError("search=optuna: space is empty, there is nothing to choose")
+                raise UserError("search=optuna: space is empty, there is nothing to choose")
         return self

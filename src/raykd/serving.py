@@ -7,11 +7,11 @@ run serves its own teacher, on no network port, and needs none of this.
 from typing import Any
 
 import ray
-import yaml
 from pydantic import field_validator
 
 from raykd import config, placement
 from raykd.cluster import capacity
+from raykd.mistakes import from_yaml
 from raykd.sections import Teacher
 from raykd.teacher import llm_config
 from raykd.tree import Section
@@ -28,7 +28,7 @@ class Service(Section):
     @field_validator("overrides", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
-        return yaml.safe_load(value) if isinstance(value, str) else value
+        return from_yaml(value) if isinstance(value, str) else value
 
 
 def app(args: Service) -> Any:
@@ -37,7 +37,7 @@ def app(args: Service) -> Any:
     It asks for no token: keep the port that Serve listens on in a network of its own.
 
     Raises:
-        ValueError: where there is no such experiment, with the way out.
+        UserError: where there is no such experiment, with the way out.
     """
     # Loads vLLM, which takes seconds.
     from ray.serve.llm import build_openai_app

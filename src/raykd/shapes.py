@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raykd.demo import resolve_model
+from raykd.faults import UserError
 from raykd.mistakes import on_one_line
 
 # Decoders of Llama's build: what a layer holds is known. Qwen 2 adds biases to queries, keys and values.
@@ -81,7 +82,7 @@ class Shape:
     def __post_init__(self) -> None:
         numbers = (self.layers, self.hidden, self.heads, self.kv_heads, self.intermediate, self.vocab, self.head_dim)
         if min(numbers) < 1 or self.heads % self.kv_heads:
-            raise ValueError(f"no shape of a decoder: {self}")
+            raise UserError(f"no shape of a decoder: {self}")
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
@@ -155,7 +156,7 @@ def find(model: str, revision: str | None = None, engine_kwargs: Mapping[str, An
         None where it is not known, or no decoder of Llama's build.
 
     Raises:
-        ValueError: where a `config.json` is there and cannot be read.
+        UserError: where a `config.json` is there and cannot be read.
     """
     file = _config_file(resolve_model(model), revision)
     shape = read(file) if file else _of_name(model)
@@ -174,7 +175,7 @@ def read(file: Path) -> Shape | None:
     """The shape that a `config.json` tells; None where the model is not of Llama's build.
 
     Raises:
-        ValueError: where the file is damaged, with its path.
+        UserError: where the file is damaged, with its path.
     """
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
@@ -203,7 +204,7 @@ def read(file: Path) -> Shape | None:
         )
     except (OSError, UnicodeDecodeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
         why = f"has no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(on_one_line(f"{file}: no configuration of a model ({why})")) from None
+        raise UserError(on_one_line(f"{file}: no configuration of a model ({why})")) from None
 
 
 def positions(told: Mapping[str, Any]) -> int | None:

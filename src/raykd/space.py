@@ -7,6 +7,7 @@ from typing import Any, Self
 from pydantic import model_validator
 
 from raykd import storage
+from raykd.faults import UserError
 from raykd.tree import Section
 
 
@@ -29,12 +30,12 @@ class Axis(Section):
         ways = [name for name in type(self).model_fields if getattr(self, name)]
         if len(ways) != 1:
             names = ", ".join(type(self).model_fields)
-            raise ValueError(f"give exactly one of {names}, and values to it, not {', '.join(ways) or 'none'}")
+            raise UserError(f"give exactly one of {names}, and values to it, not {', '.join(ways) or 'none'}")
         bounds = self.uniform or self.loguniform or self.randint
         if bounds and bounds[0] >= bounds[1]:
-            raise ValueError(f"{ways[0]} [{bounds[0]:g}, {bounds[1]:g}]: the first must be below the second")
+            raise UserError(f"{ways[0]} [{bounds[0]:g}, {bounds[1]:g}]: the first must be below the second")
         if self.loguniform and self.loguniform[0] <= 0:
-            raise ValueError(f"loguniform [{self.loguniform[0]:g}, ...]: both must be above 0")
+            raise UserError(f"loguniform [{self.loguniform[0]:g}, ...]: both must be above 0")
         return self
 
     @property

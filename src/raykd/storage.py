@@ -20,6 +20,7 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from raykd import location
+from raykd.faults import StageError, UserError
 
 # Its functions are made when it is loaded, where no type checker sees them.
 pc: Any = pyarrow.compute
@@ -80,7 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        ValueError: where the file is cut or altered, with its path and what to do.
+        UserError: where the file is cut or altered, with its path and what to do.
     """
     return _object(location.read(path), str(path), "delete it, and the stage is done again")
 
@@ -89,7 +90,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Reads JSON, an object a line.
 
     Raises:
-        ValueError: where a line is cut or altered, with its place and what to do.
+        UserError: where a line is cut or altered, with its place and what to do.
     """
     lines = location.read(path).split(b"\n")
     return [
@@ -102,10 +103,11 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def _object(content: bytes, where: str, remedy: str) -> dict[str, Any]:
     try:
         found = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{where} is damaged ({error}); {remedy}") from None
+    # A number of thousands of digits is a plain ValueError.
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is damaged ({error}); {remedy}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{where} is damaged (no object, but {str(found)[:40]!r}); {remedy}")
+        raise UserError(f"{where} is damaged (no object, but {str(found)[:40]!r}); {remedy}")
     return found
 
 
@@ -182,14 +184,14 @@ def stream_rows(folder: Path, schema: pa.Schema, columns: Sequence[str] | None =
         columns: those that are wanted; None for all.
 
     Raises:
-        ValueError: where a part is cut or altered, with its path and what to do.
+        UserError: where a part is cut or altered, with its path and what to do.
     """
     for file, source, found in _opened(parts(folder)):
         if f"part-{found[:20]}.parquet" != file.name:
-            raise ValueError(f"{file} was cut or altered after it was written; {_remedy(file)}")
+            raise UserError(f"{file} was cut or altered after it was written; {_remedy(file)}")
         with pq.ParquetFile(source) as opened:
             if not opened.schema_arrow.equals(schema):
-                raise ValueError(f"{file} has other columns than this version of raykd writes; delete its folder")
+                raise UserError(f"{file} has other columns than this version of raykd writes; delete its folder")
             table = opened.read(columns, use_threads=False)
         yield table
 
@@ -229,7 +231,7 @@ def check_failures(folder: Path, schema: pa.Schema, id_column: str, whose: str, 
         limit: the share of the rows that may fail.
 
     Raises:
-        RuntimeError: where more failed, naming some, and why.
+        StageError: where more failed, naming some, and why.
     """
     total = merge(folder, schema, id_column)
     failed = {
@@ -240,7 +242,7 @@ def check_failures(folder: Path, schema: pa.Schema, id_column: str, whose: str, 
     errors = sorted(failed)
     if len(errors) > limit * total:
         shown = "; ".join(failed[each] for each in errors[:3])
-        raise RuntimeError(
+        raise StageError(
             f"{whose}: {len(errors)} of {total} rows failed, more than {option}={limit:g} allows ({shown}); the others "
             f"are kept in {folder}, and the same command asks the failed ones again"
         )
@@ -348,25 +350,25 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a complete folder; None where there is none yet.
 
     Raises:
-        ValueError: where it, or a part that it names, was cut, altered or removed.
+        UserError: where it, or a part that it names, was cut, altered or removed.
     """
     file = folder / MANIFEST
     if not file.exists():
         return None
     manifest = read_json(file)
     if manifest.get("digest") != content_key({name: each for name, each in manifest.items() if name != "digest"}):
-        raise ValueError(f"{file} was altered after it was written; delete it, and the stage is done again")
+        raise UserError(f"{file} was altered after it was written; delete it, and the stage is done again")
     is_remote, same = location.is_remote(folder), manifest.get("states", {})
     # One request for a thousand files, where one for each would take minutes.
     states = location.states(folder) if is_remote else {}
     for name, known in manifest["parts"].items():
         part = folder / name
         if (name not in states) if is_remote else not part.is_file():
-            raise ValueError(f"{part} is gone; delete {file}, and what is missing is made again")
+            raise UserError(f"{part} is gone; delete {file}, and what is missing is made again")
         if is_remote and states[name] == same.get(name):
             continue
         if file_digest(part) != known:
-            raise ValueError(f"{part} was cut or altered after it was written; {_remedy(part)}")
+            raise UserError(f"{part} was cut or altered after it was written; {_remedy(part)}")
     return manifest
 
 

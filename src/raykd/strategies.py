@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from raykd.faults import UserError
 from raykd.tree import Section
 
 PLACEHOLDERS = {"reference_answer", "other_answer"}
@@ -43,7 +44,7 @@ class Strategy(Section):
     @classmethod
     def _known_placeholders(cls, text: str) -> str:
         if unknown := _placeholders(text) - PLACEHOLDERS:
-            raise ValueError(
+            raise UserError(
                 f"unknown placeholder {sorted(unknown)} in a strategy's text; "
                 f"known: {sorted(PLACEHOLDERS)}; write {{{{ and }}}} for plain braces"
             )

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from raykd import location, losses, models, packed, prompts, records, storage
 from raykd.config import Arm
 from raykd.demo import resolve_model
+from raykd.faults import StageError, UserError
 from raykd.sections import Student
 from raykd.selection import select
 from raykd.targets import Target, soft_targets
@@ -45,12 +46,12 @@ def add_lora(model: Any, student: Student, seed: int) -> PeftModel:
     """Wraps a base model in LoRA layers, in float32 and initialised from `seed`.
 
     Raises:
-        ValueError: where a target module is not in the model.
+        UserError: where a target module is not in the model.
     """
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     unknown = set(student.lora.target_modules) - names
     if unknown:
-        raise ValueError(f"student.lora.target_modules: {sorted(unknown)} not in the model; it has {sorted(names)}")
+        raise UserError(f"student.lora.target_modules: {sorted(unknown)} not in the model; it has {sorted(names)}")
     torch.manual_seed(seed)
     config = LoraConfig(
         r=student.lora.rank,
@@ -284,7 +285,7 @@ def save_adapter(model: PeftModel, folder: Path, student: Student, write: bool, 
         moved: whether a step was taken, so that the weights must have moved.
 
     Raises:
-        RuntimeError: where the saved weights are empty or should have moved from their initial values and have not.
+        StageError: where the saved weights are empty or should have moved from their initial values and have not.
     """
     import deepspeed
 
@@ -309,4 +310,4 @@ def _write(model: PeftModel, weights: dict[str, Tensor], temporary: Path, studen
     saved = safetensors.torch.load_file(temporary / "adapter_model.safetensors")
     stayed = not any("lora_B" in name and tensor.abs().sum() > 0 for name, tensor in saved.items())
     if (moved and stayed) or any(not tensor.numel() or not tensor.isfinite().all() for tensor in saved.values()):
-        raise RuntimeError(f"{temporary}: the adapter as saved is empty, untrained or not finite")
+        raise StageError(f"{temporary}: the adapter as saved is empty, untrained or not finite")

@@ -12,6 +12,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from raykd import identity, storage, variants
 from raykd.config import Experiment
+from raykd.faults import UserError
 from raykd.job import Job, outcome, reached
 from raykd.records import FAILED
 from raykd.sections import Sweep
@@ -114,7 +115,7 @@ class Study:
             number, point = self._ask()
             try:
                 jobs = self._make(self.arm, point)
-            except ValueError as error:
+            except UserError as error:
                 # Each value goes with the others' first ones, but not with these.
                 self._optuna.on_trial_complete(number, error=True)
                 refused = error
@@ -122,7 +123,7 @@ class Study:
             self._points.append(point)
             storage.write_json(self._file, {"points": self._points})
             return self._follow(number, jobs)
-        raise ValueError(f"sweep: {ATTEMPTS} points in a row that no arm can be at, the last of them: {refused}")
+        raise UserError(f"sweep: {ATTEMPTS} points in a row that no arm can be at, the last of them: {refused}")
 
     def tell(self, job: Job, value: float | None) -> None:
         """Tells what a trial reached by the validation problems; None where it failed."""

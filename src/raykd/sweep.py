@@ -16,8 +16,10 @@ from raykd import compat, faults, identity, location, placement, storage, tracki
 from raykd.cluster import live, may_hold, requested
 from raykd.completions import Request
 from raykd.config import Experiment
+from raykd.faults import StageError
 from raykd.job import Job, is_complete, outcome, reached, read_curve, record, those, validations
 from raykd.nodes import Bundle
+from raykd.problems import Splits
 from raykd.progress import say
 from raykd.records import COMPLETE, FAILED, STOPPED
 from raykd.scoreboard import Scoreboard
@@ -39,7 +41,7 @@ Held = tuple[Train, placement.Accelerator]
 def jobs(
     experiment: Experiment,
     variants: Sequence[Variant],
-    problems: Path,
+    splits: Splits,
     asked: Mapping[str, Request | None],
     student: Mapping[str, str],
     same_tokens: bool,
@@ -52,19 +54,20 @@ def jobs(
     Args:
         experiment: the experiment.
         variants: what is trained on.
-        problems: the folder of the splits.
+        splits: the problems.
         asked: for each of `variants.lessons` the completions it is about; None where the teacher is not asked.
         student: what identifies the student's weights.
         same_tokens: whether the teacher's token ids are the student's.
         folder: the experiment's folder.
     """
-    made, of_problems = [], storage.read_json(problems / storage.MANIFEST)["content"]
+    made = []
     for variant in variants:
         arm, request = variant.arm, asked[variant.lesson]
         # A student's own answers are not there yet: what is given is what it begins with.
         given = asked.get(f"{variant.lesson}/warmup") if arm.targets.sequence == "student" else request
         for seed in experiment.seeds:
-            content = identity.trial(experiment, arm, seed, of_problems, request.content if request else None, student)
+            completion_content = request.content if request else None
+            content = identity.trial(experiment, arm, seed, splits.content, completion_content, student)
             trial_id = f"{variant.arm_name}-s{seed}-{storage.content_key(content)[:8]}"
             made.append(
                 Job(
@@ -73,7 +76,7 @@ def jobs(
                     arm=arm,
                     seed=seed,
                     overrides=dict(experiment.arms[variant.arm_name]),
-                    problems=problems,
+                    problems=splits.folder,
                     completions=given.folder if given else None,
                     same_tokens=same_tokens,
                     experiment=experiment.name,
@@ -348,7 +351,7 @@ class _Records(tune.Callback):
             text = Path(trial.error_file).read_text().strip()
             if faults.refusal(text):
                 # The next would fail as well, and this one has done no wrong.
-                raise RuntimeError(f"{job.trial_id}: {faults.refusal(text)}")
+                raise StageError(f"{job.trial_id}: {faults.refusal(text)}")
             record(job, FAILED, text.splitlines()[-1])
 
 

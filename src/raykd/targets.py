@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from raykd.faults import UserError
+
 
 @dataclass(frozen=True)
 class Target:
@@ -39,13 +41,13 @@ def soft_targets(completion: Mapping[str, Any], top_k: int, vocabulary: int) -> 
         ids (T, K) int64 and log-probabilities (T, K) float32.
 
     Raises:
-        ValueError: where tokens, ids and log-probabilities are not aligned, or an id is none of the tokens'.
+        UserError: where tokens, ids and log-probabilities are not aligned, or an id is none of the tokens'.
     """
     tokens = completion["completion_token_ids"]
     ids, logprobs = completion["topk_ids"], completion["topk_logprobs"]
     lengths = {len(tokens), len(ids), len(logprobs)}
     if len(lengths) > 1 or any(len(row) < top_k for row in [*ids, *logprobs]):
-        raise ValueError(
+        raise UserError(
             f"completion {completion['completion_id']}: {len(tokens)} tokens, {len(ids)} and {len(logprobs)} rows "
             f"of targets, which should be as many, of {top_k} or more each; delete its folder, and it is asked again"
         )
@@ -53,7 +55,7 @@ def soft_targets(completion: Mapping[str, Any], top_k: int, vocabulary: int) -> 
     ids_TK = np.asarray([row[:top_k] for row in ids], dtype=np.int64).reshape(shape)
     # A teacher may have more outputs than there are tokens, for padding, and a student fewer of those.
     if ids_TK.size and ids_TK.max() >= vocabulary:
-        raise ValueError(
+        raise UserError(
             f"completion {completion['completion_id']}: among the teacher's {top_k} best is token {ids_TK.max()}, and "
             f"the tokenizer has {vocabulary}; lower targets.top_k, or set targets.kind=hard"
         )

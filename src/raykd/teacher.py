@@ -20,6 +20,7 @@ from raykd import compat, completions, metrics, placement, records, storage
 from raykd.cluster import is_joined
 from raykd.completions import Request
 from raykd.demo import resolve_model
+from raykd.faults import StageError, as_user_error
 from raykd.progress import say
 from raykd.sections import Teacher
 from raykd.watch import watched
@@ -133,13 +134,13 @@ def served(teacher: Teacher, top_k: int, app: str, cluster: Mapping[str, float])
 
     from raykd.replica import Replica
 
-    config = llm_config(teacher, top_k, kind)
+    with as_user_error("teacher.engine", ValueError):
+        deployment = build_llm_deployment(llm_config(teacher, top_k, kind), deployment_cls=Replica)
     quiet = logging.getLogger("ray.serve")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
     try:
         serve.start(proxy_location=ProxyLocation.Disabled)
-        deployment = build_llm_deployment(config, deployment_cls=Replica)
         target = serve.RunTarget(deployment, name=app, route_prefix=None)
         with watched(app) if is_joined() else nullcontext():
             try:
@@ -159,15 +160,14 @@ def wait_until_up(app: str, timeout_s: float) -> None:
         timeout_s: seconds that the engine may take to load.
 
     Raises:
-        TimeoutError: where no replica is up in time.
-        RuntimeError: where the engine fails to start, with Serve's message.
+        StageError: where no replica is up in time, or the engine fails to start, with Serve's message.
     """
     deadline = time.monotonic() + timeout_s
     while not is_up(app):
         if failed := failure(app):
-            raise RuntimeError(failed)
+            raise StageError(failed)
         if time.monotonic() > deadline:
-            raise TimeoutError(f"the teacher was not up after {timeout_s:g} s (teacher.start_timeout_s)")
+            raise StageError(f"the teacher was not up after {timeout_s:g} s (teacher.start_timeout_s)")
         time.sleep(0.5)
 
 

@@ -11,11 +11,12 @@ from ray.tune.logger import JsonLoggerCallback, TBXLoggerCallback
 
 from raykd import location
 from raykd.config import Tracker
+from raykd.faults import UserError
 from raykd.job import Job
 
 
 def check(tracker: Tracker | None, folder: Path) -> None:
-    """Raises ValueError where what trials are to be told to is not installed, or would write into a bucket.
+    """Raises UserError where what trials are to be told to is not installed, or would write into a bucket.
 
     Args:
         tracker: who is told.
@@ -23,14 +24,12 @@ def check(tracker: Tracker | None, folder: Path) -> None:
     """
     needed = {"mlflow": "MLFLOW_TRACKING_URI", "wandb": "WANDB_API_KEY"}
     if tracker and location.is_remote(folder) and not os.environ.get(needed[tracker]):
-        raise ValueError(
+        raise UserError(
             f"tracking={tracker}: without a server it writes into a folder, and {folder} is in a bucket: set "
             f"{needed[tracker]}, or leave tracking out"
         )
     if tracker and importlib.util.find_spec(tracker) is None:
-        raise ValueError(
-            f"tracking={tracker}: {tracker} is not installed: pip install {tracker}, or leave tracking out"
-        )
+        raise UserError(f"tracking={tracker}: {tracker} is not installed: pip install {tracker}, or leave tracking out")
 
 
 def callbacks(tracker: Tracker | None, folder: Path, jobs: Mapping[str, Job]) -> list[tune.Callback]:

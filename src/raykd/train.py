@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from raykd import checkpoints, compat, location, placement, storage, targets
+from raykd.faults import StageError, UserError
 from raykd.job import Job, problem_ids, problems_of_round, read_curve, record
 from raykd.metrics import show_training
 from raykd.records import COMPLETE
@@ -73,7 +74,7 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
         resume: folder of the checkpoint to go on from.
 
     Raises:
-        ValueError: where no row is left to train on.
+        UserError: where no row is left to train on.
     """
     import deepspeed
     import torch
@@ -115,7 +116,7 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
         )
         first, tokens, seconds_before = state["step"], state["target_tokens"], state["seconds"]
     if first < mine.start:
-        raise RuntimeError(
+        raise StageError(
             f"trial {job.trial_id}: the checkpoint of step {mine.start}, which round {job.round} begins with, is gone; "
             f"delete {job.folder} to train it anew"
         )
@@ -181,7 +182,7 @@ def loop(job: Job, report: Report, resume: Path | None) -> None:
                 continue
             told = done
     if not tokens and mine.stop == len(steps):
-        raise ValueError(f"trial {job.trial_id}: no round left a row to train on; in the last: {lesson.dropped}")
+        raise UserError(f"trial {job.trial_id}: no round left a row to train on; in the last: {lesson.dropped}")
     student.save_adapter(model.model, job.part / "adapter", job.arm.student, write=worker == 0, moved=tokens > 0)
     if worker == 0:
         _finish(job, lesson)
@@ -213,7 +214,7 @@ def _lesson(job: Job, tokenizer: Any) -> _Lesson:
     found, dropped = student.training_rows(job.arm, job.problems, job.completions, tokenizer, job.same_tokens, mine)
     # A round may bring nothing; the training as a whole may not.
     if not found and job.round is None:
-        raise ValueError(f"trial {job.trial_id}: no row is left to train on; dropped: {dropped}")
+        raise UserError(f"trial {job.trial_id}: no row is left to train on; dropped: {dropped}")
     rows: list[Target | None] = list(found)
     if job.round is not None:
         # The order is that of all problems, whichever of them are this round's.

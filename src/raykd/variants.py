@@ -44,7 +44,7 @@ def variants(experiment: Experiment, drawn: Mapping[str, Sequence[Point]]) -> li
         drawn: each arm's points (`raykd.study.drawn`).
 
     Raises:
-        ValueError: where a point and an arm do not go together.
+        UserError: where a point and an arm do not go together.
     """
     if experiment.sweep is None:
         return [Variant(name, experiment.arm(name)) for name in experiment.arms]
@@ -57,7 +57,7 @@ def corners(experiment: Experiment) -> list[Variant]:
     other fields, one at a time.
 
     Raises:
-        ValueError: where some of it and an arm do not go together.
+        UserError: where some of it and an arm do not go together.
     """
     space = experiment.sweep.space if experiment.sweep else {}
     asked = {path: axis.values for path, axis in space.items() if config.bears_on_the_teacher(path)}
@@ -76,7 +76,7 @@ def at(experiment: Experiment, name: str, point: Point) -> Variant:
     """An arm at a point.
 
     Raises:
-        ValueError: where they do not go together.
+        UserError: where they do not go together.
     """
     arm = experiment.arm(name, point)
     bearing = dict(config.leaves(identity.effective_config(arm), ""))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from raykd import cli, lock
+from raykd.faults import UserError
 from runs import RAYKD, plan_of
 
 ROOT = Path(__file__).parents[2]
@@ -82,3 +83,40 @@ def test_after_an_error_it_is_free(tmp_path: Path):
         raise RuntimeError
     with lock.held(tmp_path, "second"):
         pass
+
+
+def test_a_lock_leaves_nothing_where_nothing_was_written(tmp_path: Path):
+    folder = tmp_path / "storage" / "experiments" / "mine"
+    with pytest.raises(KeyError), lock.held(folder, "refused"):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with lock.held(folder, "works"):
+        (folder / "run.json").write_text("{}")
+    assert [file.name for file in folder.iterdir()] == ["run.json"]
+
+
+def test_a_lock_file_that_its_holder_removed_is_no_lock(tmp_path: Path, monkeypatch):
+    """Two processes open the same file; the first removes it, and the second must not hold what nobody else sees."""
+    first = lock.held(tmp_path, "first")
+    first.__enter__()
+    flock = lock.fcntl.flock
+
+    def late(file, how: int) -> None:
+        # In between the first comes to its end.
+        monkeypatch.setattr(lock.fcntl, "flock", flock)
+        first.__exit__(None, None, None)
+        flock(file, how)
+
+    monkeypatch.setattr(lock.fcntl, "flock", late)
+    with (
+        lock.held(tmp_path, "second"),
+        pytest.raises(UserError, match=r"by process .*: second"),
+        lock.held(tmp_path, "third"),
+    ):
+        raise AssertionError("both hold it")
+
+
+def test_a_storage_that_is_a_file_is_named(tmp_path: Path):
+    (tmp_path / "storage").write_text("")
+    with pytest.raises(UserError, match="storage is a file, not a folder"), lock.held(tmp_path / "storage", "first"):
+        raise AssertionError("no folder")

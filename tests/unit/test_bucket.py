@@ -30,6 +30,7 @@ from raykd import (
 from raykd.config import Experiment
 from raykd.report import write_report
 from raykd.sections import Lora, Student
+from runs import started_plan
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -42,7 +43,7 @@ SMALL = {
 
 
 def plan_in(root: Path) -> pipeline.Plan:
-    return pipeline.prepare(Experiment.model_validate({**SMALL, "storage": str(root)}), "raykd run small.yaml")
+    return started_plan(Experiment.model_validate({**SMALL, "storage": str(root)}))
 
 
 def names(folder: Path) -> set[str]:

@@ -132,7 +132,7 @@ def test_plan_tells_hours_and_money_where_rates_are_given(capsys, monkeypatch):
     [
         (["--cluster", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["--cluster", "live"], "set RAY_ADDRESS"),
-        (["--measured", "nowhere"], "nowhere: has no run.json"),
+        (["--measured", "nowhere"], "nowhere has no run.json"),
         (["--training-rate", "0"], "--training-rate 0: should be above 0"),
         (
             ["teacher.engine.engine_kwargs={max_model_len: long}"],
@@ -178,8 +178,12 @@ def test_prompts_shows_what_teacher_and_student_are_sent(capsys, monkeypatch, tm
     assert "strategy ground_truth (arms: ground_truth)" in teacher
     assert student.count("State the number.") == 1
     assert re.search(r"every arm: \d+ tokens", student)
+    assert list(tmp_path.iterdir()) == [], "nothing is written"
     assert cli.main([*arguments, "--problem", "100000"]) == 2
     assert "no training problem '100000'" in capsys.readouterr().err
+    # A digit that is no decimal digit.
+    assert cli.main([*arguments, "--problem", "²"]) == 2
+    assert "no training problem '²'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["run", "sweep", "generate", "train", "evaluate", "report"])

@@ -47,7 +47,9 @@ def folder(experiment: Experiment, tmp_path: Path) -> Path:
 
 def asked(experiment: Experiment, folder: Path, root: Path) -> dict[str, Request | None]:
     lessons = variants.lessons(variants.variants(experiment, {}))
-    return completions.of_arms(experiment, lessons, folder, root, {"model": "a", "revision": "1"})
+    return completions.of_arms(
+        experiment, lessons, storage.read_json(folder / storage.MANIFEST), root, {"model": "a", "revision": "1"}
+    )
 
 
 def test_each_arm_asks_what_it_needs_and_none_asks_twice(experiment: Experiment, folder: Path, tmp_path: Path):

@@ -12,7 +12,7 @@ import raykd
 SOURCE = Path(raykd.__file__).parent
 FLOORS = [
     {"config", "tree", "engine", "sections", "space", "mistakes", "records", "storage", "strategies", "demo"}
-    | {"location", "compat"},
+    | {"location", "faults", "run_file"},
     {
         "prompts",
         "answers",
@@ -22,7 +22,6 @@ FLOORS = [
         "signals",
         "adapters",
         "checkpoints",
-        "faults",
         "targets",
         "losses",
         "comparison",
@@ -94,6 +93,7 @@ FLOORS = [
         "attention_results",
         "disagreements",
         "pipeline",
+        "plan",
         "cli",
     },
 ]

@@ -9,6 +9,8 @@ import pytest
 from raykd import pipeline
 from raykd.config import Experiment
 from raykd.demo import resolve_model
+from raykd.faults import UserError
+from runs import started_plan
 
 
 def prepare(tmp_path: Path, **tree: Any) -> pipeline.Plan:
@@ -19,7 +21,7 @@ def prepare(tmp_path: Path, **tree: Any) -> pipeline.Plan:
         "teacher": {"model": "raykd/demo-teacher"},
         "student": {"model": "raykd/demo-student"},
     }
-    return pipeline.prepare(Experiment.model_validate(experiment | tree), "raykd run small.yaml")
+    return started_plan(Experiment.model_validate(experiment | tree))
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,31 @@ def test_soft_targets_need_one_tokenizer(tmp_path: Path):
     with pytest.raises(ValueError, match=r"arm 'default': soft targets need one tokenizer.*targets\.kind=hard"):
         prepare(tmp_path, student=student, targets={"kind": "top_k"})
     assert not prepare(tmp_path, student=student, name="hard").same_tokens
+
+
+def test_resolve_writes_nothing_and_a_refusal_comes_before_the_first_write(tmp_path: Path):
+    (tmp_path / "storage").mkdir()
+    tree: dict[str, Any] = {
+        "name": "small",
+        "storage": str(tmp_path / "storage"),
+        "problems": {"source": "demo", "num_train": 20, "num_test": 2},
+        "teacher": {"model": "raykd/demo-teacher"},
+        "student": {"model": "raykd/demo-student"},
+    }
+    plan = pipeline.resolve(Experiment.model_validate(tree))
+    assert list((tmp_path / "storage").iterdir()) == []
+    # The same trials and completions as those of an experiment that is written.
+    ids = [job.trial_id for job in plan.jobs]
+    pipeline.start(plan, "raykd run small.yaml")
+    again = pipeline.resolve(Experiment.model_validate(tree))
+    assert [job.trial_id for job in again.jobs] == ids
+    assert [each.folder for each in again.requests] == [each.folder for each in plan.requests]
+    assert (plan.problems / "train.parquet").is_file() and (plan.folder / "run.json").is_file()
+    written = sorted((tmp_path / "storage").rglob("*"))
+    with pytest.raises(UserError, match="2 optimizer steps"):
+        late = {"targets": {"sequence": "student", "rounds": 3}, "train": {"batch_size": 40, "epochs": 2}}
+        pipeline.resolve(Experiment.model_validate({**tree, "name": "late", **late}))
+    assert sorted((tmp_path / "storage").rglob("*")) == written
 
 
 ON_POLICY = {"targets": {"sequence": "student", "kind": "top_k", "rounds": 2}, "train": {"batch_size": 5}}

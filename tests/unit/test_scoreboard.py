@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from raykd import pipeline, progress
+from raykd import progress
 from raykd.config import Experiment
 from raykd.job import Job, record
 from raykd.records import COMPLETE, STOPPED
 from raykd.scoreboard import Scoreboard
+from runs import started_plan
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def jobs(tmp_path: Path) -> dict[str, Job]:
         "arms": {"bare": {}},
         "sweep": {"space": {"train.learning_rate": {"grid": [0.01, 0.001, 0.0001]}}, "validations": 2},
     }
-    plan = pipeline.prepare(Experiment.model_validate(tree), "raykd sweep swept.yaml")
+    plan = started_plan(Experiment.model_validate(tree))
     return {job.trial_id: job for job in plan.jobs}
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from elsewhere import KEY, KEY_ENV, Answer, Asked, as_wanted, message, serving, tokens
 from pydantic import ValidationError
-from ray.exceptions import RayTaskError
 
-from raykd.endpoint import EndpointError, Server, told
+from raykd.endpoint import Server
 from raykd.engine import Endpoint
+from raykd.faults import StageError
 from raykd.sections import Teacher
 
 GREEDY = {"max_tokens": 8, "temperature": 0.0, "top_p": 1.0, "seed": None, "logprobs": None}
@@ -47,7 +47,7 @@ def check(teacher: Teacher, logprobs: int = 0, prompt_logprobs: int = 0) -> str:
 
     try:
         asyncio.run(checked())
-    except EndpointError as error:
+    except StageError as error:
         assert "\n" not in str(error)
         return str(error)
     return ""
@@ -189,12 +189,6 @@ def test_what_no_row_is_spared_ends_it_in_one_line(
         (reply,) = ask(elsewhere.teacher(**endpoint), PROMPTS[:1], DRAWN)
     assert set(reply) == {"error"}
     assert KEY not in said + reply["error"]
-    # As it arrives from an actor.
-    text = (
-        f"ray::Map()\n  File x\nraykd.endpoint.EndpointError: {said}\n\nThe above exception was ...\nray.UserError: x\n"
-    )
-    assert told(RayTaskError("f", text, ValueError())) == said
-    assert told(RayTaskError("f", "ValueError: 7\n", ValueError())) == ""
 
 
 def test_a_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch):

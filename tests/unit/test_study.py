@@ -14,6 +14,7 @@ from raykd.job import Job, record
 from raykd.records import COMPLETE, FAILED, STOPPED
 from raykd.search import Search
 from raykd.study import Study
+from runs import started_plan
 
 BEST = 1e-3
 TREE: dict[str, Any] = {
@@ -29,7 +30,7 @@ RATES = {"train.learning_rate": {"loguniform": [1e-6, 1e-1]}}
 
 def plan(folder: Path, space: dict[str, Any] = RATES, retry_failed: bool = False, **sweep: Any) -> pipeline.Plan:
     tree = TREE | {"storage": str(folder), "sweep": {"search": "optuna", "metric": "loss", "space": space, **sweep}}
-    return pipeline.prepare(Experiment.model_validate(tree), "raykd sweep searched.yaml", retry_failed)
+    return started_plan(Experiment.model_validate(tree), retry_failed)
 
 
 def studies(plan: pipeline.Plan) -> dict[str, Study]:

@@ -15,6 +15,7 @@ from raykd.records import COMPLETE, FAILED, STOPPED
 from raykd.report_sweep import best_points
 from raykd.results import read_results
 from raykd.sections import Sweep
+from runs import started_plan
 
 TREE: dict[str, Any] = {
     "name": "swept",
@@ -28,7 +29,7 @@ TREE: dict[str, Any] = {
 
 def plan(folder: Path, retry_failed: bool = False, **tree: Any) -> pipeline.Plan:
     experiment = Experiment.model_validate(TREE | {"storage": str(folder)} | tree)
-    return pipeline.prepare(experiment, "raykd sweep swept.yaml", retry_failed)
+    return started_plan(experiment, retry_failed)
 
 
 def measured(job: Job, *reached: float, status: str = COMPLETE) -> None:

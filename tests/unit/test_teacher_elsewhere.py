@@ -29,8 +29,9 @@ from raykd import (
 from raykd import problems as problems_of
 from raykd.completions import Request
 from raykd.config import Experiment
-from raykd.endpoint import EndpointError
+from raykd.faults import StageError
 from raykd.teacher import AskTeacher
+from runs import started_plan
 
 URL = "http://127.0.0.1:9/v1"
 SOFT = {"prompt.strategy": "teacher", "targets.kind": "top_k", "targets.top_k": 3}
@@ -61,7 +62,7 @@ def at(elsewhere: Elsewhere, **endpoint: Any) -> dict[str, Any]:
 
 
 def prepared(told: Experiment) -> tuple[pipeline.Plan, Request]:
-    plan = pipeline.prepare(told, "raykd run small.yaml")
+    plan = started_plan(told)
     (request,) = plan.requests
     return plan, request
 
@@ -165,7 +166,7 @@ def test_a_server_that_is_gone_ends_it_and_what_was_answered_stays(tmp_path: Pat
 
     with serving(says) as elsewhere:
         plan, request = prepared(experiment(tmp_path, at(elsewhere), {"soft": SOFT}))
-        with pytest.raises(EndpointError, match=f"teacher.endpoint {elsewhere.url}: .*status {status}"):
+        with pytest.raises(StageError, match=f"teacher.endpoint {elsewhere.url}: .*status {status}"):
             make(plan, request)
         assert len(elsewhere.asked) == 1 + 4 + 1, "the check, a call of four, and the check that failed"
     rows = storage.read_rows(request.folder, records.COMPLETION).to_pylist()
@@ -187,19 +188,17 @@ def test_the_key_is_written_nowhere(tmp_path: Path):
     assert KEY not in json.dumps(request.content)
 
 
-def request_of(told: Experiment, folder: Path, root: Path) -> Request:
-    lessons = variants.lessons(variants.variants(told, {}))
-    (found,) = completions.of_arms(told, lessons, folder, root, {"model": "a", "revision": "1"}).values()
+def request_of(told: Experiment, root: Path) -> Request:
+    lessons, splits = variants.lessons(variants.variants(told, {})), problems_of.resolve(told.problems, root)
+    (found,) = completions.of_arms(told, lessons, splits.identity, root, {"model": "a", "revision": "1"}).values()
     assert found
     return found
 
 
 def test_rows_are_those_of_a_model_and_an_api_wherever_it_is_asked_and_how_fast(tmp_path: Path):
-    folder = problems_of.prepare(experiment(tmp_path, None, {"a": {}}).problems, tmp_path)
-
     def of(endpoint: dict[str, Any] | None, **teacher: Any) -> tuple[str, dict[str, Any]]:
         told = experiment(tmp_path, endpoint, {"a": {}}, **teacher)
-        return request_of(told, folder, tmp_path).folder.name, identity.experiment(told)
+        return request_of(told, tmp_path).folder.name, identity.experiment(told)
 
     first = of({"url": URL})
     more = {"api_key_env": "KEY", "max_retries": 1, "max_requests_per_minute": 3, "max_concurrent_requests": 2}
@@ -209,7 +208,7 @@ def test_rows_are_those_of_a_model_and_an_api_wherever_it_is_asked_and_how_fast(
     others = [of(None), of({"url": URL, "model": "another"}), of({"url": URL, "api": "chat"})]
     assert len({key for key, _ in [first, *others]}) == 4
     # What was asked without one is found again.
-    assert "endpoint" not in request_of(experiment(tmp_path, None, {"a": {}}), folder, tmp_path).content
+    assert "endpoint" not in request_of(experiment(tmp_path, None, {"a": {}}), tmp_path).content
     assert not [path for path in identity.experiment(experiment(tmp_path, None, {"a": {}})) if "endpoint" in path]
     with pytest.raises(ValueError, match=r"teacher\.endpoint\.api was None, is 'chat'"):
         (tmp_path / "experiment.yaml").write_text(config.dump(experiment(tmp_path, None, {"a": {}})))
