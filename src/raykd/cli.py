@@ -1,4 +1,4 @@
-"""Command line: raykd plan | prompts | run | sweep | generate | train | evaluate | attention | report | compare."""
+"""Command line: raykd init | plan | prompts | run | sweep | generate | train | evaluate | attention | report | compare."""
 
 import argparse
 import dataclasses
@@ -12,13 +12,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from raykd import __version__, config, faults, location, lock, progress
+from raykd import __version__, config, faults, location, lock, progress, scaffold
 
 LOG_WIDTH = 160
 _EPILOG = """\
-FILE is an experiment, such as configs/quickstart.yaml. Any of its fields can be set on the command line:
+FILE is an experiment's YAML file, or the name of a configuration that raykd ships:
 
-  raykd run configs/quickstart.yaml name=mine train.learning_rate=3e-4 'seeds=[0, 1, 2]'
+  {configs}
+
+Any of its fields can be set on the command line:
+
+  raykd run quickstart name=mine train.learning_rate=3e-4 'seeds=[0, 1, 2]'
 
 The stages work on the same folders as `run`, one at a time. What is complete is skipped, so every command can be
 given again after whatever ended it. With RAY_ADDRESS set they run on that Ray cluster, else on this machine.
@@ -57,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.stage == "compare":
             return _compare(options)
-        experiment = config.load(options.file, options.overrides)
+        if options.stage == "init":
+            return scaffold.init(options)
+        experiment = config.load(scaffold.find_config(options.file), options.overrides)
         if options.stage in ("plan", "prompts"):
             return _preview(options, experiment)
         if options.stage == "sweep" and experiment.sweep is None:
@@ -105,14 +111,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="raykd",
         description="Distil a language model on Ray, and measure what the teacher's prompt was worth.",
-        epilog=_EPILOG,
+        epilog=_EPILOG.format(configs="\n  ".join(scaffold.shipped_configs())),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"raykd {__version__}")
     stages = parser.add_subparsers(dest="stage", metavar="COMMAND", required=True)
     for name, text in _STAGES.items():
         stage = stages.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        stage.add_argument("file", metavar="FILE", help="the experiment's YAML file")
+        stage.add_argument("file", metavar="FILE", help="the experiment's YAML file, or a shipped configuration's name")
         if name == "prompts":
             stage.add_argument("--problem", default="0", metavar="N", help="number or id of a training problem (0)")
         if name == "plan":
@@ -121,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
             stage.add_argument("--retry-failed", action="store_true", help="try trials that failed once more")
         told = "fields to set, values as YAML"
         stage.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=told)
+    scaffold.add_parser(stages)
     compare = stages.add_parser(
         "compare",
         help="the test problems that one of two students has right and the other not, with both texts",
@@ -262,3 +269,7 @@ def _show_results(experiment: config.Experiment) -> int:
         console.print(table)
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
     return 1 if any(trial.status == "failed" for trial in results.trials) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
