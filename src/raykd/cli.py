@@ -1,4 +1,4 @@
-"""Command line: raykd init | plan | prompts | run | sweep | generate | train | evaluate | attention | report | compare."""
+"""Command line: raykd init|plan|prompts|run|sweep|generate|train|evaluate|attention|report|compare."""
 
 import argparse
 import dataclasses
