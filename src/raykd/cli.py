@@ -1,4 +1,4 @@
-"""Command line: raykd plan | prompts | run | sweep | generate | train | evaluate | attention | report | compare."""
+"""Command line: raykd init|plan|prompts|run|sweep|generate|train|evaluate|attention|report|compare."""
 
 import argparse
 import dataclasses
@@ -12,15 +12,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from raykd import __version__, config, faults, location, lock, progress
+from raykd import __version__, config, faults, location, lock, progress, scaffold
 from raykd.faults import UserError
 from raykd.mistakes import on_one_line
 
 LOG_WIDTH = 160
 _EPILOG = """\
-FILE is an experiment, such as configs/quickstart.yaml. Any of its fields can be set on the command line:
+FILE is an experiment's YAML file, or the name of a configuration that raykd ships:
 
-  raykd run configs/quickstart.yaml name=mine train.learning_rate=3e-4 'seeds=[0, 1, 2]'
+  {configs}
+
+Any of its fields can be set on the command line:
+
+  raykd run quickstart name=mine train.learning_rate=3e-4 'seeds=[0, 1, 2]'
 
 The stages work on the same folders as `run`, one at a time. What is complete is skipped, so every command can be
 given again after whatever ended it. With RAY_ADDRESS set they run on that Ray cluster, else on this machine.
@@ -59,9 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.stage == "compare":
             return _compare(options)
+        if options.stage == "init":
+            return scaffold.init(options)
         if options.stage == "report":
             return _report(options, command)
-        experiment = config.load(options.file, options.overrides)
+        experiment = config.load(scaffold.find_config(options.file), options.overrides)
         if options.stage in ("plan", "prompts"):
             return _preview(options, experiment)
         if options.stage == "sweep" and experiment.sweep is None:
@@ -122,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="raykd",
         description="Distil a language model on Ray, and measure what the teacher's prompt was worth.",
-        epilog=_EPILOG,
+        epilog=_EPILOG.format(configs="\n  ".join(scaffold.shipped_configs())),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"raykd {__version__}")
@@ -130,7 +136,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in _STAGES.items():
         stage = stages.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         also = ", or its folder, storage/experiments/NAME" if name == "report" else ""
-        stage.add_argument("file", metavar="FILE", help=f"the experiment's YAML file{also}")
+        file_help = f"the experiment's YAML file, or the name of a shipped configuration{also}"
+        stage.add_argument("file", metavar="FILE", help=file_help)
         if name == "prompts":
             stage.add_argument("--problem", default="0", metavar="N", help="number or id of a training problem (0)")
         if name == "plan":
@@ -139,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
             stage.add_argument("--retry-failed", action="store_true", help="try trials that failed once more")
         told = "fields to set, values as YAML"
         stage.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=told)
+    scaffold.add_parser(stages)
     compare = stages.add_parser(
         "compare",
         help="the test problems that one of two students has right and the other not, with both texts",
@@ -307,3 +315,7 @@ def _show_results(folder: Path) -> int:
         console.print(table)
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
     return 1 if any(trial.status == "failed" for trial in results.trials) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

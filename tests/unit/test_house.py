@@ -95,6 +95,8 @@ FLOORS = [
         "pipeline",
         "plan",
         "cli",
+        "scaffold",
+        "__main__",
     },
 ]
 # Sideways on the floor of the heavy libraries: to the modules that others build on.
