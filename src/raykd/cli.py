@@ -288,7 +288,7 @@ def _finished(file: str, overrides: Sequence[str]) -> Path:
         if overrides:
             raise UserError(f"{overrides[0]!r}: {file} is a folder; fields can be set where FILE is a YAML file")
         return location.at(file)
-    experiment = config.load(file, overrides)
+    experiment = config.load(scaffold.find_config(file), overrides)
     folder = _folder(experiment)
     # What the folder holds may be another experiment of that name.
     from raykd import journal

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from raykd.faults import UserError
 from raykd.sections import NAME_PATTERN
 
 # Symbolic links to the repository's configs/ and cluster/; in a wheel, copies of the files.
@@ -30,7 +31,7 @@ def find_config(file: str) -> str:
     A file of that name in the current folder takes precedence.
 
     Raises:
-        ValueError: if a name without a suffix is neither.
+        UserError: if a name without a suffix is neither.
     """
     configs = shipped_configs()
     if file in configs:
@@ -39,7 +40,7 @@ def find_config(file: str) -> str:
         return file
     close = difflib.get_close_matches(file, configs, 1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ValueError(f"{file!r}: no such file or shipped configuration; {hint}shipped: {', '.join(configs)}")
+    raise UserError(f"{file!r}: no such file or shipped configuration; {hint}shipped: {', '.join(configs)}")
 
 
 def cluster_files(cluster: str) -> dict[Path, Path]:
@@ -61,27 +62,27 @@ def write_experiment(name: str, source: str = STARTER, cluster: str | None = Non
         The paths of the written files, relative to the current folder; the experiment is the first.
 
     Raises:
-        ValueError: if the name is invalid, or if a file exists or cannot be written; nothing is overwritten then.
+        UserError: if the name is invalid, or if a file exists or cannot be written; nothing is overwritten then.
     """
     if not re.fullmatch(NAME_PATTERN, name):
-        raise ValueError(f"init: invalid name {name!r}; use letters, digits, '.', '_' and '-'")
+        raise UserError(f"init: invalid name {name!r}; use letters, digits, '.', '_' and '-'")
     configs = shipped_configs()
     if source not in configs:
-        raise ValueError(f"init: --from {source}: no such shipped configuration; shipped: {', '.join(configs)}")
+        raise UserError(f"init: --from {source}: no such shipped configuration; shipped: {', '.join(configs)}")
     # YAML would read some names, such as `1e3` or `on`, as other types than strings.
     experiment = re.sub(r"^name: .*$", f'name: "{name}"', configs[source].read_text("utf-8"), count=1, flags=re.M)
     texts = {Path(f"{name}.yaml"): experiment}
     if cluster:
         texts |= {path: file.read_text("utf-8") for path, file in cluster_files(cluster).items()}
     if existing := [str(path) for path in texts if path.exists() or path.is_symlink()]:
-        raise ValueError(f"init: {', '.join(existing)} already exists; choose another name, or another folder")
+        raise UserError(f"init: {', '.join(existing)} already exists; choose another name, or another folder")
     for path, text in texts.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("x", encoding="utf-8") as stream:
                 stream.write(text)
         except OSError as error:
-            raise ValueError(f"init: cannot write {path}: {error.strerror or error}") from None
+            raise UserError(f"init: cannot write {path}: {error.strerror or error}") from None
     return list(texts)
 
 
