@@ -25,6 +25,7 @@ from raykd.completions import Request
 from raykd.config import Experiment
 from raykd.faults import UserError
 from raykd.job import Job
+from raykd.problems import Splits
 from raykd.progress import LOG, say
 from raykd.study import Make, Undrawn
 from raykd.variants import Point, Variant, arm_of, at, corners, lessons, variants
@@ -37,7 +38,7 @@ class Plan:
     experiment: Experiment
     root: Path
     folder: Path
-    splits: problems.Splits
+    splits: Splits
     """The problems, which `start` writes."""
     teacher_model: dict[str, str]
     student_model: dict[str, str]
