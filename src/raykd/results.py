@@ -121,9 +121,12 @@ def read_results(folder: Path, with_attention: bool = True) -> Results:
         UserError: the folder is not an experiment's, or holds neither trials nor predictions.
     """
     run = read_run(folder)
-    if not (folder / "experiment.yaml").is_file():
-        raise UserError(f"{folder} has no experiment.yaml: give the folder of an experiment, as `raykd run` makes it")
-    config = (folder / "experiment.yaml").read_text(encoding="utf-8")
+    try:
+        config = (folder / "experiment.yaml").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} has no experiment.yaml: give an experiment's folder, as `raykd run` makes it"
+        ) from None
     rows = read_predictions(folder / run.predictions)
     trials = read_trials(folder / "trials", rows)
     # What an earlier configuration of the experiment made, or an arm that was taken out, is none of its results.
