@@ -55,7 +55,12 @@ def stated(error: BaseException) -> UserError | StageError | None:
         if isinstance(cause, UserError | StageError) and not is_of_the_cluster(cause):
             return cause
         cause = getattr(cause, "cause", None) or cause.__cause__
-    for traceback in reversed(_LED_TO.split(str(error))):
+    return stated_in(str(error))
+
+
+def stated_in(text: str) -> UserError | StageError | None:
+    """Return the UserError or StageError that the text of a traceback ends by; None where it is another exception."""
+    for traceback in reversed(_LED_TO.split(text)):
         if found := _IN_A_TRACEBACK.findall(traceback):
             kind, message = found[-1]
             return UserError(message.strip()) if kind == UserError.__name__ else StageError(message.strip())

@@ -195,7 +195,9 @@ def _ask(
             # Where it is the teacher that failed, say so rather than where that was noticed.
             if teacher.endpoint is None and (failed := failure(app)):
                 raise StageError(failed) from None
-            raise (stated(error) or error) from None
+            if told := stated(error):
+                raise told from error
+            raise
 
 
 class Render:

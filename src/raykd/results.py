@@ -121,9 +121,12 @@ def read_results(folder: Path, with_attention: bool = True) -> Results:
         UserError: the folder is not an experiment's, or holds neither trials nor predictions.
     """
     run = read_run(folder)
-    if not (folder / "experiment.yaml").is_file():
-        raise UserError(f"{folder} has no experiment.yaml: give the folder of an experiment that `raykd run` made")
-    config = (folder / "experiment.yaml").read_text(encoding="utf-8")
+    try:
+        config = (folder / "experiment.yaml").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} has no experiment.yaml: give the folder of an experiment that `raykd run` made"
+        ) from None
     rows = read_predictions(folder / run.predictions)
     trials = read_trials(folder / "trials", rows)
     # Trials of an earlier configuration, or of an arm that was removed, are not results of this experiment.

@@ -352,7 +352,7 @@ class _Records(tune.Callback):
             if faults.refusal(text):
                 # The next would fail as well, and this one has done no wrong.
                 raise StageError(f"{job.trial_id}: {faults.refusal(text)}")
-            record(job, FAILED, text.splitlines()[-1])
+            record(job, FAILED, str(faults.stated_in(text) or text.splitlines()[-1]))
 
 
 def _error(trial: Any) -> Exception | None:

@@ -1,4 +1,4 @@
-"""Bad input: whatever comes in, there is a result or a ValueError that names the place. No traceback from deep inside.
+"""Bad input: whatever comes in, there is a result or a UserError that names the place. No traceback from deep inside.
 
 How many cases are tried is `RAYKD_CASES`, for each test.
 """
@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raykd import adapters, answers, config, disagreements, problems, records, report, spans, storage
+from raykd.faults import UserError
 
 ROOT = Path(__file__).parents[2]
 CASES = int(os.environ.get("RAYKD_CASES", "60"))
@@ -47,10 +48,10 @@ def read_or_refused(file: Path, *overrides: str) -> None:
     """Reads an experiment; where it is refused, by a message of one line that names the file or what was typed."""
     try:
         experiment = config.load(file, overrides)
-    except ValueError as error:
+    except UserError as error:
         assert str(file) in str(error) or "override" in str(error), error
         assert "\n" not in str(error), error
-        assert type(error) is ValueError, type(error)
+        assert type(error) is UserError, type(error)
         return
     # What was read can be written, and read again.
     again = file.with_suffix(".again")
@@ -119,8 +120,8 @@ def test_any_json_lines(tmp_path: Path, content: list[bytes]):
     file.write_bytes(b"\n".join(content))
     try:
         rows = list(problems._rows("train", str(file), problems.read_jsonl(file)))
-    except ValueError as error:
-        assert str(file) in str(error) and type(error) is ValueError, error
+    except UserError as error:
+        assert str(file) in str(error) and type(error) is UserError, error
         return
     assert all(row["question"] and row["reference_answer"] for row in rows)
 
@@ -151,7 +152,7 @@ def test_any_completion(text: str, reference: str):
     assert "<" not in shown and "\n" not in shown
     try:
         assert answers.reference_answer(text)
-    except ValueError as error:
+    except UserError as error:
         assert "####" in str(error)
 
 
@@ -172,8 +173,8 @@ def test_any_bytes_where_a_manifest_or_rows_are_expected(tmp_path: Path, content
     ):
         try:
             read()
-        except ValueError as error:
-            assert str(tmp_path) in str(error) and type(error) is ValueError, repr(error)
+        except UserError as error:
+            assert str(tmp_path) in str(error) and type(error) is UserError, repr(error)
 
 
 def written(names: list[str], shapes: list[tuple[int, ...]], fill: float) -> bytes:
@@ -206,8 +207,8 @@ def test_any_adapter_folder(tmp_path: Path, config: bytes, weights: bytes, more:
         (folder / more).touch()
     try:
         adapters.check(folder, 2)
-    except ValueError as error:
-        assert str(folder) in str(error) and "delete" in str(error) and type(error) is ValueError, repr(error)
+    except UserError as error:
+        assert str(folder) in str(error) and "delete" in str(error) and type(error) is UserError, repr(error)
         return
     assert not more and json.loads(config)["r"] == 2
     held = safetensors.numpy.load(weights)
@@ -219,7 +220,7 @@ def test_any_adapter_folder(tmp_path: Path, config: bytes, weights: bytes, more:
 def test_anything_typed_where_a_run_is_named(text: str):
     try:
         folder, arm, seed = disagreements.parse_student(text)
-    except ValueError as error:
+    except UserError as error:
         assert "FOLDER:ARM:SEED" in str(error)
         return
     path, *more = text.split(":")
@@ -231,5 +232,5 @@ def test_nesting_without_end_is_refused(tmp_path: Path):
     file = tmp_path / "experiment.yaml"
     for text in ("[" * 5000, "a: &a [*a]", "a: &a {b: *a}", "{" * 3000 + "}" * 3000):
         file.write_text(text)
-        with pytest.raises(ValueError, match=r"experiment\.yaml"):
+        with pytest.raises(UserError, match=r"experiment\.yaml"):
             config.load(file)

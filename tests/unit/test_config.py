@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from raykd import config
+from raykd.faults import UserError
 from raykd.variants import points, variants
 
 ROOT = Path(__file__).parents[2]
@@ -94,7 +95,7 @@ def test_a_mistake_gets_one_line_that_names_the_place(
 ):
     with pytest.raises(ValueError) as caught:
         load(tmp_path, text, *overrides)
-    assert type(caught.value) is ValueError, "not pydantic's own many lines"
+    assert type(caught.value) is UserError, "not pydantic's own many lines"
     message = str(caught.value)
     assert "\n" not in message
     for word in words:

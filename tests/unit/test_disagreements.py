@@ -63,7 +63,7 @@ def test_the_seed_is_the_first_that_both_have_or_the_one_that_is_named(tmp_path:
         ("{}", "several arms.*none, primed"),
         ("{}:prmed", "did you mean 'primed'"),
         ("{}:none:x", "write FOLDER, FOLDER:ARM or FOLDER:ARM:SEED"),
-        ("{}/elsewhere", "has no experiment.yaml"),
+        ("{}/elsewhere", "has no run.json"),
     ],
 )
 def test_what_names_no_student_is_told(tmp_path: Path, capsys: pytest.CaptureFixture, named: str, message: str):

@@ -10,6 +10,7 @@ from rich.console import Console
 from synthetic import NUM_TEST, Experiment, drawn, full_experiment, prediction
 
 from raykd.config import UNTOUCHED
+from raykd.faults import UserError
 from raykd.report import CSV_COLUMNS, result_tables, write_report
 from raykd.report_text import answer, duration, p_value, points
 
@@ -344,9 +345,9 @@ def test_run_json_may_lack_what_it_does_not_know(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_experiment_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"experiment\.yaml"):
+    with pytest.raises(UserError, match=r"has no run\.json"):
         write_report(tmp_path)
-    with pytest.raises(ValueError, match="nothing to report yet"):
+    with pytest.raises(UserError, match="nothing to report yet"):
         write_report(Experiment(tmp_path).write())
 
 
