@@ -40,10 +40,10 @@ check: install ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonversion $(TYPES)
 
-test: install ## unit and integration tests; GSM8K's files are looked for in $RAYKD_GSM8K_DIR
+test: install ## unit and integration tests, some twenty minutes on two cores; a few more where $RAYKD_GSM8K_DIR names GSM8K's files
 	$(BIN)/pytest
 
-test-all: install ## the same, and the tests that take minutes each
+test-all: install ## the same, and the tests that take minutes each: faults, rounds, a bucket, statistics
 	$(BIN)/pytest -m "slow or not slow"
 
 test-faults: install ## kills, lost nodes, full disks, 20,000 cases of bad input

@@ -34,7 +34,7 @@ def free_port() -> int:
 
 def finish(arguments: list[str], cwd: Path) -> Ran:
     """Runs a command to its end, which must be a good one."""
-    done = subprocess.run([RAYKD, *arguments], cwd=cwd, capture_output=True, text=True, timeout=1500)
+    done = subprocess.run([RAYKD, *arguments], cwd=cwd, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return Ran(plan_of(arguments), done.stdout, done.stderr)
 
@@ -94,6 +94,22 @@ def kill_when(
     """
     with started(condition, arguments, cwd, environment) as driver:
         return psutil.Process(driver.pid).children(recursive=True)
+
+
+def end_by(signum: int, condition: Callable[[], bool], arguments: list[str], cwd: Path) -> None:
+    """Starts a command and sends it a signal when a condition holds.
+
+    It and all that it started must be gone within 30 s, and it must say how to go on.
+    """
+    with started(condition, arguments, cwd) as run:
+        family = psutil.Process(run.pid).children(recursive=True)
+        since = time.monotonic()
+        run.send_signal(signum)
+        assert run.wait(30) == 128 + signum
+        wait_for_end(family, max(0, since + 30 - time.monotonic()))
+    said = (cwd / "started.log").read_text()
+    assert "the same command goes on from here: raykd" in said
+    assert "Traceback" not in said
 
 
 def parts(folder: Path) -> list[Path]:

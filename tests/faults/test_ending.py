@@ -1,14 +1,12 @@
 """SIGTERM and Ctrl-C in every stage: all ends within half a minute, and the same command goes on."""
 
 import signal
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from raykd import records, storage
-from runs import finish, parts, plan_of, started
+from runs import end_by, finish, parts, plan_of
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(900)
@@ -21,25 +19,11 @@ def command(stage: str, root: Path) -> list[str]:
     ]
 
 
-def end(condition, arguments: list[str], cwd: Path, signum: int) -> None:
-    """Sends a signal when a condition holds; the driver and all that it started must be gone within 30 s."""
-    with started(condition, arguments, cwd) as run:
-        family = psutil.Process(run.pid).children(recursive=True)
-        since = time.monotonic()
-        run.send_signal(signum)
-        assert run.wait(30) == 128 + signum
-        _, alive = psutil.wait_procs(family, timeout=max(0, since + 30 - time.monotonic()))
-        for process in alive:
-            process.kill()
-        assert not alive
-    said = (cwd / "started.log").read_text()
-    assert "the same command goes on from here: raykd" in said
-    assert "Traceback" not in said
-
-
+# In `make test`, test_resume.py does this to a run that it compares with an undisturbed one.
+@pytest.mark.slow
 def test_while_it_generates(tmp_path: Path):
     arguments = command("generate", tmp_path)
-    end(lambda: len(parts(tmp_path)) >= 1, arguments, tmp_path, signal.SIGTERM)
+    end_by(signal.SIGTERM, lambda: len(parts(tmp_path)) >= 1, arguments, tmp_path)
     kept = {path.name for path in parts(tmp_path)}
     finish(arguments, tmp_path)
     (request,) = plan_of(arguments).requests
@@ -55,9 +39,9 @@ def test_in_every_later_stage(tmp_path: Path):
     checkpoints = plan.folder / "checkpoints"
     attention = plan.attention
     assert attention
-    end(lambda: any(checkpoints.rglob("*.pt")), arguments, tmp_path, signal.SIGINT)
-    end(lambda: len(parts(plan.predictions)) >= 1, arguments, tmp_path, signal.SIGTERM)
-    end(lambda: attention.exists(), arguments, tmp_path, signal.SIGINT)
+    end_by(signal.SIGINT, lambda: any(checkpoints.rglob("*.pt")), arguments, tmp_path)
+    end_by(signal.SIGTERM, lambda: len(parts(plan.predictions)) >= 1, arguments, tmp_path)
+    end_by(signal.SIGINT, lambda: attention.exists(), arguments, tmp_path)
     finish(arguments, tmp_path)
     assert plan_of(arguments).is_complete()
     # The untouched student's and the arm's.

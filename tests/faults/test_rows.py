@@ -1,6 +1,8 @@
-"""Rows that cannot be answered carry their error, and the others are there; too many of them fail the stage."""
+"""Rows that cannot be answered carry their error, and too many of them fail the stage.
 
-import json
+Those whose prompts are too long are in the reference run: see test_run.py.
+"""
+
 import signal
 import time
 from pathlib import Path
@@ -18,28 +20,6 @@ pytestmark = pytest.mark.timeout(600)
 def rows_of(arguments: list[str]) -> list[dict]:
     (request,) = plan_of(arguments).requests
     return storage.read_rows(request.folder, records.COMPLETION).to_pylist()
-
-
-def test_prompts_that_are_too_long(tmp_path: Path):
-    """The engine refuses them, and answers what else is in their calls."""
-    for split in ("train", "test"):
-        with (tmp_path / f"{split}.jsonl").open("w") as file:
-            for number in range(40):
-                question = f"Ada has {number} figs and buys 2. How many figs has she? " * (
-                    60 if number % 13 == 5 else 1
-                )
-                print(
-                    json.dumps({"question": question, "answer": f"It is {number + 2}.\n#### {number + 2}"}), file=file
-                )
-    files = ", ".join(f"{split}_file: {tmp_path / f'{split}.jsonl'}" for split in ("train", "test"))
-    arguments = ["generate", str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path}", "teacher.max_error_rate=0.1"]
-    arguments += [f"problems={{source: jsonl, {files}}}", "arms={one: {prompt.strategy: teacher}}"]
-    finish(arguments, tmp_path)
-    rows = rows_of(arguments)
-    failed = [row for row in rows if row["error"]]
-    assert len(rows) == 40 and len(failed) == 3
-    assert all("refused" in row["error"] and not row["completion"] for row in failed)
-    assert all(row["completion_token_ids"] for row in rows if not row["error"])
 
 
 @pytest.mark.slow

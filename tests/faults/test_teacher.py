@@ -15,7 +15,9 @@ from raykd import records, storage
 from runs import kill_when, parts, plan_of, started
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.timeout(600)
+# Engines by the dozen. In `make test`, test_asking.py holds that a call whose replica died is made again, and
+# test_resume.py that nothing is asked twice by a run that goes on.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,6 @@ def test_an_engine_is_killed_of_two(nodes: Cluster, tmp_path: Path):
     check_all_is_there_once(arguments)
 
 
-@pytest.mark.slow
 def test_the_only_replica_is_killed(nodes: Cluster, tmp_path: Path):
     arguments = command(tmp_path, 1)
     with started(lambda: len(parts(tmp_path)) >= 4, arguments, tmp_path, joining(nodes)) as run:
@@ -65,7 +66,6 @@ def test_the_only_replica_is_killed(nodes: Cluster, tmp_path: Path):
     check_all_is_there_once(arguments)
 
 
-@pytest.mark.slow
 def test_a_node_goes(nodes: Cluster, tmp_path: Path):
     arguments = command(tmp_path, 2)
     with started(lambda: len(parts(tmp_path)) >= 4, arguments, tmp_path, joining(nodes)) as run:
@@ -76,7 +76,6 @@ def test_a_node_goes(nodes: Cluster, tmp_path: Path):
     nodes.add_node(num_cpus=1)
 
 
-@pytest.mark.slow
 def test_the_run_is_killed_and_its_teacher_goes_with_it(nodes: Cluster, tmp_path: Path):
     """At most the requests that were in flight are asked again."""
     arguments = command(tmp_path, 1)

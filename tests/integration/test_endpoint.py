@@ -14,15 +14,14 @@ import numpy as np
 import psutil
 import pyarrow.parquet
 import pytest
-import yaml
+from reference_run import ENGINE, MAX_TOKENS, NUM_TOO_LONG, NUM_TRAIN, TOP_K, Reference
 
-from raykd import prompts, records, storage
+from raykd import pipeline, prompts, records, storage
 from runs import Ran, finish, free_port
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(1200)
 KEY_ENV, KEY, NAME = "RAYKD_TEACHER_KEY", "planted6dGhlIGtleSBvZiBhIHRlYWNoZXI", "the-teacher"
-ENGINE = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 32}
-MAX_TOKENS, TOP_K, NUM_TRAIN = 48, 6, 40
+GREEDY = ["teacher.sampling.temperature=0", "teacher.samples=1"]
 
 
 def post(url: str, body: dict, key: str) -> dict:
@@ -83,32 +82,6 @@ def is_up(url: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def file(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tree = {
-        "name": "here",
-        "problems": {"source": "demo", "num_train": NUM_TRAIN, "num_test": 2},
-        "teacher": {
-            "model": str(teacher_folder),
-            "engine": {"engine_kwargs": ENGINE},
-            "sampling": {"max_tokens": MAX_TOKENS},
-            "batch_size": 8,
-        },
-        "student": {"model": "raykd/demo-student"},
-        "arms": {
-            "hard": {"prompt.strategy": "teacher"},
-            "soft": {"prompt.strategy": "ground_truth", "targets.kind": "top_k", "targets.top_k": TOP_K},
-            "scored": {
-                "prompt.strategy": "teacher",
-                "targets": {"sequence": "reference", "kind": "top_k", "top_k": TOP_K},
-            },
-        },
-    }
-    file = tmp_path_factory.mktemp("endpoint") / "here.yaml"
-    file.write_text(yaml.safe_dump(tree))
-    return file
-
-
-@pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A storage, and the key in the environment of what is run there."""
     with pytest.MonkeyPatch.context() as patch:
@@ -118,39 +91,36 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def here(file: Path, root: Path) -> Ran:
-    return finish(["generate", str(file), f"storage={root}"], root)
-
-
-@pytest.fixture(scope="module")
-def elsewhere(file: Path, root: Path, url: str) -> Ran:
+def elsewhere(experiment_file: Path, root: Path, url: str) -> Ran:
     endpoint = f"teacher.endpoint={{url: '{url}', model: {NAME}, api_key_env: {KEY_ENV}}}"
-    return finish(["generate", str(file), f"storage={root}", "name=elsewhere", endpoint], root)
+    return finish(["generate", str(experiment_file), f"storage={root}", "name=elsewhere", endpoint], root)
 
 
-def rows_of(ran: Ran, arm: str) -> dict[str, dict]:
-    request = ran.plan.asked[arm]
+def rows_of(plan: pipeline.Plan, arm: str) -> dict[tuple[str, int], dict]:
+    request = plan.asked[arm]
     assert request is not None
-    return {row["problem_id"]: row for row in storage.read_rows(request.folder, records.COMPLETION).to_pylist()}
+    rows = storage.read_rows(request.folder, records.COMPLETION).to_pylist()
+    return {(row["problem_id"], row["sample_index"]): row for row in rows}
 
 
-@pytest.mark.parametrize("arm", ["hard", "soft", "scored"])
-def test_the_rows_are_the_same(here: Ran, elsewhere: Ran, arm: str):
-    expected, found = rows_of(here, arm), rows_of(elsewhere, arm)
-    assert len(found) == NUM_TRAIN and found.keys() == expected.keys()
+@pytest.mark.parametrize("arm", ["greedy", "soft", "scored"])
+def test_the_rows_are_the_same(reference: Reference, elsewhere: Ran, arm: str):
+    """As those of the engine behind Ray Serve, those that carry an error among them."""
+    expected, found = rows_of(reference.plan, arm), rows_of(elsewhere.plan, arm)
+    assert found.keys() == expected.keys()
     same = []
     for problem_id, row in found.items():
         other = expected[problem_id]
-        assert not row["error"] and row["prompt_token_ids"] == other["prompt_token_ids"]
+        assert row["prompt_token_ids"] == other["prompt_token_ids"] and bool(row["error"]) == bool(other["error"])
         told = ("completion", "completion_token_ids", "finish_reason", "answer_strict", "is_correct")
         if all(row[name] == other[name] for name in told):
             same.append(problem_id)
     # What is computed beside other rows may differ in the last bit, and so may a token that was as good as another.
-    assert len(same) >= NUM_TRAIN - 1
-    if arm == "hard":
+    assert len(same) >= len(found) - 1
+    if arm == "greedy":
         return
     agreed = []
-    for problem_id in same:
+    for problem_id in [each for each in same if not found[each]["error"]]:
         row, other = found[problem_id], expected[problem_id]
         assert np.shape(row["topk_ids"]) == (len(row["completion_token_ids"]), TOP_K)
         np.testing.assert_allclose(row["topk_logprobs"], other["topk_logprobs"], atol=2e-3)
@@ -168,18 +138,26 @@ def test_no_engine_was_started_and_the_key_is_written_nowhere(elsewhere: Ran, ro
     assert KEY not in elsewhere.stdout + elsewhere.stderr
 
 
-def test_by_messages_a_teacher_that_is_not_here_gives_text(file: Path, root: Path, url: str):
+def test_by_messages_a_teacher_that_is_not_here_gives_text(experiment_file: Path, root: Path, url: str):
     endpoint = f"teacher.endpoint={{url: '{url}', model: {NAME}, api: chat, api_key_env: {KEY_ENV}}}"
-    arguments = ["generate", str(file), f"storage={root}", "name=chat", endpoint, "teacher.model=is-not-here"]
-    ran = finish([*arguments, "arms={hard: {prompt.strategy: teacher}}"], root)
-    rows, experiment = rows_of(ran, "hard"), ran.plan.experiment
-    assert len(rows) == NUM_TRAIN and not any(row["error"] for row in rows.values())
+    arguments = [
+        "generate",
+        str(experiment_file),
+        f"storage={root}",
+        "name=chat",
+        endpoint,
+        "teacher.model=is-not-here",
+    ]
+    ran = finish([*arguments, "arms={hard: {prompt.strategy: teacher}}", *GREEDY], root)
+    rows, experiment = rows_of(ran.plan, "hard"), ran.plan.experiment
+    assert len(rows) == NUM_TRAIN and sum(bool(row["error"]) for row in rows.values()) == NUM_TOO_LONG
     same = []
-    for problem in pyarrow.parquet.read_table(ran.plan.problems / "train.parquet").to_pylist()[:8]:
+    problems = pyarrow.parquet.read_table(ran.plan.problems / "train.parquet").to_pylist()
+    for problem in [each for each in problems if not rows[each["problem_id"], 0]["error"]][:8]:
         messages = prompts.teacher_messages(problem, experiment.strategies["teacher"], experiment.prompt.instruction)
         body = {"model": NAME, "messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0}
         (choice,) = post(f"{url}/chat/completions", body, KEY)["choices"]
-        row = rows[problem["problem_id"]]
+        row = rows[problem["problem_id"], 0]
         assert (row["prompt_token_ids"], row["completion_token_ids"]) == ([], [])
         same.append(
             (row["completion"], row["finish_reason"]) == (choice["message"]["content"], choice["finish_reason"])
@@ -188,14 +166,24 @@ def test_by_messages_a_teacher_that_is_not_here_gives_text(file: Path, root: Pat
 
 
 def test_a_wrong_key_ends_it_in_a_line_that_names_the_variable(
-    file: Path, root: Path, url: str, monkeypatch: pytest.MonkeyPatch
+    experiment_file: Path, root: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ):
     with pytest.raises(urllib.error.HTTPError, match="401"):
         post(f"{url}/completions", {"model": NAME, "prompt": [0, 1], "max_tokens": 1}, "wrong")
     monkeypatch.setenv(KEY_ENV, "planted7YW5vdGhlcg")
     endpoint = f"teacher.endpoint={{url: '{url}', model: {NAME}, api_key_env: {KEY_ENV}}}"
     with pytest.raises(AssertionError) as caught:
-        finish(["generate", str(file), f"storage={root}", "name=wrong", "problems.seed=1", endpoint], root)
+        finish(
+            [
+                "generate",
+                str(experiment_file),
+                f"storage={root}",
+                "name=wrong",
+                "teacher.sampling.max_tokens=9",
+                endpoint,
+            ],
+            root,
+        )
     last = str(caught.value).strip().splitlines()[-1]
     for word in (f"teacher.endpoint {url}: refused, status 401", KEY_ENV, "the same command goes on"):
         assert word in last

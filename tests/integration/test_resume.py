@@ -1,16 +1,21 @@
-"""A run that is killed again and again ends where an undisturbed one ends."""
+"""A run that is ended again and again ends where an undisturbed one ends."""
 
+import signal
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+import yaml
+from reference_run import ARMS, NUM_TEST, NUM_TRAIN, Reference
 from test_run import predictions
 
 from raykd import records, storage
-from runs import Ran, finish, kill_when, plan_of, wait_for_end
+from raykd.job import Job
+from runs import Ran, end_by, finish, kill_when, plan_of, wait_for_end
 
-pytestmark = pytest.mark.timeout(3000)
+pytestmark = pytest.mark.timeout(1200)
+KEPT = ("reference", "soft")
 
 
 def parts(folder: Path) -> dict[str, int]:
@@ -18,27 +23,29 @@ def parts(folder: Path) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def killed(ran: Ran, experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """The same experiment in another storage, killed while it generates, trains and evaluates.
+def ended(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """Two arms of the reference run in another storage: told to end (SIGTERM) while the teacher answers, and killed
+    (SIGKILL) while students train, and while they answer.
 
     The next command is typed at once, while processes of the killed one may still be ending.
     """
-    root = tmp_path_factory.mktemp("killed")
-    arguments = ["run", str(experiment_file), f"storage={root}"]
+    root = tmp_path_factory.mktemp("ended")
+    arms = yaml.safe_dump({name: ARMS[name] for name in KEPT}, default_flow_style=True, width=10_000).strip()
+    arguments = ["run", str(experiment_file), f"storage={root}", f"arms={arms}"]
     plan = plan_of(arguments)
-    answered = root / "completions"
+    (request,) = plan.requests
 
-    family = kill_when(lambda: len(parts(answered)) >= 3, arguments, root)
-    kept = parts(answered)
-    assert not any((answered / request.folder.name / storage.MANIFEST).exists() for request in plan.requests), (
-        "killed too late to test anything"
-    )
+    end_by(signal.SIGTERM, lambda: len(parts(request.folder)) >= 3, arguments, root)
+    kept = parts(request.folder)
+    assert storage.read_manifest(request.folder) is None, "ended too late to test anything"
 
     first = plan.jobs[0]
     checkpoints = plan.folder / "checkpoints" / first.trial_id
-    family += kill_when(lambda: any(checkpoints.glob("checkpoint_*/checkpoint/*.pt")), arguments, root)
-    assert {name: time for name, time in parts(answered).items() if name in kept} == kept, "nothing is asked twice"
-    assert sum(storage.read_manifest(request.folder)["rows"] for request in plan.requests) == 200  # type: ignore[index]
+    family = kill_when(lambda: any(checkpoints.glob("checkpoint_*/checkpoint/*.pt")), arguments, root)
+    assert {name: time for name, time in parts(request.folder).items() if name in kept} == kept, (
+        "nothing is asked twice"
+    )
+    assert storage.read_manifest(request.folder)["rows"] == 2 * NUM_TRAIN  # type: ignore[index]
     assert not (first.folder / "trial.json").exists(), "killed too late to test anything"
 
     family += kill_when(lambda: len(parts(plan.predictions)) >= 1, arguments, root)
@@ -48,19 +55,28 @@ def killed(ran: Ran, experiment_file: Path, tmp_path_factory: pytest.TempPathFac
     return done
 
 
-def test_completions_are_those_of_an_undisturbed_run(ran: Ran, killed: Ran):
-    for whole, resumed in zip(ran.plan.requests, killed.plan.requests, strict=True):
-        assert whole.folder.name == resumed.folder.name
-        columns = ["completion_id", "prompt_token_ids", "completion_token_ids", "error"]
-        tables = [
-            storage.read_rows(request.folder, records.COMPLETION, columns).sort_by("completion_id")
-            for request in (whole, resumed)
-        ]
-        assert tables[0].equals(tables[1])
+def undisturbed(reference: Reference, job: Job) -> Job:
+    """The same trial of the reference run."""
+    return next(each for each in reference.plan.jobs if each.arm_name == job.arm_name)
 
 
-def test_training_went_on_from_its_checkpoint_to_the_same_adapter(ran: Ran, killed: Ran):
-    for whole, resumed in zip(ran.plan.jobs, killed.plan.jobs, strict=True):
+def test_completions_are_those_of_an_undisturbed_run(reference: Reference, ended: Ran):
+    (request,) = ended.plan.requests
+    whole = reference.plan.asked["soft"]
+    assert whole and whole.folder.name == request.folder.name
+    columns = ["completion_id", "prompt_token_ids", "completion_token_ids", "error"]
+    tables = [
+        storage.read_rows(each.folder, records.COMPLETION, columns).sort_by("completion_id")
+        for each in (whole, request)
+    ]
+    assert tables[0].equals(tables[1])
+
+
+def test_training_went_on_from_its_checkpoint_to_the_same_adapter(reference: Reference, ended: Ran):
+    assert [job.arm_name for job in ended.plan.jobs] == list(KEPT)
+    for resumed in ended.plan.jobs:
+        whole = undisturbed(reference, resumed)
+        assert whole.trial_id == resumed.trial_id
         curves = [(job.folder / "metrics.jsonl").read_text().splitlines() for job in (whole, resumed)]
         assert len(curves[0]) == len(curves[1]) == storage.read_json(whole.folder / "trial.json")["steps"]
         weights = [
@@ -72,8 +88,10 @@ def test_training_went_on_from_its_checkpoint_to_the_same_adapter(ran: Ran, kill
             assert torch.allclose(tensor, weights[1][name], atol=1e-5), name
 
 
-def test_predictions_are_those_of_an_undisturbed_run(ran: Ran, killed: Ran):
-    def answers(run: Ran) -> dict[tuple[str, str], str]:
-        return {(row["trial_id"], row["problem_id"]): row["completion"] for row in predictions(run)}
-
-    assert answers(ran) == answers(killed)
+def test_predictions_are_those_of_an_undisturbed_run(reference: Reference, ended: Ran):
+    whole, resumed = (
+        {(row["trial_id"], row["problem_id"]): row["completion"] for row in predictions(plan)}
+        for plan in (reference.plan, ended.plan)
+    )
+    assert len(resumed) == len(predictions(ended.plan)) == (1 + len(KEPT)) * NUM_TEST
+    assert resumed == {key: text for key, text in whole.items() if key in resumed}

@@ -18,7 +18,8 @@ from raykd.job import Job, problems_of_round
 from raykd.sections import Student
 from runs import Ran, finish, kill_when, plan_of, wait_for_end
 
-pytestmark = pytest.mark.timeout(1800)
+# Six engines. In `make test` the reference run has an arm that learns from its own answers: see test_own_answers.py.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 MAX_TOKENS = 24
 
 
@@ -199,7 +200,6 @@ def test_the_same_command_again_does_nothing_again(taught: Ran, own_answers: Pat
     assert "Ray" not in again.stderr
 
 
-@pytest.mark.slow
 def test_killed_in_its_second_round_it_ends_as_an_undisturbed_run(taught: Ran, own_answers: Path, tmp_path: Path):
     arguments = ["run", str(own_answers), f"storage={tmp_path}"]
     second = [job.round_folder(1) / "answers" for job in plan_of(arguments).jobs]

@@ -5,7 +5,7 @@ import csv
 import json
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import psutil
 import pytest
 import yaml
 
+import elsewhere
 from raykd import pipeline, records, storage
 from raykd.job import Job, outcome
 from raykd.records import COMPLETE, FAILED, STOPPED
@@ -24,13 +25,20 @@ GOOD, FAIR, POOR = 5e-3, 2e-3, 1e-7
 
 
 @pytest.fixture(scope="module")
-def sweep_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scripted() -> Iterator[elsewhere.Elsewhere]:
+    """A teacher without an engine, for none of these tests is about what it says."""
+    with elsewhere.serving(elsewhere.scores) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def sweep_file(scripted: elsewhere.Elsewhere, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two arms at three learning rates, of which one teaches nothing, and an arm that cannot be trained."""
     engine = {"engine_kwargs": {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 32}}
     tree = {
         "name": "swept",
         "problems": {"source": "demo", "num_train": 96, "num_validation": 12, "num_test": 10},
-        "teacher": {"model": "raykd/demo-teacher", "engine": engine, "sampling": {"max_tokens": 128}},
+        "teacher": {"model": "raykd/demo-teacher", "endpoint": {"url": scripted.url}, "engine": engine},
         "student": {"model": "raykd/demo-student"},
         "prompt": {"instruction": ""},
         "train": {
@@ -160,12 +168,13 @@ def told(job: Job) -> dict[str, Any]:
     return storage.read_json(job.folder / "trial.json")
 
 
-def test_the_teacher_was_asked_once_for_all_trials(swept: Swept):
+def test_the_teacher_was_asked_once_for_all_trials(swept: Swept, scripted: elsewhere.Elsewhere):
     (request,) = swept.plan.requests
     rows = storage.read_rows(request.folder, records.COMPLETION, ["problem_id"])
     assert len(rows) == len(set(rows["problem_id"].to_pylist())) == 96
     assert {job.completions for job in by_arm(swept, "scored").values()} == {request.folder}
-    assert "starting the teacher" not in swept.stderr
+    assert len(scripted.asked) == 96
+    assert "asking the teacher" not in swept.stderr
 
 
 @pytest.mark.parametrize("arm", ["scored", "reference"])

@@ -2,9 +2,12 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from raykd import teacher
 from raykd.sections import Teacher
@@ -72,3 +75,56 @@ def test_a_replica_that_is_replaced_is_waited_for(monkeypatch: pytest.MonkeyPatc
 def test_calls_for_replicas_that_load_still_may_queue_before_those_that_are_there(monkeypatch: pytest.MonkeyPatch):
     assert asked(monkeypatch, {"min": 1, "max": 4}, [HERE] * 9, answers_after_s=35) == ("answered", 0)
     assert asked(monkeypatch, {"min": 4, "max": 4}, [HERE] * 9, answers_after_s=35) == ("given up", 1)
+
+
+class EngineDeadError(Exception):
+    """As vLLM's is called, which the driver need not have."""
+
+
+def lost() -> RayError:
+    return RayActorError(error_msg="the replica died")
+
+
+def refused(cause: Exception) -> RayError:
+    return RayTaskError("answer", "Traceback\nso it says", cause)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "expected", "num_calls"),
+    [
+        # A replica that died is no fault of the rows: Serve replaces it.
+        ([lost(), lost(), "answered"], "answered", 3),
+        ([refused(EngineDeadError()), refused(EngineDeadError()), "answered"], "answered", 3),
+        # What fails twice on a replica that lives is up to the call.
+        ([refused(KeyError("x")), refused(KeyError("x")), "answered"], "RayTaskError: so it says", 2),
+        ([lost()] * 9, "RayActorError: the replica died", teacher.INFRASTRUCTURE_RETRIES),
+    ],
+)
+def test_a_call_whose_replica_dies_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, outcomes: list[Any], expected: str, num_calls: int
+):
+    left, looks = iter(outcomes), []
+
+    class Handle:
+        class answer:
+            @staticmethod
+            async def remote(*_: Any) -> Any:
+                outcome = next(left)
+                if isinstance(outcome, Exception):
+                    raise outcome
+                return outcome
+
+    monkeypatch.setattr(teacher, "LONGEST_PAUSE_S", 0)
+    monkeypatch.setattr(teacher, "wait_until_up", lambda app, timeout_s: looks.append(timeout_s))
+    monkeypatch.setattr(teacher.serve, "get_app_handle", lambda app: Handle())
+    section = Teacher(model="raykd/demo-teacher")
+    row = {"messages": "", "prompt_token_ids": np.array([1]), "given_token_ids": np.array([2])}
+
+    async def run() -> Any:
+        asking = teacher.AskTeacher("app", "experiment", section, [], in_flight=2)
+        return await asking._call([row], SimpleNamespace(top_k=1))
+
+    assert asyncio.run(run()) == expected
+    assert len(outcomes) - len(list(left)) == num_calls
+    # Before each further call the teacher must be up again.
+    assert len(looks) == num_calls - 1

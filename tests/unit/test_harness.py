@@ -49,8 +49,8 @@ def loaded(folder: Path):
     return manager.load("raykd_asked")["tasks"]["raykd_asked"]
 
 
-def awkward_outputs() -> list[str]:
-    """Several thousand outputs that are hard to read."""
+def awkward_outputs(num_random: int) -> list[str]:
+    """Outputs that are hard to read: many forms of many numbers, and texts drawn from a seed."""
     numbers = ["18", "1,800", "-3", "-1,234,567.50", "0.5", ".5", "5.", "18.00", "$18", "-$18", "$-18", "18%", "1e3"]
     numbers += ["٣", "１８", "½", "−7", "007", "1 800", "3/4", "..", "$.", ",", "-", "--5", "5-3", "1,2,3", "12.5.7"]
     stated = ["#### {}", "####{}", "#### {}.", "####  {}", "##### {}", "#### ${}", "#### {} apples", "#### **{}**"]
@@ -64,15 +64,16 @@ def awkward_outputs() -> list[str]:
     outputs += [whole[:end] for end in range(len(whole) + 1)]
     draw = random.Random(11)
     alphabet = [*"0123456789.,,..--$$##  \n", "#### ", "a", "B", "%", "é", "٣", "{", "\\boxed{", "}", "\u2028", "€"]
-    outputs += ["".join(draw.choices(alphabet, k=draw.randint(1, 30))) for _ in range(5000)]
+    outputs += ["".join(draw.choices(alphabet, k=draw.randint(1, 30))) for _ in range(num_random)]
     return outputs
 
 
-def test_answers_are_extracted_and_scored_as_the_harness_does(tmp_path: Path):
+@pytest.mark.parametrize("num_random", [500, pytest.param(5000, marks=pytest.mark.slow)])
+def test_answers_are_extracted_and_scored_as_the_harness_does(tmp_path: Path, num_random: int):
     exported(tmp_path)
     task = loaded(tmp_path)
-    outputs = awkward_outputs()
-    assert len(outputs) > 5500
+    outputs = awkward_outputs(num_random)
+    assert len(outputs) > num_random + 700
     for solution in ("#### 18", "so\n#### -3", "#### 1,800", "#### 5", "#### 0.5"):
         doc = {"prompt": "?", "solution": solution}
         instances = [Instance("generate_until", doc, ("?", {}), 0) for _ in outputs]
@@ -96,7 +97,7 @@ def test_answers_are_extracted_and_scored_as_the_harness_does(tmp_path: Path):
                 counts["right"] += bool(score)
                 counts["none"] += is_none
         # Not a test of outputs that all come to the same.
-        assert counts["right"] > 20 and counts["none"] > 1000
+        assert counts["right"] > 20 and counts["none"] > num_random // 5
 
 
 def test_the_task_extracts_and_compares_as_the_harness_own_gsm8k(tmp_path: Path):

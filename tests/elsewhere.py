@@ -109,6 +109,17 @@ def message(text: str | None, finish: str = "stop") -> Answer:
     return 200, {}, {"object": "chat.completion", "choices": [choice]}
 
 
+def scores(asked: Asked, number: int = 0) -> Answer:
+    """What a teacher that is nearly sure of every token that it is given to score says of it, over its k best."""
+    prompt, k = asked.body["prompt"], asked.body["prompt_logprobs"]
+    each = [[token, *(other for other in range(k) if other != token)][:k] for token in prompt[1:]]
+    best = [
+        {str(token): {"logprob": -4.0 - rank if rank else -0.1, "rank": rank + 1} for rank, token in enumerate(ids)}
+        for ids in each
+    ]
+    return tokens(0, prompt_logprobs=[None, *best])
+
+
 def as_wanted(asked: Asked, number: int = 0) -> Answer:
     """An answer with all that was asked for, which does not depend on its number."""
     if asked.path.endswith("/chat/completions"):
