@@ -17,10 +17,16 @@ import bench
 import peer
 import torch
 
-from raykd import config, evaluate, placement, problems, prompts, student
-from raykd.cluster import connected
-from raykd.config import Experiment
-from raykd.demo import resolve_model
+from raykd.cluster.connection import connected
+from raykd.cluster.engine import engine_settings
+from raykd.cluster.resources import resolve_accelerator
+from raykd.config.experiment import Experiment
+from raykd.config.loading import load_experiment
+from raykd.data import datasets, prompts
+from raykd.evaluation import evaluate, student_batch
+from raykd.models import loading
+from raykd.models.builtin import resolve_model
+from raykd.training import student
 
 OURS, PEER = "one engine", "an engine each"
 
@@ -34,12 +40,12 @@ def main() -> int:
         folder = Path(made)
         file = folder / "experiment.yaml"
         file.write_text(json.dumps(experiment_of(options)))
-        experiment = config.load(file, [f"storage={folder}"])
-        splits = problems.prepare(experiment.problems, folder)
-        contestants = [contestant(experiment, number, folder) for number in range(options.adapters)]
+        experiment = load_experiment(file, [f"storage={folder}"])
+        splits = datasets.write_splits(experiment.dataset, folder)
+        eval_models = [eval_model(experiment, number, folder) for number in range(options.adapters)]
         sides = {
-            OURS: lambda: one_engine(contestants, experiment, splits, folder),
-            PEER: lambda: an_engine_each(contestants, experiment, splits, folder),
+            OURS: lambda: one_engine(eval_models, experiment, splits, folder),
+            PEER: lambda: an_engine_each(eval_models, experiment, splits, folder),
         }
         measured = bench.by_turns(sides, options.rounds)
     ratio = bench.ratios(measured, PEER, OURS, "seconds")
@@ -54,7 +60,7 @@ def experiment_of(options: Any) -> dict[str, Any]:
     engine = {"engine_kwargs": {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 64}}
     return {
         "name": "evaluation",
-        "problems": {"source": "demo", "num_train": 1, "num_test": options.problems},
+        "dataset": {"source": "demo", "num_train": 1, "num_test": options.problems},
         "teacher": {"model": "raykd/demo-teacher"},
         "student": {"model": "raykd/demo-student"},
         "prompt": {"instruction": ""},
@@ -62,45 +68,47 @@ def experiment_of(options: Any) -> dict[str, Any]:
     }
 
 
-def contestant(experiment: Experiment, number: int, folder: Path) -> evaluate.Contestant:
+def eval_model(experiment: Experiment, number: int, folder: Path) -> student_batch.StudentModel:
     """A student with an adapter that nobody trained."""
-    model: Any = student.add_lora(student.load_base(experiment.student, torch.float32), experiment.student, number)
+    model: Any = student.add_lora(
+        loading.load_base_model(experiment.student, torch.float32), experiment.student, number
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.01)
     adapter = folder / f"adapter-{number}"
     student.save_adapter(model, adapter, experiment.student, write=True)
-    return evaluate.Contestant(f"student-{number}", "drawn", number, adapter, experiment.student.lora.rank)
+    return student_batch.StudentModel(f"student-{number}", "drawn", number, adapter, experiment.student.lora.r)
 
 
 def one_engine(
-    contestants: list[evaluate.Contestant], experiment: Experiment, splits: Path, folder: Path
+    eval_models: list[student_batch.StudentModel], experiment: Experiment, splits: Path, folder: Path
 ) -> dict[str, float]:
     began = time.monotonic()
     with connected(folder / "log", "evaluation", "benchmark") as resources:
-        kind = placement.accelerator(experiment.evaluate.engine.accelerator, resources)
+        kind = resolve_accelerator(experiment.evaluate.engine.accelerator, resources)
         told = (splits, experiment.student, experiment.evaluate, experiment.prompt.instruction)
-        evaluate.evaluate(contestants, *told, kind, Path(tempfile.mkdtemp(dir=folder)))
+        evaluate.evaluate_students(eval_models, *told, kind, Path(tempfile.mkdtemp(dir=folder)))
     return {"seconds": time.monotonic() - began}
 
 
 def an_engine_each(
-    contestants: list[evaluate.Contestant], experiment: Experiment, splits: Path, folder: Path
+    eval_models: list[student_batch.StudentModel], experiment: Experiment, splits: Path, folder: Path
 ) -> dict[str, float]:
     import pyarrow.parquet as pq
 
     rows = pq.read_table(splits / "test.parquet").to_pylist()
     conversations = folder / "conversations.json"
     conversations.write_text(json.dumps([prompts.student_messages(row, "") for row in rows]))
-    kwargs, env = placement.engine_settings(experiment.evaluate.engine, "gpu" if torch.cuda.is_available() else "cpu")
+    kwargs, env = engine_settings(experiment.evaluate.engine, "gpu" if torch.cuda.is_available() else "cpu")
     kwargs |= {
         "model": resolve_model(experiment.student.model),
         "enable_lora": True,
-        "max_lora_rank": experiment.student.lora.rank,
+        "max_lora_rank": experiment.student.lora.r,
     }
     began = time.monotonic()
-    for each in contestants:
+    for each in eval_models:
         with peer.running(kwargs, env) as process:
             told = {"conversations": str(conversations), "adapter": str(each.adapter)}
             peer.ask(process, **told, max_tokens=experiment.evaluate.sampling.max_tokens)

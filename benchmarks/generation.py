@@ -23,17 +23,23 @@ import peer
 import pyarrow.parquet as pq
 import random_llama
 
-from raykd import config, generate, journal, pipeline, placement, prompts, records, storage, teacher
-from raykd.cluster import connected
-from raykd.demo import problems as demo_problems
-from raykd.sections import Teacher
+from raykd.cluster import engine
+from raykd.cluster.connection import connected
+from raykd.cluster.resources import resolve_accelerator
+from raykd.config.loading import load_experiment
+from raykd.config.sections import Teacher
+from raykd.data import demo_problems, prompts
+from raykd.pipeline import run, run_record
+from raykd.pipeline.plan import Plan, resolve
+from raykd.storage import row_store, schemas
+from raykd.teacher import client, generate, server
 
 RAYKD = str(Path(sys.executable).parent / "raykd")
 CALLS = "calls.jsonl"
 OURS, PEER = "raykd generate", "offline LLM.chat"
 
 
-class Timed(teacher.AskTeacher):
+class Timed(client.TeacherClient):
     """Notes beside the completions when each call began and ended."""
 
     async def _call(self, rows: list[dict[str, Any]], wanted: Any) -> Any:
@@ -77,7 +83,7 @@ def experiment_of(model: Path, options: Any) -> dict[str, Any]:
     soft = {"targets.kind": "top_k", "targets.top_k": options.top_k} if options.top_k else {"targets.kind": "hard"}
     return {
         "name": "generation",
-        "problems": {"source": "demo", "num_train": options.requests, "num_test": 1},
+        "dataset": {"source": "demo", "num_train": options.requests, "num_test": 1},
         "teacher": {
             "model": str(model),
             "engine": {"engine_kwargs": {"dtype": "bfloat16", "max_model_len": random_llama.CONTEXT}},
@@ -92,25 +98,25 @@ def alternately(file: Path, root: Path, options: Any) -> dict[str, list[dict[str
     """Both engines up, in turns."""
     # Ray Data takes the class from there.
     generate.AskTeacher = Timed
-    first = plan_of(file, root / "warm", [*options.overrides, "problems.num_train=64"])
+    first = plan_of(file, root / "warm", [*options.overrides, "dataset.num_train=64"])
     wanted = first.experiment.teacher
     with (
         connected(root / "log", "generation", "benchmark") as resources,
         offline(wanted, options.top_k, resources) as process,
     ):
-        app = teacher.app_name("generation")
-        with teacher.served(wanted, options.top_k, app, resources):
-            teacher.wait_until_up(app, wanted.start_timeout_s)
+        app = server.app_name("generation")
+        with server.serve_teacher(wanted, options.top_k, app, resources):
+            server.wait_until_up(app, wanted.start_timeout_s)
 
-            def ours(plan: pipeline.Plan | None = None) -> dict[str, float]:
+            def ours(plan: Plan | None = None) -> dict[str, float]:
                 plan = plan or plan_of(file, Path(tempfile.mkdtemp(dir=root)), options.overrides)
                 began = time.time()
                 instruction = plan.experiment.prompt.instruction
                 given = (plan.problems, plan.experiment.teacher, instruction)
-                generate.generate(plan.requests, *given, app, plan.experiment.name, journal.versions())
+                generate.generate_completions(plan.requests, *given, app, plan.experiment.name, run_record.versions())
                 return figures(plan, began)
 
-            def theirs(plan: pipeline.Plan = first) -> dict[str, float]:
+            def theirs(plan: Plan = first) -> dict[str, float]:
                 return answered(process, conversations(plan), options)
 
             print("warming up", file=sys.stderr)
@@ -120,16 +126,16 @@ def alternately(file: Path, root: Path, options: Any) -> dict[str, list[dict[str
             return bench.by_turns({OURS: ours, PEER: lambda: theirs(full)}, options.rounds)
 
 
-def plan_of(file: Path, storage_folder: Path, overrides: list[str]) -> pipeline.Plan:
-    plan = pipeline.resolve(config.load(file, [f"storage={storage_folder}", *overrides]))
-    pipeline.start(plan, "benchmark")
+def plan_of(file: Path, storage_folder: Path, overrides: list[str]) -> Plan:
+    plan = resolve(load_experiment(file, [f"storage={storage_folder}", *overrides]))
+    run.start(plan, "benchmark")
     return plan
 
 
-def figures(plan: pipeline.Plan, began: float) -> dict[str, float]:
+def figures(plan: Plan, began: float) -> dict[str, float]:
     """What the completions say that were just made."""
     (request,) = plan.requests
-    rows = storage.read_rows(request.folder, records.COMPLETION, ["completion_token_ids", "error"])
+    rows = row_store.read_rows(request.folder, schemas.COMPLETION, ["completion_token_ids", "error"])
     assert not any(rows["error"].to_pylist()), "a row failed"
     tokens = sum(map(len, rows["completion_token_ids"].to_pylist()))
     calls = [json.loads(line) for line in (plan.root / CALLS).read_text().splitlines()]
@@ -138,7 +144,7 @@ def figures(plan: pipeline.Plan, began: float) -> dict[str, float]:
     return {"tokens": tokens, "tokens/s": tokens / busy, "stage, s": time.time() - began}
 
 
-def conversations(plan: pipeline.Plan) -> Path:
+def conversations(plan: Plan) -> Path:
     """The same prompts as messages, in a file."""
     (request,) = plan.requests
     told = [
@@ -153,8 +159,8 @@ def conversations(plan: pipeline.Plan) -> Path:
 @contextmanager
 def offline(wanted: Teacher, top_k: int, resources: dict[str, float]) -> Iterator["subprocess.Popen[str]"]:
     """The peer, whose engine loads, under the same arguments and environment as ours."""
-    kind = placement.accelerator(wanted.engine.accelerator, resources)
-    kwargs, env = placement.engine_settings(wanted.engine, kind)
+    kind = resolve_accelerator(wanted.engine.accelerator, resources)
+    kwargs, env = engine.engine_settings(wanted.engine, kind)
     # Offline, vLLM's defaults are those of throughput already.
     del kwargs["performance_mode"]
     with peer.running(kwargs | {"model": wanted.model, "max_logprobs": max(top_k, 20)}, env) as process:

@@ -23,9 +23,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from raykd import student
-from raykd.config import Arm, Experiment
-from raykd.targets import Target
+from raykd.config.experiment import Arm, Experiment
+from raykd.training import batching, student
+from raykd.training.examples import Target
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOP_K = 16
@@ -127,7 +127,7 @@ def made(
             base.gradient_checkpointing_enable()
             base.enable_input_require_grads()
         model: Any = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=LINEAR, task_type="CAUSAL_LM"))
-        batch = student.collate(rows, 0, packing=False)
+        batch = batching.collate(rows, 0, packing=False)
         labels = torch.full_like(batch["input_ids"], -100)
         for number, row in enumerate(rows):
             at = len(row.prompt_token_ids)
@@ -137,8 +137,8 @@ def made(
         model.train()
         return model, lambda: model(**inputs).loss
     arm = arm_of(side, checkpointing)
-    learner = student.wrap(base, arm, seed=0)
-    batch = {key: tensor.to(device) for key, tensor in student.collate(rows, 0, packing=True).items()}
+    learner = student.wrap_student(base, arm, seed=0)
+    batch = {key: tensor.to(device) for key, tensor in batching.collate(rows, 0, packing=True).items()}
     return learner, lambda: learner(batch) / len(batch["token_ids"])
 
 
@@ -146,9 +146,9 @@ def arm_of(side: str, checkpointing: bool) -> Arm:
     return Experiment.model_validate(
         {
             "name": "step",
-            "problems": {"source": "demo", "num_train": 1, "num_test": 1},
+            "dataset": {"source": "demo", "num_train": 1, "num_test": 1},
             "teacher": {"model": "drawn"},
-            "student": {"model": "drawn", "lora": {"rank": 16, "alpha": 32, "target_modules": LINEAR}},
+            "student": {"model": "drawn", "lora": {"r": 16, "lora_alpha": 32, "target_modules": LINEAR}},
             "targets": {"kind": side, "top_k": TOP_K},
             "train": {"packing": True, "gradient_checkpointing": checkpointing},
         }

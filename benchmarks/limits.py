@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from raykd.targets import Target
+from raykd.training.examples import Target
 
 
 def product_rate(device: torch.device) -> float:

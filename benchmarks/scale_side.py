@@ -25,8 +25,12 @@ from ray import serve
 from ray.cluster_utils import Cluster
 from ray.serve.config import ProxyLocation
 
-from raykd import config, generate, pipeline, storage
-from raykd.cluster import connected
+from raykd.cluster.connection import connected
+from raykd.config.loading import load_experiment
+from raykd.pipeline import run
+from raykd.pipeline.plan import resolve
+from raykd.storage import row_store
+from raykd.teacher import generate
 
 # Of a pretended node: Ray's workers, and simulated engines; bytes of its object store.
 NODE: dict[str, Any] = {"num_cpus": 2, "resources": {"engine": 2}, "object_store_memory": 256 << 20}
@@ -54,7 +58,7 @@ class Simulated:
     async def answer(
         self, prompts: list[list[int]], sampling: dict[str, Any], timeout_s: float
     ) -> list[dict[str, Any]]:
-        """As `raykd.replica.Replica.answer`."""
+        """As `raykd.teacher.deployment.TeacherDeployment.answer`."""
         async with self._room:
             await asyncio.sleep(self._latency_s)
         tokens = np.arange(NUM_TOKENS, dtype=np.int32)
@@ -82,8 +86,8 @@ def measure(told: dict[str, Any], root: Path) -> dict[str, float]:
     """All rows, from problems in Parquet to completions in Parquet and their manifest."""
     file = root / "experiment.yaml"
     file.write_text(json.dumps(experiment_of(told)))
-    plan = pipeline.resolve(config.load(file, [f"storage={root}"]))
-    pipeline.start(plan, "benchmark")
+    plan = resolve(load_experiment(file, [f"storage={root}"]))
+    run.start(plan, "benchmark")
     teacher, (request,) = plan.experiment.teacher, plan.requests
     with connected(root / "log", "scale", "benchmark"):
         deployment: Any = serve.deployment(Simulated)
@@ -97,13 +101,13 @@ def measure(told: dict[str, Any], root: Path) -> dict[str, float]:
         before, began = bench.peak_mb(), time.monotonic()
         with processor_seconds() as taken:
             given = (plan.problems, teacher, plan.experiment.prompt.instruction)
-            generate.generate([request], *given, APP, plan.experiment.name, {})
+            generate.generate_completions([request], *given, APP, plan.experiment.name, {})
         stage = time.monotonic() - began
         serve.shutdown()
     peak = bench.peak_mb()
-    manifest = storage.read_manifest(request.folder)
+    manifest = row_store.read_manifest(request.folder)
     assert manifest and manifest["rows"] == told["rows"]
-    written = [part.stat().st_mtime for part in storage.parts(request.folder)]
+    written = [part.stat().st_mtime for part in row_store.list_parts(request.folder)]
     busy = max(written) - min(written) + told["latency_s"]
     figures = {"rows/s": told["rows"] / busy, "stage, s": stage, "driver, MB": peak, "before, MB": before}
     return figures | {f"{name}, ms/row": 1000 * taken[name] / told["rows"] for name in taken}
@@ -147,7 +151,7 @@ def processor_seconds() -> Iterator[dict[str, float]]:
 def experiment_of(told: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": "scale",
-        "problems": {"source": "demo", "num_train": told["rows"], "num_test": 1},
+        "dataset": {"source": "demo", "num_train": told["rows"], "num_test": 1},
         "teacher": {
             "model": "raykd/demo-teacher",
             "replicas": {"min": told["replicas"], "max": told["replicas"]},

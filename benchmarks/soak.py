@@ -26,7 +26,10 @@ from ray.cluster_utils import Cluster
 from rich.console import Console
 from rich.table import Table
 
-from raykd import config, pipeline, problems, records, storage
+from raykd.config.loading import load_experiment
+from raykd.data import datasets
+from raykd.pipeline.plan import resolve
+from raykd.storage import row_store, schemas
 
 ROOT = Path(__file__).parents[1]
 RAYKD = str(Path(sys.executable).parent / "raykd")
@@ -160,20 +163,20 @@ def resident(pid: int) -> float:
 
 def counted(typed: list[str]) -> dict[str, Any]:
     """How many rows there are, and what is wrong with them: empty where every one is there once."""
-    plan = pipeline.resolve(config.load(typed[1], typed[2:]))
+    plan = resolve(load_experiment(typed[1], typed[2:]))
     wrong = [] if plan.is_complete() else ["not complete"]
     completions = 0
-    num_train, num_test = (problems.split_size(plan.problems, split) for split in ("train", "test"))
+    num_train, num_test = (datasets.split_size(plan.problems, split) for split in ("train", "test"))
     for request in plan.requests:
-        rows = storage.read_rows(request.folder, records.COMPLETION, ["completion_id", "error"])
+        rows = row_store.read_rows(request.folder, schemas.COMPLETION, ["completion_id", "error"])
         completions += len(rows)
-        wrong += once(rows, "completion_id", request.strategy_name, num_train * request.samples)
-    answers = storage.read_rows(plan.predictions, records.PREDICTION, ["prediction_id", "error"])
-    expected = num_test * len(plan.contestants) * plan.experiment.evaluate.samples
+        wrong += once(rows, "completion_id", request.strategy_name, num_train * request.num_samples)
+    answers = row_store.read_rows(plan.predictions, schemas.PREDICTION, ["prediction_id", "error"])
+    expected = num_test * len(plan.eval_models) * plan.experiment.evaluate.num_samples
     wrong += once(answers, "prediction_id", "students", expected)
     if plan.attention and plan.experiment.attention:
-        read = storage.read_rows(plan.attention, records.ATTENTION, ["attention_id", "error"])
-        texts = min(num_test, plan.experiment.attention.num_problems) * len(plan.contestants)
+        read = row_store.read_rows(plan.attention, schemas.ATTENTION, ["attention_id", "error"])
+        texts = min(num_test, plan.experiment.attention.num_problems) * len(plan.eval_models)
         wrong += once(read, "attention_id", "attention", texts)
     return {"completions": completions, "answers": len(answers), "wrong": "; ".join(wrong)}
 

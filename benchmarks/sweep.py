@@ -19,7 +19,7 @@ from typing import Any
 import bench
 
 RAYKD = str(Path(sys.executable).parent / "raykd")
-SPACE: dict[str, list[Any]] = {"train.learning_rate": [1e-3, 2e-3, 5e-3, 1e-2], "student.lora.rank": [4, 8, 16]}
+SPACE: dict[str, list[Any]] = {"train.learning_rate": [1e-3, 2e-3, 5e-3, 1e-2], "student.lora.r": [4, 8, 16]}
 POINTS = [dict(zip(SPACE, values, strict=True)) for values in itertools.product(*SPACE.values())]
 
 
@@ -31,7 +31,7 @@ def main() -> int:
         folder = Path(made)
 
         def sweep() -> dict[str, float]:
-            swept = {"space": {name: {"grid": values} for name, values in SPACE.items()}, "finalists": len(POINTS)}
+            swept = {"space": {name: {"grid": values} for name, values in SPACE.items()}, "test_top_n": len(POINTS)}
             return {"seconds": seconds(folder, "sweep", {**experiment_of(), "sweep": swept})}
 
         def runs() -> dict[str, float]:
@@ -53,7 +53,7 @@ def experiment_of() -> dict[str, Any]:
     """A small demonstration."""
     engine = {"engine_kwargs": {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 64}}
     return {
-        "problems": {"source": "demo", "num_train": 200, "num_validation": 20, "num_test": 60},
+        "dataset": {"source": "demo", "num_train": 200, "num_validation": 20, "num_test": 60},
         "teacher": {
             "model": "raykd/demo-teacher",
             "engine": engine,
@@ -73,7 +73,7 @@ def nested(point: dict[str, Any]) -> dict[str, Any]:
     base = experiment_of()
     return {
         "train": {**base["train"], "learning_rate": point["train.learning_rate"]},
-        "student": {**base["student"], "lora": {"rank": point["student.lora.rank"]}},
+        "student": {**base["student"], "lora": {"r": point["student.lora.r"]}},
     }
 
 

@@ -19,9 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import random_llama
 
-from raykd import config, models, problems, records, storage
-from raykd.demo import problems as demo_problems
-from raykd.sections import Student
+from raykd.config.loading import load_experiment
+from raykd.config.sections import Student
+from raykd.data import datasets, demo_problems
+from raykd.models import loading, tokenization
+from raykd.storage import row_store, schemas
 
 HERE = Path(__file__).parent
 TOP_K = 16
@@ -66,7 +68,7 @@ def prepare(folder: Path, options: Any) -> None:
     """Writes the model, the problems, an experiment with an arm for each of our sides, and scored completions."""
     num_rows = options.steps * options.batch_size
     if options.train_file:
-        told = list(problems.read_jsonl(Path(options.train_file)))[:num_rows]
+        told = list(datasets.read_jsonl(Path(options.train_file)))[:num_rows]
         source = {"source": "jsonl", "train_file": options.train_file, "test_file": options.train_file}
     else:
         told, source = list(demo_problems.generate("train", num_rows, seed=0)), {"source": "demo"}
@@ -79,7 +81,7 @@ def prepare(folder: Path, options: Any) -> None:
         "teacher": {"model": str(model)},
         "student": {
             "model": str(model),
-            "lora": {"rank": 16, "alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+            "lora": {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
         },
         "train": {
             "epochs": 1,
@@ -98,19 +100,19 @@ def prepare(folder: Path, options: Any) -> None:
         },
     }
     (folder / "experiment.yaml").write_text(json.dumps(experiment))
-    splits = problems.prepare(config.load(folder / "experiment.yaml", []).problems, folder)
+    splits = datasets.write_splits(load_experiment(folder / "experiment.yaml", []).problems, folder)
     _complete(splits / "train.parquet", folder / "completions", Student(model=str(model)))
 
 
 def _complete(file: Path, folder: Path, student: Student) -> None:
     """Rows as a teacher would have left them: the reference solutions, with drawn log-probabilities."""
-    draw, tokenizer = np.random.default_rng(0), models.load_tokenizer(student)
+    draw, tokenizer = np.random.default_rng(0), loading.load_tokenizer(student)
     rows = []
     for problem in pq.read_table(file).to_pylist():
-        tokens = models.answer_token_ids(tokenizer, problem["reference_solution"], is_whole=True)
+        tokens = tokenization.answer_token_ids(tokenizer, problem["reference_solution"], is_whole=True)
         rows.append(
             {
-                **dict.fromkeys(records.COMPLETION.names, ""),
+                **dict.fromkeys(schemas.COMPLETION.names, ""),
                 "problem_id": problem["problem_id"],
                 "completion_id": problem["problem_id"],
                 "sample_index": 0,
@@ -123,7 +125,7 @@ def _complete(file: Path, folder: Path, student: Student) -> None:
                 "topk_logprobs": np.log(draw.dirichlet(np.ones(TOP_K + 1), len(tokens))[:, :TOP_K]).tolist(),
             }
         )
-    storage.write_part(folder, pa.Table.from_pylist(rows, schema=records.COMPLETION))
+    row_store.write_part(folder, pa.Table.from_pylist(rows, schema=schemas.COMPLETION))
 
 
 def measure(folder: Path, side: str, losses: dict[str, list[float]]) -> dict[str, float]:

@@ -20,9 +20,12 @@ from typing import Any
 import bench
 import limits
 
-from raykd import config, placement, student, targets, train
-from raykd.config import Experiment
-from raykd.job import Job, read_curve
+from raykd.config.experiment import Experiment
+from raykd.config.loading import load_experiment
+from raykd.models import loading
+from raykd.training import examples, loop, schedule, student
+from raykd.training.trainer import train_trial, worker_env
+from raykd.training.trial import TrialSpec, read_loss_curve
 
 # Steps before these figures begin: the first ones pay for what is loaded late.
 WARM = 3
@@ -34,7 +37,7 @@ def main() -> None:
     # What libraries print must not come between.
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    experiment = config.load(folder / "experiment.yaml", [])
+    experiment = load_experiment(folder / "experiment.yaml", [])
     made = job(experiment, folder, side)
     if side.startswith("trl"):
         points = _trl(made, side == "trl_packed")
@@ -56,11 +59,11 @@ def main() -> None:
     print(json.dumps(figures), file=answer, flush=True)
 
 
-def job(experiment: Experiment, folder: Path, side: str) -> Job:
+def job(experiment: Experiment, folder: Path, side: str) -> TrialSpec:
     """The trial: the experiment's arm of that name, TRL's being the one on hard targets."""
     name = side if side in experiment.arms else "hard"
     (problems,) = (folder / "problems").glob("*/")
-    return Job(
+    return TrialSpec(
         trial_id=side,
         arm_name=name,
         arm=experiment.arm(name),
@@ -71,42 +74,42 @@ def job(experiment: Experiment, folder: Path, side: str) -> Job:
         same_tokens=True,
         experiment=experiment.name,
         folder=folder / "trials" / f"{side}-{time.time_ns()}",
-        lesson=name,
+        config_id=name,
     )
 
 
-def _at_best(made: Job) -> float:
+def _at_best(made: TrialSpec) -> float:
     """Seconds that all steps together would take were they nothing but matrix products, at the rate of large ones."""
     import torch
 
     _, rows = _rows(made)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return limits.count_operations(student.learner(made.arm, made.seed), rows) / limits.product_rate(device)
+    return limits.count_operations(student.build_student(made.arm, made.seed), rows) / limits.product_rate(device)
 
 
-def _ours(made: Job) -> list[dict[str, Any]]:
+def _ours(made: TrialSpec) -> list[dict[str, Any]]:
     import torch
 
     # As torchrun would, and Ray Train's workers have it.
-    os.environ |= placement.worker_env("gpu" if torch.cuda.is_available() else "cpu")
+    os.environ |= worker_env("gpu" if torch.cuda.is_available() else "cpu")
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     # A point for each step.
-    train.CURVE_POINTS = 1 << 30
-    train.loop(made, lambda metrics, checkpoint: None, None)
-    return read_curve(made.folder / "metrics.jsonl")
+    loop.CURVE_POINTS = 1 << 30
+    loop.train_loop(made, lambda metrics, checkpoint: None, None)
+    return read_loss_curve(made.folder / "metrics.jsonl")
 
 
-def _workers(made: Job) -> list[dict[str, Any]]:
+def _workers(made: TrialSpec) -> list[dict[str, Any]]:
     """As `raykd train` does it. The peak memory is the driver's."""
     import ray
 
     ray.init(address="local", num_cpus=made.arm.train.num_workers, include_dashboard=False, log_to_driver=False)
-    train.fit(made, "cpu", [], made.folder / "checkpoints")
+    train_trial(made, "cpu", [], made.folder / "checkpoints")
     ray.shutdown()
-    return read_curve(made.folder / "metrics.jsonl")
+    return read_loss_curve(made.folder / "metrics.jsonl")
 
 
-def _trl(made: Job, packing: bool) -> list[dict[str, Any]]:
+def _trl(made: TrialSpec, packing: bool) -> list[dict[str, Any]]:
     """TRL's trainer on the same model, rows and order."""
     import torch
     from datasets import Dataset
@@ -132,7 +135,7 @@ def _trl(made: Job, packing: bool) -> list[dict[str, Any]]:
             return SequentialSampler(self.train_dataset)  # pyright: ignore[reportArgumentType]
 
     model = student.add_lora(
-        student.load_base(made.arm.student, getattr(torch, told.dtype)), made.arm.student, made.seed
+        loading.load_base_model(made.arm.student, getattr(torch, told.dtype)), made.arm.student, made.seed
     )
     trainer = InOrder(
         model=model,
@@ -168,17 +171,17 @@ def _trl(made: Job, packing: bool) -> list[dict[str, Any]]:
     return points
 
 
-def _rows(made: Job) -> tuple[Any, list[targets.Target]]:
+def _rows(made: TrialSpec) -> tuple[Any, list[examples.Target]]:
     """The tokenizer, and the rows of all steps in our order."""
-    from raykd import models
+    from raykd.models import loading
 
-    tokenizer, arm = models.load_tokenizer(made.arm.student), made.arm
-    rows, _ = student.training_rows(arm, made.problems, made.completions, tokenizer, made.same_tokens)
-    order = targets.batches(len(rows), arm.train.batch_size, arm.train.epochs, made.seed)
+    tokenizer, arm = loading.load_tokenizer(made.arm.student), made.arm
+    rows, _ = examples.build_examples(arm, made.problems, made.completions, tokenizer, made.same_tokens)
+    order = schedule.training_order(len(rows), arm.train.batch_size, arm.train.epochs, made.seed)
     return tokenizer, [rows[number] for _, batch in order for number in batch]
 
 
-def _examples(rows: list[targets.Target]) -> Iterator[dict[str, Any]]:
+def _examples(rows: list[examples.Target]) -> Iterator[dict[str, Any]]:
     for row in rows:
         yield {
             "input_ids": [*row.prompt_token_ids, *row.completion_token_ids],

@@ -20,8 +20,8 @@ os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112, as Ray spells it
 # What tells the processes of these tests, however many others are between.
 os.environ["RAYKD_TESTS"] = uuid.uuid4().hex
 
-import stores
-from raykd import location
+import s3_server
+from raykd.storage import filesystem
 from runs import wait_for_end
 
 pytest_plugins = ["reference_run"]
@@ -52,7 +52,7 @@ def started_here() -> list[psutil.Process]:
 @pytest.fixture(scope="session")
 def bucket() -> Iterator[str]:
     """The URI of a bucket on a server of this machine that answers as S3 does."""
-    with stores.s3() as uri:
+    with s3_server.s3() as uri:
         yield uri
 
 
@@ -61,5 +61,5 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Somewhere empty: a folder, and a bucket's prefix."""
     if request.param == "folder":
         (tmp_path / "place").mkdir()
-        return location.at(str(tmp_path / "place"))
-    return location.at(f"{request.getfixturevalue('bucket')}/with space/{uuid.uuid4().hex}")
+        return filesystem.resolve(str(tmp_path / "place"))
+    return filesystem.resolve(f"{request.getfixturevalue('bucket')}/with space/{uuid.uuid4().hex}")

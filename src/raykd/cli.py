@@ -12,9 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from raykd import __version__, config, faults, location, lock, progress, scaffold
-from raykd.faults import UserError
-from raykd.mistakes import on_one_line
+from raykd import __version__, errors, scaffold
+from raykd.config.errors import one_line
+from raykd.config.experiment import Experiment
+from raykd.config.loading import load_experiment
+from raykd.errors import UserError
+from raykd.runtime.console import LOG_FILE, append_to_log, print_status
+from raykd.storage import filesystem, lock
 
 LOG_WIDTH = 160
 _EPILOG = """\
@@ -46,7 +50,7 @@ _STAGES = {
 _RATES = {
     "generation_rate": "completion tokens a second of one replica of the teacher",
     "training_rate": "target tokens a second of one training worker",
-    "answering_rate": "tokens a second of the engine of the students",
+    "eval_rate": "tokens a second of the engine of the students",
     "completion_tokens": "tokens of a completion of the teacher, in the mean",
     "answer_tokens": "tokens of a student's answer, in the mean",
 }
@@ -67,13 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return scaffold.init(options)
         if options.stage == "report":
             return _report(options, command)
-        experiment = config.load(scaffold.find_config(options.file), options.overrides)
+        experiment = load_experiment(scaffold.find_config(options.file), options.overrides)
         if options.stage in ("plan", "prompts"):
             return _preview(options, experiment)
         if options.stage == "sweep" and experiment.sweep is None:
             raise UserError(f"{options.file}: has no section `sweep`; write one, or use `raykd run`")
         folder = _folder(experiment)
-        with lock.held(folder, command, show=progress.say):
+        with lock.folder_lock(folder, command, show=print_status):
             return _run_stage(options.stage, experiment, command, getattr(options, "retry_failed", False))
     except KeyboardInterrupt as stopped:
         print(f"raykd: stopped; the same command goes on from here: {command}", file=sys.stderr)
@@ -100,27 +104,27 @@ def _tell(fault: Exception, folder: Path | None) -> int:
         fault: what ended the command.
         folder: the experiment's folder, whose log takes the traceback; None where no stage was begun.
     """
-    stated = faults.stated(fault)
+    stated = errors.reported_error(fault)
     if isinstance(stated, UserError):
-        print(f"raykd: {on_one_line(str(stated))}", file=sys.stderr)
+        print(f"raykd: {one_line(str(stated))}", file=sys.stderr)
         return 2
-    refused = faults.refusal(fault)
+    refused = errors.os_error_message(fault)
     if refused:
         line = f"a file cannot be read or written: {refused}; make room, mend its permissions, or set another `storage`"
     elif stated:
         line = str(stated)
-    elif faults.is_of_the_cluster(fault):
-        line = faults.cause(fault)
+    elif errors.is_cluster_error(fault):
+        line = errors.root_cause(fault)
     else:
         # A bug, or a fault of a library.
         line = f"unexpected error: {type(fault).__name__}: {fault}"
     text, kept = "".join(traceback.format_exception(fault)), ""
     if folder:
-        log = progress.note(folder / progress.LOG, text)
+        log = append_to_log(folder / LOG_FILE, text)
         kept = f". All that is there is kept; the same command goes on. Log: {log}"
     elif not refused and not stated:
         print(text, end="", file=sys.stderr)
-    print(f"raykd: {on_one_line(line)}{kept}", file=sys.stderr)
+    print(f"raykd: {one_line(line)}{kept}", file=sys.stderr)
     return 1
 
 
@@ -164,45 +168,47 @@ def _parser() -> argparse.ArgumentParser:
 def _add_plan(stage: argparse.ArgumentParser) -> None:
     cluster = "a `ray up` file, or `live` for the running cluster that RAY_ADDRESS names: what there is, or may be"
     stage.add_argument("--cluster", metavar="FILE", help=cluster)
-    stage.add_argument("--measured", metavar="RUN", help="an earlier run's folder, whose rates are taken")
+    stage.add_argument("--rates-from", metavar="RUN", help="an earlier run's folder, whose rates are taken")
     for name, text in _RATES.items():
         stage.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="N", help=text)
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from raykd.disagreements import compare
+    from raykd.report.compare_runs import compare
 
     print(compare(options.first, options.second, options.score, options.limit or None))
     return 0
 
 
-def _preview(options: argparse.Namespace, experiment: config.Experiment) -> int:
+def _preview(options: argparse.Namespace, experiment: Experiment) -> int:
     from rich.console import Console
 
-    from raykd import preview
+    from raykd.planning.preview import arms_table, describe_search, render_prompts
 
     if options.stage == "plan":
-        found = preview.search(experiment)
-        Console().print(preview.arms(experiment))
+        found = describe_search(experiment)
+        Console().print(arms_table(experiment))
         print(found, end="\n" if found else "")
         _show_needs(options, experiment)
     else:
-        print(preview.prompts_of(experiment, options.problem))
+        print(render_prompts(experiment, options.problem))
     return 0
 
 
-def _show_needs(options: argparse.Namespace, experiment: config.Experiment) -> None:
+def _show_needs(options: argparse.Namespace, experiment: Experiment) -> None:
     """Prints what an experiment needs, and raises UserError where it cannot run."""
     from rich.console import Console
 
-    from raykd import needs, nodes, rates
+    from raykd.cluster.nodes import from_ray, read_cluster_file
+    from raykd.planning import cost
+    from raykd.planning.tables import plan_tables
 
     cluster = None
     if options.cluster:
-        cluster = nodes.of_ray(_live()) if options.cluster == "live" else nodes.read(Path(options.cluster))
-    known = rates.measured(location.at(options.measured)) if options.measured else rates.Rates()
+        cluster = from_ray(_live()) if options.cluster == "live" else read_cluster_file(Path(options.cluster))
+    known = cost.measured_rates(filesystem.resolve(options.rates_from)) if options.rates_from else cost.Rates()
     told = _rates_of(options)
-    tables, refused = needs.tables(experiment, cluster, dataclasses.replace(known, **told))
+    tables, refused = plan_tables(experiment, cluster, dataclasses.replace(known, **told))
     # In a log lines may be long; a terminal knows its width.
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     for table in tables:
@@ -245,26 +251,27 @@ def _live() -> list[dict[str, Any]]:
         ray.shutdown()
 
 
-def _run_stage(stage: str, experiment: config.Experiment, command: str, retry_failed: bool) -> int:
+def _run_stage(stage: str, experiment: Experiment, command: str, retry_failed: bool) -> int:
     # Not before the experiment was read: torch and Ray take seconds, a typing error should not.
-    from raykd import pipeline
-    from raykd.cluster import connected
+    from raykd.cluster.connection import connected
+    from raykd.pipeline import preflight, run
+    from raykd.pipeline.plan import resolve
 
     if stage in ("run", "sweep"):
-        pipeline.run(experiment, command, retry_failed, stage)
+        run.run_experiment(experiment, command, retry_failed, stage)
     else:
-        plan = pipeline.resolve(experiment)
-        pipeline.start(plan, command)
+        plan = resolve(experiment)
+        run.start(plan, command)
         steps: dict[str, Callable[..., Any]] = {
-            "generate": pipeline.make_completions,
-            "train": pipeline.train_students,
-            "evaluate": pipeline.make_predictions,
-            "attention": pipeline.measure_attention,
+            "generate": run.generate_completions,
+            "train": run.train_students,
+            "evaluate": run.make_predictions,
+            "attention": run.measure_attention,
         }
         with connected(plan.log, experiment.name, stage) as resources:
-            pipeline.check(plan, resources, [stage])
+            preflight.preflight(plan, resources, [stage])
             steps[stage](plan, resources)
-        pipeline.record(plan)
+        run.record_results(plan)
         print(f"{stage}: done; {plan.folder}", file=sys.stderr)
         return 0
     return _show_results(_folder(experiment))
@@ -273,11 +280,11 @@ def _run_stage(stage: str, experiment: config.Experiment, command: str, retry_fa
 def _report(options: argparse.Namespace, command: str) -> int:
     """Render a finished experiment from its folder alone: neither its models nor Ray need be here."""
     folder = _finished(options.file, options.overrides)
-    if not location.is_remote(folder) and not folder.is_dir():
+    if not filesystem.is_remote(folder) and not folder.is_dir():
         raise UserError(f"{folder}: no such folder, nothing to report yet; `raykd run` makes it")
-    from raykd.report import write_report
+    from raykd.report.build import write_report
 
-    with lock.held(folder, command):
+    with lock.folder_lock(folder, command):
         write_report(folder)
         return _show_results(folder)
 
@@ -287,26 +294,26 @@ def _finished(file: str, overrides: Sequence[str]) -> Path:
     if "://" in file or Path(file).is_dir():
         if overrides:
             raise UserError(f"{overrides[0]!r}: {file} is a folder; fields can be set where FILE is a YAML file")
-        return location.at(file)
-    experiment = config.load(scaffold.find_config(file), overrides)
+        return filesystem.resolve(file)
+    experiment = load_experiment(scaffold.find_config(file), overrides)
     folder = _folder(experiment)
     # What the folder holds may be another experiment of that name.
-    from raykd import journal
+    from raykd.pipeline import run_record
 
-    journal.claim(experiment, folder)
+    run_record.check_compatible(experiment, folder)
     return folder
 
 
-def _folder(experiment: config.Experiment) -> Path:
-    return location.at(experiment.storage) / "experiments" / experiment.name
+def _folder(experiment: Experiment) -> Path:
+    return filesystem.resolve(experiment.storage) / "experiments" / experiment.name
 
 
 def _show_results(folder: Path) -> int:
     """Prints the result table, and tells whether a trial failed."""
     from rich.console import Console
 
-    from raykd.report import result_tables
-    from raykd.results import read_results
+    from raykd.report.build import result_tables
+    from raykd.report.results import read_results
 
     results = read_results(folder, with_attention=False)
     # In a log lines may be long; a terminal knows its width.

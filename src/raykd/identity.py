@@ -5,7 +5,7 @@ content of one kind of thing; nothing else decides what belongs into a key.
 
 Rules:
 
-1. A field of the configuration is in the content unless it is marked by `RUNTIME_ONLY` (`raykd.tree`).
+1. A field of the configuration is in the content unless it is marked by `RUNTIME_ONLY` (`raykd.config.base`).
 2. A field that plays no part in an arm is left out (`unused`): `top_k` with hard targets, `top_p` with greedy answers.
 3. A field at its default is left out. So a new field with a default changes no key.
 4. An argument of vLLM is in the content unless `RUNTIME_ARGUMENTS` names it. An unknown argument is in the content.
@@ -21,12 +21,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raykd import config, protocols, records, storage
-from raykd.config import Arm, Experiment
-from raykd.demo.problems import GENERATOR_VERSION
-from raykd.engine import Sampling
-from raykd.sections import Attention, Evaluate, Problems, Sweep, Teacher
-from raykd.tree import Section, is_runtime_only
+from raykd.config import overrides
+from raykd.config.base import ConfigModel, is_runtime_only
+from raykd.config.engine import Sampling
+from raykd.config.experiment import Arm, Experiment
+from raykd.config.sections import Attention, Dataset, Evaluate, Sweep, Teacher
+from raykd.data import prompts
+from raykd.data.demo_problems import GENERATOR_VERSION
+from raykd.storage import hashing, schemas
 
 VERSIONS = {"problems": 1, "completions": 1, "trial": 1, "predictions": 1, "attention": 1, "search": 1}
 
@@ -121,7 +123,7 @@ ANSWER_ARGUMENTS = frozenset(" ".join(_ANSWER.values()).split())
 _LOADS_OTHER_WEIGHTS = ("dummy", "bitsandbytes")
 
 
-def fields(section: Section, with_defaults: bool = False) -> dict[str, Any]:
+def fields(section: ConfigModel, with_defaults: bool = False) -> dict[str, Any]:
     """Return a section's fields as JSON values, without those that are runtime-only or at their defaults.
 
     Args:
@@ -142,7 +144,7 @@ def fields(section: Section, with_defaults: bool = False) -> dict[str, Any]:
 
 
 def _plain(value: Any, with_defaults: bool) -> Any:
-    if isinstance(value, Section):
+    if isinstance(value, ConfigModel):
         return fields(value, with_defaults)
     if isinstance(value, Mapping):
         return {name: _plain(each, with_defaults) for name, each in value.items()}
@@ -151,13 +153,13 @@ def _plain(value: Any, with_defaults: bool) -> Any:
     return value
 
 
-def unused(arm: Arm) -> list[str]:
+def unused_fields(arm: Arm) -> list[str]:
     """Return the dotted paths of an arm's fields and sections that play no part in it."""
     # Of the strategies only the arm's own, whose words are in the content of its completions.
     paths = ["prompt.strategies"]
-    if arm.targets.sequence != "teacher":
-        paths += ["teacher.sampling", "teacher.samples"]
-    if arm.targets.sequence != "student":
+    if arm.targets.source != "teacher":
+        paths += ["teacher.sampling", "teacher.num_samples"]
+    if arm.targets.source != "student":
         paths += ["targets.rounds", "targets.warmup_rounds", "targets.rollout"]
     if arm.targets.kind == "hard":
         paths += ["targets.top_k", "loss"]
@@ -170,31 +172,31 @@ def unused(arm: Arm) -> list[str]:
 
 def effective_config(arm: Arm) -> dict[str, Any]:
     """Return an arm's sections as JSON values, without what plays no part in it."""
-    return _without(_resolved(arm).model_dump(mode="json"), unused(arm))
+    return _without(_resolved(arm).model_dump(mode="json"), unused_fields(arm))
 
 
-def question(arm: Arm) -> dict[str, Any]:
+def teacher_request(arm: Arm) -> dict[str, Any]:
     """Return what an arm asks of the teacher about a problem, but for its strategy and number of log-probabilities."""
-    if arm.targets.sequence != "teacher":
-        return {"sequence": arm.targets.sequence, "samples": 1}
+    if arm.targets.source != "teacher":
+        return {"source": arm.targets.source, "num_samples": 1}
     sampling = _without(fields(arm.teacher.sampling), _unused_of(arm.teacher.sampling))
-    return {"sequence": "teacher", "samples": arm.teacher.samples, "sampling": sampling}
+    return {"source": "teacher", "num_samples": arm.teacher.num_samples, "sampling": sampling}
 
 
-def problem_set(problems: Problems) -> dict[str, Any]:
+def problem_set(dataset: Dataset) -> dict[str, Any]:
     """Return the content of a problem set; files that it names must be there."""
     others = {"demo": ["revision"], "gsm8k": ["seed"], "jsonl": ["seed", "revision"]}
     content = {
         "version": VERSIONS["problems"],
-        "source": problems.source,
-        **_without(fields(problems), others[problems.source]),
-        "columns": records.PROBLEM.names,
+        "source": dataset.source,
+        **_without(fields(dataset), others[dataset.source]),
+        "columns": schemas.PROBLEM.names,
     }
-    if problems.source == "demo":
+    if dataset.source == "demo":
         content["generator"] = GENERATOR_VERSION
-    for name, path in (("train_file", problems.train_file), ("test_file", problems.test_file)):
+    for name, path in (("train_file", dataset.train_file), ("test_file", dataset.test_file)):
         if path:
-            content[name] = storage.fingerprint(Path(path))
+            content[name] = hashing.fingerprint(Path(path))
     return content
 
 
@@ -212,27 +214,27 @@ def completion_set(
         experiment: the experiment.
         arm: one of its arms.
         problems: content of the problem set.
-        model: what identifies the teacher's weights and tokenizer (`raykd.models.identify`).
+        model: what identifies the teacher's weights and tokenizer (`raykd.models.loading.identify_model`).
     """
     teacher = experiment.teacher
     code = {"trust_remote_code": True} if teacher.trust_remote_code else {}
     return {
         "version": VERSIONS["completions"],
-        "problems": storage.content_key(train_problems(problems)),
+        "problems": hashing.content_key(train_problems(problems)),
         # Not its name: two names for the same words are the same question.
         "strategy": fields(experiment.strategies[arm.prompt.strategy]),
         "instruction": arm.prompt.instruction,
         "teacher": {**model, **code},
         **_served(teacher),
-        **question(arm),
+        **teacher_request(arm),
         "top_k": arm.targets.top_k if arm.targets.kind == "top_k" else 0,
-        "columns": records.COMPLETION.names,
+        "columns": schemas.COMPLETION.names,
     }
 
 
 def same_completions(content: Mapping[str, Any]) -> str:
     """Return a key that completion sets share which differ in the number of log-probabilities alone."""
-    return storage.content_key({name: value for name, value in content.items() if name != "top_k"})
+    return hashing.content_key({name: value for name, value in content.items() if name != "top_k"})
 
 
 def trial(
@@ -254,8 +256,8 @@ def trial(
         student: what identifies the student's weights.
     """
     sweep, evaluation = experiment.sweep, experiment.evaluate
-    train = storage.content_key(train_problems(problems))
-    of_arm = _without(fields(_resolved(arm)), unused(arm))
+    train = hashing.content_key(train_problems(problems))
+    of_arm = _without(fields(_resolved(arm)), unused_fields(arm))
     content = {
         "version": VERSIONS["trial"],
         # The teacher and how it was primed are in the content of the completions.
@@ -268,31 +270,31 @@ def trial(
     if completions:
         # Log-probabilities that it does not use may come with them.
         used = arm.targets.top_k if arm.targets.kind == "top_k" else 0
-        content["completions"] = storage.content_key({**completions, "top_k": used})
-    if arm.targets.sequence == "student":
+        content["completions"] = hashing.content_key({**completions, "top_k": used})
+    if arm.targets.source == "student":
         content["answers"] = engine_arguments(evaluation.engine.engine_kwargs)
     if sweep:
         # It is measured on the way, which is part of what it gives.
-        content["measured"] = {"metric": sweep.metric, "validations": sweep.validations}
+        content["measured"] = {"metric": sweep.metric, "num_validations": sweep.num_validations}
         if sweep.metric == "accuracy":
             content["measured"]["max_tokens"] = evaluation.sampling.max_tokens
     return content
 
 
-def way_of_asking(evaluation: Evaluate) -> dict[str, Any]:
+def evaluation_settings(evaluation: Evaluate) -> dict[str, Any]:
     """Return all that bears on the students' answers to the test problems, besides students and problems."""
     return {
         "version": VERSIONS["predictions"],
         **_without(fields(evaluation), ["engine"]),
         "protocol": evaluation.protocol,
-        "exemplars": [fields(each) for each in protocols.exemplars(evaluation.protocol)],
-        "stop": protocols.stop_strings(evaluation),
+        "exemplars": [fields(each) for each in prompts.protocol_exemplars(evaluation.protocol)],
+        "stop": prompts.stop_strings(evaluation),
         "sampling": _without(fields(evaluation.sampling), _unused_of(evaluation.sampling)),
         "engine_kwargs": engine_arguments(evaluation.engine.engine_kwargs),
     }
 
 
-def attention(section: Attention, dtype: str, statistics: Sequence[str]) -> dict[str, Any]:
+def attention_settings(section: Attention, dtype: str, statistics: Sequence[str]) -> dict[str, Any]:
     """Return the content of the statistics of attention heads, besides students and problems.
 
     Args:
@@ -303,12 +305,12 @@ def attention(section: Attention, dtype: str, statistics: Sequence[str]) -> dict
     return {"version": VERSIONS["attention"], **fields(section), "dtype": dtype, "statistics": list(statistics)}
 
 
-def search(sweep: Sweep) -> dict[str, Any]:
+def search_settings(sweep: Sweep) -> dict[str, Any]:
     """Return the content of the record of a search. With more points it is the same search."""
-    return {"version": VERSIONS["search"], **_without(fields(sweep), ["num_samples", "finalists"])}
+    return {"version": VERSIONS["search"], **_without(fields(sweep), ["num_samples", "test_top_n"])}
 
 
-def experiment(section: Experiment) -> dict[str, Any]:
+def experiment_fields(section: Experiment) -> dict[str, Any]:
     """Return what makes an experiment what it is, by dotted path and with defaults, to compare it with another.
 
     Arms and seeds are left out: they may be added to, and each trial has a key of its own. So is how students are asked
@@ -319,8 +321,8 @@ def experiment(section: Experiment) -> dict[str, Any]:
     tree["teacher"] = {**_without(tree["teacher"], ["engine", "endpoint"]), **_served(section.teacher)}
     if section.teacher.endpoint is None:
         tree["teacher"]["engine"] = {"engine_kwargs": tree["teacher"].pop("engine_kwargs")}
-    found = dict(config.leaves(tree, ""))
-    if any(section.arm(name).targets.sequence == "student" for name in section.arms):
+    found = dict(overrides.flatten(tree, ""))
+    if any(section.arm(name).targets.source == "student" for name in section.arms):
         found["evaluate.engine.engine_kwargs"] = engine_arguments(section.evaluate.engine.engine_kwargs)
     if section.sweep and section.sweep.metric == "accuracy":
         found["evaluate.sampling.max_tokens"] = section.evaluate.sampling.max_tokens

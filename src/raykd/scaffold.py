@@ -8,8 +8,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from raykd.faults import UserError
-from raykd.sections import NAME_PATTERN
+from raykd.config.sections import NAME_PATTERN
+from raykd.errors import UserError
 
 # Symbolic links to the repository's configs/ and cluster/; in a wheel, copies of the files.
 ASSETS = Path(__file__).parent / "assets"

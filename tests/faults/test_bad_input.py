@@ -17,8 +17,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raykd import adapters, answers, config, disagreements, problems, records, report, spans, storage
-from raykd.faults import UserError
+from raykd.config.loading import dump_experiment, load_experiment
+from raykd.data import datasets, grading
+from raykd.errors import UserError
+from raykd.evaluation import attention_spans
+from raykd.models import adapters
+from raykd.report import build, compare_runs
+from raykd.storage import files, row_store, schemas
 
 ROOT = Path(__file__).parents[2]
 CASES = int(os.environ.get("RAYKD_CASES", "60"))
@@ -47,7 +52,7 @@ CONFIGURATIONS = sorted(ROOT.glob("configs/**/*.yaml"))
 def read_or_refused(file: Path, *overrides: str) -> None:
     """Reads an experiment; where it is refused, by a message of one line that names the file or what was typed."""
     try:
-        experiment = config.load(file, overrides)
+        experiment = load_experiment(file, overrides)
     except UserError as error:
         assert str(file) in str(error) or "override" in str(error), error
         assert "\n" not in str(error), error
@@ -55,9 +60,9 @@ def read_or_refused(file: Path, *overrides: str) -> None:
         return
     # What was read can be written, and read again.
     again = file.with_suffix(".again")
-    again.write_text(config.dump(experiment), encoding="utf-8")
+    again.write_text(dump_experiment(experiment), encoding="utf-8")
     # Keys that are numbers are texts then, in what is passed on to a library.
-    assert config.dump(config.load(again)) == config.dump(experiment)
+    assert dump_experiment(load_experiment(again)) == dump_experiment(experiment)
 
 
 def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -119,7 +124,7 @@ def test_any_json_lines(tmp_path: Path, content: list[bytes]):
     file = tmp_path / "train.jsonl"
     file.write_bytes(b"\n".join(content))
     try:
-        rows = list(problems._rows("train", str(file), problems.read_jsonl(file)))
+        rows = list(datasets._rows("train", str(file), datasets.read_jsonl(file)))
     except UserError as error:
         assert str(file) in str(error) and type(error) is UserError, error
         return
@@ -137,21 +142,21 @@ texts = st.text(max_size=200) | st.lists(
 @many
 @given(text=texts, reference=texts)
 def test_any_completion(text: str, reference: str):
-    for found in (answers.strict_match(text), answers.flexible_extract(text)):
+    for found in (grading.strict_match(text), grading.flexible_extract(text)):
         assert found is None or any(character.isdigit() for character in found)
-        assert answers.is_correct(found, reference) in (True, False)
-    assert answers.states_answer_first(text) in (True, False)
-    assert 0 <= answers.repeated_share(text) < 1
-    for start, end in spans.number_spans(text):
+        assert grading.is_correct(found, reference) in (True, False)
+    assert grading.states_answer_first(text) in (True, False)
+    assert 0 <= grading.repeated_share(text) < 1
+    for start, end in attention_spans.number_spans(text):
         assert any(character.isdigit() for character in text[start:end])
     offsets = [(at, at + 1) for at in range(len(text))]
-    for at, seen in enumerate(spans.previous_results(text, offsets)):
+    for at, seen in enumerate(attention_spans.previous_results(text, offsets)):
         assert all(0 <= each < at for each in seen)
-    assert "\x1b" not in disagreements.printable(text)
-    shown = report.escape_markdown(text)
+    assert "\x1b" not in compare_runs.printable(text)
+    shown = build.escape_markdown(text)
     assert "<" not in shown and "\n" not in shown
     try:
-        assert answers.reference_answer(text)
+        assert grading.reference_answer(text)
     except UserError as error:
         assert "####" in str(error)
 
@@ -162,14 +167,14 @@ manifests = trees | st.fixed_dictionaries({"rows": scalars, "parts": trees})
 @many
 @given(content=st.binary(max_size=80) | manifests.map(lambda tree: json.dumps(tree).encode()))
 def test_any_bytes_where_a_manifest_or_rows_are_expected(tmp_path: Path, content: bytes):
-    (tmp_path / storage.MANIFEST).write_bytes(content)
+    (tmp_path / row_store.MANIFEST).write_bytes(content)
     for part in tmp_path.glob("part-*"):
         part.unlink()
     (tmp_path / "part-0.parquet").write_bytes(content)
     for read in (
-        lambda: storage.read_manifest(tmp_path),
-        lambda: storage.read_rows(tmp_path, records.PREDICTION),
-        lambda: storage.read_json_lines(tmp_path / storage.MANIFEST),
+        lambda: row_store.read_manifest(tmp_path),
+        lambda: row_store.read_rows(tmp_path, schemas.PREDICTION),
+        lambda: files.read_json_lines(tmp_path / row_store.MANIFEST),
     ):
         try:
             read()
@@ -201,12 +206,12 @@ def test_any_adapter_folder(tmp_path: Path, config: bytes, weights: bytes, more:
     folder = tmp_path / "trial" / "adapter"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    (folder / adapters.CONFIG).write_bytes(config)
-    (folder / adapters.WEIGHTS).write_bytes(weights)
+    (folder / adapters.CONFIG_FILE).write_bytes(config)
+    (folder / adapters.WEIGHTS_FILE).write_bytes(weights)
     if more:
         (folder / more).touch()
     try:
-        adapters.check(folder, 2)
+        adapters.check_adapter(folder, 2)
     except UserError as error:
         assert str(folder) in str(error) and "delete" in str(error) and type(error) is UserError, repr(error)
         return
@@ -219,7 +224,7 @@ def test_any_adapter_folder(tmp_path: Path, config: bytes, weights: bytes, more:
 @given(text=st.text(max_size=30) | st.builds("{}:{}:{}".format, words, words, words | st.integers(-5, 5)))
 def test_anything_typed_where_a_run_is_named(text: str):
     try:
-        folder, arm, seed = disagreements.parse_student(text)
+        folder, arm, seed = compare_runs.parse_student(text)
     except UserError as error:
         assert "FOLDER:ARM:SEED" in str(error)
         return
@@ -233,4 +238,4 @@ def test_nesting_without_end_is_refused(tmp_path: Path):
     for text in ("[" * 5000, "a: &a [*a]", "a: &a {b: *a}", "{" * 3000 + "}" * 3000):
         file.write_text(text)
         with pytest.raises(UserError, match=r"experiment\.yaml"):
-            config.load(file)
+            load_experiment(file)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from raykd import records, storage
+from raykd.storage import files, row_store, schemas
 from runs import finish, parts, plan_of, started
 
 ROOT = Path(__file__).parents[2]
@@ -55,26 +55,26 @@ ROWS = pa.table({"row_id": ["a", "b"], "error": ["", ""]})
 @pytest.mark.parametrize(
     "write",
     [
-        lambda folder: storage.write_json(folder / "run.json", {"new": "x" * 10_000}),
-        lambda folder: storage.write_table(folder / "all.parquet", ROWS),
-        lambda folder: storage.write_part(folder, ROWS),
-        lambda folder: storage.write_bytes(folder / "picture.png", b"x" * 10_000),
+        lambda folder: files.write_json(folder / "run.json", {"new": "x" * 10_000}),
+        lambda folder: files.write_table(folder / "all.parquet", ROWS),
+        lambda folder: row_store.write_part(folder, ROWS),
+        lambda folder: files.write_bytes(folder / "picture.png", b"x" * 10_000),
     ],
 )
 def test_what_cannot_be_written_is_not_there_and_what_was_there_stays(disk: Path, write: Callable[[Path], object]):
-    storage.write_json(disk / "run.json", {"old": True})
+    files.write_json(disk / "run.json", {"old": True})
     before = {path.name for path in disk.iterdir()}
     with full(disk), pytest.raises(OSError, match=rf"No space left on device: '{disk}/"):
         write(disk)
     assert {path.name for path in disk.iterdir()} == before
-    assert storage.read_json(disk / "run.json") == {"old": True}
+    assert files.read_json(disk / "run.json") == {"old": True}
     write(disk)
 
 
 def command(root: Path) -> list[str]:
     return [
-        *["run", str(ROOT / "configs/quickstart.yaml"), f"storage={root}", "problems.num_train=200"],
-        *["problems.num_test=60", "train.checkpoint_every_steps=5", "train.epochs=6", "attention=null"],
+        *["run", str(ROOT / "configs/quickstart.yaml"), f"storage={root}", "dataset.num_train=200"],
+        *["dataset.num_test=60", "train.checkpoint_every_steps=5", "train.epochs=6", "attention=null"],
         "arms={one: {prompt.strategy: ground_truth}}",
     ]
 
@@ -99,14 +99,14 @@ def test_a_run_goes_on_when_there_is_room_again(disk: Path, tmp_path: Path):
     fails_clearly(lambda: len(parts(plan.predictions)) >= 1, arguments, tmp_path, disk)
     done = finish(arguments, tmp_path).plan
     (request,), (job,) = done.requests, done.jobs
-    rows = storage.read_rows(request.folder, records.COMPLETION)
+    rows = row_store.read_rows(request.folder, schemas.COMPLETION)
     assert len(set(rows["problem_id"].to_pylist())) == len(rows) == 200
-    answers = storage.read_rows(done.predictions, records.PREDICTION)
+    answers = row_store.read_rows(done.predictions, schemas.PREDICTION)
     assert len(set(answers["prediction_id"].to_pylist())) == len(answers) == 120
-    steps = [point["step"] for point in storage.read_json_lines(job.folder / "metrics.jsonl")]
-    assert steps == sorted(set(steps)) and steps[-1] == storage.read_json(job.folder / "trial.json")["steps"]
+    steps = [point["step"] for point in files.read_json_lines(job.folder / "metrics.jsonl")]
+    assert steps == sorted(set(steps)) and steps[-1] == files.read_json(job.folder / "trial.json")["steps"]
     # Undisturbed, on a disk with room.
     elsewhere = finish(command(tmp_path / "elsewhere"), tmp_path).plan
-    theirs = storage.read_rows(elsewhere.predictions, records.PREDICTION)
+    theirs = row_store.read_rows(elsewhere.predictions, schemas.PREDICTION)
     columns = ["prediction_id", "completion"]
     assert answers.select(columns).sort_by(columns[0]).equals(theirs.select(columns).sort_by(columns[0]))

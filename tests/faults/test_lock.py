@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from raykd import cli, lock
-from raykd.faults import UserError
+from raykd import cli
+from raykd.errors import UserError
+from raykd.storage import lock
 from runs import RAYKD, plan_of
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +54,7 @@ def test_the_second_is_told_who_the_first_is(holder, tmp_path: Path, capsys, sta
     assert f"{folder} is being worked on by process {process.pid} on " in said
     assert "raykd run mine.yaml" in said and "name=..." in said
     # Nothing was touched.
-    assert [path.name for path in folder.iterdir()] == [lock.FILE]
+    assert [path.name for path in folder.iterdir()] == [lock.LOCK_FILE]
 
 
 @pytest.mark.timeout(300)
@@ -65,39 +66,39 @@ def test_whoever_asks_the_same_is_told_who_asks(tmp_path: Path):
     assert done.returncode == 2, done.stderr
     assert f"{request.folder} is being worked on by process {process.pid} on " in done.stderr
     assert "(it asks the same)" in done.stderr
-    assert [path.name for path in request.folder.iterdir()] == [lock.FILE], "nothing was asked"
+    assert [path.name for path in request.folder.iterdir()] == [lock.LOCK_FILE], "nothing was asked"
 
 
 def test_a_dead_one_keeps_nobody_out(holder):
     process, folder = holder
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert str(process.pid) in (folder / lock.FILE).read_text(), "it had no time to tidy up"
-    with lock.held(folder, "again"):
-        assert "again" in (folder / lock.FILE).read_text()
-    assert (folder / lock.FILE).read_text() == ""
+    assert str(process.pid) in (folder / lock.LOCK_FILE).read_text(), "it had no time to tidy up"
+    with lock.folder_lock(folder, "again"):
+        assert "again" in (folder / lock.LOCK_FILE).read_text()
+    assert (folder / lock.LOCK_FILE).read_text() == ""
 
 
 def test_after_an_error_it_is_free(tmp_path: Path):
-    with pytest.raises(RuntimeError), lock.held(tmp_path, "first"):
+    with pytest.raises(RuntimeError), lock.folder_lock(tmp_path, "first"):
         raise RuntimeError
-    with lock.held(tmp_path, "second"):
+    with lock.folder_lock(tmp_path, "second"):
         pass
 
 
 def test_a_lock_leaves_nothing_where_nothing_was_written(tmp_path: Path):
     folder = tmp_path / "storage" / "experiments" / "mine"
-    with pytest.raises(KeyError), lock.held(folder, "refused"):
+    with pytest.raises(KeyError), lock.folder_lock(folder, "refused"):
         raise KeyError
     assert list(tmp_path.iterdir()) == []
-    with lock.held(folder, "works"):
+    with lock.folder_lock(folder, "works"):
         (folder / "run.json").write_text("{}")
     assert [file.name for file in folder.iterdir()] == ["run.json"]
 
 
 def test_a_lock_file_that_its_holder_removed_is_no_lock(tmp_path: Path, monkeypatch):
     """Two processes open the same file; the first removes it, and the second must not hold what nobody else sees."""
-    first = lock.held(tmp_path, "first")
+    first = lock.folder_lock(tmp_path, "first")
     first.__enter__()
     flock = lock.fcntl.flock
 
@@ -109,14 +110,17 @@ def test_a_lock_file_that_its_holder_removed_is_no_lock(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(lock.fcntl, "flock", late)
     with (
-        lock.held(tmp_path, "second"),
+        lock.folder_lock(tmp_path, "second"),
         pytest.raises(UserError, match=r"by process .*: second"),
-        lock.held(tmp_path, "third"),
+        lock.folder_lock(tmp_path, "third"),
     ):
         raise AssertionError("both hold it")
 
 
 def test_a_storage_that_is_a_file_is_named(tmp_path: Path):
     (tmp_path / "storage").write_text("")
-    with pytest.raises(UserError, match="storage is a file, not a folder"), lock.held(tmp_path / "storage", "first"):
+    with (
+        pytest.raises(UserError, match="storage is a file, not a folder"),
+        lock.folder_lock(tmp_path / "storage", "first"),
+    ):
         raise AssertionError("no folder")

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from raykd import records, storage
+from raykd.storage import row_store, schemas
 from runs import finish, parts, plan_of, started
 
 ROOT = Path(__file__).parents[2]
@@ -19,14 +19,14 @@ pytestmark = pytest.mark.timeout(600)
 
 def rows_of(arguments: list[str]) -> list[dict]:
     (request,) = plan_of(arguments).requests
-    return storage.read_rows(request.folder, records.COMPLETION).to_pylist()
+    return row_store.read_rows(request.folder, schemas.COMPLETION).to_pylist()
 
 
 @pytest.mark.slow
 def test_an_engine_that_hangs(tmp_path: Path):
     """What it was asked meanwhile carries an error; that is too much, and the same command asks those rows again."""
     timeout_s = 15
-    arguments = ["generate", str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path}", "problems.num_train=400"]
+    arguments = ["generate", str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path}", "dataset.num_train=400"]
     arguments += ["teacher.max_error_rate=0.001"]
     arguments += [f"teacher.timeout_s={timeout_s}", "arms={one: {prompt.strategy: ground_truth}}"]
     with started(lambda: len(parts(tmp_path)) >= 2, arguments, tmp_path) as run:

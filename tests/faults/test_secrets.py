@@ -45,7 +45,7 @@ def refused(url: str) -> bool:
 @pytest.mark.slow
 def test_a_planted_token_is_nowhere_and_nobody_gets_in(tmp_path: Path, session: Path):
     arguments = ["run", str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path / 'storage'}"]
-    arguments += ["problems.num_train=200", "problems.num_test=20", "train.epochs=1", "arms={one: {}}"]
+    arguments += ["dataset.num_train=200", "dataset.num_test=20", "train.epochs=1", "arms={one: {}}"]
     environment = {**os.environ, **PLANTED, "RAY_TMPDIR": str(session)}
     log = tmp_path / "started.log"
     with started(lambda: len(parts(tmp_path)) >= 1, arguments, tmp_path, environment) as run:

@@ -11,7 +11,7 @@ from ray import serve
 from ray.cluster_utils import Cluster
 
 from clusters import cluster, holders, joining, processes
-from raykd import records, storage
+from raykd.storage import row_store, schemas
 from runs import kill_when, parts, plan_of, started
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def nodes() -> Iterator[Cluster]:
 def command(root: Path, replicas: int) -> list[str]:
     return [
         *["generate", str(ROOT / "configs/quickstart.yaml"), f"storage={root}", f"name={root.name}"],
-        *["problems.num_train=400", f"teacher.replicas={{min: {replicas}, max: {replicas}}}"],
+        *["dataset.num_train=400", f"teacher.replicas={{min: {replicas}, max: {replicas}}}"],
         "arms={one: {prompt.strategy: ground_truth}, two: {prompt.strategy: teacher}}",
         "teacher.engine.engine_kwargs.enable_log_requests=true",
     ]
@@ -39,8 +39,8 @@ def check_all_is_there_once(arguments: list[str]) -> int:
     """Every problem has its one completion under each strategy; returns how many there are."""
     total = 0
     for request in plan_of(arguments).requests:
-        rows = storage.read_rows(request.folder, records.COMPLETION, ["problem_id", "error"])
-        assert storage.read_manifest(request.folder)["rows"] == len(rows) == 400  # type: ignore[index]
+        rows = row_store.read_rows(request.folder, schemas.COMPLETION, ["problem_id", "error"])
+        assert row_store.read_manifest(request.folder)["rows"] == len(rows) == 400  # type: ignore[index]
         assert len(set(rows["problem_id"].to_pylist())) == 400
         assert set(rows["error"].to_pylist()) == {""}
         total += len(rows)

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from clusters import cluster, joining
-from raykd.job import Job
+from raykd.training.trial import TrialSpec
 from runs import finish, plan_of, started
 
 ROOT = Path(__file__).parents[2]
@@ -26,31 +26,31 @@ def command(root: Path, *more: str) -> list[str]:
             "train",
             str(ROOT / "configs/quickstart.yaml"),
             f"storage={root}",
-            "arms={own: {targets.sequence: reference}}",
+            "arms={own: {targets.source: reference}}",
         ],
-        *["problems.num_train=96", "train.batch_size=8", "train.micro_batch_size=4", "train.epochs=4"],
+        *["dataset.num_train=96", "train.batch_size=8", "train.micro_batch_size=4", "train.epochs=4"],
         *["train.num_workers=2", "train.zero_stage=0", f"train.checkpoint_every_steps={EVERY}", *more],
     ]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Job:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> TrialSpec:
     root = tmp_path_factory.mktemp("undisturbed")
     return finish(command(root), root).plan.jobs[0]
 
 
-def curve(job: Job) -> list[dict]:
+def curve(job: TrialSpec) -> list[dict]:
     file = job.folder / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def has_come_far(job: Job) -> bool:
+def has_come_far(job: TrialSpec) -> bool:
     """Past its second checkpoint, and some way still to go."""
     points = curve(job)
     return bool(points) and 2 * EVERY < points[-1]["step"] < STEPS - EVERY
 
 
-def goes_on(job: Job, run: subprocess.Popen[str], disturb: Callable[[], None]) -> None:
+def goes_on(job: TrialSpec, run: subprocess.Popen[str], disturb: Callable[[], None]) -> None:
     """Disturbs a run, which must end well, and must not have begun anew."""
     disturb()
     least = len(curve(job))
@@ -63,7 +63,7 @@ def goes_on(job: Job, run: subprocess.Popen[str], disturb: Callable[[], None]) -
     assert least >= EVERY, "it began anew"
 
 
-def check_the_same(job: Job, undisturbed: Job) -> None:
+def check_the_same(job: TrialSpec, undisturbed: TrialSpec) -> None:
     ours, theirs = curve(job), curve(undisturbed)
     assert [point["step"] for point in ours] == [point["step"] for point in theirs] == list(range(1, STEPS + 1))
     assert [point["loss"] for point in ours] == pytest.approx([point["loss"] for point in theirs], rel=1e-3)
@@ -76,7 +76,7 @@ def check_the_same(job: Job, undisturbed: Job) -> None:
         assert torch.allclose(tensor, weights[1][name], atol=2e-3), name
 
 
-def test_a_worker_is_killed(undisturbed: Job, tmp_path: Path):
+def test_a_worker_is_killed(undisturbed: TrialSpec, tmp_path: Path):
     arguments = command(tmp_path)
     (job,) = plan_of(arguments).jobs
     with started(lambda: has_come_far(job), arguments, tmp_path) as run:
@@ -92,7 +92,7 @@ def test_a_worker_is_killed(undisturbed: Job, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_node_is_lost_and_its_place_is_waited_for(undisturbed: Job, tmp_path: Path):
+def test_a_node_is_lost_and_its_place_is_waited_for(undisturbed: TrialSpec, tmp_path: Path):
     arguments = command(tmp_path)
     (job,) = plan_of(arguments).jobs
     with cluster(1) as nodes, started(lambda: has_come_far(job), arguments, tmp_path, joining(nodes)) as run:
@@ -109,7 +109,7 @@ def test_a_node_is_lost_and_its_place_is_waited_for(undisturbed: Job, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_node_is_lost_and_those_that_are_left_go_on(undisturbed: Job, tmp_path: Path):
+def test_a_node_is_lost_and_those_that_are_left_go_on(undisturbed: TrialSpec, tmp_path: Path):
     arguments = command(tmp_path, "train.min_workers=1")
     (job,) = plan_of(arguments).jobs
     with cluster(1) as nodes, started(lambda: has_come_far(job), arguments, tmp_path, joining(nodes)) as run:

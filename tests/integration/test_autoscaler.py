@@ -11,9 +11,10 @@ import pytest
 import ray
 from ray.autoscaler.v2.sdk import get_cluster_status
 
-from growing import growing
-from raykd import cluster, sweep
-from raykd.sections import Train
+from autoscaling_cluster import growing
+from raykd.cluster import autoscaler, connection
+from raykd.config.sections import Train
+from raykd.tuning import tuner
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -30,11 +31,11 @@ def grow(address: str, file: Path, log: Path) -> tuple[float, int, int, float]:
     """How many cores there may be; for how many of four trials there is room before and after they come, and how many
     have come. For more trials than that there is never room: their request should bring what there may be."""
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address, "RAYKD_CLUSTER": str(file)}
-    with cluster.connected(log, "growing", "test") as capacity:
-        room = sweep._room([(Train(num_workers=1), "cpu")], {}, at_most=4)
+    with connection.connected(log, "growing", "test") as capacity:
+        room = tuner.free_trial_slots([(Train(num_workers=1), "cpu")], {}, at_most=4)
         before = room()
-        with cluster.requested() as ask:
-            sweep._asking(ask, [{"CPU": 1}], 1, [], at_a_time=9)(before, 9)
+        with autoscaler.node_requests() as ask:
+            tuner.request_trial_nodes(ask, [{"CPU": 1}], 1, [], at_a_time=9)(before, 9)
             deadline = time.monotonic() + 240
             while ray.cluster_resources()["CPU"] < 5 and time.monotonic() < deadline:
                 time.sleep(1)
@@ -50,7 +51,7 @@ def test_nodes_come_when_trials_want_room_and_trials_when_nodes_come(two_nodes: 
 def hold(address: str, file: Path, log: Path) -> None:
     """A run that asks for nodes, and never ends by itself."""
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address, "RAYKD_CLUSTER": str(file)}
-    with cluster.connected(log, "held", "test"), cluster.requested() as ask:
+    with connection.connected(log, "held", "test"), autoscaler.node_requests() as ask:
         ask([{"CPU": 1}] * 4)
         time.sleep(600)
 

@@ -16,10 +16,12 @@ from ray import serve
 from ray.serve.config import ProxyLocation
 from ray.util import placement_group_table
 
-from growing import growing
-from pretended import Pretended, deployed, train_on
-from raykd import budget, cluster, nodes, placement
-from raykd.config import Experiment
+from autoscaling_cluster import growing
+from fake_gpu import Pretended, deployed, train_on
+from raykd import compat
+from raykd.cluster import autoscaler, connection, nodes, resources
+from raykd.config.experiment import Experiment
+from raykd.planning.demand import resource_demand
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "cluster/aws.yaml"
@@ -54,7 +56,11 @@ def kinds() -> dict[str, int]:
     found: Counter[str] = Counter()
     for node in ray.nodes():
         if node["Alive"]:
-            found.update(name.removeprefix(placement.TYPE) for name in node["Resources"] if placement.TYPE in name)
+            found.update(
+                name.removeprefix(compat.ACCELERATOR_TYPE_PREFIX)
+                for name in node["Resources"]
+                if compat.ACCELERATOR_TYPE_PREFIX in name
+            )
     return dict(found)
 
 
@@ -66,7 +72,7 @@ def places() -> list[list[dict[str, float]]]:
 
 def planned(groups: tuple[Any, ...]) -> dict[str, int]:
     """How many nodes of each kind `raykd plan` says that placement groups lie on."""
-    found = Counter(name for each in nodes.place(groups, nodes.read(FILE)) for name, _ in each.on)
+    found = Counter(name for each in nodes.place(groups, nodes.read_cluster_file(FILE)) for name, _ in each.on)
     return {{"teacher": "H100", "student": "A10G"}[name]: count for name, count in found.items()}
 
 
@@ -81,19 +87,19 @@ def follow(address: str, file: Path, log: Path) -> dict[str, Any]:
     """What comes and goes while a teacher is up, after it, while students train, and after them."""
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address, "RAYKD_CLUSTER": str(file)}
     seen: dict[str, Any] = {}
-    with cluster.connected(log, "cloud", "test") as capacity:
+    with connection.connected(log, "cloud", "test") as capacity:
         seen["capacity"] = capacity
-        seen["auto"] = placement.accelerator("auto", capacity)
+        seen["auto"] = resources.resolve_accelerator("auto", capacity)
         seen["before"] = kinds()
         told, train = EXPERIMENT.teacher, EXPERIMENT.train
-        placement.check_engine("teacher.engine", told.engine, "gpu", capacity)
+        resources.check_engine("teacher.engine", told.engine, "gpu", capacity)
         serve.start(proxy_location=ProxyLocation.Disabled)
         with deployed(told, "gpu", Pretended) as handle:
             handle.answer.remote(0).result(timeout_s=300)
             seen["teacher"], seen["teacher's places"] = kinds(), places()
         seen["teacher is gone"] = until(lambda: not kinds())
-        with cluster.requested() as ask:
-            ask(placement.trial_bundles(train, "gpu"))
+        with autoscaler.node_requests() as ask:
+            ask(resources.trial_bundles(train, "gpu"))
             workers = train_on(train)
             seen["students"] = kinds()
         seen["workers"] = len(workers)
@@ -110,7 +116,7 @@ def test_nodes_come_for_each_stage_and_go_after_it(cloud: tuple[str, Path], tmp_
     assert seen["before"] == {}
     assert seen["auto"] == "gpu"
     assert (seen["capacity"]["GPU:H100"], seen["capacity"]["GPU:A10G"]) == (16, 32)
-    demand = budget.demand(EXPERIMENT, seen["capacity"])
+    demand = resource_demand(EXPERIMENT, seen["capacity"])
     assert seen["teacher's places"] == [[dict(bundle) for bundle in group] for group in demand.generation]
     assert seen["teacher"] == planned(demand.generation) == {"H100": 2}
     assert seen["teacher is gone"]

@@ -14,14 +14,17 @@ import numpy as np
 import psutil
 import pyarrow.parquet
 import pytest
-from reference_run import ENGINE, MAX_TOKENS, NUM_TOO_LONG, NUM_TRAIN, TOP_K, Reference
 
-from raykd import pipeline, prompts, records, storage
+from raykd.data import prompts
+from raykd.pipeline.plan import Plan
+from raykd.storage import row_store, schemas
+from raykd.storage.files import read_json
+from reference_run import ENGINE, MAX_TOKENS, NUM_TOO_LONG, NUM_TRAIN, TOP_K, Reference
 from runs import Ran, finish, free_port
 
 pytestmark = pytest.mark.timeout(1200)
 KEY_ENV, KEY, NAME = "RAYKD_TEACHER_KEY", "planted6dGhlIGtleSBvZiBhIHRlYWNoZXI", "the-teacher"
-GREEDY = ["teacher.sampling.temperature=0", "teacher.samples=1"]
+GREEDY = ["teacher.sampling.temperature=0", "teacher.num_samples=1"]
 
 
 def post(url: str, body: dict, key: str) -> dict:
@@ -91,15 +94,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def elsewhere(experiment_file: Path, root: Path, url: str) -> Ran:
+def endpoint_identity(experiment_file: Path, root: Path, url: str) -> Ran:
     endpoint = f"teacher.endpoint={{url: '{url}', model: {NAME}, api_key_env: {KEY_ENV}}}"
     return finish(["generate", str(experiment_file), f"storage={root}", "name=elsewhere", endpoint], root)
 
 
-def rows_of(plan: pipeline.Plan, arm: str) -> dict[tuple[str, int], dict]:
+def rows_of(plan: Plan, arm: str) -> dict[tuple[str, int], dict]:
     request = plan.asked[arm]
     assert request is not None
-    rows = storage.read_rows(request.folder, records.COMPLETION).to_pylist()
+    rows = row_store.read_rows(request.folder, schemas.COMPLETION).to_pylist()
     return {(row["problem_id"], row["sample_index"]): row for row in rows}
 
 
@@ -131,7 +134,7 @@ def test_the_rows_are_the_same(reference: Reference, elsewhere: Ran, arm: str):
 def test_no_engine_was_started_and_the_key_is_written_nowhere(elsewhere: Ran, root: Path, url: str):
     assert f"asking the teacher {NAME} at {url}" in elsewhere.stderr
     assert "starting the teacher" not in elsewhere.stderr
-    assert storage.read_json(elsewhere.plan.folder / "run.json")["processor_seconds"] == {}
+    assert read_json(elsewhere.plan.folder / "run.json")["processor_seconds"] == {}
     files = [each for each in root.rglob("*") if each.is_file()]
     assert len(files) > 10
     assert not [each for each in files if KEY.encode() in each.read_bytes()]

@@ -56,7 +56,7 @@ def test_a_wheel_in_an_empty_environment_answers_problems(tmp_path: Path):
     assert installed.returncode == 0, installed.stderr
     missing = re.findall(r"requires ([\w-]+), which is not installed", run("pip", "check", timeout=300).stdout)
     assert set(missing) == LEFT_OUT
-    fields = ["problems.num_train=8", "problems.num_test=4", "arms={teacher: {prompt.strategy: teacher}}"]
+    fields = ["dataset.num_train=8", "dataset.num_test=4", "arms={teacher: {prompt.strategy: teacher}}"]
     answered = run("raykd", "generate", "quickstart", *fields, timeout=900)
     assert answered.returncode == 0, answered.stderr
     assert list((tmp_path / "elsewhere" / "storage" / "completions").rglob("*.parquet"))

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from reference_run import PLANTED, Reference
 
 pytestmark = pytest.mark.timeout(1200)

@@ -4,41 +4,43 @@ import json
 
 import pytest
 import torch
-from oracles import greedy, log_likelihoods
 from peft import PeftModel
-from reference_run import NUM_ANSWERED, NUM_TRAIN, OWN_MAX_TOKENS, TOP_K, Reference
 from test_run import split
 from transformers import AutoModelForCausalLM
 
-from raykd import models, prompts, records, storage
-from raykd.demo import resolve_model
-from raykd.job import Job
-from raykd.sections import Student
+from oracles import greedy, log_likelihoods
+from raykd.config.sections import Student
+from raykd.data import prompts
+from raykd.models import loading, tokenization
+from raykd.models.builtin import resolve_model
+from raykd.storage import files, row_store, schemas
+from raykd.training.trial import TrialSpec
+from reference_run import NUM_ANSWERED, NUM_TRAIN, OWN_MAX_TOKENS, TOP_K, Reference
 
 pytestmark = pytest.mark.timeout(1200)
 ROUNDS = (0, 1)
 
 
 @pytest.fixture(scope="module")
-def job(reference: Reference) -> Job:
+def job(reference: Reference) -> TrialSpec:
     return next(job for job in reference.plan.jobs if job.arm_name == "own")
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return models.load_tokenizer(Student(model="raykd/demo-student"))
+    return loading.load_tokenizer(Student(model="raykd/demo-student"))
 
 
-def rows(job: Job, number: int, kind: str) -> list[dict]:
+def rows(job: TrialSpec, number: int, kind: str) -> list[dict]:
     """A round's `answers`, or the `completions` that the teacher made of them by scoring them."""
-    return storage.read_rows(job.round_folder(number) / kind, records.COMPLETION).to_pylist()
+    return row_store.read_rows(job.round_folder(number) / kind, schemas.COMPLETION).to_pylist()
 
 
-def test_the_rounds_share_out_the_problems_and_the_steps(reference: Reference, job: Job):
+def test_the_rounds_share_out_the_problems_and_the_steps(reference: Reference, job: TrialSpec):
     answered = [{row["problem_id"] for row in rows(job, number, "answers")} for number in ROUNDS]
     assert [len(each) for each in answered] == [8, NUM_TRAIN - 8]
     assert answered[0] | answered[1] == {row["problem_id"] for row in split(reference.plan, "train")}
-    trial = storage.read_json(job.folder / "trial.json")
+    trial = files.read_json(job.folder / "trial.json")
     assert (trial["status"], trial["steps"]) == ("complete", 3)
     assert trial["rows"] == NUM_ANSWERED
     assert trial["rows"] + sum(trial["dropped"].values()) == NUM_TRAIN
@@ -48,7 +50,7 @@ def test_the_rounds_share_out_the_problems_and_the_steps(reference: Reference, j
 
 @pytest.mark.parametrize("number", ROUNDS)
 def test_a_round_begins_with_the_answers_of_the_adapter_of_the_round_before(
-    reference: Reference, job: Job, tokenizer, number: int
+    reference: Reference, job: TrialSpec, tokenizer, number: int
 ):
     problems = {row["problem_id"]: row for row in split(reference.plan, "train")}
     model = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32)
@@ -57,13 +59,13 @@ def test_a_round_begins_with_the_answers_of_the_adapter_of_the_round_before(
     model.eval()
     agreed = []
     for row in [row for row in rows(job, number, "answers") if not row["error"]][:8]:
-        prompt = models.prompt_token_ids(tokenizer, prompts.student_messages(problems[row["problem_id"]]))
+        prompt = tokenization.prompt_token_ids(tokenizer, prompts.student_messages(problems[row["problem_id"]]))
         assert row["prompt_token_ids"] == prompt, "a student is never shown a prime"
         agreed.append(greedy(model, prompt, tokenizer.eos_token_id, OWN_MAX_TOKENS) == row["completion_token_ids"])
     assert sum(agreed) >= len(agreed) - 1, agreed
 
 
-def test_the_primed_teacher_scored_every_token(reference: Reference, job: Job, tokenizer):
+def test_the_primed_teacher_scored_every_token(reference: Reference, job: TrialSpec, tokenizer):
     prime = reference.plan.experiment.strategies["ground_truth"].text
     teacher = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-teacher"), dtype=torch.float32).eval()
     for number in ROUNDS:
@@ -80,7 +82,7 @@ def test_the_primed_teacher_scored_every_token(reference: Reference, job: Job, t
             assert torch.allclose(expected.topk(TOP_K, -1).values, logprobs.double(), atol=2e-3)
 
 
-def test_its_own_answers_are_learnt_from_by_reverse_kl(job: Job):
+def test_its_own_answers_are_learnt_from_by_reverse_kl(job: TrialSpec):
     base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32).eval()
     written = {row["problem_id"]: row["prompt_token_ids"] for row in rows(job, 0, "answers")}
     nats, tokens = 0.0, 0

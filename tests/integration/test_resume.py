@@ -7,11 +7,11 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from reference_run import ARMS, NUM_TEST, NUM_TRAIN, Reference
 from test_run import predictions
 
-from raykd import records, storage
-from raykd.job import Job
+from raykd.storage import files, row_store, schemas
+from raykd.training.trial import TrialSpec
+from reference_run import ARMS, NUM_TEST, NUM_TRAIN, Reference
 from runs import Ran, end_by, finish, kill_when, plan_of, wait_for_end
 
 pytestmark = pytest.mark.timeout(1200)
@@ -37,7 +37,7 @@ def ended(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ra
 
     end_by(signal.SIGTERM, lambda: len(parts(request.folder)) >= 3, arguments, root)
     kept = parts(request.folder)
-    assert storage.read_manifest(request.folder) is None, "ended too late to test anything"
+    assert row_store.read_manifest(request.folder) is None, "ended too late to test anything"
 
     first = plan.jobs[0]
     checkpoints = plan.folder / "checkpoints" / first.trial_id
@@ -45,17 +45,17 @@ def ended(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ra
     assert {name: time for name, time in parts(request.folder).items() if name in kept} == kept, (
         "nothing is asked twice"
     )
-    assert storage.read_manifest(request.folder)["rows"] == 2 * NUM_TRAIN  # type: ignore[index]
+    assert row_store.read_manifest(request.folder)["rows"] == 2 * NUM_TRAIN  # type: ignore[index]
     assert not (first.folder / "trial.json").exists(), "killed too late to test anything"
 
     family += kill_when(lambda: len(parts(plan.predictions)) >= 1, arguments, root)
-    assert storage.read_manifest(plan.predictions) is None, "killed too late to test anything"
+    assert row_store.read_manifest(plan.predictions) is None, "killed too late to test anything"
     done = finish(arguments, root)
     wait_for_end(family)
     return done
 
 
-def undisturbed(reference: Reference, job: Job) -> Job:
+def undisturbed(reference: Reference, job: TrialSpec) -> TrialSpec:
     """The same trial of the reference run."""
     return next(each for each in reference.plan.jobs if each.arm_name == job.arm_name)
 
@@ -66,7 +66,7 @@ def test_completions_are_those_of_an_undisturbed_run(reference: Reference, ended
     assert whole and whole.folder.name == request.folder.name
     columns = ["completion_id", "prompt_token_ids", "completion_token_ids", "error"]
     tables = [
-        storage.read_rows(each.folder, records.COMPLETION, columns).sort_by("completion_id")
+        row_store.read_rows(each.folder, schemas.COMPLETION, columns).sort_by("completion_id")
         for each in (whole, request)
     ]
     assert tables[0].equals(tables[1])
@@ -78,7 +78,7 @@ def test_training_went_on_from_its_checkpoint_to_the_same_adapter(reference: Ref
         whole = undisturbed(reference, resumed)
         assert whole.trial_id == resumed.trial_id
         curves = [(job.folder / "metrics.jsonl").read_text().splitlines() for job in (whole, resumed)]
-        assert len(curves[0]) == len(curves[1]) == storage.read_json(whole.folder / "trial.json")["steps"]
+        assert len(curves[0]) == len(curves[1]) == files.read_json(whole.folder / "trial.json")["steps"]
         weights = [
             safetensors.torch.load_file(job.folder / "adapter" / "adapter_model.safetensors")
             for job in (whole, resumed)

@@ -8,14 +8,18 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from oracles import greedy, log_likelihoods
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from raykd import models, prompts, records, storage, student
-from raykd.demo import resolve_model
-from raykd.job import Job, problems_of_round
-from raykd.sections import Student
+from oracles import greedy, log_likelihoods
+from raykd.config.sections import Student
+from raykd.data import prompts
+from raykd.models import loading, tokenization
+from raykd.models.builtin import resolve_model
+from raykd.storage import row_store, schemas
+from raykd.storage.files import read_json
+from raykd.training import examples
+from raykd.training.trial import TrialSpec, problem_ids_of_round
 from runs import Ran, finish, kill_when, plan_of, wait_for_end
 
 # Six engines. In `make test` the reference run has an arm that learns from its own answers: see test_own_answers.py.
@@ -27,11 +31,11 @@ MAX_TOKENS = 24
 def own_answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two rounds on 24 problems, three steps in all; greedy answers, so that anybody can tell what they should be."""
     engine = {"engine_kwargs": {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 32}}
-    own = {"sequence": "student", "rounds": 2, "rollout": {"temperature": 0, "max_tokens": MAX_TOKENS}}
+    own = {"source": "student", "rounds": 2, "rollout": {"temperature": 0, "max_tokens": MAX_TOKENS}}
     soft = {**own, "kind": "top_k", "top_k": 8}
     tree = {
         "name": "rounds",
-        "problems": {"source": "demo", "num_train": 24, "num_test": 6},
+        "dataset": {"source": "demo", "num_train": 24, "num_test": 6},
         "teacher": {"model": "raykd/demo-teacher", "engine": engine, "batch_size": 8},
         "student": {"model": "raykd/demo-student"},
         "prompt": {"instruction": ""},
@@ -42,7 +46,7 @@ def own_answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "hard": {"targets": own},
             "begun": {"prompt.strategy": "ground_truth", "targets": {**soft, "warmup_rounds": 1}},
             # None of its answers will be right: a round may leave nothing to learn.
-            "begun_hard": {"targets": {**own, "warmup_rounds": 1, "keep": "correct"}},
+            "begun_hard": {"targets": {**own, "warmup_rounds": 1, "filter": "correct"}},
         },
     }
     file = tmp_path_factory.mktemp("experiment") / "rounds.yaml"
@@ -58,14 +62,14 @@ def taught(own_answers: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return models.load_tokenizer(Student(model="raykd/demo-student"))
+    return loading.load_tokenizer(Student(model="raykd/demo-student"))
 
 
 def rows(folder: Path) -> list[dict]:
-    return storage.read_rows(folder, records.COMPLETION).to_pylist()
+    return row_store.read_rows(folder, schemas.COMPLETION).to_pylist()
 
 
-def job_of(ran: Ran, arm: str) -> Job:
+def job_of(ran: Ran, arm: str) -> TrialSpec:
     return next(job for job in ran.plan.jobs if job.arm_name == arm)
 
 
@@ -80,7 +84,7 @@ def test_the_rounds_share_out_the_problems_and_the_steps(taught: Ran, arm: str):
     answered = [{row["problem_id"] for row in rows(job.round_folder(number) / "answers")} for number in (0, 1)]
     assert [len(each) for each in answered] == [8, 16]
     assert answered[0] | answered[1] == set(problems_of(taught))
-    trial = storage.read_json(job.folder / "trial.json")
+    trial = read_json(job.folder / "trial.json")
     assert (trial["status"], trial["steps"]) == ("complete", 3)
     assert trial["rows"] + sum(trial["dropped"].values()) == 24
     steps = [json.loads(line)["step"] for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
@@ -96,7 +100,7 @@ def test_a_round_begins_with_the_answers_of_the_adapter_of_the_round_before(taug
     model.eval()
     agreed = []
     for row in rows(job.round_folder(number) / "answers")[:8]:
-        prompt = models.prompt_token_ids(tokenizer, prompts.student_messages(problems[row["problem_id"]]))
+        prompt = tokenization.prompt_token_ids(tokenizer, prompts.student_messages(problems[row["problem_id"]]))
         assert row["prompt_token_ids"] == prompt, "a student is never shown a prime"
         agreed.append(greedy(model, prompt, tokenizer.eos_token_id, MAX_TOKENS) == row["completion_token_ids"])
     assert sum(agreed) >= 7, agreed
@@ -143,14 +147,14 @@ def test_its_own_answers_are_learnt_from_by_reverse_kl(taught: Ran, tokenizer):
 def test_a_warmed_up_student_begins_with_the_reference_solutions(taught: Ran, tokenizer, arm: str):
     job, problems = job_of(taught, arm), problems_of(taught)
     assert not (job.round_folder(0) / "answers").exists()
-    begun = storage.read_json(job.round_folder(0) / "round.json")
+    begun = read_json(job.round_folder(0) / "round.json")
     assert (begun["rows"], begun["dropped"]) == (8, {})
     assert len(rows(job.round_folder(1) / "answers")) == 16
-    trial = storage.read_json(job.folder / "trial.json")
+    trial = read_json(job.folder / "trial.json")
     assert (trial["status"], trial["rows"] + sum(trial["dropped"].values())) == ("complete", 24)
     # The loss of the first step is that of the reference solutions, under the base model's weights.
-    chosen = problems_of_round(job, 0)
-    lesson, _ = student.training_rows(job.arm, job.problems, job.completions, tokenizer, True, chosen)
+    chosen = problem_ids_of_round(job, 0)
+    lesson, _ = examples.build_examples(job.arm, job.problems, job.completions, tokenizer, True, chosen)
     assert {row.problem_id for row in lesson} == chosen
     for row in lesson:
         solution = problems[row.problem_id]["reference_solution"]
@@ -171,7 +175,7 @@ def test_a_warmed_up_student_begins_with_the_reference_solutions(taught: Ran, to
 
 def test_a_round_that_leaves_nothing_moves_nothing(taught: Ran):
     job = job_of(taught, "begun_hard")
-    trial = storage.read_json(job.folder / "trial.json")
+    trial = read_json(job.folder / "trial.json")
     assert (trial["rows"], trial["dropped"]) == (8, {"incorrect": 16})
     first, *others = (json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines())
     assert first["loss"] > 0
@@ -183,15 +187,15 @@ def test_a_round_that_leaves_nothing_moves_nothing(taught: Ran):
 
 
 def test_what_the_teacher_scored_is_in_the_report(taught: Ran):
-    made = storage.read_json(taught.plan.folder / "run.json")["completions"]
-    counts = {(each["sequence"], *each["arms"]): each["rows"] for each in made}
+    made = read_json(taught.plan.folder / "run.json")["completions"]
+    counts = {(each["source"], *each["arms"]): each["rows"] for each in made}
     assert counts == {("reference", "begun/warmup"): 24, ("student", "soft"): 24, ("student", "begun"): 16}
 
 
 def test_without_soft_targets_the_teacher_is_not_asked(taught: Ran):
     job = job_of(taught, "hard")
     assert not (job.round_folder(0) / "completions").exists()
-    assert storage.read_json(job.folder / "trial.json")["strategy"] == ""
+    assert read_json(job.folder / "trial.json")["strategy"] == ""
 
 
 def test_the_same_command_again_does_nothing_again(taught: Ran, own_answers: Path):

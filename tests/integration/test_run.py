@@ -10,8 +10,18 @@ import pyarrow.parquet
 import pytest
 import safetensors.torch
 import torch
-from oracles import greedy, log_likelihoods
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from oracles import greedy, log_likelihoods
+from raykd.config.sections import Student
+from raykd.data import prompts
+from raykd.evaluation import student_batch
+from raykd.models import loading, tokenization
+from raykd.models.builtin import MODELS, resolve_model
+from raykd.pipeline.plan import Plan
+from raykd.storage import files, hashing, row_store, schemas
+from raykd.training import examples
 from reference_run import (
     ARMS,
     MAX_TOKENS,
@@ -24,37 +34,32 @@ from reference_run import (
     TOP_K,
     Reference,
 )
-from transformers import AutoModelForCausalLM
-
-from raykd import evaluate, models, pipeline, prompts, records, storage, student
-from raykd.demo import MODELS, resolve_model
-from raykd.sections import Student
 from runs import Ran, finish
 
 pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")
-def plan(reference: Reference) -> pipeline.Plan:
+def plan(reference: Reference) -> Plan:
     return reference.plan
 
 
-def all_completions(plan: pipeline.Plan, arm: str) -> list[dict]:
+def all_completions(plan: Plan, arm: str) -> list[dict]:
     request = plan.asked[arm]
     assert request is not None
-    return storage.read_rows(request.folder, records.COMPLETION).to_pylist()
+    return row_store.read_rows(request.folder, schemas.COMPLETION).to_pylist()
 
 
-def completions(plan: pipeline.Plan, arm: str) -> list[dict]:
+def completions(plan: Plan, arm: str) -> list[dict]:
     """Those without an error."""
     return [row for row in all_completions(plan, arm) if not row["error"]]
 
 
-def predictions(plan: pipeline.Plan) -> list[dict]:
-    return storage.read_rows(plan.predictions, records.PREDICTION).to_pylist()
+def predictions(plan: Plan) -> list[dict]:
+    return row_store.read_rows(plan.predictions, schemas.PREDICTION).to_pylist()
 
 
-def split(plan: pipeline.Plan, name: str) -> list[dict]:
+def split(plan: Plan, name: str) -> list[dict]:
     return pyarrow.parquet.read_table(plan.problems / f"{name}.parquet").to_pylist()
 
 
@@ -69,11 +74,11 @@ def teacher_model():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return models.load_tokenizer(Student(model="raykd/demo-student"))
+    return loading.load_tokenizer(Student(model="raykd/demo-student"))
 
 
-@pytest.mark.parametrize(("arm", "samples"), [("greedy", 1), ("soft", 2)])
-def test_every_problem_has_its_samples_under_every_strategy(plan: pipeline.Plan, arm: str, samples: int):
+@pytest.mark.parametrize(("arm", "num_samples"), [("greedy", 1), ("soft", 2)])
+def test_every_problem_has_its_samples_under_every_strategy(plan: Plan, arm: str, samples: int):
     """An arm may have the teacher answer in another way than others do."""
     rows = all_completions(plan, arm)
     problems = sorted(row["problem_id"] for row in split(plan, "train"))
@@ -84,7 +89,7 @@ def test_every_problem_has_its_samples_under_every_strategy(plan: pipeline.Plan,
     assert len({row["completion_id"] for row in rows}) == samples * NUM_TRAIN
 
 
-def test_samples_are_drawn_anew(plan: pipeline.Plan):
+def test_samples_are_drawn_anew(plan: Plan):
     by_problem: dict[str, set[str]] = {}
     for row in completions(plan, "soft"):
         by_problem.setdefault(row["problem_id"], set()).add(row["completion"])
@@ -94,7 +99,7 @@ def test_samples_are_drawn_anew(plan: pipeline.Plan):
 
 
 @pytest.mark.parametrize("arm", ["greedy", "soft", "scored"])
-def test_prompts_that_are_too_long_carry_why_and_the_others_of_their_calls_are_answered(plan: pipeline.Plan, arm: str):
+def test_prompts_that_are_too_long_carry_why_and_the_others_of_their_calls_are_answered(plan: Plan, arm: str):
     too_long = {row["problem_id"] for row in split(plan, "train") if is_too_long(row)}
     assert len(too_long) == NUM_TOO_LONG
     rows = all_completions(plan, arm)
@@ -105,13 +110,13 @@ def test_prompts_that_are_too_long_carry_why_and_the_others_of_their_calls_are_a
         assert not row["error"] or "refused" in row["error"]
 
 
-def test_a_greedy_teacher_answers_as_the_model_does(plan: pipeline.Plan, teacher_model, tokenizer):
+def test_a_greedy_teacher_answers_as_the_model_does(plan: Plan, teacher_model, tokenizer):
     for row in completions(plan, "greedy")[:6]:
         answer = greedy(teacher_model, row["prompt_token_ids"], tokenizer.eos_token_id, MAX_TOKENS)
         assert row["completion_token_ids"] == answer
 
 
-def test_the_served_teacher_says_what_the_model_would(plan: pipeline.Plan, teacher_model):
+def test_the_served_teacher_says_what_the_model_would(plan: Plan, teacher_model):
     said, expected = [], []
     for row in completions(plan, "soft")[:20]:
         log_p = log_likelihoods(teacher_model, row["prompt_token_ids"], row["completion_token_ids"])
@@ -124,9 +129,7 @@ def test_the_served_teacher_says_what_the_model_would(plan: pipeline.Plan, teach
 
 
 @pytest.mark.parametrize("arm", ["soft", "scored"])
-def test_soft_targets_are_the_models_own_distribution_whatever_the_sampling(
-    plan: pipeline.Plan, teacher_model, arm: str
-):
+def test_soft_targets_are_the_models_own_distribution_whatever_the_sampling(plan: Plan, teacher_model, arm: str):
     for row in completions(plan, arm)[:5]:
         answer = row["completion_token_ids"]
         expected = log_likelihoods(teacher_model, row["prompt_token_ids"], answer)
@@ -136,7 +139,7 @@ def test_soft_targets_are_the_models_own_distribution_whatever_the_sampling(
         assert torch.allclose(expected.topk(TOP_K, -1).values, logprobs.double(), atol=2e-3)
 
 
-def test_the_reference_solutions_were_scored_under_the_prime(plan: pipeline.Plan, tokenizer):
+def test_the_reference_solutions_were_scored_under_the_prime(plan: Plan, tokenizer):
     solutions = {row["problem_id"]: row["reference_solution"] for row in split(plan, "train")}
     rows = completions(plan, "scored")
     assert len(rows) == NUM_ANSWERED
@@ -147,7 +150,7 @@ def test_the_reference_solutions_were_scored_under_the_prime(plan: pipeline.Plan
         assert row["is_correct"]
 
 
-def test_the_prime_is_before_the_teacher_and_never_before_the_student(plan: pipeline.Plan, tokenizer):
+def test_the_prime_is_before_the_teacher_and_never_before_the_student(plan: Plan, tokenizer):
     strategies = plan.experiment.strategies
     for arm, strategy in (("soft", "teacher"), ("scored", "ground_truth")):
         prime = strategies[strategy].text
@@ -157,26 +160,26 @@ def test_the_prime_is_before_the_teacher_and_never_before_the_student(plan: pipe
     counts = {}
     trained = [job for job in plan.jobs if job.arm_name != "own"]
     for job in trained:
-        rows, dropped = student.training_rows(job.arm, job.problems, job.completions, tokenizer, job.same_tokens)
+        rows, dropped = examples.build_examples(job.arm, job.problems, job.completions, tokenizer, job.same_tokens)
         counts[job.arm_name] = (len(rows), dropped)
         for row in rows:
             expected = prompts.student_messages({"question": questions[row.problem_id]})
-            assert row.prompt_token_ids == models.prompt_token_ids(tokenizer, expected)
+            assert row.prompt_token_ids == tokenization.prompt_token_ids(tokenizer, expected)
     assert counts == {
         "greedy": (NUM_ANSWERED, {"error": NUM_TOO_LONG}),
         "soft": (NUM_ANSWERED, {"error": 2 * NUM_TOO_LONG, "not_best": NUM_ANSWERED}),
         "scored": (NUM_ANSWERED, {"error": NUM_TOO_LONG}),
         "reference": (NUM_ANSWERED, {"too_long": NUM_TOO_LONG}),
     }
-    told = {job.arm_name: storage.read_json(job.folder / "trial.json") for job in trained}
+    told = {job.arm_name: files.read_json(job.folder / "trial.json") for job in trained}
     assert {arm: (each["rows"], each["dropped"]) for arm, each in told.items()} == counts
 
 
-def test_no_row_that_a_student_is_asked_holds_a_prime(plan: pipeline.Plan, tokenizer):
+def test_no_row_that_a_student_is_asked_holds_a_prime(plan: Plan, tokenizer):
     test = pyarrow.parquet.read_table(plan.problems / "test.parquet")
     experiment = plan.experiment
     told = (experiment.student, experiment.evaluate, experiment.prompt.instruction, set())
-    asked = evaluate.Ask(plan.contestants, *told)(test)
+    asked = student_batch.BuildEvalPrompts(plan.eval_models, *told)(test)
     texts = [tokenizer.decode(row["tokenized_prompt"]) for row in asked.to_pylist()]
     assert len(texts) == len(STUDENTS) * NUM_TEST
     primes = [strategy.text.split("{")[0] for strategy in experiment.strategies.values() if strategy.text]
@@ -184,7 +187,7 @@ def test_no_row_that_a_student_is_asked_holds_a_prime(plan: pipeline.Plan, token
     assert not [text for text in texts for prime in primes if prime in text]
 
 
-def test_nothing_but_evaluation_reads_the_test_split(plan: pipeline.Plan):
+def test_nothing_but_evaluation_reads_the_test_split(plan: Plan):
     held_out = {row["problem_id"] for name in ("test", "validation") for row in split(plan, name)}
     for arm in ("greedy", "soft"):
         assert not held_out & {row["problem_id"] for row in all_completions(plan, arm)}
@@ -192,7 +195,7 @@ def test_nothing_but_evaluation_reads_the_test_split(plan: pipeline.Plan):
 
 
 @pytest.mark.parametrize("arm", list(ARMS))
-def test_an_adapter_is_peft_s_and_vllm_answered_with_it(plan: pipeline.Plan, tokenizer, arm: str):
+def test_an_adapter_is_peft_s_and_vllm_answered_with_it(plan: Plan, tokenizer, arm: str):
     job = next(job for job in plan.jobs if job.arm_name == arm)
     base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(job.folder / "adapter")).eval()
@@ -201,26 +204,26 @@ def test_an_adapter_is_peft_s_and_vllm_answered_with_it(plan: pipeline.Plan, tok
     problems = {row["problem_id"]: row for row in split(plan, "test")}
     agreed = []
     for row in [row for row in predictions(plan) if row["arm"] == arm][:6]:
-        prompt = models.prompt_token_ids(tokenizer, prompts.student_messages(problems[row["problem_id"]]))
+        prompt = tokenization.prompt_token_ids(tokenizer, prompts.student_messages(problems[row["problem_id"]]))
         tokens = greedy(model, prompt, tokenizer.eos_token_id, MAX_TOKENS)
         agreed.append(tokenizer.decode(tokens, skip_special_tokens=True) == row["completion"])
     assert sum(agreed) >= 5, agreed
 
 
-def test_the_untouched_student_answers_as_the_base_model_does(plan: pipeline.Plan, tokenizer):
+def test_the_untouched_student_answers_as_the_base_model_does(plan: Plan, tokenizer):
     base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32).eval()
     problems = {row["problem_id"]: row for row in split(plan, "test")}
     agreed = []
-    for row in [row for row in predictions(plan) if row["arm"] == "untouched"][:6]:
-        prompt = models.prompt_token_ids(tokenizer, prompts.student_messages(problems[row["problem_id"]]))
+    for row in [row for row in predictions(plan) if row["arm"] == "base"][:6]:
+        prompt = tokenization.prompt_token_ids(tokenizer, prompts.student_messages(problems[row["problem_id"]]))
         tokens = greedy(base, prompt, tokenizer.eos_token_id, MAX_TOKENS)
         agreed.append(tokenizer.decode(tokens, skip_special_tokens=True) == row["completion"])
     assert sum(agreed) >= 5, agreed
 
 
-def test_training_lowered_the_loss_and_the_adapters_differ(plan: pipeline.Plan):
+def test_training_lowered_the_loss_and_the_adapters_differ(plan: Plan):
     for job in plan.jobs:
-        trial = storage.read_json(job.folder / "trial.json")
+        trial = files.read_json(job.folder / "trial.json")
         assert trial["steps"] == STEPS or job.arm_name == "own"
         # Its own answers are other texts in each round.
         assert trial["loss_last"] < trial["loss_first"] or job.arm_name == "own", trial["trial_id"]
@@ -230,7 +233,7 @@ def test_training_lowered_the_loss_and_the_adapters_differ(plan: pipeline.Plan):
     assert len({tuple(texts) for texts in by_trial.values()}) == len(STUDENTS), "each adapter answers in its own way"
 
 
-def test_results_csv_is_what_the_predictions_say(plan: pipeline.Plan):
+def test_results_csv_is_what_the_predictions_say(plan: Plan):
     with (plan.folder / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0])[:9] == [
@@ -269,10 +272,10 @@ def test_the_screen_shows_progress_and_ends_with_the_table(reference: Reference,
     assert shown < 80, reference.output
 
 
-def test_the_run_says_what_it_was_made_of(plan: pipeline.Plan):
+def test_the_run_says_what_it_was_made_of(plan: Plan):
     run = json.loads((plan.folder / "run.json").read_text())
     assert run["versions"]["ray"] == "2.60.0"
-    assert run["models"]["student"]["revision"] == storage.fingerprint(MODELS["raykd/demo-student"])
+    assert run["models"]["student"]["revision"] == hashing.fingerprint(MODELS["raykd/demo-student"])
     assert set(run["stages"]) == {"completions", "students", "predictions", "attention"}
     assert set(run["processor_seconds"]) == {"teacher", "students' answers", "attention"}
     assert all(set(held) == {"cpu"} and held["cpu"] > 0 for held in run["processor_seconds"].values())

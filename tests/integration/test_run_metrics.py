@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reference_run import ARMS, NAME, NUM_TOO_LONG, NUM_TRAIN, Reference
 
-from raykd import metrics, storage
-from raykd.records import COMPLETION
-from raykd.rounds import scored
+from raykd.pipeline.on_policy import scored_folders
+from raykd.runtime import metrics
+from raykd.storage import files, row_store
+from raykd.storage.schemas import COMPLETION
+from reference_run import ARMS, NAME, NUM_TOO_LONG, NUM_TRAIN, Reference
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -18,13 +19,13 @@ def rows_of(reference: Reference, arm: str) -> list[dict[str, Any]]:
     """All that the teacher wrote or scored for an arm."""
     request = reference.plan.asked[arm]
     assert request
-    own = [folder for job in reference.plan.jobs if job.arm_name == arm for folder in scored(job)]
+    own = [folder for job in reference.plan.jobs if job.arm_name == arm for folder in scored_folders(job)]
     folders = own if arm == "own" else [request.folder]
-    return [row for folder in folders for row in storage.read_rows(folder, COMPLETION).to_pylist()]
+    return [row for folder in folders for row in row_store.read_rows(folder, COMPLETION).to_pylist()]
 
 
 @pytest.mark.parametrize(
-    ("arm", "strategy", "sequence"),
+    ("arm", "strategy", "source"),
     [
         ("greedy", "none", "teacher"),
         ("soft", "teacher", "teacher"),
@@ -37,7 +38,7 @@ def test_completions_are_counted_as_they_were_written(reference: Reference, arm:
     done = [row for row in rows if not row["error"]]
     samples = 2 if arm == "soft" else 1
     assert len(done) == samples * (NUM_TRAIN - NUM_TOO_LONG)
-    tags = {"experiment": NAME, "strategy": strategy, "sequence": sequence}
+    tags = {"experiment": NAME, "strategy": strategy, "source": sequence}
     assert seen.total(metrics.COMPLETIONS, **tags, outcome="done") == len(done)
     assert seen.total(metrics.COMPLETIONS, **tags, outcome="failed") == len(rows) - len(done)
     assert seen.total(metrics.TOKENS, **tags) == sum(len(row["completion_token_ids"]) for row in done)
@@ -53,7 +54,7 @@ def test_a_trials_training_is_seen_from_its_workers(reference: Reference):
         tags = {"experiment": NAME, "trial": job.trial_id}
         found = reference.seen.of(metrics.LOSS.exported, **tags)
         assert found, job.trial_id
-        curve = storage.read_json_lines(job.folder / "metrics.jsonl")
+        curve = files.read_json_lines(job.folder / "metrics.jsonl")
         losses = [loss for _, values in found for loss in values]
         assert all(any(math.isclose(loss, point["loss"], rel_tol=1e-6) for point in curve) for loss in losses)
         assert reference.seen.of(metrics.SPEED.exported, **tags)[0][1][-1] > 0

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-import stores
-from raykd import location, records, storage
+import s3_server
+from raykd.storage import filesystem, row_store, schemas
 from runs import Ran, finish, kill_when, plan_of, wait_for_end
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
@@ -14,7 +14,7 @@ NUM_TRAIN, NUM_TEST = 40, 10
 ENGINE = {"engine_kwargs": {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 32}}
 EXPERIMENT = {
     "name": "bucket",
-    "problems": {"source": "demo", "num_train": NUM_TRAIN, "num_test": NUM_TEST},
+    "dataset": {"source": "demo", "num_train": NUM_TRAIN, "num_test": NUM_TEST},
     "teacher": {
         "model": "raykd/demo-teacher",
         "engine": ENGINE,
@@ -34,7 +34,7 @@ EXPERIMENT = {
     },
     "evaluate": {"engine": ENGINE, "sampling": {"max_tokens": 48}, "batch_size": 8},
     "attention": {"num_problems": 3},
-    "arms": {"primed": {"prompt.strategy": "ground_truth"}, "reference": {"targets.sequence": "reference"}},
+    "arms": {"primed": {"prompt.strategy": "ground_truth"}, "reference": {"targets.source": "reference"}},
 }
 
 
@@ -59,16 +59,16 @@ def in_a_bucket(bucket: str, experiment_of_two_arms: Path, tmp_path_factory: pyt
     plan = plan_of(arguments)
     answers = plan.requests[0].folder
 
-    family = kill_when(lambda: len(storage.parts(answers)) >= 3, arguments, here)
-    kept = location.states(answers)
-    assert storage.read_manifest(answers) is None, "killed too late to test anything"
+    family = kill_when(lambda: len(row_store.list_parts(answers)) >= 3, arguments, here)
+    kept = filesystem.file_states(answers)
+    assert row_store.read_manifest(answers) is None, "killed too late to test anything"
 
     first = plan.jobs[0]
     checkpoints = plan.root / "experiments/bucket/checkpoints" / first.trial_id
-    saved = lambda: any(file.name.endswith(".pt") for file in location.files(checkpoints))  # noqa: E731
+    saved = lambda: any(file.name.endswith(".pt") for file in filesystem.list_files(checkpoints))  # noqa: E731
     family += kill_when(saved, arguments, here)
     parts = [name for name in kept if name.startswith("part-")]
-    assert {name: location.states(answers)[name] for name in parts} == {name: kept[name] for name in parts}
+    assert {name: filesystem.file_states(answers)[name] for name in parts} == {name: kept[name] for name in parts}
     assert not (first.folder / "trial.json").exists(), "killed too late to test anything"
 
     done = finish(arguments, here)
@@ -78,27 +78,27 @@ def in_a_bucket(bucket: str, experiment_of_two_arms: Path, tmp_path_factory: pyt
 
 
 def ids(folder: Path, schema: object, column: str) -> list[str]:
-    return sorted(storage.read_rows(folder, schema, [column])[column].to_pylist())  # type: ignore[arg-type]
+    return sorted(row_store.read_rows(folder, schema, [column])[column].to_pylist())  # type: ignore[arg-type]
 
 
 def test_each_row_is_there_once(in_a_folder: Ran, in_a_bucket: Ran):
     for one, other in zip(in_a_folder.plan.requests, in_a_bucket.plan.requests, strict=True):
-        found = ids(other.folder, records.COMPLETION, "completion_id")
-        assert found == ids(one.folder, records.COMPLETION, "completion_id")
+        found = ids(other.folder, schemas.COMPLETION, "completion_id")
+        assert found == ids(one.folder, schemas.COMPLETION, "completion_id")
         assert len(found) == len(set(found)) == NUM_TRAIN
-    found = ids(in_a_bucket.plan.predictions, records.PREDICTION, "prediction_id")
-    assert found == ids(in_a_folder.plan.predictions, records.PREDICTION, "prediction_id")
+    found = ids(in_a_bucket.plan.predictions, schemas.PREDICTION, "prediction_id")
+    assert found == ids(in_a_folder.plan.predictions, schemas.PREDICTION, "prediction_id")
     assert len(found) == len(set(found)) == 3 * NUM_TEST
     assert in_a_bucket.plan.attention and in_a_folder.plan.attention
-    found = ids(in_a_bucket.plan.attention, records.ATTENTION, "attention_id")
-    assert found == ids(in_a_folder.plan.attention, records.ATTENTION, "attention_id")
+    found = ids(in_a_bucket.plan.attention, schemas.ATTENTION, "attention_id")
+    assert found == ids(in_a_folder.plan.attention, schemas.ATTENTION, "attention_id")
 
 
 def test_no_answer_is_an_error_and_adapters_answer_as_in_a_folder(in_a_folder: Ran, in_a_bucket: Ran):
-    """Whoever answered without its adapter would answer as the untouched student."""
+    """Whoever answered without its adapter would answer as the base student."""
 
     def answers(ran: Ran) -> dict[str, str]:
-        rows = storage.read_rows(ran.plan.predictions, records.PREDICTION).to_pylist()
+        rows = row_store.read_rows(ran.plan.predictions, schemas.PREDICTION).to_pylist()
         assert not any(row["error"] for row in rows)
         return {row["prediction_id"]: row["completion"] for row in rows}
 
@@ -107,7 +107,7 @@ def test_no_answer_is_an_error_and_adapters_answer_as_in_a_folder(in_a_folder: R
 
 def test_the_same_files_are_there(in_a_folder: Ran, in_a_bucket: Ran):
     def kinds(ran: Ran) -> set[str]:
-        names = [str(file.relative_to(ran.plan.folder)) for file in location.files(ran.plan.folder)]
+        names = [str(file.relative_to(ran.plan.folder)) for file in filesystem.list_files(ran.plan.folder)]
         # Parts are named by what they hold, and Ray Tune's and Train's own files by the time.
         return {
             name for name in names if "part-" not in name and not name.startswith(("tune/", "checkpoints/", "driver"))
@@ -116,17 +116,19 @@ def test_the_same_files_are_there(in_a_folder: Ran, in_a_bucket: Ran):
     assert kinds(in_a_bucket) - {"run.lock"} == kinds(in_a_folder) - {"run.lock"}
     assert (in_a_bucket.plan.folder / "report.html").is_file()
     assert f"report: {in_a_bucket.plan.folder}/report.html" in in_a_bucket.stdout
-    assert not [file for file in location.files(in_a_bucket.plan.root) if file.name.startswith("run.lock")]
+    assert not [file for file in filesystem.list_files(in_a_bucket.plan.root) if file.name.startswith("run.lock")]
 
 
 def test_a_complete_run_is_only_reported_anew(in_a_bucket: Ran, experiment_of_two_arms: Path, tmp_path: Path):
-    before = location.states(in_a_bucket.plan.predictions)
+    before = filesystem.file_states(in_a_bucket.plan.predictions)
     root = str(in_a_bucket.plan.root)
     done = finish(["run", str(experiment_of_two_arms), f"storage={root}"], tmp_path)
     assert "dashboard" not in done.stderr, "no cluster was started"
-    assert location.states(in_a_bucket.plan.predictions) == before
+    assert filesystem.file_states(in_a_bucket.plan.predictions) == before
 
 
 def test_no_key_is_written(in_a_bucket: Ran):
-    secret = stores.KEYS["AWS_SECRET_ACCESS_KEY"].encode()
-    assert [file for file in location.files(in_a_bucket.plan.root) if secret in location.read(file)] == []
+    secret = s3_server.KEYS["AWS_SECRET_ACCESS_KEY"].encode()
+    assert [
+        file for file in filesystem.list_files(in_a_bucket.plan.root) if secret in filesystem.read_bytes(file)
+    ] == []

@@ -14,10 +14,11 @@ import psutil
 import pytest
 import yaml
 
-import elsewhere
-from raykd import pipeline, records, storage
-from raykd.job import Job, outcome
-from raykd.records import COMPLETE, FAILED, STOPPED
+import fake_openai_server
+from raykd.pipeline.plan import Plan
+from raykd.storage import files, row_store, schemas
+from raykd.storage.schemas import COMPLETE, FAILED, STOPPED
+from raykd.training.trial import TrialSpec, trial_status
 from runs import RAYKD, kill_when, plan_of, wait_for_end
 
 pytestmark = pytest.mark.timeout(1800)
@@ -25,19 +26,19 @@ GOOD, FAIR, POOR = 5e-3, 2e-3, 1e-7
 
 
 @pytest.fixture(scope="module")
-def scripted() -> Iterator[elsewhere.Elsewhere]:
+def scripted() -> Iterator[fake_openai_server.Elsewhere]:
     """A teacher without an engine, for none of these tests is about what it says."""
-    with elsewhere.serving(elsewhere.scores) as server:
+    with fake_openai_server.serving(fake_openai_server.scores) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def sweep_file(scripted: elsewhere.Elsewhere, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sweep_file(scripted: fake_openai_server.Elsewhere, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two arms at three learning rates, of which one teaches nothing, and an arm that cannot be trained."""
     engine = {"engine_kwargs": {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 32}}
     tree = {
         "name": "swept",
-        "problems": {"source": "demo", "num_train": 96, "num_validation": 12, "num_test": 10},
+        "dataset": {"source": "demo", "num_train": 96, "num_validation": 12, "num_test": 10},
         "teacher": {"model": "raykd/demo-teacher", "endpoint": {"url": scripted.url}, "engine": engine},
         "student": {"model": "raykd/demo-student"},
         "prompt": {"instruction": ""},
@@ -53,18 +54,18 @@ def sweep_file(scripted: elsewhere.Elsewhere, tmp_path_factory: pytest.TempPathF
         "arms": {
             "scored": {
                 "prompt.strategy": "ground_truth",
-                "targets": {"sequence": "reference", "kind": "top_k", "top_k": 4},
+                "targets": {"source": "reference", "kind": "top_k", "top_k": 4},
                 "loss.cross_entropy_weight": 0.9,
             },
-            "reference": {"targets.sequence": "reference"},
+            "reference": {"targets.source": "reference"},
             # No row is so short.
-            "nothing": {"targets.sequence": "reference", "train.max_length": 2, "train.max_failures": 0},
+            "nothing": {"targets.source": "reference", "train.max_length": 2, "train.max_failures": 0},
         },
         "sweep": {
             "space": {"train.learning_rate": {"grid": [GOOD, FAIR, POOR]}},
             "metric": "loss",
-            "validations": 3,
-            "finalists": 1,
+            "num_validations": 3,
+            "test_top_n": 1,
         },
     }
     file = tmp_path_factory.mktemp("sweep") / "swept.yaml"
@@ -76,10 +77,10 @@ def sweep_file(scripted: elsewhere.Elsewhere, tmp_path_factory: pytest.TempPathF
 class Swept:
     """A sweep that was killed, lost a worker, and came to its end; and what its last command printed."""
 
-    plan: pipeline.Plan
+    plan: Plan
     stdout: str
     stderr: str
-    first: Job
+    first: TrialSpec
     """The trial that was complete when the driver was killed."""
     first_written: int
     """When its adapter was written, in nanoseconds."""
@@ -106,11 +107,11 @@ def swept(sweep_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
         kill_a_worker(driver, plan)
 
     def one_is_complete() -> bool:
-        return hide("started.log") and any(outcome(job) == COMPLETE for job in plan.jobs)
+        return hide("started.log") and any(trial_status(job) == COMPLETE for job in plan.jobs)
 
     family = kill_when(one_is_complete, ["train", *told], folder)
     hidden.rename(test)
-    first = next(job for job in plan.jobs if outcome(job) == COMPLETE)
+    first = next(job for job in plan.jobs if trial_status(job) == COMPLETE)
     written = adapter(first).stat().st_mtime_ns
     trained = command("train", told, folder, status=0, meanwhile=disturb)
     hidden.rename(test)
@@ -140,9 +141,9 @@ def command(
     return said
 
 
-def kill_a_worker(driver: subprocess.Popen, plan: pipeline.Plan) -> None:
+def kill_a_worker(driver: subprocess.Popen, plan: Plan) -> None:
     """Kills a process that trains, as soon as a trial is past its first checkpoint."""
-    under_way = [job for job in plan.jobs if not outcome(job)]
+    under_way = [job for job in plan.jobs if not trial_status(job)]
     deadline = time.monotonic() + 600
     while driver.poll() is None and time.monotonic() < deadline:
         if any(any((plan.folder / "checkpoints" / job.trial_id).glob("checkpoint_*")) for job in under_way):
@@ -155,22 +156,22 @@ def kill_a_worker(driver: subprocess.Popen, plan: pipeline.Plan) -> None:
     raise AssertionError(f"no worker was there to be killed; the command ended with {driver.poll()}")
 
 
-def adapter(job: Job) -> Path:
+def adapter(job: TrialSpec) -> Path:
     return job.folder / "adapter" / "adapter_model.safetensors"
 
 
-def by_arm(swept: Swept, arm: str) -> dict[float, Job]:
+def by_arm(swept: Swept, arm: str) -> dict[float, TrialSpec]:
     """An arm's trials by their learning rate."""
     return {job.values["train.learning_rate"]: job for job in swept.plan.jobs if job.arm_name == arm}
 
 
-def told(job: Job) -> dict[str, Any]:
-    return storage.read_json(job.folder / "trial.json")
+def told(job: TrialSpec) -> dict[str, Any]:
+    return files.read_json(job.folder / "trial.json")
 
 
-def test_the_teacher_was_asked_once_for_all_trials(swept: Swept, scripted: elsewhere.Elsewhere):
+def test_the_teacher_was_asked_once_for_all_trials(swept: Swept, scripted: fake_openai_server.Elsewhere):
     (request,) = swept.plan.requests
-    rows = storage.read_rows(request.folder, records.COMPLETION, ["problem_id"])
+    rows = row_store.read_rows(request.folder, schemas.COMPLETION, ["problem_id"])
     assert len(rows) == len(set(rows["problem_id"].to_pylist())) == 96
     assert {job.completions for job in by_arm(swept, "scored").values()} == {request.folder}
     assert len(scripted.asked) == 96
@@ -194,7 +195,7 @@ def test_a_trial_that_cannot_be_trained_fails_and_the_others_finish(swept: Swept
     for job in by_arm(swept, "nothing").values():
         assert told(job)["status"] == FAILED
         assert "no row is left to train on" in told(job)["error"]
-    assert {outcome(job) for job in swept.plan.jobs if job.arm_name != "nothing"} == {COMPLETE, STOPPED}
+    assert {trial_status(job) for job in swept.plan.jobs if job.arm_name != "nothing"} == {COMPLETE, STOPPED}
     assert "no row is left to train on" in swept.stdout
 
 
@@ -204,26 +205,26 @@ def test_what_was_complete_when_the_driver_was_killed_was_not_trained_again(swep
 
 def test_a_lost_worker_left_no_gap(swept: Swept):
     for job in swept.plan.jobs:
-        if outcome(job) == COMPLETE:
+        if trial_status(job) == COMPLETE:
             steps = [json.loads(line)["step"] for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
             assert steps == list(range(1, 25))
 
 
 def test_the_best_of_each_arm_and_the_untouched_student_were_tested(swept: Swept):
-    rows = storage.read_rows(swept.plan.predictions, records.PREDICTION).to_pylist()
+    rows = row_store.read_rows(swept.plan.predictions, schemas.PREDICTION).to_pylist()
     asked = {row["trial_id"] for row in rows}
     best = set()
     for arm in ("scored", "reference"):
-        complete = [job for job in by_arm(swept, arm).values() if outcome(job) == COMPLETE]
+        complete = [job for job in by_arm(swept, arm).values() if trial_status(job) == COMPLETE]
         best.add(min(complete, key=lambda job: told(job)["validation"]["loss"]).trial_id)
-    assert asked == best | {"untouched"}
+    assert asked == best | {"base"}
     assert len(rows) == 30
 
 
 def test_the_table_has_every_trial(swept: Swept):
     with (swept.plan.folder / "results.csv").open() as file:
         rows = {row["trial_id"]: row for row in csv.DictReader(file)}
-    assert rows.keys() == {job.trial_id for job in swept.plan.jobs} | {"untouched"}
+    assert rows.keys() == {job.trial_id for job in swept.plan.jobs} | {"base"}
     for job in swept.plan.jobs:
         row, record = rows[job.trial_id], told(job)
         assert float(row["train.learning_rate"]) == job.values["train.learning_rate"]
@@ -232,13 +233,13 @@ def test_the_table_has_every_trial(swept: Swept):
             assert float(row["validation_loss"]) == record["validation"]["loss"]
             assert (row["validation_n"], int(row["validation_number"])) == ("12", record["validation"]["number"])
         assert row["adapter"] == (str(job.folder / "adapter") if record["status"] == COMPLETE else "")
-    for word in ("All trials", "Best point of each arm", "stopped", "failed", "untouched"):
+    for word in ("All trials", "Best point of each arm", "stopped", "failed", "base"):
         assert word in swept.stdout
 
 
 def test_tensorboard_s_files_are_there(swept: Swept):
     for job in swept.plan.jobs:
-        if outcome(job) == COMPLETE:
+        if trial_status(job) == COMPLETE:
             assert any((swept.plan.folder / "tune" / job.trial_id).glob("events.out.tfevents.*"))
 
 

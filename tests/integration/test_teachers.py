@@ -10,7 +10,6 @@ import pytest
 import ray
 import ray.train
 import torch
-from oracles import greedy
 from ray import serve
 from ray.cluster_utils import Cluster
 from ray.serve.config import ProxyLocation
@@ -18,11 +17,13 @@ from ray.util import placement_group, placement_group_table, remove_placement_gr
 from transformers import AutoModelForCausalLM
 
 from clusters import cluster
-from pretended import Pretended, deployed, train_on
-from raykd import models, placement
-from raykd.demo import resolve_model
-from raykd.replica import Replica
-from raykd.sections import Student, Teacher, Train
+from fake_gpu import Pretended, deployed, train_on
+from oracles import greedy
+from raykd.cluster import resources
+from raykd.config.sections import Student, Teacher, Train
+from raykd.models import loading, tokenization
+from raykd.models.builtin import resolve_model
+from raykd.teacher.deployment import TeacherDeployment
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -34,7 +35,7 @@ QUESTIONS = ["A box holds 4 pens. How many do 3 boxes hold?", "Ann has 7 eggs an
 SHARDED = {"accelerator": "gpu", "tensor_parallel_size": 8, "pipeline_parallel_size": 2, "accelerator_type": "H100"}
 
 
-class Located(Replica):
+class Located(TeacherDeployment):
     """A replica that tells where it answered."""
 
     async def answer(self, *told: Any) -> list[dict[str, Any]]:
@@ -63,14 +64,14 @@ def wait_for_all() -> None:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    tokenizer = models.load_tokenizer(Student(model=MODEL))
-    return [models.prompt_token_ids(tokenizer, [{"role": "user", "content": text}]) for text in QUESTIONS]
+    tokenizer = loading.load_tokenizer(Student(model=MODEL))
+    return [tokenization.prompt_token_ids(tokenizer, [{"role": "user", "content": text}]) for text in QUESTIONS]
 
 
 @pytest.fixture(scope="module")
 def expected(prompts: list[list[int]]) -> list[list[int]]:
     model = AutoModelForCausalLM.from_pretrained(resolve_model(MODEL), dtype=torch.float32).eval()
-    eos = models.load_tokenizer(Student(model=MODEL)).eos_token_id
+    eos = loading.load_tokenizer(Student(model=MODEL)).eos_token_id
     return [greedy(model, prompt, eos, GREEDY["max_tokens"]) for prompt in prompts]
 
 
@@ -82,7 +83,7 @@ def test_an_engine_of_two_shards_answers_as_the_model_does(prompts: list[list[in
             "engine": {**ENGINE, "tensor_parallel_size": 2, "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}},
         }
     )
-    with cluster(2) as made, joined(made), deployed(told, "cpu", Replica) as handle:
+    with cluster(2) as made, joined(made), deployed(told, "cpu", TeacherDeployment) as handle:
         replies = handle.answer.remote(prompts, GREEDY, 120).result(timeout_s=240)
         (group,) = [each for each in placement_group_table().values() if each["state"] == "CREATED"]
     assert [reply["token_ids"].tolist() for reply in replies] == expected
@@ -124,7 +125,7 @@ def test_a_replica_of_sixteen_gpus_lies_on_two_nodes_and_students_get_them_when_
         (group,) = [each for each in placement_group_table().values() if each["state"] == "CREATED"]
         assert set(group["bundles_to_node_id"].values()) == nodes_of("H100")
         assert sorted(Counter(group["bundles_to_node_id"].values()).values()) == [8, 8]
-        place = placement_group(placement.trial_bundles(workers, "gpu"))
+        place = placement_group(resources.trial_bundles(workers, "gpu"))
         assert not place.wait(5), "the teacher holds all GPUs of the kind"
     assert place.wait(60)
     remove_placement_group(place)

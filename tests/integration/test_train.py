@@ -10,16 +10,17 @@ import pyarrow.parquet
 import pytest
 import safetensors.torch
 import torch
-from oracles import log_likelihoods
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from raykd import models, prompts
-from raykd.demo import resolve_model
-from raykd.sections import Student
+from oracles import log_likelihoods
+from raykd.config.sections import Student
+from raykd.data import prompts
+from raykd.models import loading, tokenization
+from raykd.models.builtin import resolve_model
 
 pytestmark = pytest.mark.timeout(900)
-SCRIPT = Path(__file__).parent / "plain_loop.py"
+SCRIPT = Path(__file__).parents[1] / "helpers" / "plain_loop.py"
 
 
 # The first of each list is what the others must agree with.
@@ -112,11 +113,11 @@ def test_the_loss_on_validation_problems_is_that_of_the_saved_adapter(trained: P
     ]
     base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(trained / name / "adapter")).eval()
-    tokenizer = models.load_tokenizer(Student(model="raykd/demo-student"))
+    tokenizer = loading.load_tokenizer(Student(model="raykd/demo-student"))
     (file,) = trained.glob("splits/validation.parquet")
     nats, tokens = 0.0, 0
     for problem in pyarrow.parquet.read_table(file).to_pylist():
-        prompt = models.prompt_token_ids(tokenizer, prompts.student_messages(problem))
+        prompt = tokenization.prompt_token_ids(tokenizer, prompts.student_messages(problem))
         answer = [*tokenizer(problem["reference_solution"])["input_ids"], tokenizer.eos_token_id]
         nats -= log_likelihoods(model, prompt, answer).gather(-1, torch.tensor(answer)[:, None]).sum().item()
         tokens += len(answer)

@@ -49,11 +49,11 @@ def test_help_is_there(arguments, capsys):
 
 def test_plan_shows_in_what_arms_differ_and_nothing_else(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    own = "{targets: {sequence: student, kind: top_k}}"
+    own = "{targets: {source: student, kind: top_k}}"
     arms = f"arms={{plain: {{}}, soft: {{prompt.strategy: teacher, targets.kind: top_k}}, own: {own}}}"
     assert cli.main(["plan", "configs/quickstart.yaml", arms]) == 0
     shown = capsys.readouterr().out
-    for word in ("strategy", "kind", "sequence", "divergence", "reverse_kl", "top_k", "student"):
+    for word in ("strategy", "kind", "source", "divergence", "reverse_kl", "top_k", "student"):
         assert word in shown
     assert "epochs" not in shown
     # What plays no part in an arm is no difference: a hard arm has no divergence.
@@ -63,8 +63,8 @@ def test_plan_shows_in_what_arms_differ_and_nothing_else(capsys, monkeypatch):
 
 def test_plan_shows_what_a_single_arm_names(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    soft = "{targets: {kind: top_k, top_k: 64}, loss: {tail: renormalise, temperature: 3}}"
-    own = "{targets: {sequence: student, rounds: 9, warmup_rounds: 2}}"
+    soft = "{targets: {kind: top_k, top_k: 64}, loss: {missing_mass: renormalize, temperature: 3}}"
+    own = "{targets: {source: student, rounds: 9, warmup_rounds: 2}}"
     assert cli.main(["plan", "configs/quickstart.yaml", f"arms={{plain: {{}}, soft: {soft}, own: {own}}}"]) == 0
     shown = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in shown.splitlines() if line.split()[:1] in (["soft"], ["own"])}
@@ -75,7 +75,7 @@ def test_plan_shows_what_a_single_arm_names(capsys, monkeypatch):
 
 def test_plan_shows_what_a_sweep_would_train(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert cli.main(["plan", "configs/sweeps/demo.yaml", "seeds=[0, 1]", "sweep.finalists=2"]) == 0
+    assert cli.main(["plan", "configs/sweeps/demo.yaml", "seeds=[0, 1]", "sweep.test_top_n=2"]) == 0
     shown = capsys.readouterr().out
     assert "train.learning_rate: loguniform [0.001, 0.02]" in shown
     assert shown.count("5 points x 2 seeds = 10 trials") == 3
@@ -120,7 +120,7 @@ def test_plan_refuses_what_cannot_fit_with_the_nearest_that_does(capsys, monkeyp
 
 def test_plan_tells_hours_and_money_where_rates_are_given(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    rates = ["--generation-rate", "1000", "--completion-tokens", "200", "--training-rate=500", "--answering-rate=2000"]
+    rates = ["--generation-rate", "1000", "--completion-tokens", "200", "--training-rate=500", "--eval-rate=2000"]
     assert cli.main(["plan", "configs/gsm8k/405b-awq-to-8b.yaml", *rates, "prices.gpu_hour=2.5", "seeds=[0]"]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(" the teacher writes"))
     # 6 strategies x 6,973 problems x 200 tokens / 1,000 a second = 2.32 hours of 4 GPUs (9.30) at 2.50.
@@ -132,7 +132,7 @@ def test_plan_tells_hours_and_money_where_rates_are_given(capsys, monkeypatch):
     [
         (["--cluster", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["--cluster", "live"], "set RAY_ADDRESS"),
-        (["--measured", "nowhere"], "nowhere has no run.json"),
+        (["--rates-from", "nowhere"], "nowhere has no run.json"),
         (["--training-rate", "0"], "--training-rate 0: should be above 0"),
         (
             ["teacher.engine.engine_kwargs={max_model_len: long}"],

@@ -201,9 +201,11 @@ def test_serve_llm_calls_back_with_the_runtime_environment():
     base: Any = compat.engine_callback()
     made = base(llm_config=None, ctx_kwargs={"runtime_env": {"env_vars": {"A": "1"}}})
     assert made.ctx.runtime_env == {"env_vars": {"A": "1"}}
-    from raykd.hub_tokens import KeepHubTokens
+    from raykd.teacher.deployment_callback import StripTokensFromRuntimeEnv
 
-    kept: Any = KeepHubTokens(None, ctx_kwargs={"runtime_env": {"env_vars": {"HF_TOKEN": "secret", "A": "1"}}})
+    kept: Any = StripTokensFromRuntimeEnv(
+        None, ctx_kwargs={"runtime_env": {"env_vars": {"HF_TOKEN": "secret", "A": "1"}}}
+    )
     assert kept.ctx.runtime_env == {"env_vars": {"A": "1"}}
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from raykd import storage
-from raykd.demo import MODELS, resolve_model
-from raykd.demo.kinds import KINDS
-from raykd.demo.problems import GENERATOR_VERSION, SPLITS, generate, generate_problems
+from raykd.data.demo_problem_kinds import KINDS
+from raykd.data.demo_problems import GENERATOR_VERSION, SPLITS, generate, generate_problems
+from raykd.models.builtin import MODELS, resolve_model
+from raykd.storage import hashing
 
 AWKWARD = (
     "naïve café 😀 ½ ² 中文 12\u00a0345",
@@ -58,13 +58,13 @@ def test_steps_start_from_numbers_that_the_question_or_an_earlier_step_gives():
 
 
 def test_all_ways_of_writing_a_solution_are_right_and_end_in_the_answer():
-    from raykd.demo import styles
+    from raykd.demo.styles import COMPLETIONS, document, drill
 
     rng = random.Random(0)
     for problem in generate_problems("train", 200, seed=5):
-        texts = [write(problem) for write in styles.COMPLETIONS.values()]
+        texts = [write(problem) for write in COMPLETIONS.values()]
         assert all(text.split("\n")[-1] == f"#### {problem.answer}" for text in texts)
-        texts += ["".join(styles.document(problem, rng)), styles.drill([problem], rng)]
+        texts += ["".join(document(problem, rng)), drill([problem], rng)]
         for text in texts:
             assert all(worked == written for worked, written in oracle(text))
 
@@ -156,9 +156,9 @@ def greedy_accuracy(folder: Path, strategy: str, count: int = 40) -> dict[str, f
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM
 
+    from raykd.config.strategies import BUILT_IN
+    from raykd.data.prompts import teacher_messages
     from raykd.demo.evaluate import complete, score
-    from raykd.prompts import teacher_messages
-    from raykd.strategies import BUILT_IN
 
     problems = list(generate_problems("test", count + 1, seed=8))
     answers = [p.answer for p in problems]
@@ -204,7 +204,7 @@ def test_the_untouched_student_solves_hardly_any():
 
 def test_the_generated_rows_are_those_of_the_generators_version():
     rows = [row for split in SPLITS for seed in (0, 1) for row in generate(split, 400, seed)]
-    digest = storage.digest(json.dumps(rows))[:20]
+    digest = hashing.text_digest(json.dumps(rows))[:20]
     assert (GENERATOR_VERSION, digest) == (1, "d12e1cbcb61ecfcb7b7d"), (
         "the generated rows have changed: raise GENERATOR_VERSION in raykd/demo/problems.py, so that problem sets and "
         "completions of the earlier rows are not taken for theirs, and write both down here"

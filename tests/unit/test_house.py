@@ -32,7 +32,7 @@ FLOORS = [
         "completions",
         "selection",
         "job",
-        "finalists",
+        "test_top_n",
         "table",
         "metrics",
         "shapes",

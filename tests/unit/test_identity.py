@@ -10,15 +10,18 @@ from typing import Any, Literal, Union, get_args, get_origin
 import pytest
 from pydantic import create_model
 
-from raykd import config, identity, storage
-from raykd.config import Arm, Experiment
-from raykd.sections import Problems
-from raykd.strategies import Exemplar
-from raykd.tree import Section, is_runtime_only
+from raykd import identity
+from raykd.config.base import ConfigModel, is_runtime_only
+from raykd.config.errors import parse_yaml
+from raykd.config.experiment import ARM_SECTIONS, Arm, Experiment, affects_teacher
+from raykd.config.overrides import set_path
+from raykd.config.sections import Dataset
+from raykd.config.strategies import Exemplar
+from raykd.storage import hashing
 
 TREE: dict[str, Any] = {
     "name": "small",
-    "problems": {"num_train": 12, "num_validation": 3, "num_test": 2},
+    "dataset": {"num_train": 12, "num_validation": 3, "num_test": 2},
     "teacher": {"model": "a", "engine": {"engine_kwargs": {"dtype": "float32"}}, "sampling": {"temperature": 0.5}},
     "student": {"model": "b"},
     "evaluate": {"sampling": {"temperature": 0.5}},
@@ -26,8 +29,8 @@ TREE: dict[str, Any] = {
     "arms": {
         "hard": {"prompt.strategy": "teacher"},
         "soft": {"prompt.strategy": "gold_hint", "targets.kind": "top_k"},
-        "own": {"targets": {"sequence": "student", "kind": "top_k"}},
-        "reference": {"targets.sequence": "reference"},
+        "own": {"targets": {"source": "student", "kind": "top_k"}},
+        "reference": {"targets.source": "reference"},
     },
 }
 TEACHER, STUDENT = {"model": "a", "revision": "1"}, {"model": "b", "revision": "2"}
@@ -36,22 +39,22 @@ STATISTICS = ("entropy", "first")
 
 def keys(experiment: Experiment, arms: dict[str, Arm]) -> dict[str, str]:
     """All keys of an experiment with the given arms."""
-    of_problems = identity.problem_set(experiment.problems)
+    of_problems = identity.problem_set(experiment.dataset)
     found = {
         "problems": of_problems,
-        "predictions": identity.way_of_asking(experiment.evaluate),
+        "predictions": identity.evaluation_settings(experiment.evaluate),
     }
     if experiment.sweep:
-        found["search"] = identity.search(experiment.sweep)
+        found["search"] = identity.search_settings(experiment.sweep)
     if experiment.attention:
         dtype = experiment.attention.dtype or experiment.train.dtype
-        found["attention"] = identity.attention(experiment.attention, dtype, STATISTICS)
+        found["attention"] = identity.attention_settings(experiment.attention, dtype, STATISTICS)
     for name, arm in arms.items():
         asked = identity.completion_set(experiment, arm, of_problems, TEACHER) if arm.needs_teacher else None
         if asked:
             found[f"completions {name}"] = asked
         found[f"trial {name}"] = identity.trial(experiment, arm, 0, of_problems, asked, STUDENT)
-    return {name: storage.content_key(content) for name, content in found.items()}
+    return {name: hashing.content_key(content) for name, content in found.items()}
 
 
 def keys_of(**sections: Any) -> dict[str, str]:
@@ -59,11 +62,11 @@ def keys_of(**sections: Any) -> dict[str, str]:
     return keys(experiment, {name: experiment.arm(name) for name in experiment.arms})
 
 
-def leaves(section: Section, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(section: ConfigModel, path: str = "") -> Iterator[tuple[str, Any]]:
     """Path and annotation of each field that is no section."""
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        if isinstance(value, Section):
+        if isinstance(value, ConfigModel):
             yield from leaves(value, f"{path}{name}.")
         else:
             yield f"{path}{name}", field.annotation
@@ -104,7 +107,7 @@ def is_marked(path: str) -> bool:
 
 # In no key: what only names or adds, what other functions identify, and what plays no part here.
 ELSEWHERE = {"name", "arms", "seeds", "prompt.strategies", "teacher.model", "teacher.revision"}
-ELSEWHERE |= {"sweep.num_samples", "sweep.finalists", "problems.revision"}
+ELSEWHERE |= {"sweep.num_samples", "sweep.test_top_n", "dataset.revision"}
 BASE = Experiment.model_validate(TREE)
 ARMS = {name: BASE.arm(name) for name in BASE.arms}
 FIELDS = {path: annotation for path, annotation in leaves(BASE) if path != "teacher.endpoint"}
@@ -138,16 +141,16 @@ def test_a_field_changes_a_key_unless_it_is_runtime_only(path: str):
 @pytest.mark.parametrize(
     ("path", "kinds"),
     [
-        ("problems.num_train", {"problems", "completions", "trial"}),
-        ("problems.num_test", {"problems"}),
-        ("problems.seed", {"problems", "completions", "trial"}),
+        ("dataset.num_train", {"problems", "completions", "trial"}),
+        ("dataset.num_test", {"problems"}),
+        ("dataset.seed", {"problems", "completions", "trial"}),
         ("teacher.sampling.seed", {"completions", "trial"}),
         ("prompt.instruction", {"completions", "trial"}),
         ("targets.top_k", {"completions", "trial"}),
-        ("targets.keep", {"trial"}),
+        ("targets.filter", {"trial"}),
         ("loss.temperature", {"trial"}),
         ("train.learning_rate", {"trial"}),
-        ("evaluate.samples", {"predictions"}),
+        ("evaluate.num_samples", {"predictions"}),
         ("evaluate.sampling.max_tokens", {"predictions", "trial"}),
         ("attention.num_problems", {"attention"}),
         ("sweep.seed", {"search"}),
@@ -158,11 +161,11 @@ def test_a_field_changes_the_keys_of_what_it_bears_on_and_no_other(path: str, ki
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in FIELDS if any(f"{path}.".startswith(f"{each}.") for each in config.ARM_SECTIONS)]
+    "path", [path for path in FIELDS if any(f"{path}.".startswith(f"{each}.") for each in ARM_SECTIONS)]
 )
 def test_the_configuration_knows_what_bears_on_the_teacher(path: str):
     asks = any(key.startswith("completions") for key in keys_changed_by(path))
-    assert asks == config.bears_on_the_teacher(path)
+    assert asks == affects_teacher(path)
 
 
 GOLDEN = {
@@ -199,7 +202,7 @@ def with_new_field(section: Any) -> Any:
     values = {}
     for name in type(section).model_fields:
         value = getattr(section, name)
-        values[name] = with_new_field(value) if isinstance(value, Section) else value
+        values[name] = with_new_field(value) if isinstance(value, ConfigModel) else value
     return made.model_construct(**values, new_field=False)
 
 
@@ -243,7 +246,7 @@ DEFAULTS: dict[str, Any] = {
     "Prompt.strategy": "none",
     "Prompt.instruction": "End with a line of the form '#### 42' that holds the final number alone.",
     "Prompt.strategies": {},
-    "Targets.sequence": "teacher",
+    "Targets.source": "teacher",
     "Targets.kind": "hard",
     "Targets.top_k": 16,
     "Targets.keep": "all",
@@ -252,7 +255,7 @@ DEFAULTS: dict[str, Any] = {
     "Targets.warmup_rounds": 0,
     "Targets.rollout": {"temperature": 1.0},
     "Loss.divergence": None,
-    "Loss.tail": "one_bucket",
+    "Loss.tail": "bucket",
     "Loss.temperature": 1.0,
     "Loss.cross_entropy_weight": 0.0,
     "Train.epochs": 2,
@@ -279,7 +282,7 @@ DEFAULTS: dict[str, Any] = {
     "Sweep.scheduler": "asha",
     "Sweep.reduction_factor": 2,
     "Sweep.metric": "accuracy",
-    "Sweep.validations": 4,
+    "Sweep.num_validations": 4,
     "Sweep.finalists": None,
     "Sweep.seed": 0,
     "Engine.engine_kwargs": {},
@@ -290,7 +293,7 @@ DEFAULTS: dict[str, Any] = {
     "Sampling.max_tokens": 512,
     "Sampling.seed": 0,
     "Lora.rank": 16,
-    "Lora.alpha": 32,
+    "Lora.lora_alpha": 32,
     "Lora.dropout": 0.0,
     "Lora.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "Strategy.place": "before",
@@ -308,7 +311,7 @@ DEFAULTS: dict[str, Any] = {
 def defaults() -> dict[str, Any]:
     """The default of each field that may be in a key, by class and name."""
     found = {}
-    sections: list[type[Section]] = [Experiment, Exemplar]
+    sections: list[type[ConfigModel]] = [Experiment, Exemplar]
     for section in sections:
         for name, field in section.model_fields.items():
             if is_runtime_only(section, name):
@@ -320,8 +323,8 @@ def defaults() -> dict[str, Any]:
     return found
 
 
-def sections_in(annotation: Any) -> list[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+def sections_in(annotation: Any) -> list[type[ConfigModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, ConfigModel):
         return [annotation]
     return [each for inner in get_args(annotation) for each in sections_in(inner)]
 
@@ -356,10 +359,10 @@ def test_a_problem_set_is_known_by_what_its_files_hold(tmp_path: Path):
     file, same = tmp_path / "problems.jsonl", tmp_path / "same.jsonl"
     for each in (file, same):
         each.write_text('{"question": "1 + 1?", "answer": "#### 2"}')
-    told = Problems(source="jsonl", train_file=str(file), test_file=str(file), seed=3)
+    told = Dataset(source="jsonl", train_file=str(file), test_file=str(file), seed=3)
     first = identity.problem_set(told)
     assert str(tmp_path) not in str(first)
-    assert first["train_file"] == storage.fingerprint(file) == first["test_file"]
+    assert first["train_file"] == hashing.fingerprint(file) == first["test_file"]
     assert "seed" not in first, "nothing is generated"
     assert set(first) - set(identity.train_problems(first)) == {"test_file"}
     file.write_text('{"question": "1 + 2?", "answer": "#### 3"}')
@@ -377,28 +380,28 @@ def load(*overrides: str) -> Experiment:
     tree: dict[str, Any] = {"name": "small", "teacher": {"model": "a"}, "student": {"model": "b"}}
     for override in overrides:
         path, _, value = override.partition("=")
-        config.set_path(tree, path, config.from_yaml(value))
+        set_path(tree, path, parse_yaml(value))
     return Experiment.model_validate(tree)
 
 
 def test_an_experiment_is_what_bears_on_its_results():
-    base = identity.experiment(load())
+    base = identity.experiment_fields(load())
     same = ["teacher.concurrency=9", "train.max_failures=9", "arms={other: {}}", "seeds=[5]", "storage=elsewhere"]
     same += ["train.min_workers=1", "train.micro_batch_size=1", "train.gradient_checkpointing=true"]
-    assert identity.experiment(load(*same)) == base
+    assert identity.experiment_fields(load(*same)) == base
     elsewhere = ["teacher.engine.tensor_parallel_size=8", "teacher.engine.engine_kwargs={max_num_seqs: 8}"]
-    assert identity.experiment(load(*elsewhere)) == base
+    assert identity.experiment_fields(load(*elsewhere)) == base
     asked = ("evaluate.protocol=zero_shot_raw", "evaluate.sampling.max_tokens=9", "evaluate.stop=[x]")
     asked += ("evaluate.engine.engine_kwargs={dtype: float32}",)
-    assert identity.experiment(load(*asked)) == base
-    changed = identity.experiment(load("train.learning_rate=0.5"))
+    assert identity.experiment_fields(load(*asked)) == base
+    changed = identity.experiment_fields(load("train.learning_rate=0.5"))
     assert {key for key in changed if changed[key] != base[key]} == {"train.learning_rate"}
 
 
 def test_the_engine_that_students_answer_with_bears_on_those_who_learn_from_that():
-    own = "arms={own: {targets: {sequence: student}}}"
-    other = identity.experiment(load(own, "evaluate.engine.engine_kwargs={dtype: float32, max_num_seqs: 8}"))
-    base = identity.experiment(load(own, "evaluate.engine.engine_kwargs={max_num_seqs: 4}"))
+    own = "arms={own: {targets: {source: student}}}"
+    other = identity.experiment_fields(load(own, "evaluate.engine.engine_kwargs={dtype: float32, max_num_seqs: 8}"))
+    base = identity.experiment_fields(load(own, "evaluate.engine.engine_kwargs={max_num_seqs: 4}"))
     assert {key for key in other if other[key] != base[key]} == {"evaluate.engine.engine_kwargs"}
     engine = {"engine": {"engine_kwargs": {"dtype": "float32"}}, "sampling": {"temperature": 0.5}}
     before, after = keys_of(), keys_of(evaluate=engine)
@@ -406,9 +409,9 @@ def test_the_engine_that_students_answer_with_bears_on_those_who_learn_from_that
 
 
 def test_how_long_answers_are_bears_on_what_a_search_chooses():
-    few = "problems={num_train: 9, num_validation: 5, num_test: 5}"
+    few = "dataset={num_train: 9, num_validation: 5, num_test: 5}"
     search = (few, "sweep.space={train.learning_rate: {choice: [0.1, 0.2]}}")
     by_accuracy, longer = (load(*search, f"evaluate.sampling.max_tokens={n}") for n in (9, 10))
-    assert identity.experiment(by_accuracy) != identity.experiment(longer)
+    assert identity.experiment_fields(by_accuracy) != identity.experiment_fields(longer)
     by_loss, longer = (load(*search, "sweep.metric=loss", f"evaluate.sampling.max_tokens={n}") for n in (9, 10))
-    assert identity.experiment(by_loss) == identity.experiment(longer)
+    assert identity.experiment_fields(by_loss) == identity.experiment_fields(longer)

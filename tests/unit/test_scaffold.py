@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from raykd import cli, config, nodes, scaffold
+from raykd import cli, scaffold
+from raykd.cluster import nodes
+from raykd.config.loading import load_experiment
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,7 +22,7 @@ def test_every_file_of_configs_has_a_name():
 
 @pytest.mark.parametrize("name", sorted(scaffold.shipped_configs()))
 def test_every_shipped_configuration_loads(name: str):
-    assert config.load(scaffold.find_config(name)).arms
+    assert load_experiment(scaffold.find_config(name)).arms
 
 
 def test_a_file_takes_precedence_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -52,7 +54,7 @@ def test_an_unknown_name_lists_the_shipped_ones(tmp_path: Path, monkeypatch: pyt
 def test_plan_and_prompts_take_a_name_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["plan", "gsm8k/8b-to-1b"]) == 0
-    assert cli.main(["prompts", "quickstart", "problems.num_train=8", "problems.num_test=4"]) == 0
+    assert cli.main(["prompts", "quickstart", "dataset.num_train=8", "dataset.num_test=4"]) == 0
     assert "--- student" in capsys.readouterr().out
 
 
@@ -65,7 +67,7 @@ def test_help_lists_the_shipped_configurations(capsys):
 def test_init_writes_an_experiment_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["init", "mine"]) == 0
-    assert config.load("mine.yaml").name == "mine"
+    assert load_experiment("mine.yaml").name == "mine"
     assert "next: raykd run mine.yaml" in capsys.readouterr().out
     assert [file.name for file in tmp_path.iterdir()] == ["mine.yaml"]
 
@@ -74,15 +76,15 @@ def test_init_writes_an_experiment_that_loads(tmp_path: Path, monkeypatch: pytes
 def test_init_keeps_names_that_yaml_reads_otherwise(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     scaffold.write_experiment(name)
-    assert config.load(f"{name}.yaml").name == name
+    assert load_experiment(f"{name}.yaml").name == name
 
 
 @pytest.mark.parametrize("source", sorted(scaffold.shipped_configs()))
 def test_init_copies_any_shipped_configuration(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["init", "mine", "--from", source]) == 0
-    shipped = config.load(scaffold.find_config(source))
-    assert config.load("mine.yaml") == shipped.model_copy(update={"name": "mine"})
+    shipped = load_experiment(scaffold.find_config(source))
+    assert load_experiment("mine.yaml") == shipped.model_copy(update={"name": "mine"})
 
 
 def test_the_alternatives_in_the_starters_comments_load(tmp_path: Path):
@@ -101,7 +103,7 @@ def test_the_alternatives_in_the_starters_comments_load(tmp_path: Path):
         rest = re.sub(rf"^{key}:.*\n(?:  .*\n)*", "", text, flags=re.MULTILINE)
         file = tmp_path / "experiment.yaml"
         file.write_text("\n".join([rest, *lines, ""]))
-        assert config.load(file) != config.load(ROOT / "configs" / "starter.yaml"), lines
+        assert load_experiment(file) != load_experiment(ROOT / "configs" / "starter.yaml"), lines
 
 
 @pytest.mark.parametrize("cluster", scaffold.CLUSTERS)
@@ -116,7 +118,7 @@ def test_init_writes_the_files_of_a_cluster(cluster: str, tmp_path: Path, monkey
         assert str(file.relative_to(tmp_path)) in shown
     # What the printed commands name is there, and `raykd plan` reads it.
     (plan,) = re.findall(r"raykd plan mine.yaml --cluster (\S+)", shown)
-    assert cluster == "local" or nodes.read(Path(plan))
+    assert cluster == "local" or nodes.read_cluster_file(Path(plan))
     for named in re.findall(r"cluster/\S+\.yaml", shown):
         assert Path(named.rstrip(",")).is_file()
     assert "storage=/mnt/raykd" in shown

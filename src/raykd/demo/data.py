@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Tokenizer
 
+from raykd.config.strategies import BUILT_IN, Strategy
+from raykd.data.demo_problems import Problem, generate_problems
+from raykd.data.prompts import Messages, teacher_messages
 from raykd.demo import primes, styles
-from raykd.demo.problems import Problem, generate_problems
 from raykd.demo.tokenizer import BOS, EOS, render_chat
-from raykd.prompts import Messages, teacher_messages
-from raykd.strategies import BUILT_IN, Strategy
 
 # B rows, T tokens of a row.
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from raykd.config.strategies import BUILT_IN, Strategy
+from raykd.data.demo_problems import Problem, generate_problems
+from raykd.data.prompts import Messages, student_messages, teacher_messages
 from raykd.demo import primes
-from raykd.demo.problems import Problem, generate_problems
 from raykd.demo.tokenizer import render_chat
-from raykd.prompts import Messages, student_messages, teacher_messages
-from raykd.strategies import BUILT_IN, Strategy
 
 
 def evaluate(name: str, folder: Path, problems: int, split: str = "test") -> dict[str, Any]:

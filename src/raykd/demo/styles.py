@@ -2,7 +2,7 @@
 
 import random
 
-from raykd.demo.problems import Problem, Step
+from raykd.data.demo_problems import Problem, Step
 
 _VERBS = {"+": "add", "-": "take away", "*": "multiply", "/": "share"}
 
@@ -37,7 +37,7 @@ COMPLETIONS = {"guess": guess, "plain_words": plain_words, "detailed": detailed,
 
 
 def chat_guess(problem: Problem) -> str:
-    """All that the untouched student says in a chat."""
+    """All that the base student says in a chat."""
     return f"The answer is {problem.answer}."
 
 

@@ -8,10 +8,10 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from raykd.config.strategies import BUILT_IN
+from raykd.data.demo_problems import generate_problems
+from raykd.data.prompts import Messages
 from raykd.demo import primes, styles
-from raykd.demo.problems import generate_problems
-from raykd.prompts import Messages
-from raykd.strategies import BUILT_IN
 
 VOCABULARY_SIZE = 1024
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"

@@ -1,4 +1,4 @@
-"""Training: `python -m raykd.demo.train tokenizer|teacher|student` makes what lies in `models/`."""
+"""Training: `python -m raykd.models.builtin.train tokenizer|teacher|student` makes what lies in `models/`."""
 
 import argparse
 import json
@@ -20,10 +20,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from raykd.demo import MODELS
 from raykd.demo.data import Batch, attention_mask, pool
 from raykd.demo.evaluate import evaluate
 from raykd.demo.tokenizer import VOCABULARY_SIZE, special_ids, train_tokenizer
+from raykd.models.builtin import MODELS
 
 # B rows, T tokens of a row, H hidden width, N target tokens of a batch.
 

@@ -1,0 +1,58 @@
+"""Load an experiment from YAML with command-line overrides, and dump it back."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from raykd.config.errors import format_validation_error, one_line, parse_yaml
+from raykd.config.experiment import Experiment
+from raykd.config.overrides import set_path
+from raykd.errors import UserError
+
+
+def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
+    """Reads an experiment from a YAML file.
+
+    Args:
+        path: the YAML file.
+        overrides: `key.path=value` strings; the values are read as YAML.
+
+    Raises:
+        UserError: with the file, the key, and the way out.
+    """
+    try:
+        text = (Path(path) if isinstance(path, str) else path).read_text(encoding="utf-8")
+        tree = parse_yaml(text)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise UserError(f"{path}: no such file; `configs/` holds experiments to start from") from None
+    except OSError as error:
+        raise UserError(one_line(f"{path}: cannot be read: {error.strerror or error}")) from None
+    except ValueError as error:
+        raise UserError(one_line(f"{path}: {error}")) from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply for an experiment") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: an experiment is a mapping of keys, not {type(tree).__name__}")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {override!r}: write key.path=value")
+        try:
+            told = parse_yaml(value)
+        except (UserError, RecursionError):
+            raise UserError(f"override {override!r}: the value is not YAML") from None
+        set_path(tree, key, told)
+    try:
+        return Experiment.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: {format_validation_error(error, Experiment)}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply for an experiment") from None
+
+
+def dump_experiment(experiment: Experiment) -> str:
+    """The resolved experiment as YAML that `load` reads back to an equal one."""
+    return yaml.safe_dump(json.loads(experiment.model_dump_json()), sort_keys=False, allow_unicode=True)

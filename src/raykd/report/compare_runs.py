@@ -1,0 +1,167 @@
+"""Disagreements: the test problems that one of two students answers correctly and the other does not."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from raykd.analysis.comparison import Answers, Baseline, compare_pairs
+from raykd.analysis.scores import Row
+from raykd.analysis.statistics import wilson_interval
+from raykd.config.errors import did_you_mean
+from raykd.config.experiment import BASE
+from raykd.errors import UserError
+from raykd.report.results import Arm, Results, read_results
+from raykd.report.text import p_value, percent, points, points_interval, test_name
+from raykd.storage import filesystem
+
+RULE = "─" * 72
+SCORES = {"strict": "strict match", "flexible": "flexible extract"}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two students."""
+
+    label: str
+    evaluation: str
+    """Its evaluation settings, in words."""
+    answers: Answers
+
+
+def compare(first: str, second: str, score: str = "strict", limit: int | None = 10) -> str:
+    """Compare two students' answers to the same problems, and list each problem that only one answers correctly.
+
+    Args:
+        first: an experiment's folder, with `:ARM` where it has several arms, and `:ARM:SEED` for another seed than the
+            first that both sides have.
+        second: the same.
+        score: `strict` or `flexible`.
+        limit: number of problems to list for each student; None for all.
+
+    Returns:
+        Text for a terminal.
+
+    Raises:
+        UserError: a side names no student with predictions, or the two have no problem in common.
+    """
+    left, right = _sides(first, second)
+    column = f"is_correct_{score}"
+    # Samples of a problem are paired by their number.
+    pairs = [
+        (left.answers[key], right.answers[key])
+        for key in sorted(left.answers.keys() & right.answers.keys())
+        if not left.answers[key]["error"] and not right.answers[key]["error"]
+    ]
+    if not pairs:
+        raise UserError(f"{left.label} and {right.label} have no answered problem in common: nothing to compare")
+    only_left = [pair for pair in pairs if pair[0][column] and not pair[1][column]]
+    only_right = [pair for pair in pairs if pair[1][column] and not pair[0][column]]
+    lines = [*_summary(left, right, pairs, column, score), ""]
+    for side, only in ((left, only_left), (right, only_right)):
+        shown = only[:limit]
+        count = f"{len(shown)} of {len(only)}" if len(shown) < len(only) else f"{len(only)}"
+        lines += [RULE, f"only {side.label} is correct: {count}", RULE, ""]
+        for pair in shown:
+            lines += [*_problem(left, right, pair), ""]
+    return "\n".join(lines).rstrip()
+
+
+def _summary(left: Side, right: Side, pairs: list[tuple[Row, Row]], column: str, score: str) -> Iterator[str]:
+    by_problem: dict[str, list[tuple[bool, bool]]] = {}
+    for mine, theirs in pairs:
+        by_problem.setdefault(mine["problem_id"], []).append((mine[column], theirs[column]))
+    every = [pair for of_problem in by_problem.values() for pair in of_problem]
+    n = len(by_problem)
+    yield f"{n:,} problem{'s' if n > 1 else ''} in common, {SCORES[score]}"
+    width = max(len(left.label), len(right.label))
+    for number, side in enumerate((left, right)):
+        share = sum(pair[number] for pair in every) / len(every)
+        low, high = wilson_interval(share * n, n)
+        yield f"  {side.label:<{width}}  {percent(share)} % ({percent(low)}–{percent(high)}), {side.evaluation}"
+    if left.evaluation != right.evaluation:
+        yield "  The evaluation settings differ, so the difference may not come from the students."
+    counts = {pair: every.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))}
+    yield (
+        f"  both correct {counts[True, True]:,}, neither {counts[False, False]:,}, only {left.label} "
+        f"{counts[True, False]:,}, only {right.label} {counts[False, True]:,}"
+    )
+    comparison = compare_pairs(left.label, Baseline(right.label, prime_alone=False), by_problem)
+    p = p_value(comparison.p)
+    yield (
+        f"  difference {points(comparison.difference)} points (95 % interval {points_interval(comparison)}; "
+        f"{test_name(comparison)} p {p if p.startswith('<') else '= ' + p})"
+    )
+
+
+def _problem(left: Side, right: Side, pair: tuple[Row, Row]) -> Iterator[str]:
+    mine = pair[0]
+    sample = f", sample {mine['sample_index']}" if mine["sample_index"] else ""
+    yield f"{mine['problem_id']}{sample}: {printable(mine['question']).strip()}"
+    yield f"reference answer: {mine['reference_answer']}"
+    for side, row in zip((left, right), pair, strict=True):
+        truncated = ", truncated" if row["finish_reason"] == "length" else ""
+        answer = row["answer_strict"] if row["answer_strict"] is not None else "no formatted answer"
+        yield f"  ── {side.label}: {answer}{truncated}"
+        yield from (f"  {line}" for line in printable(row["completion"]).strip().splitlines())
+
+
+def printable(text: str) -> str:
+    """Replace the characters of a text that a terminal could interpret as commands."""
+    return "".join(each if each in "\n\t" or each.isprintable() else "\ufffd" for each in text)
+
+
+def _sides(first: str, second: str) -> tuple[Side, Side]:
+    texts = (first, second)
+    named = [parse_student(text) for text in texts]
+    folders = dict.fromkeys(folder for folder, _, _ in named)
+    results = {folder: read_results(folder, with_attention=False) for folder in folders}
+    arms = [_arm(text, results[folder], arm) for text, (folder, arm, _) in zip(texts, named, strict=True)]
+    seeds = [[trial.seed for trial in arm.trials if trial.measured.n] for arm in arms]
+    named_seeds = [seed for _, _, seed in named if seed is not None]
+    common = [seed for seed in [*named_seeds, *seeds[0]] if all(seed in own for own in seeds)]
+    sides = []
+    for text, (folder, _, seed), arm, own in zip(texts, named, arms, seeds, strict=True):
+        if seed is None:
+            seed = common[0] if common else own[0]
+        trial = next((each for each in arm.trials if each.seed == seed and each.measured.n), None)
+        if trial is None:
+            raise UserError(f"{text}: arm {arm.name!r} has predictions for the seeds {own} only")
+        # The base student has no seed.
+        label = arm.name if arm.name == BASE else f"{arm.name} (seed {seed})"
+        sides.append(Side(label, results[folder].evaluation, results[folder].answers[trial.trial_id]))
+    if sides[0].label == sides[1].label:
+        # The same arm of two experiments.
+        sides = [Side(text, side.evaluation, side.answers) for text, side in zip(texts, sides, strict=True)]
+    return sides[0], sides[1]
+
+
+def parse_student(text: str) -> tuple[Path, str | None, int | None]:
+    """Return the folder, arm and seed of `FOLDER[:ARM[:SEED]]`.
+
+    Raises:
+        ValueError: the text has more parts, or a seed that is no integer.
+    """
+    # The colon of a bucket's scheme is no separator.
+    scheme, is_uri, rest = text.rpartition("://")
+    folder, *more = rest.split(":")
+    arm = more[0] if more else ""
+    seed = more[1] if len(more) > 1 else None
+    if len(more) > 2 or (seed is not None and not re.fullmatch("-?[0-9]{1,18}", seed)):
+        raise UserError(f"{text!r}: write FOLDER, FOLDER:ARM or FOLDER:ARM:SEED")
+    path = filesystem.resolve(scheme + is_uri + folder) if is_uri else Path(folder)
+    return path, arm or None, int(seed) if seed else None
+
+
+def _arm(text: str, results: Results, name: str | None) -> Arm:
+    answered = [arm.name for arm in results.arms if arm.measured.n]
+    if not answered:
+        raise UserError(f"{text}: no arm has predictions yet")
+    trained = [each for each in answered if each != BASE]
+    if name is None and len(trained) != 1:
+        raise UserError(f"{text} has several arms: write {text}:ARM; arms with predictions: {', '.join(answered)}")
+    arm = results.arm(name or trained[0])
+    if arm is None:
+        hint = did_you_mean(name or "", answered)
+        raise UserError(f"{text}: arm {name!r} has no predictions{hint}; arms with predictions: {', '.join(answered)}")
+    return arm

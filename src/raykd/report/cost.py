@@ -1,0 +1,131 @@
+"""Report cost: the teacher's completions, processor time and money."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from raykd.analysis.scores import Proportion
+from raykd.analysis.statistics import wilson_interval
+from raykd.config.errors import validated
+from raykd.config.sections import Prices
+from raykd.report.results import Results
+from raykd.report.table import Table
+from raykd.report.text import amount, duration, percent
+from raykd.report.trials import finite
+
+TRAINING = "training"
+
+
+def written_by_the_teacher(results: Results) -> list[Mapping[str, Any]]:
+    """Return the completion sets that the teacher generated, without those that it only scored."""
+    completion_sets = results.run.completions
+    return [each for each in completion_sets if each.get("source", "teacher") == "teacher"]
+
+
+def teacher_share(completions: Mapping[str, Any]) -> Proportion:
+    """Return the teacher's strict accuracy on a completion set, errors excluded.
+
+    The interval's n is the number of problems, because samples of a problem are not independent of each other.
+    """
+    answered, correct = answered_rows(completions), completions.get("correct")
+    if not answered or correct is None:
+        return Proportion()
+    problems = max(1, answered // (completions.get("num_samples") or 1))
+    return Proportion(correct / answered, *wilson_interval(correct / answered * problems, problems))
+
+
+def answered_rows(completions: Mapping[str, Any]) -> int:
+    """Return the number of completions without an error."""
+    return (completions.get("rows") or 0) - (completions.get("errors") or 0)
+
+
+def cost(results: Results) -> Table:
+    """Return the tokens and the time of each completion set."""
+    rows = []
+    for completions in results.run.completions:
+        # A teacher that returns text alone has no token count.
+        tokens = finite(completions.get("completion_tokens")) or None
+        seconds, truncated = finite(completions.get("seconds")), finite(completions.get("truncated"))
+        answered = answered_rows(completions)
+        rows.append(
+            [
+                str(completions.get("strategy", "")),
+                str(completions.get("teacher", "")),
+                str(completions.get("source", "teacher")),
+                amount(completions.get("rows")),
+                amount(completions.get("errors")),
+                percent(truncated / answered if truncated is not None and answered else None),
+                amount(tokens),
+                amount(tokens / answered if tokens is not None and answered else None, 1),
+                duration(seconds),
+                amount(tokens / seconds if tokens is not None and seconds else None),
+            ]
+        )
+    return Table(
+        "Teacher cost",
+        [
+            "Strategy",
+            "Teacher",
+            "Sequence",
+            "Rows",
+            "Errors",
+            "Truncated %",
+            "Tokens",
+            "Tokens per row",
+            "Time",
+            "Tokens per second",
+        ],
+        rows,
+        "Sequence is the author of the text: the teacher generated its own completions, and scored reference solutions "
+        "and student answers token by token. Completions are stored by content key, so a strategy that an earlier run "
+        "completed costs nothing again.",
+        text_columns=(0, 1, 2),
+    )
+
+
+def stages(results: Results) -> Table:
+    """Return the wall-clock time of each stage."""
+    seconds = results.run.stages
+    rows = [[str(stage), duration(finite(value))] for stage, value in seconds.items()]
+    return Table("Time by stage", ["Stage", "Time"], rows)
+
+
+def processors(results: Results) -> Table:
+    """Return the processor time of each stage, and its cost where prices are configured."""
+    usage: dict[str, dict[str, float]] = {
+        stage: {kind: float(seconds) for kind, seconds in kinds.items()}
+        for stage, kinds in results.run.processor_seconds.items()
+    }
+    for trial in results.trials:
+        if trial.train_seconds is not None and trial.num_workers and trial.accelerator:
+            of_training = usage.setdefault(TRAINING, {})
+            seconds = of_training.get(trial.accelerator, 0.0) + trial.train_seconds * trial.num_workers
+            of_training[trial.accelerator] = seconds
+    prices = validated(Prices, results.tree.get("prices") or {}, f"{results.folder / 'experiment.yaml'}: prices")
+    columns = ["Stage", "Processor", "Processor-seconds (at most)", "Processor-hours (at most)"]
+    note = (
+        "Processors multiplied by the seconds for which they were reserved, model loading included. An autoscaled "
+        "teacher counts with its maximum number of replicas all the time. On a CPU an engine may use more cores than "
+        "the one that it reserves. Training counts from the first to the last step of each trial, without killed "
+        "attempts."
+    )
+    rows, costs = [], []
+    for stage, kinds in usage.items():
+        for kind, seconds in kinds.items():
+            hours, price = seconds / 3600, _price(prices, stage, kind)
+            rows.append([stage, kind.upper(), amount(seconds), amount(hours, 2)])
+            costs.append(None if price is None else hours * price)
+    known = [each for each in costs if each is not None]
+    if not known:
+        note += " Set `prices.gpu_hour` or `prices.cpu_hour` in the experiment to add the cost."
+        return Table("Processor time", columns, rows, note, text_columns=(0, 1))
+    rows = [[*row, amount(each, 2)] for row, each in zip(rows, costs, strict=True)]
+    if len(rows) > 1 and sum(known):
+        label = "all" if len(known) == len(costs) else "all with a price"
+        rows.append([label, "", "", "", amount(sum(known), 2)])
+    return Table("Processor time", [*columns, f"Cost, {prices.currency} (at most)"], rows, note, text_columns=(0, 1))
+
+
+def _price(prices: Prices, role: str, kind: str) -> float | None:
+    if (role, kind) == ("teacher", "gpu") and prices.teacher_gpu_hour is not None:
+        return prices.teacher_gpu_hour
+    return prices.gpu_hour if kind == "gpu" else prices.cpu_hour

@@ -1,0 +1,133 @@
+"""Trial: the result of a trial, or of the base student, read from its folder and its predictions."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raykd.analysis.comparison import Answers
+from raykd.analysis.scores import Row, Scores, compute_scores
+from raykd.storage import filesystem
+from raykd.storage.files import read_json
+from raykd.storage.row_store import read_rows
+from raykd.storage.schemas import COMPLETE, PREDICTION
+from raykd.training.trial import read_loss_curve
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """A trial, or the base student: its trial.json and the scores of its predictions."""
+
+    trial_id: str
+    arm: str
+    seed: int
+    status: str
+    error: str
+    strategy: str
+    overrides: Mapping[str, Any]
+    dropped: Mapping[str, int]
+    measured: Scores
+    train_rows: int | None = None
+    train_steps: int | None = None
+    target_tokens: int | None = None
+    train_seconds: float | None = None
+    loss_first: float | None = None
+    loss_last: float | None = None
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    """Step and loss, without losses that are not finite."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """The searched fields by dotted path."""
+    validation: Mapping[str, Any] | None = None
+    """The last validation's metrics."""
+    num_workers: int | None = None
+    accelerator: str = ""
+    """`gpu` or `cpu`."""
+    adapter: str = ""
+
+    @property
+    def gpu_seconds(self) -> float | None:
+        """Seconds of training times its GPUs; None where it had none, or that is not known."""
+        if self.accelerator != "gpu" or self.train_seconds is None or not self.num_workers:
+            return None
+        return self.train_seconds * self.num_workers
+
+
+def finite(value: Any) -> float | None:
+    """The number, or None where there is none or it is not finite."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and math.isfinite(value) else None
+
+
+def read_predictions(folder: Path) -> dict[str, dict[tuple[str, int], Row]]:
+    """Prediction rows by trial, problem and sample; an answer replaces the error that an earlier attempt left."""
+    rows: dict[str, dict[tuple[str, int], Row]] = {}
+    if not folder.is_dir():
+        return rows
+    for row in read_rows(folder, PREDICTION).to_pylist():
+        of_trial = rows.setdefault(row["trial_id"], {})
+        answer = (row["problem_id"], row["sample_index"])
+        earlier = of_trial.get(answer)
+        if earlier is None or (earlier["error"] and not row["error"]):
+            of_trial[answer] = row
+    return rows
+
+
+def read_trials(folder: Path, rows: Mapping[str, Answers]) -> list[TrialResult]:
+    """Return all trials that have ended, and the base student.
+
+    Args:
+        folder: of the trials.
+        rows: prediction rows by trial.
+
+    Raises:
+        ValueError: a trial's record or loss curve is damaged.
+    """
+    trials = [_trial(file.parent, rows) for file in filesystem.find_in_subdirs(folder, "trial.json")]
+    with_folder = {trial.trial_id for trial in trials}
+    for trial_id, of_trial in rows.items():
+        if trial_id not in with_folder:
+            first = next(iter(of_trial.values()))
+            trials.append(
+                TrialResult(
+                    trial_id=trial_id,
+                    arm=first["arm"],
+                    seed=first["seed"],
+                    status=COMPLETE,
+                    error="",
+                    strategy="",
+                    overrides={},
+                    dropped={},
+                    measured=compute_scores(of_trial.values()),
+                )
+            )
+    return trials
+
+
+def _trial(folder: Path, rows: Mapping[str, Answers]) -> TrialResult:
+    record = read_json(folder / "trial.json")
+    curve = read_loss_curve(folder / "metrics.jsonl")
+    losses = [(point["step"], point["loss"]) for point in curve if finite(point.get("loss")) is not None]
+    return TrialResult(
+        trial_id=record["trial_id"],
+        arm=record["arm"],
+        seed=record["seed"],
+        status=record["status"],
+        error=record.get("error") or "",
+        strategy=record.get("strategy") or "",
+        overrides=record.get("overrides") or {},
+        dropped=record.get("dropped") or {},
+        measured=compute_scores(rows.get(record["trial_id"], {}).values()),
+        train_rows=record.get("rows"),
+        train_steps=record.get("steps"),
+        target_tokens=record.get("target_tokens"),
+        train_seconds=finite(record.get("seconds")),
+        loss_first=finite(record.get("loss_first")),
+        loss_last=finite(record.get("loss_last")),
+        losses=losses,
+        values=record.get("values") or {},
+        validation=record.get("validation"),
+        num_workers=record.get("num_workers"),
+        accelerator=record.get("accelerator") or "",
+        adapter=record.get("adapter") or "",
+    )

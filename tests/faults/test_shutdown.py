@@ -1,0 +1,53 @@
+"""SIGTERM and Ctrl-C in every stage: all ends within half a minute, and the same command goes on."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from raykd.storage import row_store, schemas
+from runs import end_by, finish, parts, plan_of
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(900)
+
+
+def command(stage: str, root: Path) -> list[str]:
+    return [
+        *[stage, str(ROOT / "configs/quickstart.yaml"), f"storage={root}", "dataset.num_train=200"],
+        *["dataset.num_test=100", "train.checkpoint_every_steps=5", "arms={one: {prompt.strategy: ground_truth}}"],
+    ]
+
+
+# In `make test`, test_resume.py does this to a run that it compares with an undisturbed one.
+@pytest.mark.slow
+def test_while_it_generates(tmp_path: Path):
+    arguments = command("generate", tmp_path)
+    end_by(signal.SIGTERM, lambda: len(parts(tmp_path)) >= 1, arguments, tmp_path)
+    kept = {path.name for path in parts(tmp_path)}
+    finish(arguments, tmp_path)
+    (request,) = plan_of(arguments).requests
+    rows = row_store.read_rows(request.folder, schemas.COMPLETION)
+    assert len(set(rows["problem_id"].to_pylist())) == len(rows) == 200
+    assert kept <= {path.name for path in parts(tmp_path)}
+
+
+@pytest.mark.slow
+def test_in_every_later_stage(tmp_path: Path):
+    arguments = command("run", tmp_path)
+    plan = plan_of(arguments)
+    checkpoints = plan.folder / "checkpoints"
+    attention = plan.attention
+    assert attention
+    end_by(signal.SIGINT, lambda: any(checkpoints.rglob("*.pt")), arguments, tmp_path)
+    end_by(signal.SIGTERM, lambda: len(parts(plan.predictions)) >= 1, arguments, tmp_path)
+    end_by(signal.SIGINT, lambda: attention.exists(), arguments, tmp_path)
+    finish(arguments, tmp_path)
+    assert plan_of(arguments).is_complete()
+    # The base student's and the arm's.
+    for folder, schema, name in (
+        (plan.predictions, schemas.PREDICTION, "prediction_id"),
+        (attention, schemas.ATTENTION, "attention_id"),
+    ):
+        ids = row_store.read_rows(folder, schema)[name].to_pylist()
+        assert len(ids) == len(set(ids)) == 200

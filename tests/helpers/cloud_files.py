@@ -1,0 +1,155 @@
+"""The files of `cluster/`, as tests read them: with Ray's own code, and as commands name them."""
+
+import copy
+import json
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.autoscaler._private.util import prepare_config
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
+from ray.core.generated.autoscaler_pb2 import GangResourceRequest
+
+from raykd import compat
+from raykd.cluster import nodes
+from raykd.config.experiment import Experiment
+from raykd.config.loading import load_experiment
+from raykd.models import architecture
+from raykd.planning.fit import Fit, fit_stages
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "cluster"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+IMAGE = f"FILL_IN_REGISTRY/raykd:{PROJECT['version']}"
+# Where the image has the project.
+INSTALLED = "/opt/raykd"
+CLOUDS = ("aws", "gcp", "azure")
+# As the README calls them.
+NAMES = {"aws": "AWS", "gcp": "Google Cloud", "azure": "Azure"}
+LAUNCHED = (*CLOUDS, "local")
+MANIFESTS = ("shared", "raycluster", "rayjob", "rayservice")
+FILES = sorted(file for file in FOLDER.rglob("*") if file.is_file())
+# The fields of KubeRay 1.6.2 and of Kubernetes that there are, of those that the manifests could use
+# (docs.ray.io/en/master/cluster/kubernetes/references/api.html).
+CLUSTER = {"rayVersion", "authOptions", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec"}
+FIELDS = {
+    "RayCluster": {*CLUSTER, "workerGroupSpecs", "gcsFaultToleranceOptions", "suspend", "managedBy"},
+    "RayJob": {
+        *("entrypoint", "rayClusterSpec", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "submissionMode"),
+        *("runtimeEnvYAML", "entrypointNumCpus", "backoffLimit", "activeDeadlineSeconds", "clusterSelector", "suspend"),
+        "metadata",
+    },
+    "RayService": {
+        "serveConfigV2",
+        "rayClusterConfig",
+        "upgradeStrategy",
+        "serveService",
+        "excludeHeadPodFromServeSvc",
+    },
+    "authOptions": {"mode", "secretName", "enableK8sTokenAuth"},
+    "autoscalerOptions": {"version", "idleTimeoutSeconds", "upscalingMode", "resources", "image", "env", "envFrom"},
+    "headGroupSpec": {"serviceType", "rayStartParams", "template", "headService", "enableIngress"},
+    "workerGroupSpecs": {
+        *("groupName", "numOfHosts", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"),
+        *("idleTimeoutSeconds", "scaleStrategy", "suspend"),
+    },
+    "pod": {"containers", "volumes", "nodeSelector", "tolerations", "securityContext", "serviceAccountName"},
+    "container": {"name", "image", "env", "resources", "volumeMounts", "ports", "imagePullPolicy"},
+}
+
+
+def read(name: str) -> dict[str, Any]:
+    """A file of `ray up`."""
+    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+
+
+def manifests(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((FOLDER / "kuberay" / f"{name}.yaml").read_text()))
+
+
+def ray_cluster(name: str) -> dict[str, Any]:
+    """The cluster that a manifest describes, as one of its own."""
+    (found,) = manifests(name)
+    spec = found["spec"]
+    return {**found, "spec": spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec}
+
+
+def prepared(name: str) -> dict[str, Any]:
+    """What Ray's autoscaler is told by a file."""
+    if name in MANIFESTS:
+        return _derive_autoscaling_config_from_ray_cr(ray_cluster(name))
+    return prepare_config(copy.deepcopy(read(name)))
+
+
+def brought(name: str, bundles: list[dict[str, float]]) -> dict[str, int] | None:
+    """The nodes that Ray's autoscaler brings for a placement group; None where it cannot."""
+    told = AutoscalingConfig(prepared(name), skip_content_hash=True)
+    group = GangResourceRequest(requests=[ResourceRequestUtil.make(bundle) for bundle in bundles])
+    request = SchedulingRequest(
+        disable_launch_config_check=True,
+        node_type_configs=told.get_node_type_configs() or {},
+        max_num_nodes=told.get_max_num_nodes(),
+        gang_resource_requests=[group],
+    )
+    reply = ResourceDemandScheduler(None).schedule(request)  # pyright: ignore[reportArgumentType]
+    if reply.infeasible_gang_resource_requests:
+        return None
+    return {launch.instance_type: launch.count for launch in reply.to_launch}
+
+
+def experiment(name: str) -> Experiment:
+    """The experiment that a manifest runs or serves, with what it overrides."""
+    (found,) = manifests(name)
+    if name == "rayjob":
+        python, script, file, *overrides = found["spec"]["entrypoint"].split()
+        assert (python, script) == ("python", f"{INSTALLED}/rayjobs/run.py")
+    else:
+        args = yaml.safe_load(found["spec"]["serveConfigV2"])["applications"][0]["args"]
+        file, overrides = args["experiment"], args["overrides"]
+    return load_experiment(ROOT / Path(file).relative_to(INSTALLED), overrides)
+
+
+def submitted() -> tuple[dict[str, str], str, list[str]]:
+    """What the README submits as a job: its metadata, the experiment's file, and what it overrides."""
+    lines = (FOLDER / "README.md").read_text().replace("\\\n", " ").splitlines()
+    (line,) = [line for line in lines if line.startswith("ray job submit ")]
+    words = shlex.split(line)
+    python, script, file, *overrides = words[words.index("--") + 1 :]
+    assert (python, script) == ("python", "rayjobs/run.py")
+    return json.loads(words[words.index("--metadata-json") + 1]), file, overrides
+
+
+def on_kind(kind: str, *more: str) -> Experiment:
+    """What the README submits, with students on a kind of GPU."""
+    _, file, overrides = submitted()
+    assert any("$STUDENTS" in each for each in overrides)
+    return load_experiment(ROOT / file, [*(each.replace("$STUDENTS", kind) for each in overrides), *more])
+
+
+def fits(told: Experiment, name: str) -> list[Fit]:
+    """How `raykd plan` lays an experiment out on a cluster's file."""
+    teacher = architecture.find_shape(told.teacher.model, told.teacher.revision, told.teacher.engine.engine_kwargs)
+    student = architecture.find_shape(told.student.model, told.student.revision)
+    assert teacher and student
+    return fit_stages(told, teacher, student, nodes.read_cluster_file(FOLDER / name))
+
+
+def assert_all_fits(told: Experiment, name: str) -> None:
+    """Whether every stage lies on the pool that is meant for it, with nothing to be said against it."""
+    found = fits(told, name)
+    assert [(fit.stage, fit.problem, fit.notes) for fit in found if fit.problem or fit.notes] == []
+    pools = {fit.stage: {pool for placed in fit.placed for pool, _ in placed.on} for fit in found}
+    assert pools == {"teacher": {"teacher"}, "train": {"student"}, "evaluate": {"student"}, "attention": {"student"}}
+
+
+def kinds(resources: dict[str, Any]) -> list[str]:
+    return [
+        name.removeprefix(compat.ACCELERATOR_TYPE_PREFIX)
+        for name in resources
+        if name.startswith(compat.ACCELERATOR_TYPE_PREFIX)
+    ]

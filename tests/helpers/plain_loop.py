@@ -1,0 +1,127 @@
+"""Trains one student for each variant, without Ray: `torchrun plain_loop.py FOLDER VARIANT...`.
+
+A variant is words such as `zero2-micro4-packed-killed`: the ZeRO stage, the rows of a forward pass, whether targets are
+soft, whether computed with in bfloat16, whether rows are packed, whether activations are checkpointed, whether the loss
+is made in many chunks, whether the student is measured on validation problems on the way (by its loss, or by what it
+answers), and whether the loop is broken off after its first checkpoint (`killed`): the whole process ends there, and
+goes on when it is started for the same variant again; or it goes on with other workers than its two (`elastic`).
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch.distributed
+
+from raykd.config.experiment import Experiment
+from raykd.config.sections import Student, Sweep
+from raykd.data import datasets
+from raykd.models import loading, tokenization
+from raykd.storage import row_store, schemas
+from raykd.training import loop, student
+from raykd.training.trial import TrialSpec
+
+FOLDER = Path(sys.argv[1])
+
+
+def job(variant: str, workers: int) -> TrialSpec:
+    """A trial on reference solutions, with the targets of a teacher that is drawn from a seed where they are soft."""
+    words = variant.split("-")
+    is_elastic = "elastic" in words
+    workers = 2 if is_elastic else workers
+    experiment = Experiment.model_validate(
+        {
+            "name": "plain",
+            "storage": str(FOLDER),
+            "dataset": {"source": "demo", "num_train": 20, "num_test": 5},
+            "teacher": {"model": "raykd/demo-teacher"},
+            "student": {"model": "raykd/demo-student", "lora": {"r": 4, "lora_alpha": 8}},
+            "prompt": {"instruction": ""},
+            "targets": {"source": "reference", "kind": "top_k" if "soft" in words else "hard", "top_k": 6},
+            "train": {
+                "epochs": 2,
+                "batch_size": 8,
+                "micro_batch_size": int(words[1].removeprefix("micro")),
+                "learning_rate": 5e-3,
+                "num_workers": workers,
+                "min_workers": 1 if is_elastic else None,
+                "zero_stage": int(words[0].removeprefix("zero")),
+                "dtype": "bfloat16" if "bf16" in words else "float32",
+                "packing": "packed" in words,
+                "gradient_checkpointing": "checkpointed" in words,
+                "checkpoint_every_steps": 3,
+            },
+        }
+    )
+    name = f"workers{workers}-{variant}"
+    splits = FOLDER / "splits"
+    if not splits.exists():
+        shutil.copytree(datasets.write_splits(experiment.dataset, FOLDER), splits)
+        # Any problems that are not trained on will do.
+        shutil.copyfile(splits / "test.parquet", splits / "validation.parquet")
+    measured = Sweep(metric="loss" if "loss" in words else "accuracy", num_validations=2, validation_batch_size=2)
+    return TrialSpec(
+        trial_id=name,
+        arm_name="default",
+        arm=experiment.arm("default"),
+        seed=0,
+        overrides={},
+        problems=splits,
+        completions=scored(splits) if "soft" in words else None,
+        same_tokens=True,
+        experiment=experiment.name,
+        folder=FOLDER / name,
+        config_id="default",
+        sweep=measured if {"loss", "answers"} & set(words) else None,
+        max_tokens=16,
+    )
+
+
+def scored(splits: Path) -> Path:
+    """The reference solutions with six log-probabilities for each of their tokens."""
+    draw, tokenizer = np.random.default_rng(0), loading.load_tokenizer(Student(model="raykd/demo-student"))
+    rows = []
+    for problem in pyarrow.parquet.read_table(splits / "train.parquet").to_pylist():
+        tokens = tokenization.answer_token_ids(tokenizer, problem["reference_solution"], is_whole=True)
+        ids = [draw.choice(len(tokenizer), 6, replace=False).tolist() for _ in tokens]
+        row = {
+            **dict.fromkeys(schemas.COMPLETION.names, ""),
+            "problem_id": problem["problem_id"],
+            "completion_id": problem["problem_id"],
+            "sample_index": 0,
+            "prompt_token_ids": [],
+            "completion_token_ids": tokens,
+            "is_correct": True,
+            "topk_ids": ids,
+            "topk_logprobs": np.log(draw.dirichlet(np.ones(7), len(tokens))[:, :6]).tolist(),
+        }
+        rows.append(row)
+    folder = FOLDER / "scored"
+    row_store.write_part(folder, pa.Table.from_pylist(rows, schema=schemas.COMPLETION))
+    return folder
+
+
+def run(variant: str, workers: int) -> None:
+    made = job(variant, workers)
+    student.CHUNK_ELEMENTS = 1 << (13 if "chunked" in variant else 26)
+    kept = FOLDER / f"checkpoint-of-{made.trial_id}"
+
+    def break_off(metrics: dict[str, Any], checkpoint: Path | None) -> None:
+        if checkpoint:
+            # As Ray Train does it, every worker's part goes into one folder.
+            shutil.copytree(checkpoint, kept, dirs_exist_ok=True)
+            torch.distributed.barrier()
+            os._exit(0)
+
+    is_first = {"killed", "elastic"} & set(variant.split("-")) and not kept.exists()
+    loop.train_loop(made, break_off if is_first else lambda metrics, checkpoint: None, kept if kept.exists() else None)
+
+
+if __name__ == "__main__":
+    for each in sys.argv[2:]:
+        run(each, int(os.environ["WORLD_SIZE"]))

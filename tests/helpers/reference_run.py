@@ -1,0 +1,350 @@
+"""The reference run: one experiment, submitted once as a job to a head that asks for a token, read by many tests.
+
+It is the longest fixture of the suite. What it wrote, what it said and what Ray's metrics showed of it meanwhile are
+read by test_run, test_own_answers, test_evidence, test_job, test_run_metrics, test_resume and test_endpoint; none of
+them changes it. A test that needs something else of a run adds an arm here before it starts an engine of its own.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from raykd.models.builtin import resolve_model
+from raykd.pipeline.plan import Plan
+from raykd.runtime import metrics
+from runs import Ran, finish, free_port, plan_of, wait_for_end
+
+ROOT = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).parent / "ray")
+SAMPLE = ROOT / "tests" / "data"
+"""Problems in GSM8K's form, two dozen of them for training, written for these tests."""
+TOKEN = "a-token-for-this-test-alone-0123456789abcdef"
+PLANTED = "hf_planted0aG9yc2ViYXR0ZXJ5c3RhcGxl"
+
+NAME = "reference"
+NUM_TRAIN, NUM_TOO_LONG, NUM_TEST = 24, 3, 10
+"""Problems of the training split, how many of them no model has room for, and those of the test split."""
+NUM_ANSWERED = NUM_TRAIN - NUM_TOO_LONG
+MAX_TOKENS = 32
+OWN_MAX_TOKENS = 24
+CONTEXT = 1024
+TOP_K = 6
+STEPS = 9
+"""Optimizer steps of each student, but for that of its own answers."""
+ENGINE = {"dtype": "float32", "max_model_len": CONTEXT, "max_num_seqs": 32}
+ARMS: dict[str, dict[str, Any]] = {
+    "greedy": {"teacher.sampling.temperature": 0, "teacher.num_samples": 1, "train.zero_stage": 1},
+    "soft": {
+        "prompt.strategy": "teacher",
+        "targets": {"kind": "top_k", "top_k": TOP_K, "filter": "best"},
+        "train.packing": True,
+    },
+    "scored": {
+        "prompt.strategy": "ground_truth",
+        "targets": {"source": "reference", "kind": "top_k", "top_k": TOP_K},
+        "loss": {"divergence": "jensen_shannon", "missing_mass": "renormalize", "temperature": 2.0},
+    },
+    "reference": {"targets.source": "reference", "train.zero_stage": 3},
+    # Greedy, so that anybody can tell what its answers should be; a round of one step and a round of two.
+    "own": {
+        "prompt.strategy": "ground_truth",
+        "train.epochs": 1,
+        "targets": {
+            "source": "student",
+            "kind": "top_k",
+            "top_k": TOP_K,
+            "rounds": 2,
+            "rollout": {"temperature": 0, "max_tokens": OWN_MAX_TOKENS},
+        },
+    },
+}
+STUDENTS = ["base", *ARMS]
+# A driver that joins by itself, and shows a trial once.
+BYSTANDER = """
+import sys
+from pathlib import Path
+from raykd import cluster, metrics
+with cluster.connected(Path(sys.argv[1]), "kept", "watch"):
+    metrics.show_trials("kept", {"one": "complete"})
+    print("shown", file=sys.__stdout__, flush=True)
+    sys.stdin.read()
+"""
+
+Tags = dict[str, str]
+
+
+@dataclass
+class Head:
+    """A Ray head with token authentication."""
+
+    environment: dict[str, str]
+    """In which a user talks to it."""
+    address: str
+    page: str
+    """Where it offers its metrics."""
+
+
+@dataclass
+class Seen:
+    """What a node's page of metrics showed: of each series every value, from the first to the last."""
+
+    page: str
+    values: dict[str, dict[frozenset[tuple[str, str]], list[float]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(list))
+    )
+    now: list[tuple[str, Tags]] = field(default_factory=list)
+    """The series that were there at the last look."""
+
+    def look(self) -> None:
+        self.now = []
+        with urllib.request.urlopen(self.page, timeout=30) as answer:
+            text = answer.read().decode()
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name.startswith(("ray_raykd_", "ray_vllm_")):
+                    self.values[sample.name][frozenset(sample.labels.items())].append(sample.value)
+                    self.now.append((sample.name, sample.labels))
+
+    def of(self, name: str, **tags: str) -> list[tuple[Tags, list[float]]]:
+        """The series with these tags."""
+        found = [(dict(series), values) for series, values in self.values.get(name, {}).items()]
+        return [(series, values) for series, values in found if tags.items() <= series.items()]
+
+    def total(self, metric: metrics.Metric, **tags: str) -> float:
+        """Where a counter stands."""
+        return sum(values[-1] for _, values in self.of(metric.exported, **tags))
+
+
+@dataclass
+class Reference:
+    """The finished run."""
+
+    plan: Plan
+    file: Path
+    """The experiment."""
+    output: str
+    """What the job printed, as `ray job submit` showed it."""
+    mistaken: subprocess.CompletedProcess[str]
+    """A submission with a mistake in the experiment."""
+    unknown: subprocess.CompletedProcess[str]
+    """A submission with another token."""
+    listed: str
+    """What `ray job list` printed afterwards."""
+    jobs: list[dict[str, Any]]
+    """What the dashboard tells of the jobs."""
+    seen: Seen
+
+    @property
+    def arguments(self) -> list[str]:
+        """The command line of the run."""
+        return ["run", str(self.file), f"storage={self.plan.root}"]
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in teacher with ideas of its own about sampling, as models from the hub have them."""
+    folder = tmp_path_factory.mktemp("models") / "teacher"
+    shutil.copytree(resolve_model("raykd/demo-teacher"), folder)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 1.5, "top_k": 1, "top_p": 0.5}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def experiment_file(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Hard and soft targets, gold solutions plain and scored, own answers; ZeRO stages 1, 2 and 3."""
+    folder = tmp_path_factory.mktemp("experiment")
+    engine = {"engine_kwargs": ENGINE}
+    tree = {
+        "name": NAME,
+        "problems": {
+            "source": "jsonl",
+            "train_file": str(with_too_long(folder / "train.jsonl")),
+            "test_file": str(SAMPLE / "test.jsonl"),
+            "num_validation": 3,
+        },
+        "teacher": {
+            "model": str(teacher_folder),
+            "engine": engine,
+            "sampling": {"max_tokens": MAX_TOKENS, "temperature": 0.7},
+            "num_samples": 2,
+            "batch_size": 5,
+            "concurrency": 2,
+            "max_error_rate": 0.15,
+        },
+        "student": {"model": "raykd/demo-student"},
+        "prompt": {"instruction": ""},
+        "train": {
+            "epochs": 3,
+            "batch_size": 8,
+            "micro_batch_size": 2,
+            "learning_rate": 5e-3,
+            "max_length": 512,
+            "num_workers": 2,
+            "dtype": "float32",
+            "checkpoint_every_steps": 3,
+        },
+        "evaluate": {
+            "engine": engine,
+            "sampling": {"max_tokens": MAX_TOKENS},
+            "batch_size": 8,
+            "max_error_rate": 0.15,
+        },
+        "arms": ARMS,
+    }
+    file = folder / "reference.yaml"
+    file.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return file
+
+
+def with_too_long(file: Path) -> Path:
+    """Writes the sample's training problems, and some among them whose question no model here has room for."""
+    lines = (SAMPLE / "train.jsonl").read_text().splitlines()
+    for number in range(NUM_TOO_LONG):
+        question = f"Ada has {number + 3} figs and buys 2. How many figs has she? " * 60
+        answer = f"{number + 3} + 2 = {number + 5} figs.\n#### {number + 5}"
+        lines.insert(7 * number + 5, json.dumps({"question": question, "answer": answer}))
+    file.write_text("\n".join(lines))
+    return file
+
+
+@pytest.fixture(scope="session")
+def reference(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """The run itself, undisturbed."""
+    storage, folder = tmp_path_factory.mktemp("storage"), tmp_path_factory.mktemp("job")
+    arguments = [str(experiment_file), f"storage={storage}"]
+    with token_head(folder) as head, bystander(head, folder):
+        environment, seen, output = head.environment, Seen(head.page), folder / "output"
+        with output.open("w") as stream:
+            run = subprocess.Popen(
+                submission("rayjobs/run.py", *arguments), env=environment, cwd=ROOT, stdout=stream, stderr=stream
+            )
+        try:
+            # While the teacher's engine loads.
+            mistaken = submit(environment, "rayjobs/train.py", "configs/quickstart.yaml", "train.epoch=3")
+            (folder / "other").write_text("another-token-altogether-0123456789abcdef")
+            other = {**environment, "RAY_AUTH_TOKEN_PATH": str(folder / "other")}
+            unknown = submit(other, "rayjobs/run.py", "--version")
+            deadline = time.monotonic() + 900
+            while run.poll() is None:
+                assert time.monotonic() < deadline, output.read_text()
+                seen.look()
+                time.sleep(1)
+        finally:
+            run.kill()
+            run.wait()
+        assert run.returncode == 0, output.read_text()
+        # Processes send what they have counted every 10 s, and at their end.
+        time.sleep(12)
+        seen.look()
+        listed = subprocess.run([RAY, "job", "list"], env=environment, capture_output=True, text=True, timeout=120)
+        jobs = told_jobs(environment)
+    told = listed.stdout + listed.stderr
+    return Reference(
+        plan_of(["run", *arguments]), experiment_file, output.read_text(), mistaken, unknown, told, jobs, seen
+    )
+
+
+@pytest.fixture(scope="session")
+def again(reference: Reference) -> Ran:
+    """The same command once more, typed on this machine, when the run is complete."""
+    return finish(reference.arguments, reference.plan.root)
+
+
+@contextmanager
+def token_head(folder: Path) -> Iterator[Head]:
+    """Starts a head of four cores, of which nothing is left afterwards."""
+    token, log = folder / "token", folder / "head.log"
+    token.write_text(TOKEN)
+    port, dashboard, exported = free_port(), free_port(), free_port()
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        "HF_TOKEN": PLANTED,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    command = [RAY, "start", "--head", "--block", "--num-cpus=4", f"--port={port}", f"--dashboard-port={dashboard}"]
+    command += ["--include-dashboard=true", f"--metrics-export-port={exported}"]
+    process = up(command, environment, log) or up(command, environment, log)
+    assert process, log.read_text()
+    try:
+        yield Head(environment, f"127.0.0.1:{port}", f"http://127.0.0.1:{exported}/metrics")
+    finally:
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        process.wait(timeout=180)
+        wait_for_end(family)
+
+
+def up(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes] | None:
+    """Starts a head and waits until jobs can be submitted to it.
+
+    Returns:
+        its process; None where it gave itself up, as a node does whose agents take more than 15 s to load: where Ray's
+        files are read for the first time, they may.
+    """
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 180
+        while process.poll() is None:
+            listed = subprocess.run([RAY, "job", "list"], env=environment, capture_output=True, timeout=60)
+            if "Ray runtime started" in log.read_text() and listed.returncode == 0:
+                return process
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(1)
+        return None
+    except BaseException:
+        process.kill()
+        raise
+
+
+@contextmanager
+def bystander(head: Head, folder: Path) -> Iterator[None]:
+    """A process that joined the head by itself, and has shown a trial once."""
+    joined = {**head.environment, "RAY_ADDRESS": head.address}
+    command = [sys.executable, "-c", BYSTANDER, str(folder / "bystander.log")]
+    with subprocess.Popen(command, env=joined, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout and process.stdout.readline() == "shown\n"
+            yield
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
+
+
+def submission(*arguments: str) -> list[str]:
+    return [RAY, "job", "submit", "--working-dir", ".", "--", "python", *arguments]
+
+
+def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Submits a job and waits for its end."""
+    return subprocess.run(
+        submission(*arguments), env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def told_jobs(environment: dict[str, str]) -> list[dict[str, Any]]:
+    """What the dashboard tells of its jobs."""
+    url = f"{environment['RAY_API_SERVER_ADDRESS']}/api/jobs/"
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN}"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)

@@ -1,0 +1,149 @@
+"""What an experiment's folder holds as evidence: other protocols, what heads looked at, and the customary harness."""
+
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from oracles import greedy
+from raykd.config.sections import Student
+from raykd.evaluation import attention, attention_heads, lm_eval_task
+from raykd.models import loading, tokenization
+from raykd.models.builtin import resolve_model
+from raykd.storage import row_store, schemas
+from reference_run import CONTEXT, MAX_TOKENS, NUM_TEST, STUDENTS, Reference
+from runs import finish
+
+pytestmark = pytest.mark.timeout(1200)
+
+
+def answers(folder: Path) -> list[dict]:
+    return row_store.read_rows(folder, schemas.PREDICTION).to_pylist()
+
+
+def test_every_student_read_the_same_texts_and_what_its_heads_did_is_what_the_model_says(reference: Reference):
+    plan = reference.plan
+    assert plan.attention
+    rows = row_store.read_rows(plan.attention, schemas.ATTENTION).to_pylist()
+    problems = pyarrow.parquet.read_table(plan.problems / "test.parquet").to_pylist()
+    students = {"base": None, **{job.trial_id: job.folder / "adapter" for job in plan.jobs}}
+    expected = sorted(f"{trial}/{problem['problem_id']}" for trial in students for problem in problems)
+    assert sorted(row["attention_id"] for row in rows) == expected
+    assert not any(row["error"] for row in rows)
+    tokenizer = loading.load_tokenizer(Student(model="raykd/demo-student"))
+    texts = {each["problem_id"]: attention.attention_text(each, tokenizer, "", None) for each in problems[:3]}
+    seen = []
+    for trial, adapter in students.items():
+        model = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32).eval()
+        model = PeftModel.from_pretrained(model, str(adapter)).eval() if adapter else model
+        for problem_id, text in texts.items():
+            found = next(row["values"] for row in rows if row["attention_id"] == f"{trial}/{problem_id}")
+            np.testing.assert_allclose(
+                found, attention_heads.attention_statistics(model, [text], 0)[0].ravel(), rtol=1e-3, atol=1e-5
+            )
+            seen.append(tuple(found))
+    assert len(set(seen)) == len(seen), "each student looks in its own way"
+
+
+def test_the_report_tells_what_heads_did(reference: Reference):
+    with (reference.plan.folder / "attention.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["arm"] for row in rows} == set(STUDENTS)
+    assert {row["statistic"] for row in rows} == set(attention_heads.STATISTICS)
+    assert "Attention statistics" in (reference.plan.folder / "report.html").read_text()
+
+
+def test_lm_evaluation_harness_hears_the_same_answers(reference: Reference, tmp_path: Path):
+    """By the command that the report gives: the harness' own backend, prompts, extraction and score."""
+    plan = reference.plan
+    job = next(job for job in plan.jobs if job.arm_name == "scored")
+    command = lm_eval_task.lm_eval_command(
+        plan.experiment, plan.folder / lm_eval_task.TASK_DIR, str(job.folder / "adapter")
+    )
+    command = shlex.split(command)
+    assert command[0] == "lm_eval"
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    more = ["--output_path", str(tmp_path / "out"), "--log_samples"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lm_eval", *command[1:], *more],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=offline,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    found = json.loads(results.read_text())["results"][lm_eval_task.task_name(plan.experiment)]
+    own = {row["question"]: row for row in answers(plan.predictions) if row["trial_id"] == job.trial_id}
+    for name, column in (("strict-match", "is_correct_strict"), ("flexible-extract", "is_correct_flexible")):
+        assert found[f"exact_match,{name}"] == pytest.approx(np.mean([row[column] for row in own.values()]))
+    (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
+    said = [json.loads(line) for line in samples.read_text().splitlines()]
+    texts = {each["doc"]["prompt"]: each["resps"][0][0] for each in said if each["filter"] == "strict-match"}
+    assert texts.keys() == own.keys()
+    # Word for word, but where two tokens are as good as equally probable.
+    assert sum(texts[question] == row["completion"] for question, row in own.items()) >= 9
+
+
+def test_the_same_students_can_be_asked_by_another_protocol(reference: Reference):
+    """Samples of a raw text: asked of the adapters that are there; what was answered before stays as it is."""
+    before = {path: path.stat().st_mtime_ns for path in reference.plan.predictions.iterdir()}
+    asked = len(STUDENTS) * NUM_TEST * 3
+    told = ["evaluate.protocol=zero_shot_raw", "evaluate.num_samples=3", "evaluate.stop=['.', Question]"]
+    told.append("evaluate.sampling={temperature: 0.9, max_tokens: 12, seed: 5}")
+    other = finish(["run", *reference.arguments[1:], *told], reference.plan.root)
+    try:
+        assert "training" not in other.stderr and f"students: {asked}/{asked} answers" in other.stderr
+        assert other.plan.predictions != reference.plan.predictions
+        rows = answers(other.plan.predictions)
+        assert len({(row["trial_id"], row["problem_id"], row["sample_index"]) for row in rows}) == asked
+        assert {row["protocol"] for row in rows} == {"zero_shot_raw"}
+        # Nothing that ends an answer is part of it.
+        stopped = [row for row in rows if row["finish_reason"] == "stop"]
+        assert not any("." in row["completion"] or "Question" in row["completion"] for row in rows)
+        assert stopped and all(row["num_tokens"] <= 12 for row in rows)
+        by_problem: dict[tuple, set] = {}
+        for row in rows:
+            by_problem.setdefault((row["trial_id"], row["problem_id"]), set()).add(row["completion"])
+        assert sum(len(texts) > 1 for texts in by_problem.values()) > len(by_problem) / 2, "samples differ"
+        table = pyarrow.parquet.read_table(reference.plan.folder / "predictions.parquet")
+        assert sorted(set(table["protocol"].to_pylist())) == ["zero_shot_chat", "zero_shot_raw"]
+        assert table.num_rows == asked // 3 + asked
+        page = (reference.plan.folder / "report.html").read_text()
+        assert "maj@3" in page and "pass@2" in page and "asked by zero_shot_raw, temperature 0.9" in page
+        assert {path: path.stat().st_mtime_ns for path in reference.plan.predictions.iterdir()} == before
+    finally:
+        again = finish(["run", *reference.arguments[1:]], reference.plan.root)
+    assert "Ray" not in again.stderr, "the first answers are there"
+    assert again.stdout in reference.output
+
+
+def test_eight_worked_problems_come_before_the_question(reference: Reference):
+    """Word for word what transformers makes of those turns; a question that has no room beside them carries why."""
+    told = ["evaluate.protocol=eight_shot_cot", "evaluate.max_error_rate=0.2"]
+    other = finish(["evaluate", *reference.arguments[1:], *told], reference.plan.root)
+    finish(["report", *reference.arguments[1:]], reference.plan.root)
+    tokenizer = loading.load_tokenizer(Student(model="raykd/demo-student"))
+    base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32).eval()
+    rows = answers(other.plan.predictions)
+    assert len(rows) == len(STUDENTS) * NUM_TEST and {row["protocol"] for row in rows} == {"eight_shot_cot"}
+    agreed = []
+    for row in [row for row in rows if row["arm"] == "base"]:
+        prompt = tokenization.question_token_ids(tokenizer, row, "", "eight_shot_cot")
+        assert tokenizer.decode(prompt).count("<|user|>") == 9
+        assert bool(row["error"]) == (len(prompt) >= CONTEXT)
+        if not row["error"]:
+            tokens = greedy(base, prompt, tokenizer.eos_token_id, min(MAX_TOKENS, CONTEXT - len(prompt)))
+            agreed.append(tokenizer.decode(tokens, skip_special_tokens=True) == row["completion"])
+    assert len(agreed) >= 8 and sum(agreed) >= len(agreed) - 1, agreed

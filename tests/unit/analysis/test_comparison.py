@@ -1,0 +1,48 @@
+"""Comparison: which arm stands against which."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from raykd.analysis.comparison import baselines
+
+
+def against(arms: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
+    """Arms by name, each as its strategy and what it overrides besides; + where they differ in more than the prime."""
+    # As in a file: an arm without a prime need not say so.
+    overrides = {
+        name: {"prompt.strategy": strategy, **more} if strategy == "teacher" else more
+        for name, (strategy, more) in arms.items()
+    }
+    found = baselines(overrides, {name: strategy for name, (strategy, _) in arms.items()})
+    return {name: baseline.arm + ("" if baseline.prime_alone else "+") for name, baseline in found.items()}
+
+
+def test_an_arm_stands_against_the_one_that_differs_in_the_prime_alone():
+    arms = {
+        "none": ("none", {}),
+        "primed": ("teacher", {}),
+        "soft": ("teacher", {"targets.kind": "top_k"}),
+        # Nested or dotted, it says the same.
+        "bare_soft": ("none", {"targets": {"kind": "top_k"}}),
+        "slow": ("teacher", {"train.epochs": 3}),
+        # Nobody was asked, so nobody was primed.
+        "reference": ("", {"targets.source": "reference"}),
+    }
+    assert against(arms) == {
+        "primed": "none",
+        "soft": "bare_soft",
+        "bare_soft": "none+",
+        "slow": "none+",
+        "reference": "none+",
+        "base": "none+",
+    }
+
+
+def test_the_experiments_own_baseline_needs_no_name():
+    more = {"train.epochs": 3}
+    assert against({"a": ("none", {}), "b": ("teacher", {}), "c": ("none", more)}) == {
+        "b": "a",
+        "c": "a+",
+        "base": "a+",
+    }
+    assert against({"a": ("teacher", {}), "b": ("teacher", more)}) == {}

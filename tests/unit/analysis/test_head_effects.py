@@ -1,0 +1,170 @@
+"""Effects of training on heads: against loops, numpy and scipy; the corrected p against how often chance is let by."""
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+
+from raykd.analysis.head_effects import FEWEST_PROBLEMS, across_arms, correlation, difference
+
+
+def test_a_difference_is_the_mean_over_problems_with_a_bootstrap_interval():
+    rng = np.random.default_rng(1)
+    values, others = rng.normal(1, 1, (80, 3)), rng.normal(0, 1, (80, 3))
+    found = difference(values, others)
+    paired = values - others
+    assert found.value == pytest.approx(paired.mean(0), abs=1e-12)
+    draw = np.random.default_rng(99)
+    drawn = np.array([paired[draw.integers(0, 80, 80)].mean(0) for _ in range(20_000)])
+    for head in range(3):
+        assert found.low[head] == pytest.approx(np.quantile(drawn[:, head], 0.025), abs=0.03)
+        assert found.high[head] == pytest.approx(np.quantile(drawn[:, head], 0.975), abs=0.03)
+
+
+def test_problems_without_a_value_are_left_out_head_by_head():
+    rng = np.random.default_rng(2)
+    values, others = rng.normal(size=(50, 4)), rng.normal(size=(50, 4))
+    values[:20, 1] = np.nan
+    others[30:, 2] = np.nan
+    values[:, 3] = np.nan
+    found = difference(values, others)
+    for head, kept in ((0, slice(None)), (1, slice(20, None)), (2, slice(0, 30))):
+        assert found.value[head] == pytest.approx((values[kept, head] - others[kept, head]).mean(), abs=1e-12)
+        assert found.low[head] < found.value[head] < found.high[head]
+    assert np.isnan([found.value[3], found.low[3], found.high[3], found.p[3]]).all()
+
+
+# Seconds each; `make test` holds the one in which the plain bootstrap would fail most.
+@pytest.mark.parametrize(
+    ("problems", "kind"),
+    [
+        (30, "skewed"),
+        *(
+            pytest.param(problems, kind, marks=pytest.mark.slow)
+            for problems in (FEWEST_PROBLEMS, 30, 100)
+            for kind in ("independent", "together", "skewed")
+            if (problems, kind) != (30, "skewed")
+        ),
+    ],
+)
+def test_of_heads_that_differ_by_chance_one_experiment_in_twenty_finds_any(problems: int, kind: str):
+    rng = np.random.default_rng(3)
+    clear = []
+    for number in range(60):
+        arm, base = rng.normal(size=(2, problems, 200))
+        if kind == "together":
+            arm += 2 * rng.normal(size=(problems, 1))
+        if kind == "skewed":
+            # Weights have long tails: two students that look alike have the same ones.
+            arm, base = rng.lognormal(sigma=1.5, size=(2, problems, 200))
+        clear.append(difference(arm, base, seed=number).is_clear.any())
+    # 3 of 60 expected; 9 or more would come up in one of 500 tests, were that true.
+    assert sum(clear) < 9, sum(clear)
+
+
+@pytest.mark.parametrize("num_right", [5, *(pytest.param(each, marks=pytest.mark.slow) for each in (2, 20, 50))])
+def test_of_heads_that_go_with_being_right_by_chance_one_experiment_in_twenty_finds_any(num_right: int):
+    rng = np.random.default_rng(4)
+    clear = []
+    for number in range(60):
+        right = np.zeros(100)
+        right[rng.permutation(100)[:num_right]] = 1
+        # Problems that one student has right are easy for the other too.
+        other = np.where(rng.random(100) < 0.8, right, rng.random(100) < 0.1).astype(float)
+        values = [rng.normal(size=(100, 100)) for _ in range(2)]
+        clear.append(correlation(values, [right, other], seed=number).is_clear.any())
+    assert sum(clear) < 9, sum(clear)
+
+
+def test_of_heads_that_go_with_accuracy_by_chance_one_experiment_in_twenty_finds_any():
+    rng = np.random.default_rng(5)
+    clear = [across_arms(rng.normal(size=(7, 100)), rng.random(7), seed=n).is_clear.any() for n in range(60)]
+    assert sum(clear) < 9, sum(clear)
+
+
+def test_a_head_that_differs_is_found_among_many():
+    rng = np.random.default_rng(4)
+    noise = rng.normal(size=(100, 64))
+    noise[:, 17] += 1.0
+    found = difference(noise, np.zeros_like(noise))
+    assert found.is_clear[17]
+    assert found.p[17] == pytest.approx(1 / 2001)
+    assert found.is_clear.sum() <= 2
+
+
+def test_a_head_that_never_moves_is_not_told_from_chance():
+    found = difference(np.full((30, 2), 0.25), np.full((30, 2), 0.25))
+    assert (found.value == 0).all() and (found.p == 1).all()
+
+
+def test_a_head_that_moves_on_every_problem_alike_is_clear():
+    found = difference(np.tile([0.75, 0.25], (30, 1)), np.full((30, 2), 0.25))
+    assert found.is_clear.tolist() == [True, False]
+
+
+def test_of_few_problems_there_is_a_mean_and_nothing_else():
+    found = difference(np.ones((FEWEST_PROBLEMS - 1, 2)), np.zeros((FEWEST_PROBLEMS - 1, 2)))
+    assert (found.value == 1).all() and np.isnan(found.p).all() and not found.is_clear.any()
+
+
+def test_a_correlation_is_the_mean_of_the_students_own_by_what_there_is_to_explain():
+    rng = np.random.default_rng(5)
+    values = [rng.normal(size=(40, 3)) + 10 * student for student in range(3)]
+    right = [(rng.random(40) < 0.1 + 0.2 * student).astype(float) for student in range(3)]
+    values[2][:, 1] += right[2]
+    found = correlation(values, right)
+    for head in range(3):
+        own = [np.corrcoef(x[:, head], y)[0, 1] for x, y in zip(values, right, strict=True)]
+        assert found.value[head] == pytest.approx(np.average(own, weights=[y.var() for y in right]), abs=1e-9)
+    alone = correlation(values[:1], right[:1])
+    assert alone.value == pytest.approx([np.corrcoef(x, right[0])[0, 1] for x in values[0].T], abs=1e-9)
+
+
+def test_a_correlation_leaves_out_what_is_not_there_and_what_does_not_vary():
+    rng = np.random.default_rng(6)
+    values, right = rng.normal(size=(60, 3)), (rng.random(60) < 0.5).astype(float)
+    values[:25, 1] = np.nan
+    values[:, 2] = 0.125
+    right[50:] = np.nan
+    # A student that has nothing right has no say.
+    found = correlation([values, rng.normal(size=(60, 3))], [right, np.zeros(60)])
+    for head, kept in ((0, slice(0, 50)), (1, slice(25, 50))):
+        assert found.value[head] == pytest.approx(np.corrcoef(values[kept, head], right[kept])[0, 1], abs=1e-9)
+        assert found.low[head] < found.value[head] < found.high[head]
+    assert np.isnan(found.value[2]) and np.isnan(found.p[2])
+
+
+def test_a_head_that_goes_with_being_right_is_found_among_many():
+    rng = np.random.default_rng(7)
+    values = [rng.normal(size=(100, 50)) for _ in range(2)]
+    right = [(each[:, 8] + 0.7 * rng.normal(size=100) > 0).astype(float) for each in values]
+    found = correlation(values, right)
+    assert found.is_clear[8] and found.low[8] > 0.4
+    assert found.is_clear.sum() <= 2
+
+
+def test_across_arms_it_is_pearson_s_with_fisher_s_interval_and_a_permutation_test():
+    stats = pytest.importorskip("scipy.stats", reason="scipy is the oracle of this test: pip install scipy")
+    rng = np.random.default_rng(8)
+    values, accuracy = rng.normal(size=(6, 2)), rng.random(6)
+    accuracy += 0.5 * values[:, 0]
+    found = across_arms(values, accuracy)
+    for head in range(2):
+        expected = stats.pearsonr(values[:, head], accuracy)
+        bounds = expected.confidence_interval(0.95)
+        assert found.value[head] == pytest.approx(expected.statistic, abs=1e-9)
+        assert (found.low[head], found.high[head]) == pytest.approx((bounds.low, bounds.high), abs=1e-6)
+    # All 720 orders, and in each the larger of the two heads' correlations.
+    largest = [
+        max(abs(np.corrcoef(values[:, head], accuracy[list(order)])[0, 1]) for head in range(2))
+        for order in permutations(range(6))
+    ]
+    for head in range(2):
+        exact = np.mean(np.array(largest) >= abs(found.value[head]) - 1e-9)
+        assert found.p[head] == pytest.approx(exact, abs=0.04)
+
+
+def test_of_few_arms_there_is_no_interval():
+    found = across_arms(np.array([[1.0, 2.0], [2.0, 2.0], [3.0, 2.0], [4.0, 2.0]]), np.array([0.1, 0.2, 0.4, 0.5]))
+    assert found.value[0] > 0.9 and np.isnan(found.value[1])
+    assert np.isnan(found.p).all() and np.isnan(found.low).all()

@@ -1,0 +1,75 @@
+"""Measured: shares and means over seeds and samples, against counts by hand."""
+
+import pytest
+
+from raykd.analysis.scores import Proportion, compute_scores
+from raykd.analysis.statistics import wilson_interval
+from synthetic import prediction
+
+
+def answer(number: int, said: str | None, seed: int = 0, sample: int = 0, **more) -> dict:
+    """An answer to the problem whose answer is `number`."""
+    is_right = said == str(number)
+    row = prediction("none", seed, number, is_right, is_right, said is not None)
+    return row | {"sample_index": sample, "answer_strict": said, "answer_flexible": said or "7"} | more
+
+
+def test_nothing_counted_is_no_number():
+    found = compute_scores([])
+    assert (found.n, found.errors, found.num_problems) == (0, 0, 0)
+    assert found.strict == found.majority_strict == Proportion()
+    assert found.tokens.value is None
+
+
+def test_samples_of_a_problem_vote_and_seeds_vote_by_themselves():
+    rows = [
+        *(answer(1, said, sample=n) for n, said in enumerate(["1", "1", "2", None])),
+        *(answer(2, said, sample=n) for n, said in enumerate(["3", "2", "3", "2"])),
+        *(answer(3, said, sample=n) for n, said in enumerate([None, None, "3", None])),
+        *(answer(4, said, sample=n) for n, said in enumerate(["5", "5", "6", "4"])),
+        # Another student's answers to the first problem are no votes of this one.
+        *(answer(1, said, seed=1, sample=n) for n, said in enumerate(["9", "9", "9", "1"])),
+    ]
+    found = compute_scores(rows)
+    assert (found.samples, found.n, found.num_problems) == (4, 20, 4)
+    assert found.strict.value == pytest.approx((2 + 2 + 1 + 1 + 1) / 20)
+    # Right by majority: the first and the third; of as many votes, as in the second, the earlier answer wins.
+    assert found.majority_strict.value == pytest.approx(2 / 5)
+    # All five have one right answer at least among four; of two, by pairs: 5/6, 5/6, 3/6, 3/6, 3/6.
+    assert list(found.pass_strict) == [2, 4]
+    assert found.pass_strict[4].value == 1
+    assert found.pass_strict[2].value == pytest.approx((5 / 6 + 5 / 6 + 3 / 6 + 3 / 6 + 3 / 6) / 5)
+    assert (found.majority_strict.low, found.majority_strict.high) == pytest.approx(wilson_interval(4 * 2 / 5, 4))
+    # By flexible extract those without an answer in form say 7.
+    assert found.majority_flexible.value == pytest.approx(1 / 5)
+
+
+def test_answers_that_failed_have_no_vote_and_no_length():
+    rows = [
+        answer(1, "1", num_tokens=10),
+        answer(1, "2", sample=1, num_tokens=1000, error="timed out"),
+        answer(2, "3", num_tokens=30, finish_reason="length", completion="a b c d a b c d a b c d"),
+    ]
+    found = compute_scores(rows)
+    assert (found.n, found.errors, found.samples) == (2, 1, 1)
+    assert found.tokens.value == 20
+    assert found.truncated.value == 0.5
+    # Nine runs of four words, four of them different.
+    assert found.repetition.value == pytest.approx((0 + 5 / 9) / 2)
+
+
+def test_accuracy_among_answers_in_form_counts_those_problems_alone():
+    found = compute_scores([answer(1, "1"), answer(2, None), answer(3, "4"), answer(4, "4", seed=1)])
+    assert found.answer_in_form.value == pytest.approx(3 / 4)
+    assert found.right_in_form.value == pytest.approx(2 / 3)
+    assert (found.right_in_form.low, found.right_in_form.high) == pytest.approx(wilson_interval(2, 3))
+
+
+def test_the_interval_of_a_mean_is_over_problems():
+    once = [answer(n, str(n), num_tokens=10 * n) for n in range(1, 9)]
+    again = [answer(n, str(n), seed=1, num_tokens=10 * n) for n in range(1, 9)]
+    # The same answers by another seed are no more problems.
+    assert compute_scores([*once, *again]).tokens == compute_scores(once).tokens
+    low, high = compute_scores(once).tokens.low, compute_scores(once).tokens.high
+    assert low == pytest.approx(45 - 1.959963984540054 * (600**0.5) / 8**0.5)
+    assert high == pytest.approx(45 + 1.959963984540054 * (600**0.5) / 8**0.5)

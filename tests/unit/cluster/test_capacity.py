@@ -1,0 +1,125 @@
+"""Cluster: what it has and may come to have; and what is set in Ray without being part of its public interface."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config
+
+from raykd.cluster import capacity, connection, nodes
+from raykd.tuning import tuner
+
+
+def test_gpus_are_counted_by_their_kind_too():
+    head, h100 = {"CPU": 8.0}, {"CPU": 96.0, "GPU": 8.0, "accelerator_type:H100": 1.0}
+    a10g = {"CPU": 16.0, "GPU": 4.0, "accelerator_type:A10G": 1.0}
+    found = nodes.from_ray(
+        [{"Alive": True, "Resources": each} for each in (head, h100, h100, a10g, a10g, a10g)]
+    ).resources
+    assert {name: found[name] for name in ("CPU", "GPU", "GPU:H100", "GPU:A10G")} == {
+        "CPU": 8 + 192 + 48,
+        "GPU": 28,
+        "GPU:H100": 16,
+        "GPU:A10G": 12,
+    }
+
+
+def test_what_may_come_counts_before_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "cluster.yaml"
+    node = {"resources": {"CPU": 192, "GPU": 8, "accelerator_type:H100": 1}, "max_workers": 2}
+    types = {"head": {"resources": {"CPU": 8}}, "teacher": node}
+    file.write_text(yaml.safe_dump({"head_node_type": "head", "max_workers": 4, "available_node_types": types}))
+    monkeypatch.setattr(capacity, "current_resources", lambda: {"CPU": 16.0, "memory": 1.0})
+    monkeypatch.setenv("RAYKD_CLUSTER", str(file))
+    expected = {"CPU": 392, "GPU": 16, "GPU:H100": 16, "accelerator_type:H100": 2, "memory": 1}
+    assert capacity.capacity() == expected
+    monkeypatch.setenv("RAYKD_CLUSTER", str(tmp_path / "none.yaml"))
+    with pytest.raises(ValueError, match=r"none\.yaml: no such file"):
+        capacity.capacity()
+    monkeypatch.delenv("RAYKD_CLUSTER")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert capacity.capacity() == {"CPU": 16, "memory": 1}
+
+
+def grown(file: Path) -> None:
+    """A cluster that may have two nodes of 8 GPUs, and four of 4."""
+    large = {"resources": {"CPU": 192, "GPU": 8, "accelerator_type:H100": 1}, "max_workers": 2}
+    small = {"resources": {"CPU": 48, "GPU": 4, "accelerator_type:A10G": 1}, "max_workers": 4}
+    types = {"head": {"resources": {"CPU": 8}}, "large": large, "small": small}
+    file.write_text(yaml.safe_dump({"head_node_type": "head", "max_workers": 6, "available_node_types": types}))
+
+
+def test_no_more_is_asked_for_than_may_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    grown(tmp_path / "cluster.yaml")
+    monkeypatch.setenv("RAYKD_CLUSTER", str(tmp_path / "cluster.yaml"))
+    asked: list[list[nodes.Bundle]] = []
+    of_a_kind = [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:A10G": 0.001}] * 4
+    tuner.request_trial_nodes(lambda bundles: asked.append(list(bundles)), of_a_kind, 4, [], at_a_time=21)(0, 21)
+    assert asked.pop() == of_a_kind * 4
+    tuner.request_trial_nodes(lambda bundles: asked.append(list(bundles)), of_a_kind, 4, [], at_a_time=2)(0, 2)
+    assert asked.pop() == of_a_kind * 2
+    # What stays up meanwhile has to have room as well.
+    teacher = [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:H100": 0.001}] * 8
+    anywhere = [{"CPU": 1.0, "GPU": 1.0}] * 8
+    tuner.request_trial_nodes(lambda bundles: asked.append(list(bundles)), anywhere, 8, [teacher], at_a_time=21)(0, 21)
+    assert asked.pop() == [*teacher, *anywhere * 3]
+
+
+def test_a_trial_that_may_do_with_fewer_workers_is_asked_for_with_as_many_as_may_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    grown(tmp_path / "cluster.yaml")
+    monkeypatch.setenv("RAYKD_CLUSTER", str(tmp_path / "cluster.yaml"))
+    asked: list[list[nodes.Bundle]] = []
+    # There may be sixteen of them.
+    of_a_kind = [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:A10G": 0.001}] * 24
+    for least, expected in ((4, 16), (24, 24)):
+        tuner.request_trial_nodes(lambda bundles: asked.append(list(bundles)), of_a_kind, least, [], at_a_time=3)(0, 3)
+        assert asked.pop() == of_a_kind[:expected]
+
+
+def test_where_it_is_not_known_what_may_come_one_more_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RAYKD_CLUSTER", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    asked: list[int] = []
+    now = [100.0]
+    monkeypatch.setattr(tuner.time, "monotonic", lambda: now[0])
+    ask_for = tuner.request_trial_nodes(
+        lambda bundles: asked.append(len(bundles)), [{"CPU": 1.0}] * 2, 2, [], at_a_time=3
+    )
+    for room in (0, 0, 1, 1, 2, 5):
+        ask_for(room, 9)
+    assert asked == [2, 4, 6]
+    # Another experiment may have asked for something else since.
+    now[0] += 61
+    ask_for(5, 9)
+    assert asked == [2, 4, 6, 6]
+    # Fewer than there is room for are left.
+    ask_for(5, 1)
+    assert asked == [2, 4, 6, 6, 2]
+
+
+def test_whether_a_group_is_on_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    grown(tmp_path / "cluster.yaml")
+    monkeypatch.setattr(connection.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}])
+    assert capacity.fits_on_one_node([{"GPU": 1.0}] * 2)
+    monkeypatch.delenv("RAYKD_CLUSTER", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert not capacity.fits_on_one_node([{"GPU": 1.0}] * 3)
+    monkeypatch.setenv("RAYKD_CLUSTER", str(tmp_path / "cluster.yaml"))
+    assert capacity.fits_on_one_node([{"GPU": 1.0}] * 8)
+    assert not capacity.fits_on_one_node([{"GPU": 1.0}] * 9)
+
+
+def test_on_machines_of_ones_own_what_is_there_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What Ray's launcher leaves on the head then names a node type without a word of what it has."""
+    told = yaml.safe_load((Path(__file__).parents[3] / "cluster/local.yaml").read_text())
+    file = tmp_path / "ray_bootstrap_config.yaml"
+    file.write_text(yaml.safe_dump(prepare_config(told)))
+    with pytest.raises(ValueError, match="does not say what it has"):
+        nodes.read_cluster_file(file)
+    monkeypatch.setattr(capacity, "current_resources", lambda: {"CPU": 16.0})
+    monkeypatch.setattr(capacity, "RAY_UP_FILE", file)
+    monkeypatch.delenv("RAYKD_CLUSTER", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert capacity.capacity() == {"CPU": 16}

@@ -1,0 +1,163 @@
+"""What is typed with the files of `cluster/`, and the image: commands, paths and options are there, and stages fit."""
+
+import re
+from typing import Any
+
+import pytest
+from ray.scripts.scripts import cli as ray_cli
+
+from cloud_files import (
+    CLOUDS,
+    FILES,
+    FOLDER,
+    INSTALLED,
+    LAUNCHED,
+    NAMES,
+    PROJECT,
+    ROOT,
+    assert_all_fits,
+    experiment,
+    fits,
+    kinds,
+    manifests,
+    on_kind,
+    read,
+    submitted,
+)
+from raykd.config.loading import load_experiment
+
+
+def test_the_job_runs_an_experiment_on_the_shared_folder():
+    told = experiment("rayjob")
+    assert told.storage == "/mnt/raykd"
+    assert told.teacher.engine.accelerator_type == "H100"
+    students = (told.evaluate.engine.accelerator_type, told.train.accelerator_type)
+    assert told.attention and students == ("L4", "L4") and told.attention.accelerator_type == "L4"
+
+
+def test_the_job_fits_its_cluster():
+    assert_all_fits(experiment("rayjob"), "kuberay/nodes.yaml")
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_what_the_readme_submits_fits_the_cluster_of_each_cloud(name: str):
+    text = " ".join((FOLDER / "README.md").read_text().split())
+    told = {cloud: kind for kind, cloud in re.findall(r"`([\w-]+)` on (AWS|Google Cloud|Azure)", text)}
+    assert [told[NAMES[name]]] == kinds(read(name)["available_node_types"]["student"]["resources"])
+    assert_all_fits(on_kind(told[NAMES[name]]), f"{name}.yaml")
+
+
+def test_what_the_readme_submits_fits_the_cluster_on_kubernetes():
+    text = (FOLDER / "README.md").read_text()
+    # What it says is to be said there besides, as the job says it.
+    assert "`STUDENTS=L4`" in text and "add `teacher.engine.pipeline_parallel_size=2` to that" in text
+    told = on_kind("L4", "teacher.engine.pipeline_parallel_size=2")
+    assert told == experiment("rayjob")
+    assert_all_fits(told, "kuberay/nodes.yaml")
+
+
+def test_the_command_names_the_first_clouds_kind():
+    text = (FOLDER / "README.md").read_text()
+    (line,) = re.findall(r"^STUDENTS=.*$", text, re.MULTILINE)
+    told = {name: kinds(read(name)["available_node_types"]["student"]["resources"])[0] for name in CLOUDS}
+    assert line.startswith(f"STUDENTS={told['aws']} ") and "on AWS;" in line
+    assert all(f"{told[name]} on {NAMES[name]}" in line for name in ("gcp", "azure"))
+
+
+def test_a_student_of_8b_needs_checkpointing_on_22_gib_only():
+    told = on_kind("A10G", "train.gradient_checkpointing=false")
+    (train,) = [fit for fit in fits(told, "aws.yaml") if fit.stage == "train"]
+    assert "A10G has 22.0" in train.problem and train.remedy == "train.gradient_checkpointing=true"
+    assert_all_fits(on_kind("A100", "train.gradient_checkpointing=false"), "azure.yaml")
+
+
+def test_rays_dashboard_is_told_what_a_job_is():
+    metadata, file, overrides = submitted()
+    (job,) = manifests("rayjob")
+    for told, name in (
+        (metadata, load_experiment(ROOT / file, overrides).name),
+        (job["spec"]["metadata"], experiment("rayjob").name),
+    ):
+        assert told == {"job_name": name, "experiment": name, "stage": "run"}
+
+
+def test_paths_are_there():
+    for file in FILES:
+        text = file.read_text()
+        for path in re.findall(rf"{INSTALLED}/([\w./-]*\w)", text):
+            # Not those that the installation makes.
+            assert path.startswith(".venv") or (ROOT / path).exists(), f"{file}: {path}"
+        for path in re.findall(r"(?<![\w/.])((?:cluster|configs|rayjobs|requirements|src|docs)/[\w./-]*\w)", text):
+            assert (ROOT / path).exists(), f"{file}: {path}"
+
+
+def test_commands_and_their_options_are_there():
+    """In the blocks of the README and whatever is run on nodes; of Ray's the options too."""
+    readme = (FOLDER / "README.md").read_text()
+    fence = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    inline = [each.replace("\n", " ") for each in re.findall(r"`([^`]+)`", fence.sub("", readme))]
+    blocks = [*fence.findall(readme), *inline]
+    on_nodes = [each for name in LAUNCHED for key, value in read(name).items() if "commands" in key for each in value]
+    lines = [line for block in [*blocks, *on_nodes] for line in block.replace("\\\n", " ").splitlines()]
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    seen: set[str] = set()
+    for line in lines:
+        for name in re.findall(r"\bmake ([a-z-]+)", line):
+            assert name in targets, line
+        # Whatever follows a bare `--`, a comment or the end of a quotation is somebody else's.
+        for told in re.findall(r"(?:^|[\s'\"(])ray ([a-z][^#'\"|>)]*)", line):
+            words = re.split(r"\s--(?:\s|$)", told)[0].split()
+            command: Any = ray_cli
+            while words and hasattr(command, "commands"):
+                command = command.commands[words.pop(0)]
+            options = {option for param in command.params for option in param.opts}
+            assert {word.split("=")[0] for word in words if word.startswith("--")} <= options, line
+            seen.add(command.name)
+    assert {"up", "down", "dashboard", "attach", "exec", "submit", "start", "stop", "get-auth-token"} <= seen
+
+
+def test_the_image_is_installed_as_a_machine_is():
+    text = (FOLDER / "Dockerfile").read_text()
+    assert 'if [ "$ACCELERATOR" = cpu ]; then make install; else make install-gpu; fi' in text
+    (python,) = re.findall(r"^FROM python:(3\.\d+)-", text, re.MULTILINE)
+    assert PROJECT["requires-python"].startswith(f">={python},")
+    # Nothing else of Python's: what is installed is in the lock, but for what reads other buckets than S3's.
+    (line,) = [line for line in text.splitlines() if "pip" in line]
+    assert "pip install" in line and '--constraint requirements/$ACCELERATOR.txt -e ".[$EXTRA]"' in line
+    for extra, package in (("gcs", "gcsfs"), ("azure", "adlfs")):
+        assert any(each.startswith(package) for each in PROJECT["optional-dependencies"][extra])
+        for lock in ("cpu", "gpu"):
+            assert f"\n{package}==" not in (ROOT / "requirements" / f"{lock}.txt").read_text()
+
+
+def test_the_image_finds_the_driver_as_nvidias_own_do():
+    (line,) = re.findall(r"^ENV (LD_LIBRARY_PATH=.*)$", (FOLDER / "Dockerfile").read_text(), re.MULTILINE)
+    told = dict(each.split("=") for each in line.split())
+    assert "/usr/local/nvidia/lib64" in told["LD_LIBRARY_PATH"].split(":")
+    assert told["NVIDIA_VISIBLE_DEVICES"] == "all" and told["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
+    for name in CLOUDS:
+        # The head has no GPU, and another word takes the place of the image's.
+        assert read(name)["docker"]["head_run_options"] == ["--env NVIDIA_VISIBLE_DEVICES=void"]
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_what_the_head_installs_besides_is_pinned(name: str):
+    commands = read(name)["head_setup_commands"]
+    if name == "aws":
+        assert commands == [], "it is in the lock"
+        assert re.search(r"^boto3==", (ROOT / "requirements/gpu.txt").read_text(), re.MULTILINE)
+        return
+    (command,) = commands
+    packages = [word for word in command.split()[2:] if not word.startswith(("-", "/"))]
+    assert packages and all(re.fullmatch(r"[\w-]+==[\w.]+", each) for each in packages)
+    # The same on the machine from which the cluster is brought up.
+    assert all(each in (FOLDER / "README.md").read_text() for each in packages)
+
+
+def test_the_readme_names_what_is_to_be_filled_in():
+    text = (FOLDER / "README.md").read_text()
+    for file in FILES:
+        if file.name == "README.md" or "FILL_IN_" not in file.read_text():
+            continue
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{file.relative_to(FOLDER)}` | `FILL_")]
+        assert set(re.findall(r"FILL_IN_\w+", file.read_text())) == set(re.findall(r"FILL_IN_\w+", row)), file

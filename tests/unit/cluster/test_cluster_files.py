@@ -1,0 +1,229 @@
+"""Files of cluster/: each is read by those who will read it, and what it names is there.
+
+Ray reads the files of `ray up` and the specs of KubeRay; Ray's own scheduler says which nodes an experiment brings.
+"""
+
+import re
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.util.accelerators import accelerators
+
+from cloud_files import (
+    CLOUDS,
+    FIELDS,
+    FILES,
+    FOLDER,
+    IMAGE,
+    INSTALLED,
+    LAUNCHED,
+    MANIFESTS,
+    PROJECT,
+    ROOT,
+    brought,
+    experiment,
+    kinds,
+    manifests,
+    prepared,
+    ray_cluster,
+    read,
+)
+from raykd.cluster import resources
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_ray_accepts_the_files_of_ray_up(name: str):
+    # Against ray/autoscaler/ray-schema.json, with the defaults of the provider.
+    validate_config(prepared(name))
+
+
+@pytest.mark.parametrize("name", ["raycluster", "rayjob"])
+def test_a_run_on_kubernetes_is_told_what_the_manifests_may_bring(name: str):
+    told = prepared(name)["available_node_types"]
+    nodes = yaml.safe_load((FOLDER / "kuberay" / "nodes.yaml").read_text())
+    may = {name: (each["resources"], each["max_workers"]) for name, each in nodes["available_node_types"].items()}
+    assert may == {
+        name: ({key: amount for key, amount in each["resources"].items() if key != "memory"}, each["max_workers"])
+        for name, each in told.items()
+    }
+    assert f"{INSTALLED}/cluster/kuberay/nodes.yaml" in (FOLDER / "kuberay" / f"{name}.yaml").read_text()
+
+
+@pytest.mark.parametrize("change", [{"colour": "red"}, {"idle_timeout_minutes": "ten"}, {"head_node_type": "neck"}])
+def test_rays_check_refuses_what_is_wrong(change: dict[str, Any]):
+    with pytest.raises(Exception, match=r"colour|ten|head_node_type"):
+        validate_config(prepare_config(read("aws") | change))
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_pools_begin_with_no_node_and_only_students_are_spot(name: str):
+    told = read(name)
+    head, teacher, student = (told["available_node_types"][each] for each in ("head", "teacher", "student"))
+    assert told["head_node_type"] == "head"
+    assert head["resources"]["GPU"] == 0 and not kinds(head["resources"])
+    assert (teacher["min_workers"], student["min_workers"]) == (0, 0)
+    assert told["max_workers"] == teacher["max_workers"] + student["max_workers"]
+    assert 0 < told["idle_timeout_minutes"] <= 15
+    assert told["provider"]["cache_stopped_nodes"] is False
+    spot = re.compile(r"\bspot\b", re.IGNORECASE)
+    assert [bool(spot.search(str(each["node_config"]))) for each in (head, teacher, student)] == [False, False, True]
+
+
+@pytest.mark.parametrize("name", [*CLOUDS, "raycluster", "rayjob"])
+def test_kinds_of_gpu_are_spelt_as_ray_spells_them(name: str):
+    known = {value for key, value in vars(accelerators).items() if key.startswith("NVIDIA_")}
+    types = prepared(name)["available_node_types"]
+    assert kinds(types["teacher"]["resources"]) == ["H100"]
+    assert set(kinds(types["student"]["resources"])) < known
+    assert types["teacher"]["resources"]["GPU"] == types["student"]["resources"]["GPU"] == 8
+
+
+@pytest.mark.parametrize("name", [*CLOUDS, "raycluster", "rayjob", "rayservice"])
+def test_a_teacher_of_16_gpus_brings_two_nodes(name: str):
+    teacher = experiment("rayservice").teacher
+    bundles = resources.engine_bundles(teacher.engine, "gpu")
+    assert len(bundles) == 16 and brought(name, bundles) == {"teacher": 2}
+    assert brought(name, bundles * 2) is None
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+@pytest.mark.parametrize("workers", [1, 4, 8])
+def test_gpus_of_no_kind_are_those_of_students(name: str, workers: int):
+    assert brought(name, [resources.process_bundle("gpu", None)] * workers) == {"student": 1}
+
+
+@pytest.mark.parametrize("name", ["raycluster", "rayjob"])
+def test_on_kubernetes_students_go_where_their_kind_is(name: str):
+    train = experiment("rayjob").train
+    assert brought(name, resources.trial_bundles(train, "gpu")) == {"student": 1}
+
+
+def test_one_image_of_this_version_everywhere():
+    images = {read(name)["docker"]["image"] for name in LAUNCHED}
+    for name in MANIFESTS[1:]:
+        spec = ray_cluster(name)["spec"]
+        groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+        images |= {each["image"] for group in groups for each in group["template"]["spec"]["containers"]}
+    assert images == {IMAGE}
+    for file in (FOLDER / "Dockerfile", FOLDER / "README.md"):
+        assert f"raykd:{PROJECT['version']}" in file.read_text()
+
+
+@pytest.mark.parametrize("name", MANIFESTS[1:])
+def test_kuberay_is_told_the_version_of_ray_in_both_locks(name: str):
+    for lock in ("cpu", "gpu"):
+        pinned = re.findall(r"^ray==(.*)$", (ROOT / "requirements" / f"{lock}.txt").read_text(), re.MULTILINE)
+        assert pinned == [ray_cluster(name)["spec"]["rayVersion"]]
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_ray_asks_for_the_token_on_every_node(name: str):
+    told = read(name)
+    assert told["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
+    # Without a token, `ray start` would go on without asking for one.
+    assert told["setup_commands"] == ["ray get-auth-token > /dev/null"]
+    for commands in (told["head_start_ray_commands"], told["worker_start_ray_commands"]):
+        (start,) = [each for each in commands if "ray start" in each]
+        assert "RAY_AUTH_MODE=token ray start" in start
+    assert "--env RAY_AUTH_MODE=token" in told["docker"]["run_options"]
+
+
+@pytest.mark.parametrize("name", MANIFESTS[1:])
+def test_kuberay_gives_the_token_of_a_secret(name: str):
+    assert ray_cluster(name)["spec"]["authOptions"] == {"mode": "token", "secretName": "raykd-token"}
+    assert ray_cluster(name)["metadata"]["namespace"] == "raykd"
+
+
+def test_no_port_is_open_to_the_world():
+    for file in FILES:
+        assert "0.0.0.0" not in file.read_text(), file
+    for name in LAUNCHED:
+        assert any("--dashboard-host=127.0.0.1" in each for each in read(name)["head_start_ray_commands"])
+        # What Ray would add to the rules of a security group.
+        assert "security_group" not in read(name)["provider"]
+    aws = read("aws")["available_node_types"].values()
+    assert all(each["node_config"]["SecurityGroupIds"] == ["FILL_IN_SECURITY_GROUP"] for each in aws)
+    gcp = read("gcp")["available_node_types"].values()
+    assert all("subnetworks/raykd" in each["node_config"]["networkInterfaces"][0]["subnetwork"] for each in gcp)
+    azure = read("azure")
+    assert f"sudo ufw allow from {azure['provider']['subnet_mask']}" in azure["initialization_commands"]
+    assert "sudo ufw --force enable" in azure["initialization_commands"]
+    for name in MANIFESTS[1:]:
+        assert ray_cluster(name)["spec"]["headGroupSpec"]["serviceType"] == "ClusterIP"
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_all_nodes_see_the_shared_folder(name: str):
+    told = read(name)
+    assert "--volume /mnt/raykd:/mnt/raykd" in told["docker"]["run_options"]
+    # Before the container is there; what is mounted afterwards it would not see.
+    assert any("/mnt/raykd" in each for each in told["initialization_commands"])
+
+
+@pytest.mark.parametrize("name", MANIFESTS[1:])
+def test_manifests_have_fields_that_kuberay_knows(name: str):
+    (found,) = manifests(name)
+    assert found["apiVersion"] == "ray.io/v1" and set(found["spec"]) <= FIELDS[found["kind"]]
+    spec = ray_cluster(name)["spec"]
+    assert set(spec) <= FIELDS["RayCluster"]
+    for field in ("authOptions", "autoscalerOptions", "headGroupSpec"):
+        assert set(spec[field]) <= FIELDS[field]
+    assert spec["autoscalerOptions"]["version"] == "v2" and spec["enableInTreeAutoscaling"]
+    for group in spec["workerGroupSpecs"]:
+        assert set(group) <= FIELDS["workerGroupSpecs"] and group["minReplicas"] == group["replicas"] == 0
+    for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+        # Kubernetes takes nothing but strings here.
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        pod = group["template"]["spec"]
+        assert set(pod) <= FIELDS["pod"]
+        for container in pod["containers"]:
+            assert set(container) <= FIELDS["container"]
+            mounted = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
+            assert mounted["shared"] == "/mnt/raykd" and set(mounted) == {each["name"] for each in pod["volumes"]}
+    claims = {each["metadata"]["name"] for each in manifests("shared") if each["kind"] == "PersistentVolumeClaim"}
+    assert claims == {"raykd"}
+
+
+def test_the_manifests_describe_one_cluster():
+    cluster, job, service = (ray_cluster(name)["spec"] for name in MANIFESTS[1:])
+    assert cluster == job
+    assert service == {**cluster, "workerGroupSpecs": cluster["workerGroupSpecs"][:1]}
+    teacher, student = cluster["workerGroupSpecs"]
+    assert (teacher["groupName"], student["groupName"]) == ("teacher", "student")
+    # 16 GPUs span two hosts, which come and go as one replica.
+    assert teacher["numOfHosts"] == 2
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_rights_to_a_bucket_are_there_to_be_uncommented(name: str):
+    """As the README says: the lines that name `raykd-nodes`, which without a bucket nobody has."""
+    text = (FOLDER / f"{name}.yaml").read_text()
+    key = r"IamInstanceProfile:|serviceAccounts:|  - email:|    scopes:|msi_name:|msi_resource_group:"
+    told = prepare_config(yaml.safe_load(re.sub(rf"^( *)# ({key})", r"\1\2", text, flags=re.MULTILINE)))
+    validate_config(told)
+    head, *workers = (told["available_node_types"][each]["node_config"] for each in ("head", "teacher", "student"))
+    # Ray gives the head of AWS and Google Cloud its own, and where it is given another it does not.
+    assert "raykd-nodes" not in str(head) and "raykd-nodes" not in str(prepared(name))
+    if name == "aws":
+        assert [each["IamInstanceProfile"] for each in workers] == [{"Name": "raykd-nodes"}] * 2
+    elif name == "gcp":
+        account = "raykd-nodes@FILL_IN_PROJECT.iam.gserviceaccount.com"
+        rights = {"email": account, "scopes": ["https://www.googleapis.com/auth/cloud-platform"]}
+        assert [each["serviceAccounts"] for each in workers] == [[rights]] * 2
+    else:
+        provider = told["provider"]
+        assert (provider["msi_name"], provider["msi_resource_group"]) == ("raykd-nodes", provider["resource_group"])
+
+
+def test_other_namespaces_read_metrics_where_they_are_let_in():
+    (policy,) = [each for each in manifests("shared") if each["kind"] == "NetworkPolicy"]
+    inside, metrics = policy["spec"]["ingress"]
+    assert "ports" not in inside
+    # KubeRay's default, from which the manifests do not differ.
+    assert metrics["ports"] == [{"protocol": "TCP", "port": 8080}]
+    assert all("metrics-export-port" not in (FOLDER / "kuberay" / f"{name}.yaml").read_text() for name in MANIFESTS)
+    (source,) = metrics["from"]
+    ((label, value),) = source["namespaceSelector"]["matchLabels"].items()
+    assert f"kubectl label namespace NAMESPACE {label}={value}" in (ROOT / "docs" / "watching.md").read_text()

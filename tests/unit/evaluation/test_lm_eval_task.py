@@ -1,0 +1,163 @@
+"""Harness: answers are extracted and scored as lm-evaluation-harness does, and the exported task is its `gsm8k`."""
+
+import itertools
+import json
+import random
+import shlex
+from pathlib import Path
+
+import lm_eval
+import pyarrow as pa
+import pytest
+import yaml
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+
+from raykd.config.experiment import Experiment
+from raykd.config.loading import load_experiment
+from raykd.data import grading, prompts
+from raykd.evaluation import lm_eval_task
+from raykd.models import tokenization
+from raykd.storage import files, schemas
+
+EXPERIMENT = """
+name: asked
+teacher: {model: raykd/demo-teacher}
+student: {model: raykd/demo-student}
+dataset: {num_train: 8, num_test: 4}
+"""
+PROBLEMS = [
+    {
+        "problem_id": f"p{number}",
+        "question": f"What is {number} + 1 in {{braces}}?",
+        "reference_solution": f"{number} + 1 = <<{number}+1={number + 1}>>{number + 1}\n#### {number + 1}",
+        "reference_answer": str(number + 1),
+        "other_answer": "7",
+    }
+    for number in range(4)
+]
+
+
+def exported(folder: Path, *overrides: str) -> tuple[Experiment, dict]:
+    """An experiment's task, and its file as it was written."""
+    file = folder / "experiment.yaml"
+    file.write_text(EXPERIMENT)
+    experiment = load_experiment(file, ["prompt.instruction=End with a number.", *overrides])
+    files.write_table(folder / "test.parquet", pa.Table.from_pylist(PROBLEMS, schema=schemas.PROBLEM))
+    lm_eval_task.write_task(experiment, folder, folder / "lm_eval")
+    return experiment, yaml.safe_load((folder / "lm_eval" / "raykd_asked.yaml").read_text())
+
+
+def loaded(folder: Path):
+    """The task as the harness makes it."""
+    manager = TaskManager(include_path=str(folder / "lm_eval"), include_defaults=False)
+    return manager.load("raykd_asked")["tasks"]["raykd_asked"]
+
+
+def awkward_outputs(num_random: int) -> list[str]:
+    """Outputs that are hard to read: many forms of many numbers, and texts drawn from a seed."""
+    numbers = ["18", "1,800", "-3", "-1,234,567.50", "0.5", ".5", "5.", "18.00", "$18", "-$18", "$-18", "18%", "1e3"]
+    numbers += ["٣", "１８", "½", "−7", "007", "1 800", "3/4", "..", "$.", ",", "-", "--5", "5-3", "1,2,3", "12.5.7"]
+    stated = ["#### {}", "####{}", "#### {}.", "####  {}", "##### {}", "#### ${}", "#### {} apples", "#### **{}**"]
+    stated += ["The answer is {}.", "The answer is {}", r"\boxed{{{}}}", "so {} = x", "{}", "({})", "{}!\n", "*{}*"]
+    stated += ["#### {}\n#### 5", "#### 5\n#### {}", "{}\n\nQuestion: what is 3 + 4?\nAnswer: 7", "= {},", "\t{}\u00a0"]
+    stated += ["It is {}... or so", "#### \n{}", "####\u00a0{}", "#### {}\x00", "#### {}\r\n", "𝟙 {}", "é {} Ω"]
+    outputs = [form.format(number) for form, number in itertools.product(stated, numbers)]
+    outputs += ["", " ", "\n", "no number at all", "####", "#### ", "#### eighteen", "####.", "#### ,", "#### -"]
+    # Answers that were cut, at every place.
+    whole = "She bakes 2 * 1,200 = <<2*1200=2400>>2,400 rolls, at $1.50 each: $3,600.00.\n#### 3,600"
+    outputs += [whole[:end] for end in range(len(whole) + 1)]
+    draw = random.Random(11)
+    alphabet = [*"0123456789.,,..--$$##  \n", "#### ", "a", "B", "%", "é", "٣", "{", "\\boxed{", "}", "\u2028", "€"]
+    outputs += ["".join(draw.choices(alphabet, k=draw.randint(1, 30))) for _ in range(num_random)]
+    return outputs
+
+
+@pytest.mark.parametrize("num_random", [500, pytest.param(5000, marks=pytest.mark.slow)])
+def test_answers_are_extracted_and_scored_as_the_harness_does(tmp_path: Path, num_random: int):
+    exported(tmp_path)
+    task = loaded(tmp_path)
+    outputs = awkward_outputs(num_random)
+    assert len(outputs) > num_random + 700
+    for solution in ("#### 18", "so\n#### -3", "#### 1,800", "#### 5", "#### 0.5"):
+        doc = {"prompt": "?", "solution": solution}
+        instances = [Instance("generate_until", doc, ("?", {}), 0) for _ in outputs]
+        for instance, output in zip(instances, outputs, strict=True):
+            instance.resps = [output]
+        task._instances = instances
+        task.apply_filters()
+        counts = dict.fromkeys(("right", "none"), 0)
+        for instance, output in zip(instances, outputs, strict=True):
+            for name, extract in (
+                ("strict-match", grading.strict_match),
+                ("flexible-extract", grading.flexible_extract),
+            ):
+                theirs, ours = instance.filtered_resps[name], extract(output)
+                score = task.process_results(doc, [theirs])["exact_match"]
+                assert bool(score) == grading.is_correct(ours, solution), (name, output, theirs, ours)
+                # The one difference: where a filter finds dots and signs without a digit, there is no answer here.
+                is_none = theirs == "[invalid]" or not any(character.isdigit() for character in theirs)
+                assert (ours is None) == is_none, (name, output, theirs, ours)
+                assert is_none or ours == grading._normalised(theirs), (name, output, theirs, ours)
+                counts["right"] += bool(score)
+                counts["none"] += is_none
+        # Not a test of outputs that all come to the same.
+        assert counts["right"] > 20 and counts["none"] > num_random // 5
+
+
+def test_the_task_extracts_and_compares_as_the_harness_own_gsm8k(tmp_path: Path):
+    _, told = exported(tmp_path)
+    theirs = yaml.safe_load((Path(lm_eval.__file__).parent / "tasks/gsm8k/gsm8k.yaml").read_text())
+    assert told["filter_list"] == theirs["filter_list"]
+    assert told["metric_list"] == theirs["metric_list"]
+    assert told["output_type"] == theirs["output_type"]
+
+
+@pytest.mark.parametrize("protocol", ["zero_shot_chat", "eight_shot_cot", "zero_shot_raw"])
+def test_the_harness_asks_what_a_student_is_asked(tmp_path: Path, protocol: str):
+    experiment, _ = exported(tmp_path, f"evaluate.protocol={protocol}", "evaluate.sampling.max_tokens=77")
+    task = loaded(tmp_path)
+    is_chat = protocol != "zero_shot_raw"
+    task.build_all_requests(
+        rank=0,
+        world_size=1,
+        apply_chat_template=is_chat,
+        fewshot_as_multiturn=is_chat,
+        # What a model's template makes of it is the model's affair: here the turns are compared.
+        chat_template=(lambda turns, add_generation_prompt=True: json.dumps(turns)) if is_chat else None,
+        tokenizer_name="asked",
+    )
+    assert len(task.instances) == len(PROBLEMS)
+    for problem, instance in zip(PROBLEMS, task.instances, strict=True):
+        asked, settings = instance.args[:2]
+        messages = prompts.student_messages(problem, "End with a number.", prompts.protocol_exemplars(protocol))
+        expected = messages if is_chat else prompts.raw_prompt(messages)
+        assert (json.loads(asked) if is_chat else asked) == expected
+        assert settings["max_gen_toks"] == 77 and not settings["do_sample"]
+        assert settings["until"] == prompts.stop_strings(experiment.evaluate)
+
+
+def test_the_command_names_the_adapter_the_task_and_the_form_of_the_question(tmp_path: Path):
+    experiment, _ = exported(tmp_path, "evaluate.engine.engine_kwargs.dtype=float32")
+    told = lm_eval_task.lm_eval_command(experiment, tmp_path / "lm_eval", "trials/none-s0/adapter")
+    words = shlex.split(told)
+    model = json.loads(words[words.index("--model_args") + 1])
+    assert model["peft"] == "trials/none-s0/adapter" and model["dtype"] == "float32"
+    # As raykd tells models whose templates ask for it.
+    assert model["chat_template_args"] == {"date_string": tokenization.DATE_STRING}
+    assert "--apply_chat_template" in words
+    assert "--tasks raykd_asked" in told and "fewshot" not in told
+    raw = load_experiment(tmp_path / "experiment.yaml", ["evaluate.protocol=zero_shot_raw"])
+    assert "--apply_chat_template" not in lm_eval_task.lm_eval_command(
+        raw, tmp_path, ""
+    ) and "peft" not in lm_eval_task.lm_eval_command(raw, tmp_path, "")
+
+
+def test_the_answer_is_in_the_form_that_the_harness_finds(tmp_path: Path):
+    file = tmp_path / "experiment.yaml"
+    file.write_text(EXPERIMENT)
+    rows = [PROBLEMS[0] | {"reference_solution": "0 + 1 = 1\n####1"}]
+    files.write_table(tmp_path / "test.parquet", pa.Table.from_pylist(rows, schema=schemas.PROBLEM))
+    lm_eval_task.write_task(load_experiment(file), tmp_path, tmp_path / "lm_eval")
+    (doc,) = loaded(tmp_path).test_docs()
+    assert loaded(tmp_path).process_results(doc, ["1"])["exact_match"] == 1

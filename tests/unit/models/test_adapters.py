@@ -1,0 +1,89 @@
+"""Adapters: one as peft writes it passes; whatever was cut, altered or slipped in is refused by name."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+from raykd.config.sections import Lora, Student
+from raykd.models import adapters, loading
+from raykd.storage import filesystem
+from raykd.training import student
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A student's adapter, as it is saved."""
+    named = Student(model="raykd/demo-student", lora=Lora(r=4))
+    model = student.add_lora(loading.load_base_model(named, torch.float32), named, seed=0)
+    made = tmp_path / "trial" / "adapter"
+    student.save_adapter(model, made, named, write=True, moved=False)
+    return made
+
+
+def test_an_adapter_as_it_is_saved_passes(folder: Path):
+    adapters.check_adapter(folder, 4)
+
+
+def test_in_a_bucket_it_is_checked_all_the_same(folder: Path, bucket: str):
+    there = filesystem.resolve(f"{bucket}/checked/adapter")
+    for damage in (None, cut):
+        if damage:
+            damage(folder)
+        with filesystem.atomic_write_dir(there) as local:
+            for file in folder.iterdir():
+                (local / file.name).write_bytes(file.read_bytes())
+        if damage is None:
+            adapters.check_adapter(there, 4)
+    with pytest.raises(ValueError, match=r"s3://.*adapter_model\.safetensors: is damaged"):
+        adapters.check_adapter(there, 4)
+    filesystem.put(there / "adapter_model.bin", b"")
+    with pytest.raises(ValueError, match=r"adapter_model\.bin: does not belong there"):
+        adapters.check_adapter(there, 4)
+
+
+def changed(folder: Path, **told: object) -> None:
+    file = folder / adapters.CONFIG_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | told))
+
+
+def cut(folder: Path) -> None:
+    file = folder / adapters.WEIGHTS_FILE
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def not_finite(folder: Path) -> None:
+    file = folder / adapters.WEIGHTS_FILE
+    weights = safetensors.numpy.load_file(file)
+    next(iter(weights.values()))[0, 0] = np.nan
+    safetensors.numpy.save_file(weights, file)
+
+
+def without_a_half(folder: Path) -> None:
+    file = folder / adapters.WEIGHTS_FILE
+    weights = safetensors.numpy.load_file(file)
+    del weights[next(name for name in weights if "lora_B" in name)]
+    safetensors.numpy.save_file(weights, file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (cut, r"adapter_model\.safetensors: is damaged"),
+        (not_finite, "not all of it is finite"),
+        (without_a_half, "no half of a pair of rank 4"),
+        (lambda folder: (folder / adapters.WEIGHTS_FILE).unlink(), r"adapter_model\.safetensors: is not there"),
+        (lambda folder: (folder / "adapter_model.bin").touch(), r"adapter_model\.bin: does not belong there"),
+        (lambda folder: changed(folder, r=8), "r is '8', not 4"),
+        (lambda folder: changed(folder, peft_type="LOHA"), "peft_type is 'LOHA'"),
+        (lambda folder: changed(folder, auto_mapping={"parent_library": "os"}), "auto_mapping is set"),
+        (lambda folder: (folder / adapters.CONFIG_FILE).write_text("{"), r"adapter_config\.json is damaged"),
+    ],
+)
+def test_a_damaged_one_is_refused_by_name(folder: Path, damage, told: str):
+    damage(folder)
+    with pytest.raises(ValueError, match=rf"{told}.*delete"):
+        adapters.check_adapter(folder, 4)

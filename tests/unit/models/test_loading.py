@@ -1,0 +1,121 @@
+"""Models: code of their own is run only where that is asked for by name, and weights are never pickles."""
+
+import json
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from raykd.config import experiment
+from raykd.config.sections import Student, Teacher
+from raykd.models import loading, tokenization
+from raykd.models.builtin import resolve_model
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig
+Path({proof!r}).touch()
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model whose configuration is made by code that comes with it."""
+    made = tmp_path / "model"
+    shutil.copytree(resolve_model("raykd/demo-student"), made)
+    file = made / "config.json"
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps(told | {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}))
+    (made / "own.py").write_text(CODE.format(proof=str(tmp_path / "was run")))
+    return made
+
+
+def test_code_that_comes_with_a_model_is_not_run(folder: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"trust_remote_code beside the model's name"):
+        loading.load_config(Teacher(model=str(folder)))
+    assert not (tmp_path / "was run").exists()
+
+
+def test_unless_asked_for_by_name(folder: Path, tmp_path: Path):
+    found = loading.load_config(Student(model=str(folder), trust_remote_code=True))
+    assert type(found).__name__ == "OwnConfig"
+    assert (tmp_path / "was run").exists()
+
+
+def test_an_engines_arguments_are_no_way_around_it():
+    with pytest.raises(ValueError, match="set beside the model's name"):
+        experiment.Experiment.model_validate(
+            {
+                "name": "x",
+                "teacher": {"model": "a", "engine": {"engine_kwargs": {"trust_remote_code": True}}},
+                "student": {"model": "b"},
+            }
+        )
+
+
+@pytest.mark.parametrize(
+    "told, words",
+    [
+        ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, "has soft-capped attention"),
+        ({"model_type": "qwen3_next"}, "has linear_attention"),
+        ({"model_type": "mistral", "sliding_window": 8}, None),
+    ],
+)
+def test_a_model_in_which_packed_rows_would_mix_is_known_by_its_configuration(tmp_path: Path, told, words):
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    refused = pytest.raises(ValueError, match=f"{words}.*train.packing=false") if words else nullcontext()
+    with refused:
+        loading.check_packing(Student(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("model", ["/nowhere/at/all", "no-such-owner/no-such-model"])
+def test_a_model_that_cannot_be_had_is_told_in_one_line(model: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match=f"model '{model}': neither a folder here nor to be had from the hub") as told:
+        loading.load_tokenizer(Teacher(model=model))
+    assert "\n" not in str(told.value)
+
+
+def test_how_long_an_engine_takes_is_the_models_own_where_it_is_left_to_it():
+    teacher = Teacher(model="raykd/demo-teacher")
+    own = loading.load_config(teacher).max_position_embeddings
+    assert [
+        tokenization.context_length(teacher, told) for told in ({}, {"max_model_len": -1}, {"max_model_len": 99})
+    ] == [
+        own,
+        own,
+        99,
+    ]
+
+
+def test_weights_in_a_pickle_are_refused(tmp_path: Path):
+    folder = tmp_path / "model"
+    shutil.copytree(resolve_model("raykd/demo-student"), folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        loading.load_base_model(Student(model=str(folder)), torch.float32)
+
+
+def test_a_model_of_the_hub_is_identified_by_the_commit_that_its_branch_is_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--somebody--small"
+    (folder / "refs").mkdir(parents=True)
+    for commit in ("a" * 40, "b" * 40):
+        snapshot = folder / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        (folder / "refs" / "main").write_text(commit)
+        found = loading.identify_model(Student(model="somebody/small"))
+        assert found == {"model": "somebody/small", "revision": commit}
+    assert loading.identify_model(Student(model="somebody/small", revision="a" * 40))["revision"] == "a" * 40

@@ -1,0 +1,182 @@
+"""Pipeline: what does not go together is told before anything is started."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raykd.config.experiment import Experiment
+from raykd.errors import UserError
+from raykd.models.builtin import resolve_model
+from raykd.pipeline import preflight, run
+from raykd.pipeline.plan import Plan, resolve
+from runs import started_plan
+
+
+def prepare(tmp_path: Path, **tree: Any) -> Plan:
+    experiment: dict[str, Any] = {
+        "name": "small",
+        "storage": str(tmp_path),
+        "dataset": {"source": "demo", "num_train": 20, "num_test": 2},
+        "teacher": {"model": "raykd/demo-teacher"},
+        "student": {"model": "raykd/demo-student"},
+    }
+    return started_plan(Experiment.model_validate(experiment | tree))
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        (
+            {"targets": {"source": "student", "rounds": 3}, "train": {"batch_size": 40, "epochs": 2}},
+            ["rounds=3", "2 optimizer"],
+        ),
+        ({"teacher": {"model": "nowhere/at-all"}}, ["model 'nowhere/at-all'"]),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path: Path, tree: dict[str, Any], words: list[str]):
+    with pytest.raises(ValueError) as caught:
+        prepare(tmp_path, **tree)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_soft_targets_need_one_tokenizer(tmp_path: Path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in Path(resolve_model("raykd/demo-student")).iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    vocabulary = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(vocabulary.replace('"<|end|>"', '"<|over|>"'))
+    settings = (other / "tokenizer_config.json").read_text()
+    (other / "tokenizer_config.json").write_text(settings.replace("<|end|>", "<|over|>"))
+    student = {"model": str(other)}
+    with pytest.raises(ValueError, match=r"arm 'default': soft targets need one tokenizer.*targets\.kind=hard"):
+        prepare(tmp_path, student=student, targets={"kind": "top_k"})
+    assert not prepare(tmp_path, student=student, name="hard").same_tokens
+
+
+def test_resolve_writes_nothing_and_a_refusal_comes_before_the_first_write(tmp_path: Path):
+    (tmp_path / "storage").mkdir()
+    tree: dict[str, Any] = {
+        "name": "small",
+        "storage": str(tmp_path / "storage"),
+        "dataset": {"source": "demo", "num_train": 20, "num_test": 2},
+        "teacher": {"model": "raykd/demo-teacher"},
+        "student": {"model": "raykd/demo-student"},
+    }
+    plan = resolve(Experiment.model_validate(tree))
+    assert list((tmp_path / "storage").iterdir()) == []
+    # The same trials and completions as those of an experiment that is written.
+    ids = [job.trial_id for job in plan.jobs]
+    run.start(plan, "raykd run small.yaml")
+    again = resolve(Experiment.model_validate(tree))
+    assert [job.trial_id for job in again.jobs] == ids
+    assert [each.folder for each in again.requests] == [each.folder for each in plan.requests]
+    assert (plan.problems / "train.parquet").is_file() and (plan.folder / "run.json").is_file()
+    written = sorted((tmp_path / "storage").rglob("*"))
+    with pytest.raises(UserError, match="2 optimizer steps"):
+        late = {"targets": {"source": "student", "rounds": 3}, "train": {"batch_size": 40, "epochs": 2}}
+        resolve(Experiment.model_validate({**tree, "name": "late", **late}))
+    assert sorted((tmp_path / "storage").rglob("*")) == written
+
+
+ON_POLICY = {"targets": {"source": "student", "kind": "top_k", "rounds": 2}, "train": {"batch_size": 5}}
+
+
+@pytest.mark.parametrize(
+    ("tree", "resources", "words"),
+    [
+        ({"train": {"num_workers": 4, "batch_size": 8}}, {"CPU": 3}, ["a trial needs 4 CPU", "the cluster has 3"]),
+        ({}, {"CPU": 1}, ["teacher.engine", "2 CPU"]),
+        (
+            {"teacher": {"model": "raykd/demo-teacher", "engine": {"engine_kwargs": {"max_model_len": 520}}}},
+            {"CPU": 2},
+            ["teacher, strategy 'none'", "of 20 prompts", "520 tokens", "raise teacher.engine"],
+        ),
+        # What comes long after the teacher has answered is told before it is asked.
+        (
+            {"evaluate": {"engine": {"engine_kwargs": {"max_model_len": 520}}}},
+            {"CPU": 2},
+            ["students: ", "of 2 prompts", "520 tokens", "raise evaluate.engine"],
+        ),
+        (
+            {
+                **ON_POLICY,
+                "teacher": {"model": "raykd/demo-teacher", "engine": {"engine_kwargs": {"max_model_len": 520}}},
+            },
+            {"CPU": 2},
+            ["teacher, strategy 'none'", "520 tokens"],
+        ),
+        (
+            {**ON_POLICY, "evaluate": {"engine": {"engine_kwargs": {"max_model_len": 520}}}},
+            {"CPU": 2},
+            ["student of arm 'default'", "of 20 prompts", "520 tokens"],
+        ),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anything_is_started(
+    tmp_path: Path, tree: dict[str, Any], resources: dict[str, float], words: list[str]
+):
+    plan = prepare(tmp_path, **tree)
+    with pytest.raises(ValueError) as caught:
+        preflight.preflight(plan, resources)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def refused(plan: Plan, resources: dict[str, float]) -> list[str]:
+    """The stages that do not fit."""
+    found = []
+    for stage in ("generate", "train", "evaluate"):
+        try:
+            preflight.preflight(plan, resources, [stage])
+        except ValueError:
+            found.append(stage)
+    return found
+
+
+def test_what_fits_is_not_refused_for_a_stage_that_does_not_run(tmp_path: Path):
+    plan = prepare(tmp_path, train={"num_workers": 4, "batch_size": 8})
+    assert refused(plan, {"CPU": 4}) == []
+    assert refused(plan, {"CPU": 3}) == ["train"]
+    # An engine needs a core and the pipeline another.
+    assert refused(plan, {"CPU": 1}) == ["generate", "train", "evaluate"]
+
+
+def test_a_mistake_can_be_mended_under_the_same_name(tmp_path: Path):
+    with pytest.raises(ValueError, match="rounds=3"):
+        prepare(tmp_path, targets={"source": "student", "rounds": 3}, train={"batch_size": 40})
+    prepare(tmp_path, targets={"source": "student", "rounds": 2}, train={"batch_size": 40})
+
+
+def test_other_content_under_the_same_names_is_refused(tmp_path: Path):
+    model = tmp_path / "model"
+    shutil.copytree(resolve_model("raykd/demo-student"), model)
+    prepare(tmp_path, student={"model": str(model)})
+    prepare(tmp_path, student={"model": str(model)})
+    settings = model / "config.json"
+    settings.write_text(settings.read_text() + "\n")
+    with pytest.raises(ValueError, match=r"begun with other content: the student was .* name of its own"):
+        prepare(tmp_path, student={"model": str(model)})
+
+
+def test_a_trial_is_another_one_only_where_something_bears_on_it(tmp_path: Path):
+    def ids(**tree: Any) -> set[str]:
+        arms = {
+            "hard": {},
+            "soft": {"targets.kind": "top_k"},
+            "own": {"targets": {"source": "student", "kind": "top_k"}, "train": {"batch_size": 5}},
+        }
+        return {job.trial_id for job in prepare(tmp_path, **{"arms": arms, **tree}).jobs}
+
+    def changed(name: str, **tree: Any) -> set[str]:
+        return {trial_id.split("-")[0] for trial_id in ids(name=name, **tree) - ids()}
+
+    assert changed("same") == set()
+    assert changed("rounds", targets={"rounds": 2}) == {"own"}
+    assert changed("top_k", targets={"top_k": 8}) == {"soft", "own"}
+    assert changed("loss", loss={"divergence": "reverse_kl"}) == {"soft"}, "of its own answers it is the default"
+    assert changed("carried_out", train={"checkpoint_every_steps": 7}) == set()
+    assert changed("epochs", train={"epochs": 3}) == {"hard", "soft", "own"}

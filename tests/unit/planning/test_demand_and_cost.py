@@ -1,0 +1,187 @@
+"""Budget: what stages ask a cluster for, and what they write, take and cost."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from raykd import cli
+from raykd.cluster import resources
+from raykd.config.experiment import Experiment
+from raykd.config.loading import dump_experiment, load_experiment
+from raykd.planning import cost, demand, tables
+from raykd.planning.cost import Rates
+from raykd.storage import files, filesystem
+
+ROOT = Path(__file__).parents[3]
+GSM8K = ROOT / "configs" / "gsm8k"
+
+
+def test_demand_is_a_placement_group_for_each_replica_trial_and_engine():
+    experiment = load_experiment(
+        GSM8K / "405b-awq-to-8b.yaml",
+        ["teacher.engine.pipeline_parallel_size=2", "teacher.replicas={min: 1, max: 3}", "max_concurrent_trials=2"],
+    )
+    asked = demand.resource_demand(experiment)
+    assert [len(group) for group in asked.generation] == [8, 8, 8]
+    assert [len(group) for group in asked.training] == [4, 4]
+    assert [len(group) for group in asked.evaluation] == [1]
+    assert [len(group) for group in asked.attention] == [1]
+    every = [bundle for groups in asked.stages().values() for group in groups for bundle in group]
+    assert all(bundle == {"CPU": 1, "GPU": 1} for bundle in every)
+    # What the stages really ask for.
+    assert list(asked.generation[0]) == resources.engine_bundles(experiment.teacher.engine, "gpu")
+    assert list(asked.training[0]) == resources.trial_bundles(experiment.train, "gpu")
+
+
+def test_demand_asks_for_the_kind_of_gpu_that_is_named():
+    kinds = ["teacher.engine.accelerator_type=H100", "train.accelerator_type=L4", "attention.accelerator_type=A10G"]
+    asked = demand.resource_demand(load_experiment(GSM8K / "8b-to-1b.yaml", kinds))
+    assert asked.generation == (({"CPU": 1, "GPU": 1, "accelerator_type:H100": 0.001},),)
+    assert asked.training[0] == ({"CPU": 1, "GPU": 1, "accelerator_type:L4": 0.001},)
+    assert asked.evaluation == (({"CPU": 1, "GPU": 1},),)
+    assert asked.attention == (({"CPU": 1, "GPU": 1, "accelerator_type:A10G": 0.001},),)
+
+
+def test_demand_without_gpus_is_of_cores():
+    experiment = load_experiment(ROOT / "configs" / "quickstart.yaml")
+    asked = demand.resource_demand(experiment, {"CPU": 2})
+    assert asked.generation == (({"CPU": 1},),)
+    assert asked.training == (({"CPU": 1}, {"CPU": 1}),) * 7
+    assert asked.evaluation == asked.attention == (({"CPU": 1},),)
+
+
+def test_what_is_not_asked_for_is_not_in_demand():
+    experiment = load_experiment(
+        ROOT / "configs" / "quickstart.yaml", ["arms={reference: {targets.source: reference}}", "attention=null"]
+    )
+    asked = demand.resource_demand(experiment)
+    assert asked.generation == asked.attention == ()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "number"),
+    [
+        ([], 3 * 5),
+        (["seeds=[0, 1]"], 3 * 5 * 2),
+        (["sweep.space={train.learning_rate: {grid: [0.01, 0.1]}, student.lora.r: {grid: [4, 8, 16]}}"], 3 * 5 * 6),
+    ],
+)
+def test_trials_are_arms_by_points_by_seeds(overrides: list[str], number: int):
+    experiment = load_experiment(ROOT / "configs" / "sweeps" / "demo.yaml", overrides)
+    assert demand.num_trials(experiment) == number
+
+
+def test_tokens_of_gsm8k_are_counted_once_for_what_is_asked_once():
+    experiment = load_experiment(GSM8K / "405b-awq-to-8b.yaml")
+    told = {each.what: each for each in cost.stage_costs(experiment, Rates())}
+    # Six strategies, each asked for 7,473 - 500 problems; the reference solutions are nobody's work.
+    assert told["the teacher writes"].rows == 6 * 6973
+    assert told["the teacher writes"].tokens == 6 * 6973 * 512
+    assert told["the teacher writes"].is_bound
+    # Seven arms, three seeds, two epochs; and as many students, and the base one.
+    assert told["students are trained"].rows == 7 * 3 * 2 * 6973
+    assert told["students answer the test"].rows == (7 * 3 + 1) * 1319
+    soft = load_experiment(
+        GSM8K / "405b-awq-to-8b.yaml", ["arms={a: {}, b: {targets.kind: top_k}, c: {loss.missing_mass: renormalize}}"]
+    )
+    assert next(each.rows for each in cost.stage_costs(soft, Rates())) == 6973
+    sampled = load_experiment(
+        GSM8K / "8b-to-1b.yaml", ["arms={a: {teacher: {num_samples: 4, sampling: {temperature: 1}}}}"]
+    )
+    assert next(each.rows for each in cost.stage_costs(sampled, Rates())) == 4 * 6973
+
+
+def test_own_answers_scores_and_validation_are_told():
+    arms = "arms={own: {targets: {source: student, kind: top_k}}, scored: {targets: {source: reference, kind: top_k}}}"
+    experiment = load_experiment(ROOT / "configs" / "quickstart.yaml", [arms])
+    told = {each.what: each for each in cost.stage_costs(experiment, Rates())}
+    assert told["the teacher scores solutions"].rows == 800
+    assert told["students answer, to learn from it"].rows == 2 * 800
+    assert told["students answer, to learn from it"].tokens == 2 * 800 * 512
+    swept = load_experiment(ROOT / "configs" / "sweeps" / "demo.yaml", ["sweep.test_top_n=2"])
+    told = {each.what: each for each in cost.stage_costs(swept, Rates())}
+    validated = told["students are validated"].rows
+    assert validated == 15 * swept.sweep.num_validations * swept.dataset.num_validation  # type: ignore[union-attr]
+    assert told["students answer the test"].rows == (3 * 2 + 1) * swept.dataset.num_test  # type: ignore[operator]
+
+
+def test_hours_and_money_follow_from_rates_and_prices():
+    prices = "prices={gpu_hour: 2.0, teacher_gpu_hour: 3.0}"
+    experiment = load_experiment(
+        GSM8K / "405b-awq-to-8b.yaml", [prices, "teacher.replicas={min: 1, max: 2}", "seeds=[0]"]
+    )
+    known = Rates(generation=1000, training=500, answering=2000, completion_tokens=200, answer_tokens=100)
+    told = {each.what: each for each in cost.stage_costs(experiment, known, at_a_time=2)}
+    writes = told["the teacher writes"]
+    assert writes.tokens == 6 * 6973 * 200
+    assert not writes.is_bound
+    # Two replicas of four GPUs.
+    assert writes.hours == pytest.approx(6 * 6973 * 200 / 2000 / 3600)
+    assert writes.processor_hours == pytest.approx(8 * 6 * 6973 * 200 / 2000 / 3600)
+    assert writes.cost == pytest.approx(3.0 * 8 * 6 * 6973 * 200 / 2000 / 3600)
+    trained = told["students are trained"]
+    # Whatever is trained at a time, a worker's hour is one: only the hours on the clock are fewer.
+    assert trained.processor_hours == pytest.approx(7 * 2 * 6973 * 200 / 500 / 3600)
+    assert trained.processor_hours is not None
+    assert trained.hours == pytest.approx(trained.processor_hours / 8)
+    assert trained.cost == pytest.approx(2.0 * trained.processor_hours)
+    alone = {each.what: each for each in cost.stage_costs(experiment, known)}["students are trained"]
+    assert alone.processor_hours == pytest.approx(trained.processor_hours)
+
+
+def test_files_are_counted(tmp_path: Path):
+    for name, lines in (("train", 5), ("test", 3)):
+        (tmp_path / f"{name}.jsonl").write_text('{"question": "?", "answer": "#### 1"}\n' * lines + "\n")
+    told = {"source": "jsonl", "train_file": str(tmp_path / "train.jsonl"), "test_file": str(tmp_path / "test.jsonl")}
+    tree = {"name": "a", "teacher": {"model": "b"}, "student": {"model": "c"}}
+    experiment = Experiment.model_validate({**tree, "problems": {**told, "num_validation": 2, "num_test": 2}})
+    assert demand.num_problems(experiment.dataset) == (3, 2)
+    nowhere = Experiment.model_validate({**tree, "problems": {**told, "train_file": "nowhere.jsonl"}})
+    assert demand.num_problems(nowhere.problems) == (None, 3)
+    assert cost.stage_costs(nowhere, Rates(generation=1))[0].hours is None
+
+
+def test_rates_are_read_from_an_earlier_run(place: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(ValueError, match=r"has no run\.json"):
+        cost.measured_rates(place)
+    experiment = load_experiment(
+        ROOT / "configs" / "quickstart.yaml", ["teacher.replicas={min: 1, max: 2}", "prices.cpu_hour=0.05"]
+    )
+    files.write_text(place / "experiment.yaml", dump_experiment(experiment))
+    made = {"completion_tokens": 1000, "seconds": 5.0, "rows": 12, "errors": 2}
+    scored = {"source": "reference", "completion_tokens": 10**6, "seconds": 1.0, "rows": 1, "errors": 0}
+    run = {"completions": [made, {**made, "source": "teacher"}, scored], "stages": {"predictions": 4.0}}
+    run["processor_seconds"] = {"teacher": {"cpu": 5.0}, "students' answers": {"cpu": 4.0}}
+    files.write_json(place / "run.json", run)
+    for name, tokens, workers in (("a", 600, 2), ("b", 400, 1)):
+        points = [{"target_tokens": tokens // 2, "seconds": 1.0, "num_workers": workers}]
+        points.append({"target_tokens": tokens, "seconds": 2.0, "num_workers": workers})
+        curve = "".join(json.dumps(each) + "\n" for each in points)
+        filesystem.put(place / "trials" / name / "metrics.jsonl", curve.encode())
+    answers = pa.table({"num_tokens": [10, 30, 99], "error": ["", "", "lost"]})
+    files.write_table(place / "predictions.parquet", answers)
+    found = cost.measured_rates(place)
+    assert found.generation == 2000 / 11 / 2
+    assert found.completion_tokens == 100
+    assert found.training == 1000 / (2 * 2 + 2)
+    assert (found.answering, found.answer_tokens) == (10, 20)
+    # So `auto` is the CPU, of which the rates are, where nothing is told of a cluster.
+    assert found.accelerator == "cpu"
+    stages = tables.plan_tables(experiment, None, found)[0][-2]
+    assert set(stages.columns[-1].cells) == {"a CPU"}
+    priced = {
+        each.price
+        for each in cost.stage_costs(experiment, found, demand.UNKNOWN_CLUSTER[found.accelerator])
+        if each.hours
+    }
+    assert priced == {0.05}
+    # As it is typed.
+    assert cli.main(["plan", str(ROOT / "configs" / "quickstart.yaml"), "--rates-from", str(place)]) == 0
+    assert "".join(f"measured in {place}".split()) in "".join(capsys.readouterr().out.split())
+
+
+def test_a_run_that_was_broken_off_has_the_rates_that_it_has(tmp_path: Path):
+    (tmp_path / "run.json").write_text("{}")
+    assert cost.measured_rates(tmp_path) == Rates(source=f"measured in {tmp_path}")

@@ -1,0 +1,248 @@
+"""Memory: published sizes of models, and what a forward pass really keeps."""
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from raykd.cluster.gpus import GIB, GPUS
+from raykd.config.engine import Engine
+from raykd.config.experiment import Experiment
+from raykd.config.sections import Lora, Train
+from raykd.models import architecture
+from raykd.models.architecture import Shape
+from raykd.planning import memory
+from raykd.training import batching, student
+from raykd.training.examples import Target
+from tiny_llamas import llama_of
+
+BF16, FP8 = "meta-llama/Llama-3.1-405B-Instruct", "meta-llama/Llama-3.1-405B-Instruct-FP8"
+INT4 = "hugging-quants/Meta-Llama-3.1-405B-Instruct-AWQ-INT4"
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def shape_of(model: str) -> Shape:
+    found = architecture.find_shape(model)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "unit", "published"),
+    [
+        # "around 203 GiB of VRAM are needed only for loading the model checkpoint": the repository's model card.
+        (INT4, GIB, 203),
+        # huggingface.co/blog/llama31, "Inference Memory Requirements", FP16: 810, 140 and 16 GB.
+        (BF16, 1e9, 810),
+        ("meta-llama/Llama-3.1-70B", 1e9, 140),
+        ("meta-llama/Llama-3.1-8B", 1e9, 16),
+        # All matrices of the layers in FP8, embedding and output layer in 16 bits: the sizes of its files.
+        ("RedHatAI/Meta-Llama-3.1-8B-Instruct-FP8", 1e9, 9.1),
+        # huggingface.co/hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4, sizes of its files: 5.73 GB.
+        ("hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4", 1e9, 5.73),
+    ],
+)
+def test_weights_are_as_large_as_published(model: str, unit: float, published: float):
+    assert memory.weight_bytes(shape_of(model)) / unit == pytest.approx(published, rel=0.01)
+
+
+def test_the_makers_fp8_keeps_attention_and_the_first_and_last_layer():
+    # Of 405.85 billion parameters those of 124 layers' feed-forward are in FP8 (arXiv 2407.21783, section 6.2).
+    quantized = 124 * 3 * 16384 * 53248
+    expected = quantized + 2 * (405_853_388_800 - quantized)
+    assert memory.weight_bytes(shape_of(FP8)) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "token", "gib_of_16k"),
+    [
+        # huggingface.co/blog/llama31, "KV cache size": 16k tokens take 1.95 and 4.88 GB of 8B and 70B (16,000 tokens,
+        # 2**30 bytes); 405B has as many heads of keys and values as 70B, and 126 / 80 of its layers.
+        ("meta-llama/Llama-3.1-8B", 131_072, 1.95),
+        ("meta-llama/Llama-3.1-70B", 327_680, 4.88),
+        ("meta-llama/Llama-3.1-405B", 516_096, 7.69),
+        ("meta-llama/Llama-3.2-1B", 32_768, 0.49),
+    ],
+)
+def test_keys_and_values_take_as_much_as_published(model: str, token: int, gib_of_16k: float):
+    assert memory.kv_bytes_per_token(shape_of(model)) == token
+    assert token * 16_000 / GIB == pytest.approx(gib_of_16k, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("model", "tensor", "pipeline", "kind", "holds"),
+    [
+        # The paper's own teacher: INT4 on four GPUs of 80 GB (arXiv 2412.17846), and not on two.
+        (INT4, 4, 1, "A100-80G", True),
+        (INT4, 4, 1, "H100", True),
+        (INT4, 2, 1, "H100", False),
+        (INT4, 8, 1, "A100-40G", True),
+        (INT4, 4, 1, "A100-40G", False),
+        # FP8 lets "the model run within a single server node" (ai.meta.com/blog/meta-llama-3-1), of eight H100.
+        (FP8, 8, 1, "H100", True),
+        (FP8, 4, 1, "H100", False),
+        (FP8, 4, 2, "H100", True),
+        (FP8, 4, 1, "H200", True),
+        # BF16 by TP 8 x PP 2 over two nodes of eight (blog.vllm.ai/2024/07/23/llama31.html).
+        (BF16, 8, 1, "H100", False),
+        (BF16, 8, 1, "A100-80G", False),
+        (BF16, 8, 2, "H100", True),
+        (BF16, 8, 2, "A100-80G", True),
+        (BF16, 8, 1, "H200", True),
+        ("meta-llama/Llama-3.1-70B", 4, 1, "A100-80G", True),
+        ("meta-llama/Llama-3.1-70B", 1, 1, "H100", False),
+        ("meta-llama/Llama-3.1-8B", 1, 1, "A10G", True),
+        ("meta-llama/Llama-3.1-8B", 1, 1, "T4", False),
+        ("hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4", 1, 1, "L4", True),
+    ],
+)
+def test_what_holds_an_engine(model: str, tensor: int, pipeline: int, kind: str, holds: bool):
+    told = Engine(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, engine_kwargs={"max_model_len": 4096})
+    needs = memory.engine_memory(shape_of(model), told, GPUS[kind])
+    assert (needs.least <= GPUS[kind].bytes) == holds
+    assert (needs.sequences(GPUS[kind].bytes) >= 1) == holds
+
+
+def test_shards_hold_all_of_it_and_what_is_there_more_than_once():
+    shape = shape_of(BF16)
+
+    def fullest(tensor: int, pipeline: int) -> int:
+        told = Engine(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
+        return memory.engine_memory(shape, told, GPUS["H100"]).weights
+
+    whole = memory.weight_bytes(shape)
+    assert fullest(1, 1) == whole
+    assert fullest(8, 1) == pytest.approx(whole / 8, rel=1e-3)
+    # Sixteen processes share eight heads of keys and values: two have the same.
+    keys_and_values = 126 * 2 * 16384 * 1024 * 2
+    assert fullest(16, 1) == pytest.approx((whole + keys_and_values) / 16, rel=1e-3)
+    assert fullest(8, 2) == pytest.approx(whole / 16, rel=1e-3)
+
+
+def test_stages_are_divided_as_vllm_divides_them():
+    from vllm.distributed.utils import get_pp_indices
+
+    for layers in (2, 16, 28, 126):
+        for pipeline in (1, 2, 3, 4, 5, 8, 16):
+            if pipeline <= layers:
+                expected = [get_pp_indices(layers, rank, pipeline) for rank in range(pipeline)]
+                assert memory.pipeline_stages(layers, pipeline) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "sequences"),
+    # `EngineArgs.get_batch_defaults` of vLLM 0.29, twice, as performance_mode=throughput has it.
+    [("L4", 4096, 512), ("A100-80G", 4096, 512), ("H100", 16384, 2048), ("B200", 32768, 2048)],
+)
+def test_an_engine_that_serves_takes_as_much_in_a_step_as_vllm_lets_it(kind: str, tokens: int, sequences: int):
+    shape = shape_of("meta-llama/Llama-3.1-8B")
+    told = {"max_num_batched_tokens": tokens, "max_num_seqs": sequences}
+    assert memory.engine_memory(shape, Engine(), GPUS[kind]) == memory.engine_memory(
+        shape, Engine(engine_kwargs=told), GPUS[kind]
+    )
+
+
+def test_a_float8_cache_and_a_shorter_length_make_room():
+    shape, gpu = shape_of("meta-llama/Llama-3.1-8B"), GPUS["A10G"]
+    plain = memory.engine_memory(shape, Engine(engine_kwargs={"max_model_len": 4096}), gpu)
+    small = memory.engine_memory(shape, Engine(engine_kwargs={"max_model_len": 4096, "kv_cache_dtype": "fp8"}), gpu)
+    assert plain.kv_token == 2 * small.kv_token == 131_072
+    assert small.sequences(gpu.bytes) >= 2 * plain.sequences(gpu.bytes) > 0
+    # As Llama 3.1 comes: 131,072 tokens are 16 GiB.
+    whole = memory.engine_memory(shape, Engine(), gpu)
+    assert whole.kv_sequence == 16 * GIB
+    assert whole.sequences(gpu.bytes) < 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("modules", [("q_proj", "k_proj", "v_proj", "o_proj"), ("v_proj",), ALL])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_layer_keeps_what_a_forward_pass_keeps(dtype: str, modules: tuple, dropout: float, checkpointing: bool):
+    lora = Lora(r=4, target_modules=modules, lora_dropout=dropout)
+    # Padded rows: packed ones are gathered by copying where there is no kernel for them, on a CPU.
+    train = Train(dtype=dtype, gradient_checkpointing=checkpointing, packing=False)  # type: ignore[arg-type]
+    rows = [Target(str(number), [1] * 40, [2] * 8) for number in range(2)]
+    kept = {layers: _kept(_shape(layers), lora, train, rows) for layers in (2, 3)}
+    expected = memory.activation_bytes(_shape(3), lora, train) - memory.activation_bytes(_shape(2), lora, train)
+    assert (kept[3] - kept[2]) / (2 * 48) == expected
+    assert kept[3] <= 2 * 48 * memory.activation_bytes(_shape(3), lora, train) + 16 * (64 * 4 + 3 * 4 * 256)
+
+
+def test_checkpointing_keeps_a_layers_input_alone():
+    shape = shape_of("meta-llama/Llama-3.1-8B")
+    with_it, without = Train(gradient_checkpointing=True), Train()
+    assert memory.activation_bytes(shape, Lora(), with_it) == 32 * 2 * 4096 + 6 * 4096 + 4
+    assert memory.activation_bytes(shape, Lora(), without) > 15 * memory.activation_bytes(shape, Lora(), with_it)
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "checkpointing", "holds"),
+    [
+        ("A10G", 1024, True, True),
+        ("L4", 2048, True, True),
+        ("A10G", 16384, True, False),
+        ("L4", 32768, True, False),
+        ("A10G", 2048, False, False),
+        ("A100-80G", 16384, True, True),
+    ],
+)
+def test_llama_8b_trains_on_24_gb_with_checkpointing_and_short_rows(
+    kind: str, length: int, checkpointing: bool, holds: bool
+):
+    train = Train(micro_batch_size=1, max_length=length, gradient_checkpointing=checkpointing)
+    needs = memory.worker_memory(shape_of("meta-llama/Llama-3.1-8B"), Lora(), train, targets=512)
+    assert needs.base == 16_060_522_496
+    assert memory.fits(needs.total, GPUS[kind].bytes) == holds
+
+
+def test_zero_divides_what_it_says():
+    # Rajbhandari et al., arXiv 1910.02054, figure 1, for what is trained: stage 1 divides the optimizer, 2 gradients,
+    # 3 the weights, of which DeepSpeed gathers a billion at a time.
+    shape, lora, workers = shape_of("meta-llama/Llama-3.1-70B"), Lora(r=64), 8
+    trained = shape.adapter_parameters(64, lora.target_modules)
+    needs = [
+        memory.worker_memory(shape, lora, Train(zero_stage=stage, dtype=dtype, num_workers=workers), targets=512)  # type: ignore[arg-type]
+        for stage, dtype in ((0, "float32"), (1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16"))
+    ]
+    assert [each.optimizer for each in needs] == [8 * trained, *[12 * trained // workers] * 3]
+    assert [each.gradients for each in needs] == [
+        4 * trained,
+        6 * trained,
+        *[(4 // 8 + 2) * trained + trained // 2] * 2,
+    ]
+    assert [each.base // shape.parameters for each in needs[:3]] == [4, 2, 2]
+    assert needs[3].base == shape.parameters * 2 // workers + 2 * 10**9
+
+
+def test_what_is_said_of_the_loss_is_what_it_does():
+    assert memory.CHUNK_ELEMENTS == student.CHUNK_ELEMENTS
+    needs = memory.worker_memory(shape_of("meta-llama/Llama-3.1-8B"), Lora(), Train(micro_batch_size=8), targets=512)
+    assert needs.loss <= 1.2 * GIB
+    few = memory.worker_memory(shape_of("meta-llama/Llama-3.1-8B"), Lora(), Train(micro_batch_size=1), targets=100)
+    assert few.loss == 3 * 4 * 100 * 128256
+
+
+def _shape(layers: int) -> Shape:
+    return Shape(layers, 64, 4, 2, 176, 256, False, 16)
+
+
+def _kept(shape: Shape, lora: Lora, train: Train, rows: list[Target]) -> int:
+    """Bytes that autograd keeps of a forward pass, without the parameters."""
+    config = llama_of(shape)
+    dtype = getattr(torch, train.dtype)
+    base = LlamaForCausalLM(config).to(dtype)
+    tree = {"name": "kept", "teacher": {"model": "a"}, "student": {"model": "b"}}
+    arm = Experiment.model_validate(tree).arm("default")
+    told = arm.student.model_copy(update={"lora": lora})
+    # DeepSpeed brings the adapter to the type of the base.
+    learner = student.wrap_student(base, arm.model_copy(update={"student": told, "train": train}), seed=0).to(dtype)
+    parameters = {each.untyped_storage().data_ptr() for each in learner.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        learner(batching.collate(rows, 0, train.packing))
+    return sum(each.untyped_storage().nbytes() for at, each in kept.items() if at not in parameters)

@@ -1,0 +1,118 @@
+"""A finished experiment is rendered from its folder alone, without its models, the hub, Ray or torch."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raykd import cli
+from raykd.config.experiment import Experiment
+from raykd.config.loading import dump_experiment
+from synthetic import full_experiment
+
+# Importing any of these fails.
+CODE = """
+import sys
+
+class Refused:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "ray", "vllm", "transformers", "datasets", "huggingface_hub"):
+            raise ImportError(f"{name} is not here")
+
+sys.meta_path.insert(0, Refused())
+from raykd import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+OWN = {"results.csv", "report.md", "report.html", "attention.csv", "attention_and_being_right.csv"}
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> tuple[Path, Path]:
+    """An experiment's YAML, and its folder as a run leaves it; the models are nowhere."""
+    folder = tmp_path / "storage" / "experiments" / "far"
+    made = full_experiment(folder)
+    made.run["command"] = "raykd run far.yaml"
+    made.attention({"none-0": ("none", 0), "ground_truth-0": ("ground_truth", 0)})
+    made.write()
+    arms = {"none": {}, "teacher": {"prompt.strategy": "teacher"}, "ground_truth": {"prompt.strategy": "ground_truth"}}
+    told = {
+        "name": "far",
+        "storage": str(tmp_path / "storage"),
+        "dataset": {"source": "gsm8k"},
+        "teacher": {"model": "meta-llama/Llama-3.1-405B-Instruct"},
+        "student": {"model": "nobody/nowhere"},
+        "arms": arms,
+        "attention": {},
+    }
+    text = dump_experiment(Experiment.model_validate(told))
+    (folder / "experiment.yaml").write_text(text)
+    file = tmp_path / "far.yaml"
+    file.write_text(text)
+    return file, folder
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_report_needs_the_folder_alone(finished: tuple[Path, Path], is_folder: bool):
+    file, folder = finished
+    before = snapshot(folder.parents[2])
+    ran = subprocess.run(
+        [sys.executable, "-c", CODE, "report", str(folder if is_folder else file)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    # One trial of this experiment failed.
+    assert ran.returncode == 1, ran.stderr
+    assert ran.stderr == ""
+    assert "report.html" in ran.stdout
+    after = snapshot(folder.parents[2])
+    changed = {Path(name) for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert {file.name for file in changed} >= OWN
+    own = folder.relative_to(folder.parents[2])
+    assert [
+        file for file in changed if file.parent != own / "report" and file not in {own / each for each in OWN}
+    ] == []
+    assert json.loads((folder / "run.json").read_text())["command"] == "raykd run far.yaml"
+    assert "    raykd run far.yaml" in (folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize("has_folder", [False, True])
+def test_report_of_nothing_is_one_line_and_writes_nothing(tmp_path: Path, capsys, has_folder: bool):
+    given = tmp_path / "empty"
+    if has_folder:
+        given.mkdir()
+    assert cli.main(["report", str(given)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and str(given) in captured.err
+    assert list(tmp_path.rglob("*")) == ([given] if has_folder else [])
+
+
+def test_report_of_an_experiment_that_never_ran_writes_nothing(tmp_path: Path, capsys):
+    quickstart = str(Path(__file__).parents[3] / "configs" / "quickstart.yaml")
+    assert cli.main(["report", quickstart, f"storage={tmp_path / 'storage'}"]) == 2
+    assert "nothing to report yet" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fields_cannot_be_set_beside_a_folder(finished: tuple[Path, Path], capsys):
+    assert cli.main(["report", str(finished[1]), "name=other"]) == 2
+    assert "is a folder; fields can be set where FILE is a YAML file" in capsys.readouterr().err
+
+
+def test_report_of_another_experiment_of_that_name_is_refused(finished: tuple[Path, Path], capsys):
+    file, folder = finished
+    before = snapshot(folder)
+    assert cli.main(["report", str(file), "student.model=somebody/else"]) == 2
+    assert "holds another experiment named 'far'" in capsys.readouterr().err
+    assert snapshot(folder) == before

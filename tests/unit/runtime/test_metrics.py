@@ -1,0 +1,113 @@
+"""What is counted, and the dashboard that shows it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.util.metrics import _VALID_METRIC_NAME_RE
+
+from raykd.runtime import metrics
+from raykd.runtime.metrics import METRICS, CompletionCounts, count_rows
+
+DASHBOARD = Path(__file__).parents[3] / "cluster" / "grafana" / "raykd.json"
+# As vLLM names them, with the suffixes of Prometheus.
+SUFFIXES = ("_total", "_bucket", "_sum", "_count")
+
+
+@pytest.fixture(scope="module")
+def dashboard() -> dict[str, Any]:
+    return json.loads(DASHBOARD.read_text(encoding="utf-8"))
+
+
+def expressions(dashboard: dict[str, Any]) -> list[str]:
+    return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+
+
+def test_the_dashboard_shows_every_metric_and_no_other(dashboard: dict[str, Any]):
+    shown = set(re.findall(r"ray_raykd_[a-z_]+", " ".join(expressions(dashboard))))
+    assert shown == {metric.exported for metric in METRICS}
+    # Variables, too, ask for what there is.
+    asked = set(re.findall(r"ray_raykd_[a-z_]+", json.dumps(dashboard["templating"])))
+    assert asked <= shown
+
+
+def test_the_dashboard_tells_series_apart_by_tags_that_they_have(dashboard: dict[str, Any]):
+    by_name = {metric.exported: metric for metric in METRICS}
+    seen = 0
+    for expression in expressions(dashboard):
+        for name, labels in re.findall(r"(ray_raykd_[a-z_]+)\{([^}]*)\}", expression):
+            seen += 1
+            wanted = set(re.findall(r"(\w+)=", labels))
+            for group in re.findall(r"by \(([^)]*)\)", expression):
+                wanted |= set(group.split(", "))
+            assert wanted <= set(by_name[name].tags), expression
+    assert seen >= len(METRICS)
+
+
+def test_the_dashboard_asks_vllm_for_metrics_that_it_has(dashboard: dict[str, Any]):
+    loggers = pytest.importorskip("vllm.v1.metrics.loggers")
+    source = Path(loggers.__file__).read_text(encoding="utf-8")
+    has = {name.replace(":", "_") for name in re.findall(r'name="(vllm:\w+)"', source)}
+    shown = set(re.findall(r"ray_(vllm_[a-z_]+)", json.dumps(dashboard)))
+    assert len(shown) > 8
+    for name in shown:
+        bare = next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
+        assert bare in has, name
+
+
+def test_panels_and_variables_are_whole(dashboard: dict[str, Any]):
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
+    assert variables["datasource"]["type"] == "datasource"
+    assert variables["datasource"]["query"] == "prometheus"
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    for each in [panel for panel in panels if panel["type"] != "row"]:
+        assert each["datasource"] == source
+        assert all(target["datasource"] == source for target in each["targets"])
+    assert all(each["datasource"] == source for each in variables.values() if each["type"] == "query")
+    used = set(re.findall(r"\$([a-z]\w*)", " ".join(expressions(dashboard))))
+    assert used == set(variables) - {"datasource"}
+    # No panel lies on another.
+    cells = [
+        (column, line)
+        for at in (panel["gridPos"] for panel in panels)
+        for column in range(at["x"], at["x"] + at["w"])
+        for line in range(at["y"], at["y"] + at["h"])
+    ]
+    assert len(cells) == len(set(cells))
+    assert max(column for column, _ in cells) == 23
+
+
+def test_names_are_ones_that_prometheus_takes():
+    assert len({metric.name for metric in METRICS}) == len(METRICS)
+    for metric in METRICS:
+        assert _VALID_METRIC_NAME_RE.match(metric.name)
+        assert metric.name.startswith("raykd_")
+        # Prometheus has these for itself, and Ray adds some of its own.
+        assert not set(metric.tags) & {"job", "instance", "WorkerId", "SessionName", "Component", "NodeAddress"}
+        assert len(set(metric.tags)) == len(metric.tags)
+        assert {"experiment", "ray_job"} <= set(metric.tags)
+
+
+def test_a_row_with_an_error_has_failed_whatever_else_it_says():
+    good = {"error": "", "completion_token_ids": [5, 6, 7], "is_correct": True}
+    wrong = {"error": "", "completion_token_ids": [5], "is_correct": False}
+    failed = {"error": "no answer within 600 s", "completion_token_ids": [], "is_correct": False}
+    assert count_rows([good, wrong, failed, good]) == CompletionCounts(done=3, failed=1, tokens=7, correct=2)
+    assert count_rows([]) == CompletionCounts(0, 0, 0, 0)
+
+
+def test_without_ray_nothing_is_counted_and_ray_is_not_loaded():
+    code = (
+        "import sys; from raykd import metrics; metrics.show_trials('mine', {'a': 'complete'}); "
+        "assert not metrics._stand_at and 'ray' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    # And where it is loaded, but there is no cluster.
+    metrics.show_trials("mine", {"a": "complete"})
+    assert not metrics._created

@@ -1,0 +1,203 @@
+"""Where things lie: the same in a folder and in a bucket, and nothing that a configuration must not hold."""
+
+import pickle
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+import pytest
+
+import s3_server
+from raykd.storage import filesystem
+
+
+@pytest.mark.parametrize(
+    ("storage", "said"),
+    [
+        ("http://host/x", "storage 'http://': not known.*s3://, gs://, abfs://"),
+        ("S3://bucket", "not known"),
+        ("file:///x", "not known"),
+        ("s3://", "s3://BUCKET/PREFIX"),
+        ("s3:///prefix", "s3://BUCKET/PREFIX"),
+        ("s3://bucket/a//b", "s3://BUCKET/PREFIX"),
+        ("s3://bucket/../other", "s3://BUCKET/PREFIX"),
+        ("s3://AKIA:hush@bucket/x", "environment"),
+        ("gs://bucket/x?token=hush", "environment"),
+        ("abfs://container@account.dfs.core.windows.net/hush", "environment"),
+    ],
+)
+def test_what_is_no_place_is_refused_and_no_key_is_repeated(storage: str, said: str):
+    with pytest.raises(ValueError, match=said) as caught:
+        filesystem.check_uri(storage)
+    assert "hush" not in str(caught.value) and "AKIA" not in str(caught.value)
+    with pytest.raises(ValueError, match=said):
+        filesystem.resolve(storage)
+
+
+def test_a_folder_is_a_path_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert filesystem.resolve("storage") == tmp_path / "storage"
+    assert type(filesystem.resolve("storage")) is type(tmp_path)
+    assert filesystem.for_arrow(tmp_path) == (str(tmp_path), None)
+    assert filesystem.for_engine(tmp_path) == (None, str(tmp_path))
+    assert filesystem.scratch(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize(("storage", "extra"), [("gs://bucket/x", "gcs"), ("abfs://bucket", "azure"), ("s3://b", "s3")])
+def test_what_is_not_installed_is_told_with_what_to_install(storage: str, extra: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(filesystem.AZURE_ACCOUNT, "somebody")
+    monkeypatch.setattr(sys, "meta_path", [each for each in sys.meta_path if "PathFinder" not in str(each)])
+    for name in ("s3fs", "gcsfs", "adlfs"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ValueError, match=re.escape(f"pip install 'raykd[{extra}]'")):
+        filesystem.resolve(storage)
+
+
+@pytest.mark.parametrize("told", [None, ""])
+def test_azures_account_is_named_before_anything_is_started(told: str | None, monkeypatch: pytest.MonkeyPatch):
+    """The engine's address of an adapter holds it, and would else be none."""
+    monkeypatch.delenv(filesystem.AZURE_ACCOUNT, raising=False)
+    if told is not None:
+        monkeypatch.setenv(filesystem.AZURE_ACCOUNT, told)
+    with pytest.raises(ValueError, match=rf"abfs://container/x.*set {filesystem.AZURE_ACCOUNT} in the environment"):
+        filesystem.resolve("abfs://container/x")
+
+
+def test_a_bucket_is_named_as_it_was_given(bucket: str):
+    place = filesystem.resolve(f"{bucket}/some/where/")
+    assert str(place / "x") == f"{bucket}/some/where/x"
+    assert filesystem.is_remote(place) and pickle.loads(pickle.dumps(place / "x")) == place / "x"
+    assert {place / "x": 1}[pickle.loads(pickle.dumps(place / "x"))] == 1
+    with pytest.raises(TypeError):
+        # Whoever opens files by itself must fail rather than make a folder of that name.
+        open(place / "x")  # noqa: PTH123, SIM115
+    assert filesystem.for_engine(place / "adapter") == ("s3://", f"{bucket.removeprefix('s3://')}/some/where/adapter")
+
+
+def test_what_is_put_is_read(place: Path):
+    filesystem.make_folder(place / "deep")
+    filesystem.put(place / "deep" / "file", b"one")
+    filesystem.put(place / "deep" / "file", b"two")
+    assert filesystem.read_bytes(place / "deep" / "file") == b"two"
+    with filesystem.atomic_write(place / "written.txt") as local:
+        local.write_text("three")
+    with filesystem.local_copy(place / "written.txt") as local:
+        assert local.read_text() == "three" and local.name == "written.txt"
+    assert filesystem.list_files(place) == [place / "deep" / "file", place / "written.txt"]
+    with pytest.raises(FileNotFoundError):
+        filesystem.read_bytes(place / "not there")
+
+
+def test_what_is_broken_off_is_not_there(place: Path):
+    filesystem.make_folder(place)
+    with pytest.raises(RuntimeError), filesystem.atomic_write(place / "file") as local:
+        local.write_text("half")
+        raise RuntimeError
+    assert filesystem.list_files(place) == []
+
+
+def test_many_files_are_read_in_their_order(place: Path):
+    filesystem.make_folder(place)
+    paths = [place / f"{number:03}" for number in range(70)]
+    for number, path in enumerate(paths):
+        filesystem.put(path, str(number).encode())
+    for some in (paths, paths[:1], paths[:33], []):
+        assert list(filesystem.read_all(some)) == [str(number).encode() for number in range(len(some))]
+
+
+def test_a_folder_takes_the_place_of_another(place: Path):
+    filesystem.make_folder(place)
+    for content in ("first", "second"):
+        with filesystem.atomic_write_dir(place / "adapter") as local:
+            (local / content).write_text(content)
+            (local / "deep").mkdir()
+            (local / "deep" / "file").write_text(content)
+    assert filesystem.list_files(place / "adapter") == [
+        place / "adapter" / "deep" / "file",
+        place / "adapter" / "second",
+    ]
+    with filesystem.local_dir(place / "adapter") as local:
+        assert local.name == "adapter" and (local / "deep" / "file").read_text() == "second"
+    filesystem.remove(place / "adapter")
+    assert not (place / "adapter").exists()
+
+
+def test_folders_and_the_files_in_them(place: Path):
+    filesystem.make_folder(place)
+    for name in ("b/it", "a/it", "c/other", "it"):
+        filesystem.make_folder((place / name).parent)
+        filesystem.put(place / name, b"")
+    assert filesystem.list_dirs(place) == [place / "a", place / "b", place / "c"]
+    assert filesystem.find_in_subdirs(place, "it") == [place / "a" / "it", place / "b" / "it"]
+    assert filesystem.list_dirs(place / "not there") == filesystem.find_in_subdirs(place / "not there", "it") == []
+
+
+def test_a_file_that_changes_is_seen_to_change(bucket: str):
+    place = filesystem.resolve(f"{bucket}/states")
+    filesystem.put(place / "file", b"one")
+    before = filesystem.file_states(place)
+    assert before == {"file": filesystem.file_state(place / "file")}
+    filesystem.put(place / "file", b"two")
+    assert filesystem.file_states(place) != before
+    assert filesystem.file_states(place / "not there") == {}
+
+
+def test_of_several_who_create_a_file_one_is_told_so(bucket: str):
+    file = filesystem.resolve(f"{bucket}/created")
+    assert [filesystem.create(file, content) for content in (b"first", b"second")] == [True, False]
+    assert filesystem.read_bytes(file) == b"first"
+
+
+def test_whoever_is_refused_for_a_file_that_goes_in_that_moment_is_told_so(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+):
+    def refused(*_: Any, **__: Any) -> None:
+        raise FileExistsError
+
+    file = filesystem.resolve(f"{bucket}/gone in that moment")
+    monkeypatch.setattr(filesystem, "_store", lambda _: SimpleNamespace(pipe_file=refused))
+    assert not filesystem.create(file, b"second") and not file.exists()
+
+
+def test_a_file_is_replaced_only_where_it_is_as_it_was_seen(bucket: str, monkeypatch: pytest.MonkeyPatch):
+    file = filesystem.resolve(f"{bucket}/replaced")
+    filesystem.put(file, b"one")
+    seen = filesystem.file_state(file)
+    assert filesystem.replace(file, b"two", seen)
+    assert not filesystem.replace(file, b"three", seen)
+    assert filesystem.read_bytes(file) == b"two"
+    file.unlink()
+    assert not filesystem.replace(file, b"four", seen) and not file.exists()
+    # It goes between two looks.
+    monkeypatch.setattr(type(file), "exists", lambda _: True)
+    assert not filesystem.replace(file, b"five", seen)
+
+
+def test_what_is_sent_to_other_processes_holds_no_key(bucket: str):
+    place = filesystem.resolve(f"{bucket}/x")
+    for sent in (place, filesystem.for_arrow(place)):
+        for secret in (s3_server.KEYS["AWS_SECRET_ACCESS_KEY"], s3_server.KEYS["AWS_ACCESS_KEY_ID"]):
+            assert secret.encode() not in pickle.dumps(sent)
+
+
+def test_arrow_reads_and_copies(place: Path, tmp_path: Path):
+    """As Ray Data reads, and Ray Train and Ray Tune copy: from other processes, which are sent the file system."""
+    with filesystem.atomic_write(place / "rows.parquet") as local:
+        pq.write_table(pa.table({"a": [1, 2]}), local)
+    path, system = filesystem.for_arrow(place)
+    system = pickle.loads(pickle.dumps(system)) or pyarrow.fs.LocalFileSystem()
+    assert pq.read_table(f"{path}/rows.parquet", filesystem=system)["a"].to_pylist() == [1, 2]
+    (tmp_path / "made" / "deep").mkdir(parents=True)
+    (tmp_path / "made" / "deep" / "file").write_bytes(b"x" * 100)
+    system.create_dir(f"{path}/copy")
+    pyarrow.fs.copy_files(str(tmp_path / "made"), f"{path}/copy", destination_filesystem=system)
+    assert filesystem.list_files(place / "copy") == [place / "copy" / "deep" / "file"]
+    pyarrow.fs.copy_files(f"{path}/copy", str(tmp_path / "back"), source_filesystem=system)
+    assert (tmp_path / "back" / "deep" / "file").read_bytes() == b"x" * 100
+    system.delete_dir(f"{path}/copy")
+    assert filesystem.list_files(place / "copy") == []

@@ -1,0 +1,202 @@
+"""Folders of rows: whole or not there, resumable by id, and refused by name where they were damaged."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from raykd.storage import files, filesystem, hashing, row_store
+
+SCHEMA = pa.schema([("row_id", pa.string()), ("value", pa.int64()), ("error", pa.string())])
+
+
+def rows(*values: tuple[str, int, str]) -> pa.Table:
+    return pa.Table.from_pylist([dict(zip(SCHEMA.names, value, strict=True)) for value in values], schema=SCHEMA)
+
+
+def test_a_content_key_depends_on_content_alone():
+    assert hashing.content_key({"a": 1, "b": [2]}) == hashing.content_key({"b": [2], "a": 1})
+    assert hashing.content_key({"a": 1}) != hashing.content_key({"a": 2})
+
+
+def test_the_same_rows_written_twice_are_one_part(place: Path):
+    for _ in range(2):
+        row_store.write_part(place, rows(("a", 1, ""), ("b", 2, "")))
+    assert len(row_store.list_parts(place)) == 1
+    assert len(row_store.read_rows(place, SCHEMA)) == 2
+
+
+def test_failed_rows_are_not_done_and_give_way_to_their_answers(place: Path):
+    row_store.write_part(place, rows(("a", 1, ""), ("b", 0, "timeout"), ("c", 0, "refused")))
+    assert row_store.done_ids(place, SCHEMA, "row_id") == {"a"}
+    row_store.write_part(place, rows(("b", 2, "")))
+    manifest = row_store.finalize(place, SCHEMA, "row_id", {"what": "test"})
+    assert manifest["rows"] == 3
+    found = {row["row_id"]: row for row in row_store.read_rows(place, SCHEMA).to_pylist()}
+    assert (found["b"]["value"], found["b"]["error"]) == (2, "")
+    assert found["c"]["error"] == "refused"
+    assert row_store.read_manifest(place) == manifest
+
+
+def test_more_failures_than_allowed_are_named_with_the_way_out(place: Path):
+    schema = SCHEMA.append(pa.field("problem_id", pa.string()))
+    made = rows(("a", 1, ""), ("b", 0, "timeout"), ("c", 0, "refused"), ("d", 1, ""))
+    table = made.append_column("problem_id", pa.array(["p1", "p2", "p3", "p4"]))
+    row_store.write_part(place, table)
+    assert row_store.check_failures(place, schema, "row_id", "students", "evaluate.max_error_rate", 0.5) == 2
+    with pytest.raises(RuntimeError) as caught:
+        row_store.check_failures(place, schema, "row_id", "students", "evaluate.max_error_rate", 0.4)
+    for words in ("students: 2 of 4 rows", "evaluate.max_error_rate=0.4", "p2: timeout", "p3: refused", str(place)):
+        assert words in str(caught.value)
+    # What was answered later did not fail.
+    row_store.write_part(place, table.slice(1, 1).set_column(2, "error", pa.array([""])))
+    assert row_store.check_failures(place, schema, "row_id", "students", "evaluate.max_error_rate", 0.4) == 1
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "file.json"
+    files.write_json(file, {"old": True})
+    with pytest.raises(TypeError):
+        files.write_json(file, {"new": object()})
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
+    with pytest.raises(OSError, match="no space"):
+        files.write_json(file, {"new": True})
+    monkeypatch.undo()
+    assert files.read_json(file) == {"old": True}
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+
+
+def cut(content: bytes) -> bytes:
+    return content[:-20]
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def edited(content: bytes) -> bytes:
+    """Parquet as whole as before, of as many rows."""
+    table = pa.parquet.read_table(pa.BufferReader(content))
+    buffer = pa.BufferOutputStream()
+    pa.parquet.write_table(table.set_column(1, "value", pa.array([100] * len(table))), buffer)
+    return buffer.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("is_complete", [False, True])
+@pytest.mark.parametrize("damage", [cut, flipped, edited])
+def test_a_damaged_part_is_refused_by_name_until_it_is_deleted(place: Path, damage, is_complete: bool):
+    row_store.write_part(place, rows(("a", 1, "")))
+    part = row_store.write_part(place, rows(("b", 2, "")))
+    if is_complete:
+        row_store.finalize(place, SCHEMA, "row_id", {})
+    part.write_bytes(damage(part.read_bytes()))
+    with pytest.raises(ValueError, match=f"{part.name} was cut or altered.*delete it"):
+        row_store.read_rows(place, SCHEMA)
+    if is_complete:
+        with pytest.raises(ValueError, match=f"{part.name} was cut or altered.*delete it"):
+            row_store.read_manifest(place)
+    # As the message says.
+    part.unlink()
+    if is_complete:
+        with pytest.raises(ValueError, match=f"{part.name} is gone"):
+            row_store.read_manifest(place)
+    (place / row_store.MANIFEST).unlink(missing_ok=True)
+    assert row_store.done_ids(place, SCHEMA, "row_id") == {"a"}
+
+
+@pytest.mark.parametrize("written", ['{"rows": ', '{"rows": 2, "parts": {}}', "[]", ""])
+def test_a_damaged_manifest_is_refused_by_name(place: Path, written: str):
+    (place / row_store.MANIFEST).write_text(written)
+    with pytest.raises(ValueError, match=r"manifest\.json (is damaged|was altered)"):
+        row_store.read_manifest(place)
+
+
+def test_a_manifest_in_which_a_figure_was_changed_is_refused(place: Path):
+    row_store.write_part(place, rows(("a", 1, ""), ("b", 2, "")))
+    row_store.finalize(place, SCHEMA, "row_id", {"correct": 1})
+    file = place / row_store.MANIFEST
+    file.write_text(file.read_text().replace('"correct": 1', '"correct": 2'))
+    with pytest.raises(ValueError, match=r"manifest\.json was altered"):
+        row_store.read_manifest(place)
+
+
+def test_rows_that_were_asked_by_two_are_there_once(place: Path):
+    row_store.write_part(place, rows(("a", 1, ""), ("b", 2, "")))
+    row_store.write_part(place, rows(("b", 2, ""), ("c", 0, "timeout"), ("d", 0, "refused")))
+    row_store.write_part(place, rows(("c", 3, ""), ("d", 0, "timeout")))
+    assert row_store.finalize(place, SCHEMA, "row_id", {})["rows"] == 4
+    found = row_store.read_rows(place, SCHEMA).to_pylist()
+    assert sorted((row["row_id"], row["value"]) for row in found) == [("a", 1), ("b", 2), ("c", 3), ("d", 0)]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_merge_that_was_broken_off_loses_nothing(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch):
+    """Which part comes first depends on what they hold."""
+    row_store.write_part(tmp_path, rows(("a", 0, f"timeout {seed}"), ("b", seed, "")))
+    row_store.write_part(tmp_path, rows(("a", seed, ""), ("c", seed, "")))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError("killed")))
+        with pytest.raises(OSError, match="killed"):
+            row_store.merge(tmp_path, SCHEMA, "row_id")
+    assert row_store.finalize(tmp_path, SCHEMA, "row_id", {})["rows"] == 3
+    found = row_store.read_rows(tmp_path, SCHEMA).to_pylist()
+    assert sorted((row["row_id"], row["value"], row["error"]) for row in found) == [
+        (name, seed, "") for name in ("a", "b", "c")
+    ]
+
+
+def test_a_fingerprint_follows_content_and_names(tmp_path: Path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "weights").write_bytes(b"abc")
+    first = hashing.fingerprint(folder)
+    (folder / "weights").write_bytes(b"abd")
+    assert hashing.fingerprint(folder) != first
+    (folder / "weights").rename(folder / "other")
+    (folder / "other").write_bytes(b"abc")
+    assert hashing.fingerprint(folder) != first
+
+
+def test_a_fingerprint_is_of_what_bears_on_a_model(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{}")
+    before = hashing.fingerprint(tmp_path)
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "download").write_text("at noon")
+    (tmp_path / "README.md").write_text("a fine model")
+    assert hashing.fingerprint(tmp_path) == before
+    (tmp_path / "config.json").write_text("{ }")
+    assert hashing.fingerprint(tmp_path) != before
+
+
+def test_what_is_known_to_be_the_same_is_not_read_again(bucket: str):
+    folder = filesystem.resolve(f"{bucket}/sealed")
+    part = row_store.write_part(folder, rows(("a", 1, "")))
+    manifest = row_store.finalize(folder, SCHEMA, "row_id", {})
+    assert manifest["states"] == {part.name: filesystem.file_state(part)}
+    # Had the part been read, this would be refused.
+    files.write_json(folder / row_store.MANIFEST, relabelled(manifest, parts={part.name: "another digest"}))
+    assert row_store.read_manifest(folder)
+    files.write_json(folder / row_store.MANIFEST, manifest)
+    content = part.read_bytes()
+    part.write_bytes(cut(content))
+    with pytest.raises(ValueError, match="was cut or altered"):
+        row_store.read_manifest(folder)
+    # Copied to another bucket a file may have another state, and is then judged by what it holds.
+    part.write_bytes(content)
+    files.write_json(folder / row_store.MANIFEST, relabelled(manifest, states={}))
+    assert row_store.read_manifest(folder) == relabelled(manifest, states={})
+
+
+def relabelled(manifest: dict, **other: dict) -> dict:
+    told = {name: each for name, each in manifest.items() if name != "digest"} | other
+    return told | {"digest": hashing.content_key(told)}
+
+
+def test_a_table_is_read_whole_by_columns_and_bit_by_bit(place: Path):
+    file = place / "split" / "train.parquet"
+    files.write_table(file, rows(("a", 1, ""), ("b", 2, "")))
+    assert files.read_table(file).column_names == SCHEMA.names
+    assert files.read_table(file, ["value"]).to_pydict() == {"value": [1, 2]}
+    assert sum(len(batch) for batch in files.read_batches(file)) == files.num_rows(file) == 2

@@ -1,0 +1,115 @@
+"""Validation in the midst of training, against transformers' own answers one by one."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pyarrow.parquet
+import pytest
+import torch
+import torch.distributed
+from transformers import AutoModelForCausalLM
+
+from raykd.config.experiment import Experiment
+from raykd.config.sections import Sweep, Teacher
+from raykd.config.strategies import BUILT_IN
+from raykd.data import datasets, grading, prompts
+from raykd.models import loading, tokenization
+from raykd.models.builtin import resolve_model
+from raykd.training import student, validation
+from raykd.training.trial import TrialSpec
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> TrialSpec:
+    """The built-in teacher in the place of the student: told to reason, it is right most of the time."""
+    folder = tmp_path_factory.mktemp("storage")
+    experiment = Experiment.model_validate(
+        {
+            "name": "measured",
+            "dataset": {"source": "demo", "num_train": 4, "num_validation": 10, "num_test": 2},
+            "teacher": {"model": "raykd/demo-teacher"},
+            "student": {"model": "raykd/demo-teacher"},
+            "prompt": {"instruction": BUILT_IN["shuffled_hint"].text.format(other_answer=0)},
+            "train": {"dtype": "float32", "zero_stage": 0, "gradient_checkpointing": True},
+            "sweep": {"validation_batch_size": 4},
+        }
+    )
+    return TrialSpec(
+        trial_id="measured",
+        arm_name="default",
+        arm=experiment.arm("default"),
+        seed=0,
+        overrides={},
+        problems=datasets.write_splits(experiment.dataset, folder),
+        completions=None,
+        same_tokens=True,
+        experiment=experiment.name,
+        folder=folder / "trial",
+        config_id="default",
+        sweep=experiment.sweep,
+        max_tokens=160,
+    )
+
+
+@pytest.fixture(scope="module")
+def engine(job: TrialSpec, tmp_path_factory: pytest.TempPathFactory) -> Iterator[student.Distillation]:
+    learner = student.build_student(job.arm, 0)
+    learner.device = torch.device("cpu")  # type: ignore[assignment]
+    file = tmp_path_factory.mktemp("group") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    threads = torch.get_num_threads()
+    # For so small a model several threads wait for each other longer than they compute.
+    torch.set_num_threads(1)
+    yield learner
+    torch.set_num_threads(threads)
+    torch.distributed.destroy_process_group()
+
+
+def one_by_one(job: TrialSpec, model, tokenizer, max_tokens: int) -> list[bool]:
+    found = []
+    for problem in pyarrow.parquet.read_table(job.problems / "validation.parquet").to_pylist():
+        prompt = tokenization.prompt_token_ids(tokenizer, prompts.student_messages(problem, job.arm.prompt.instruction))
+        tokens = torch.tensor([prompt])
+        written = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=max_tokens
+        )
+        text = tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True)
+        found.append(grading.is_correct(grading.strict_match(text), problem["reference_answer"]))
+    return found
+
+
+@pytest.mark.parametrize("max_tokens", [160, 40])
+def test_accuracy_is_that_of_greedy_answers(job: TrialSpec, engine: student.Distillation, max_tokens: int):
+    tokenizer = loading.load_tokenizer(Teacher(model="raykd/demo-teacher"))
+    base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-teacher"), dtype=torch.float32).eval()
+    right = one_by_one(job, base, tokenizer, max_tokens)
+    assert sum(right) >= 7 or max_tokens < 160, "it is right most of the time, unless it is cut"
+    # What the model's own file says of sampling plays no part.
+    engine.model.get_base_model().generation_config.repetition_penalty = 5.0
+    found = validation.validate(engine, engine.model, tokenizer, replace(job, max_tokens=max_tokens), 3)
+    assert found == {"number": 3, "n": 10, "correct": sum(right), "accuracy": sum(right) / 10}
+
+
+def test_it_leaves_the_student_in_training(job: TrialSpec, engine: student.Distillation):
+    tokenizer = loading.load_tokenizer(Teacher(model="raykd/demo-teacher"))
+    before = {name: parameter.clone() for name, parameter in engine.named_parameters()}
+    found = validation.validate(engine, engine.model, tokenizer, replace(job, sweep=Sweep(metric="loss")), 1)
+    assert found["n"] == 10
+    assert found["loss"] > 0
+    assert engine.training
+    assert all(torch.equal(before[name], parameter) for name, parameter in engine.named_parameters())
+    assert all(parameter.grad is None for parameter in engine.parameters())
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "times", "expected"),
+    [
+        (100, 4, {25: 1, 50: 2, 75: 3, 100: 4}),
+        (10, 4, {3: 1, 5: 2, 8: 3, 10: 4}),
+        (7, 1, {7: 1}),
+        # With fewer steps than times, a step is the last of its times.
+        (2, 4, {1: 2, 2: 4}),
+    ],
+)
+def test_marks_are_evenly_spread_and_end_at_the_end(num_steps: int, times: int, expected: dict[int, int]):
+    assert validation.validation_steps(num_steps, times) == expected

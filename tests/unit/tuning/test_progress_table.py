@@ -1,0 +1,111 @@
+"""What the user sees while trials are trained: a table on a terminal, lines in a log."""
+
+import fcntl
+import io
+import os
+import pty
+import select
+import struct
+import termios
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raykd.config.experiment import Experiment
+from raykd.runtime import console
+from raykd.storage.schemas import COMPLETE, STOPPED
+from raykd.training.trial import TrialSpec, write_trial_status
+from raykd.tuning.progress_table import TrialProgressTable
+from runs import started_plan
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> dict[str, TrialSpec]:
+    tree = {
+        "name": "swept",
+        "storage": str(tmp_path),
+        "dataset": {"source": "demo", "num_train": 20, "num_validation": 10, "num_test": 2},
+        "teacher": {"model": "raykd/demo-teacher"},
+        "student": {"model": "raykd/demo-student"},
+        "arms": {"bare": {}},
+        "sweep": {"space": {"train.learning_rate": {"grid": [0.01, 0.001, 0.0001]}}, "num_validations": 2},
+    }
+    plan = started_plan(Experiment.model_validate(tree))
+    return {job.trial_id: job for job in plan.jobs}
+
+
+class Trial:
+    """What callbacks look at of a trial of Tune."""
+
+    def __init__(self, job: TrialSpec) -> None:
+        self.config = {"trial_id": job.trial_id}
+
+
+def follow(jobs: dict[str, TrialSpec]) -> None:
+    """One trial trains to its end, one is stopped, one has not begun."""
+    scoreboard = TrialProgressTable(jobs, len(jobs))
+    scoreboard.setup()
+    good, poor, _ = jobs.values()
+    measured: dict[str, Any] = {"number": 1, "n": 10, "accuracy": 0.4}
+    for job in (good, poor):
+        scoreboard.on_trial_start(1, [], Trial(job))
+        told = {"step": 5, "steps": 10, "target_tokens": 100, "validation": measured}
+        scoreboard.on_trial_result(1, [], Trial(job), told)
+    write_trial_status(poor, STOPPED)
+    scoreboard.on_trial_complete(1, [], Trial(poor))
+    told = {"step": 10, "steps": 10, "target_tokens": 200, "validation": measured | {"number": 2, "accuracy": 0.9}}
+    scoreboard.on_trial_result(1, [], Trial(good), told)
+    write_trial_status(good, COMPLETE)
+    scoreboard.on_trial_complete(1, [], Trial(good))
+    scoreboard.close()
+
+
+def test_on_a_terminal_the_trials_are_a_table(jobs: dict[str, TrialSpec], monkeypatch: pytest.MonkeyPatch):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 110, 0, 0))
+    monkeypatch.setenv("TERM", "xterm")
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(console, "stream", lambda: terminal)
+        follow(jobs)
+        terminal.flush()
+        shown = ""
+        while select.select([ours], [], [], 0.2)[0]:
+            shown += os.read(ours, 1 << 20).decode()
+    os.close(ours)
+    last = [line for line in shown.splitlines() if "bare" in line][-3:]
+    for line, words in zip(
+        last,
+        [
+            ["0.01", "complete", "10/10", "90.0 % of 10 (2 of 2)"],
+            ["0.001", "stopped", "5/10", "40.0 % of 10 (1 of 2)"],
+            ["0.0001", "waiting", "not measured"],
+        ],
+        strict=True,
+    ):
+        assert all(word in line for word in words), line
+
+
+def test_in_a_log_every_end_is_a_line(jobs: dict[str, TrialSpec], monkeypatch: pytest.MonkeyPatch):
+    log = io.StringIO()
+    monkeypatch.setattr(console, "stream", lambda: log)
+    follow(jobs)
+    lines = [line for line in log.getvalue().splitlines() if "bare" in line]
+    assert lines == [
+        "1/3 bare, seed 0 at train.learning_rate=0.001: stopped, 40.0 % of 10 (1 of 2)",
+        "2/3 bare, seed 0 at train.learning_rate=0.01: complete, 90.0 % of 10 (2 of 2)",
+    ]
+
+
+def test_steps_that_are_done_again_count_once(jobs: dict[str, TrialSpec], monkeypatch: pytest.MonkeyPatch):
+    log = io.StringIO()
+    monkeypatch.setattr(console, "stream", lambda: log)
+    job = next(iter(jobs.values()))
+    scoreboard = TrialProgressTable({job.trial_id: job}, 1)
+    scoreboard.setup()
+    scoreboard.on_trial_start(1, [], Trial(job))
+    # A worker is lost after the eighth step; the checkpoint is of the fifth.
+    for step in (5, 8, 6, 9, 10):
+        scoreboard.on_trial_result(1, [], Trial(job), {"step": step, "steps": 10, "target_tokens": 20 * step})
+    scoreboard.close()
+    assert "training: 10/10 steps" in log.getvalue().splitlines()[-1]
