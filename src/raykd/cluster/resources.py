@@ -33,7 +33,7 @@ def process_bundle(kind: Accelerator, accelerator_type: str | None) -> dict[str,
 
 
 def required_resources(kind: Accelerator, accelerator_type: str | None, processes: int = 1) -> dict[str, float]:
-    """What so many processes take of a cluster's resources (`raykd.cluster.capacity.current_resources`), GPUs of a kind counted apart."""
+    """Return the resources of so many processes by the names of `capacity.current_resources`."""
     if kind == "cpu":
         return {"CPU": processes}
     names = ["CPU", "GPU"] + ([f"GPU:{accelerator_type}"] if accelerator_type else [])

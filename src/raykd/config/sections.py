@@ -177,7 +177,7 @@ class Loss(ConfigModel):
     def _bucket_is_not_flattened(self) -> Self:
         if self.temperature != 1 and self.missing_mass == "bucket":
             raise UserError(
-                f"temperature {self.temperature:g} with missing_mass bucket: how the tokens outside the top-k would spread "
+                f"temperature {self.temperature:g} with missing_mass bucket: the distribution outside the top-k "
                 "is not known; set loss.missing_mass=renormalize"
             )
         return self
@@ -361,8 +361,8 @@ class Sweep(ConfigModel):
     def _stops_before_the_end(self) -> Self:
         if self.scheduler != "none" and self.num_validations < 2:
             raise UserError(
-                f"num_validations={self.num_validations}: scheduler {self.scheduler} stops trials by what they reach before "
-                "their end; set validations to 2 or more, or scheduler to none"
+                f"num_validations={self.num_validations}: scheduler {self.scheduler} compares trials before they end; "
+                "set num_validations to 2 or more, or scheduler to none"
             )
         if self.search == "optuna":
             for path, axis in self.space.items():

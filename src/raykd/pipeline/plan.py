@@ -47,7 +47,7 @@ class Plan:
     variants: list[Variant]
     """What is trained on."""
     asked: dict[str, CompletionSet | None]
-    """For each of `variants.arms_by_config_id` the completions it is about; None where nothing is asked of the teacher."""
+    """The completion set of each config id; None where the teacher is not asked."""
     retry_failed: bool
     """Whether trials of a sweep that failed are tried again."""
     pending_search: PendingSearch | None

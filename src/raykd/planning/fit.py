@@ -255,7 +255,7 @@ def _attention_fit(
     on_gpu = "GPU" in groups[0][0]
     if student:
         width = 4 if (told.dtype or experiment.train.dtype) == "float32" else 2
-        # Weights of the heads are made a block at a time (`raykd.evaluation.attention_heads`), in float32; the rest is small beside it.
+        # `attention_heads` computes attention weights block by block in float32, small beside the model.
         needs = student.parameters * width + memory.CUDA_CONTEXT + GIB
     if not on_gpu:
         return _cpu_fit("attention", layout, needs, groups, 1, cluster)

@@ -62,7 +62,8 @@ def teacher_table(experiment: Experiment, shape: Shape | None, resources: dict[s
     whole, width = memory.weight_bytes(shape, engine.engine_kwargs.get("dtype")), "of each process"
     table.add_row(
         "Parameters",
-        f"{_describe_parameters(shape.parameters)}, weights in {_weight_type(shape, engine.engine_kwargs.get('dtype'))}",
+        f"{_describe_parameters(shape.parameters)}, weights in "
+        f"{_weight_type(shape, engine.engine_kwargs.get('dtype'))}",
     )
     table.add_row("Shape", f"{shape.layers} layers, {shape.heads} heads, {shape.kv_heads} of keys and values")
     table.add_row("Read from", shape.source)

@@ -1,7 +1,7 @@
-"""Serving: the teacher of an experiment alone, as an application of Ray Serve that speaks OpenAI's protocol.
+"""The teacher of an experiment as a Ray Serve application with OpenAI's protocol.
 
-`serve run raykd.teacher.serve_app:app experiment=configs/quickstart.yaml`, or a RayService (cluster/kuberay/rayservice.yaml). A
-run serves its own teacher, on no network port, and needs none of this.
+Run `serve run raykd.teacher.serve_app:app experiment=configs/quickstart.yaml`, or apply a RayService
+(cluster/kuberay/rayservice.yaml). `raykd run` serves its own teacher without a network port and does not need this.
 """
 
 from typing import Any

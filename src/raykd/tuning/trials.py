@@ -30,7 +30,7 @@ def trial_specs(
         experiment: the experiment.
         variants: what is trained on.
         splits: the problems.
-        asked: for each of `variants.arms_by_config_id` the completions it is about; None where the teacher is not asked.
+        asked: the completion set of each config id; None where the teacher is not asked.
         student: what identifies the student's weights.
         same_tokens: whether the teacher's token ids are the student's.
         folder: the experiment's folder.

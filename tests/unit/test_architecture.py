@@ -1,0 +1,146 @@
+"""Packages import downward only, no two files import each other, and what must start fast loads no heavy library."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import raykd
+
+SOURCE = Path(raykd.__file__).parent
+# The packages and modules that each may import, besides itself and EVERYWHERE.
+EVERYWHERE = {"errors", "compat"}
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "compat": set(),
+    "storage": set(),
+    "runtime": {"storage"},
+    "config": {"storage"},
+    "cluster": {"runtime", "config", "storage"},
+    "identity": {"data", "config", "storage"},
+    "data": {"storage", "config", "identity"},
+    "models": {"storage", "config", "data"},
+    "teacher": {"cluster", "data", "models", "config", "runtime", "storage", "identity"},
+    "training": {"cluster", "data", "models", "config", "runtime", "storage", "identity"},
+    "tuning": {"training", "teacher", "cluster", "data", "models", "config", "runtime", "storage", "identity"},
+    "evaluation": {"training", "teacher", "cluster", "data", "models", "config", "runtime", "storage", "identity"},
+    "analysis": {"data", "config", "storage"},
+    "report": {"analysis", "training", "data", "config", "runtime", "storage"},
+    "planning": {"tuning", "training", "models", "data", "cluster", "config", "runtime", "storage"},
+    "demo": {"models", "data", "config", "storage"},
+}
+HEAVY = {"torch", "transformers", "peft", "deepspeed", "ray", "vllm"}
+LIGHT_PACKAGES = ("storage", "runtime", "config", "analysis", "report", "planning")
+LIGHT_MODULES = (
+    "cli",
+    "identity",
+    "compat",
+    "errors",
+    "cluster.resources",
+    "cluster.nodes",
+    "cluster.gpus",
+    "cluster.engine",
+)
+
+
+def name_of(file: Path) -> str:
+    parts = file.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {name_of(file): file for file in SOURCE.rglob("*.py") if name_of(file)}
+
+
+def imported(file: Path) -> set[str]:
+    """The modules of raykd that a file imports, inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "raykd":
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}".removeprefix("raykd.")
+                module = full if full in MODULES else str(node.module).removeprefix("raykd").removeprefix(".")
+                found |= {module} - {""}
+    return found
+
+
+def test_packages_import_downward_only():
+    upward = [
+        f"{module} imports {other}"
+        for module, file in MODULES.items()
+        for other in imported(file)
+        if (package := module.split(".")[0]) in ALLOWED
+        and other.split(".")[0] != package
+        and other.split(".")[0] not in ALLOWED[package] | EVERYWHERE
+    ]
+    assert upward == []
+
+
+def test_every_package_has_its_allowed_imports():
+    packages = {file.parent.name for file in SOURCE.glob("*/__init__.py")}
+    assert packages == set(ALLOWED) - {"identity", *EVERYWHERE} | {"pipeline"}
+
+
+def test_no_two_files_import_each_other():
+    graph = {module: imported(file) for module, file in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            for other in graph.get(module, ()):
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_nothing_imports_the_scripts_of_the_demonstration():
+    users = [module for module, file in MODULES.items() if any(each.startswith("demo") for each in imported(file))]
+    assert [module for module in users if not module.startswith("demo")] == []
+
+
+def test_light_modules_load_no_heavy_library():
+    light = {name for name in MODULES if name.split(".")[0] in LIGHT_PACKAGES or name in LIGHT_MODULES}
+    # `raykd prompts` renders with the models' tokenizers.
+    light -= {"planning.preview"}
+    code = f"""
+import importlib, sys
+for name in {sorted(light)!r}:
+    importlib.import_module("raykd." + name)
+    if loaded := sorted({HEAVY!r} & set(sys.modules)):
+        sys.exit(f"{{name}} loads {{', '.join(loaded)}}")
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_every_file_says_first_what_it_owns_and_holds_one_thing():
+    for file in SOURCE.rglob("*.py"):
+        text = file.read_text()
+        assert ast.get_docstring(ast.parse(text)), f"{file} has no docstring"
+        assert len(text.splitlines()) <= 400, f"{file} holds more than one thing"
+
+
+def test_every_package_is_pinned_exactly():
+    for file in (SOURCE.parents[1] / "requirements").glob("*.txt"):
+        lines = [line for line in file.read_text().splitlines() if line and not line.startswith(("#", "--"))]
+        assert len(lines) > 50
+        assert [line for line in lines if "==" not in line.split(";")[0]] == [], file
+
+
+def test_nothing_but_tunes_own_record_of_an_error_is_unpickled():
+    loads = ("pickle.load", "torch.load(", "joblib.load", "yaml.load(", "yaml.unsafe_load")
+    found = [
+        file.name
+        for file in SOURCE.rglob("*.py")
+        for line in file.read_text().splitlines()
+        if any(word in line for word in loads) and "weights_only=True" not in line
+    ]
+    assert found == ["callbacks.py"]
+
+
+def test_no_two_test_modules_share_a_name():
+    # pytest imports them by name alone: one of the two would fail to be collected, and only when both are asked for.
+    names = sorted(file.name for file in SOURCE.parents[1].glob("tests/**/*.py"))
+    assert sorted(set(names)) == names
