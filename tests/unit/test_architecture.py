@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"training", "teacher", "cluster", "data", "models", "config", "runtime", "storage", "identity"},
     "analysis": {"data", "config", "storage"},
     "report": {"analysis", "training", "data", "config", "runtime", "storage"},
-    "planning": {"tuning", "training", "models", "data", "cluster", "config", "runtime", "storage"},
+    "planning": {"identity", "tuning", "training", "models", "data", "cluster", "config", "runtime", "storage"},
     "demo": {"models", "data", "config", "storage"},
 }
 HEAVY = {"torch", "transformers", "peft", "deepspeed", "ray", "vllm"}
