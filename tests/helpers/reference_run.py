@@ -78,8 +78,9 @@ STUDENTS = ["base", *ARMS]
 BYSTANDER = """
 import sys
 from pathlib import Path
-from raykd import cluster, metrics
-with cluster.connected(Path(sys.argv[1]), "kept", "watch"):
+from raykd.cluster import connection
+from raykd.runtime import metrics
+with connection.connected(Path(sys.argv[1]), "kept", "watch"):
     metrics.show_trials("kept", {"one": "complete"})
     print("shown", file=sys.__stdout__, flush=True)
     sys.stdin.read()
