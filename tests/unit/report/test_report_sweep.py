@@ -70,8 +70,8 @@ def test_each_arm_is_at_its_best_point_by_validation_and_not_by_test(results: Re
     assert [(arm.name, arm.measured.n) for arm in results.arms] == [(BASE, 60), ("none", 120), ("teacher", 120)]
     table = best_points(results)
     assert [row[:4] for row in table.rows] == [
-        ["none", "learning_rate 0.001, rank 16", "40.0 (27.6–53.8)", "3"],
-        ["teacher", "learning_rate 0.0001, rank 16", "90.0 (78.6–95.7)", "3"],
+        ["none", "learning_rate 0.001, r 16", "40.0 (27.6–53.8)", "3"],
+        ["teacher", "learning_rate 0.0001, r 16", "90.0 (78.6–95.7)", "3"],
     ]
     assert [row[4:] for row in table.rows] == [["5", "1", "0"]] * 2
     assert "500 rows" in table.note and "12 trials" in table.note
@@ -118,7 +118,7 @@ def test_the_tables_hold_every_trial(results: Results, tmp_path: Path):
     console = Console(width=200, record=True)
     console.print(*result_tables(results))
     shown = console.export_text()
-    assert shown.count("learning_rate 0.01, rank 16") == 4
+    assert shown.count("learning_rate 0.01, r 16") == 4
     for name in ("report.html", "report.md"):
         text = (tmp_path / name).read_text()
         assert "Best point of each arm" in text and "Differences at equal points" in text and "All trials" in text
@@ -130,5 +130,5 @@ def test_what_was_stopped_is_not_called_missing(results: Results):
 
 def test_points_are_named_by_the_last_word_where_that_is_enough(results: Results):
     values = {"train.learning_rate": 0.00012345, "student.lora.r": 4}
-    assert at(results, values) == "learning_rate 0.000123, rank 4"
+    assert at(results, values) == "learning_rate 0.000123, r 4"
     assert at(results, {}) == "–"
