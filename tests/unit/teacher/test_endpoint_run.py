@@ -22,7 +22,7 @@ from raykd.pipeline.plan import Plan
 from raykd.planning import preview
 from raykd.storage import row_store, schemas
 from raykd.storage.files import read_json
-from raykd.teacher import completion_set, generate
+from raykd.teacher import build_prompts, completion_set
 from raykd.teacher.client import TeacherClient
 from raykd.teacher.completion_set import CompletionSet
 from raykd.training import examples
@@ -67,10 +67,10 @@ def make(plan: Plan, request: CompletionSet) -> list[dict[str, Any]]:
     """Asks as Ray Data does, call by call, and reads what was written."""
     told, instruction = plan.experiment.teacher, plan.experiment.prompt.instruction
     problems = pyarrow.parquet.read_table(plan.problems / "train.parquet")
-    rows = generate.BuildTeacherPrompts([request], told, instruction, {request.folder: set()})(problems)
+    rows = build_prompts.BuildTeacherPrompts([request], told, instruction, {request.folder: set()})(problems)
 
     async def asked() -> None:
-        teacher = TeacherClient("", "elsewhere", told, [request], in_flight=2)
+        teacher = TeacherClient("", "elsewhere", told, [request], max_calls=2)
         for start in range(0, len(rows), told.batch_size):
             part = rows.slice(start, told.batch_size)
             batch = {name: np.array([*part[name].to_pylist(), None], dtype=object)[:-1] for name in part.column_names}
@@ -142,7 +142,7 @@ def test_a_teacher_that_is_sent_messages_need_not_be_here_and_teaches_by_its_tex
         assert target.completion_token_ids[:-1] == expected
     # Before anything is asked it is shown, and its length is nobody's to check.
     assert "[user]\n" in preview.render_prompts(told, "0") and "a-vendors-largest" in preview.render_prompts(told, "0")
-    generate.check_teacher_lengths([request], plan.problems, told.teacher, "", 10**9)
+    build_prompts.check_teacher_lengths([request], plan.problems, told.teacher, "", 10**9)
 
 
 def test_a_row_that_is_refused_carries_that_and_the_others_are_there(tmp_path: Path):
