@@ -41,7 +41,7 @@ def test_in_a_bucket_it_is_checked_all_the_same(folder: Path, bucket: str):
     with pytest.raises(ValueError, match=r"s3://.*adapter_model\.safetensors: is damaged"):
         adapters.check_adapter(there, 4)
     filesystem.put(there / "adapter_model.bin", b"")
-    with pytest.raises(ValueError, match=r"adapter_model\.bin: does not belong there"):
+    with pytest.raises(ValueError, match=r"adapter_model\.bin: does not belong to an adapter"):
         adapters.check_adapter(there, 4)
 
 
@@ -74,9 +74,9 @@ def without_a_half(folder: Path) -> None:
     [
         (cut, r"adapter_model\.safetensors: is damaged"),
         (not_finite, "not all of it is finite"),
-        (without_a_half, "no half of a pair of rank 4"),
-        (lambda folder: (folder / adapters.WEIGHTS_FILE).unlink(), r"adapter_model\.safetensors: is not there"),
-        (lambda folder: (folder / "adapter_model.bin").touch(), r"adapter_model\.bin: does not belong there"),
+        (without_a_half, "not half of a pair of rank 4"),
+        (lambda folder: (folder / adapters.WEIGHTS_FILE).unlink(), r"adapter_model\.safetensors: is missing"),
+        (lambda folder: (folder / "adapter_model.bin").touch(), r"adapter_model\.bin: does not belong to an adapter"),
         (lambda folder: changed(folder, r=8), "r is '8', not 4"),
         (lambda folder: changed(folder, peft_type="LOHA"), "peft_type is 'LOHA'"),
         (lambda folder: changed(folder, auto_mapping={"parent_library": "os"}), "auto_mapping is set"),

@@ -78,7 +78,7 @@ def test_a_model_in_which_packed_rows_would_mix_is_known_by_its_configuration(tm
 @pytest.mark.parametrize("model", ["/nowhere/at/all", "no-such-owner/no-such-model"])
 def test_a_model_that_cannot_be_had_is_told_in_one_line(model: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match=f"model '{model}': neither a folder here nor to be had from the hub") as told:
+    with pytest.raises(ValueError, match=f"model '{model}': not a local directory, and could not be loaded") as told:
         loading.load_tokenizer(Teacher(model=model))
     assert "\n" not in str(told.value)
 

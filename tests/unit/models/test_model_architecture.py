@@ -212,5 +212,5 @@ def test_what_is_not_known_is_none_and_what_is_damaged_is_refused(tmp_path: Path
         "[]",
     ):
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(ValueError, match=r"config\.json: no configuration of a model"):
+        with pytest.raises(ValueError, match=r"config\.json: not a valid model configuration"):
             architecture.find_shape(str(tmp_path))

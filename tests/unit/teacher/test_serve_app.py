@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from raykd.config.loading import load_experiment
 from raykd.config.sections import Teacher
-from raykd.teacher.serve_app import TeacherService, app, by_prompt
+from raykd.teacher.serve_app import TeacherService, app, one_prompt_per_call
 from raykd.teacher.server import llm_config
 
 ROOT = Path(__file__).parents[3]
@@ -56,7 +56,7 @@ def test_a_replica_takes_as_many_prompts_as_in_a_run():
     """There a call holds `batch_size` of them, and over OpenAI's protocol one."""
     told = {"model": "raykd/demo-teacher", "concurrency": 3, "batch_size": 5, "replicas": {"min": 1, "max": 4}}
     teacher = Teacher.model_validate(told)
-    in_a_run, alone = (llm_config(each, 0, "cpu").deployment_config for each in (teacher, by_prompt(teacher)))
+    in_a_run, alone = (llm_config(each, 0, "cpu").deployment_config for each in (teacher, one_prompt_per_call(teacher)))
     assert alone["max_ongoing_requests"] == 5 * in_a_run["max_ongoing_requests"] == 5 * 2 * 3
     figures = [each["autoscaling_config"]["target_ongoing_requests"] for each in (alone, in_a_run)]
     assert figures == [5 * 3, 3]
