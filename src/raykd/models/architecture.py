@@ -15,7 +15,6 @@ from raykd.models.builtin import resolve_model
 # Decoders with Llama's architecture, whose parameters are known. Qwen 2 adds biases to queries, keys and values.
 LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 # Group size and scheme of the INT4 repositories of hugging-quants and of most others.
 GROUP_SIZE = 128
 # Quantization by parts of the names of repositories, methods and algorithms: name, bits, group size. The first match
@@ -38,7 +37,7 @@ class Quantization:
     group_size: int = 0
     """Weights of an input column that share a scale and a zero point (INT4); 0 for one scale per output."""
     kept: tuple[str, ...] = ()
-    """Modules that are not quantized: consecutive parts of a module's dotted name, or `re:` and a regular expression."""
+    """Modules that are not quantized: consecutive parts of a dotted name, or `re:` and a regular expression."""
 
     def keeps(self, module: str) -> bool:
         """Return whether a module, such as `model.layers.0.self_attn.q_proj`, is not quantized."""
