@@ -24,11 +24,11 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def test_an_adapter_as_it_is_saved_passes(folder: Path):
+def test_saved_adapter_passes(folder: Path):
     adapters.check_adapter(folder, 4)
 
 
-def test_in_a_bucket_it_is_checked_all_the_same(folder: Path, bucket: str):
+def test_adapter_in_a_bucket_is_checked(folder: Path, bucket: str):
     there = filesystem.resolve(f"{bucket}/checked/adapter")
     for damage in (None, cut):
         if damage:
@@ -45,9 +45,9 @@ def test_in_a_bucket_it_is_checked_all_the_same(folder: Path, bucket: str):
         adapters.check_adapter(there, 4)
 
 
-def changed(folder: Path, **told: object) -> None:
+def changed(folder: Path, **message: object) -> None:
     file = folder / adapters.CONFIG_FILE
-    file.write_text(json.dumps(json.loads(file.read_text()) | told))
+    file.write_text(json.dumps(json.loads(file.read_text()) | message))
 
 
 def cut(folder: Path) -> None:
@@ -70,7 +70,7 @@ def without_a_half(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (cut, r"adapter_model\.safetensors: is damaged"),
         (not_finite, "not all of it is finite"),
@@ -83,7 +83,7 @@ def without_a_half(folder: Path) -> None:
         (lambda folder: (folder / adapters.CONFIG_FILE).write_text("{"), r"adapter_config\.json is damaged"),
     ],
 )
-def test_a_damaged_one_is_refused_by_name(folder: Path, damage, told: str):
+def test_damaged_adapter_is_refused(folder: Path, damage, message: str):
     damage(folder)
-    with pytest.raises(ValueError, match=rf"{told}.*delete"):
+    with pytest.raises(ValueError, match=rf"{message}.*delete"):
         adapters.check_adapter(folder, 4)
