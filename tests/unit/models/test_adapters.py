@@ -45,9 +45,9 @@ def test_adapter_in_a_bucket_is_checked(folder: Path, bucket: str):
         adapters.check_adapter(there, 4)
 
 
-def changed(folder: Path, **message: object) -> None:
+def changed(folder: Path, **fields: object) -> None:
     file = folder / adapters.CONFIG_FILE
-    file.write_text(json.dumps(json.loads(file.read_text()) | message))
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 def cut(folder: Path) -> None:
