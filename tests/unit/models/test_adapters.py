@@ -73,7 +73,7 @@ def without_a_half(folder: Path) -> None:
     ("damage", "message"),
     [
         (cut, r"adapter_model\.safetensors: is damaged"),
-        (not_finite, "not all of it is finite"),
+        (not_finite, "values that are not finite"),
         (without_a_half, "not half of a pair of rank 4"),
         (lambda folder: (folder / adapters.WEIGHTS_FILE).unlink(), r"adapter_model\.safetensors: is missing"),
         (lambda folder: (folder / "adapter_model.bin").touch(), r"adapter_model\.bin: does not belong to an adapter"),
