@@ -39,15 +39,10 @@ CALLS = "calls.jsonl"
 OURS, PEER = "raykd generate", "offline LLM.chat"
 
 
-class Timed(client.TeacherClient):
-    """Notes beside the completions when each call began and ended."""
-
-    async def _call(self, rows: list[dict[str, Any]], wanted: Any) -> Any:
-        began = time.time()
-        reply = await super()._call(rows, wanted)
-        with (wanted.folder.parents[1] / CALLS).open("a") as file:
-            file.write(json.dumps([began, time.time(), len(rows)]) + "\n")
-        return reply
+def record_call(call: client.TeacherCall, began: float, ended: float) -> None:
+    """Notes beside the completions when a call began and ended."""
+    with (call.completion_set.folder.parents[1] / CALLS).open("a") as file:
+        file.write(json.dumps([began, ended, len(call.rows)]) + "\n")
 
 
 def main() -> int:
@@ -96,8 +91,6 @@ def experiment_of(model: Path, options: Any) -> dict[str, Any]:
 
 def alternately(file: Path, root: Path, options: Any) -> dict[str, list[dict[str, float]]]:
     """Both engines up, in turns."""
-    # Ray Data takes the class from there.
-    generate.AskTeacher = Timed
     first = plan_of(file, root / "warm", [*options.overrides, "dataset.num_train=64"])
     wanted = first.experiment.teacher
     with (
@@ -112,8 +105,16 @@ def alternately(file: Path, root: Path, options: Any) -> dict[str, list[dict[str
                 plan = plan or plan_of(file, Path(tempfile.mkdtemp(dir=root)), options.overrides)
                 began = time.time()
                 instruction = plan.experiment.prompt.instruction
-                given = (plan.problems, plan.experiment.teacher, instruction)
-                generate.generate_completions(plan.requests, *given, app, plan.experiment.name, run_record.versions())
+                context = generate.GenerationContext(
+                    problems_dir=plan.problems,
+                    teacher=plan.experiment.teacher,
+                    instruction=instruction,
+                    app=app,
+                    experiment=plan.experiment.name,
+                    versions=run_record.versions(),
+                    on_call=record_call,
+                )
+                generate.generate_completions(plan.requests, context)
                 return figures(plan, began)
 
             def theirs(plan: Plan = first) -> dict[str, float]:

@@ -40,7 +40,7 @@ APP = "simulated"
 # Calls that an engine answers at a time.
 CALLS = 4
 # What Ray calls the processes whose time is told.
-ROLES = {"AskTeacher": "asking", "Render": "rendering", "ServeController": "controller"}
+ROLES = {"TeacherClient": "asking", "BuildTeacherPrompts": "rendering", "ServeController": "controller"}
 LOOKS_EVERY_S = 1.0
 
 
@@ -100,8 +100,10 @@ def measure(told: dict[str, Any], root: Path) -> dict[str, float]:
         serve.run(deployment.bind(CALLS, told["latency_s"]), name=APP, route_prefix=None)
         before, began = bench.peak_mb(), time.monotonic()
         with processor_seconds() as taken:
-            given = (plan.problems, teacher, plan.experiment.prompt.instruction)
-            generate.generate_completions([request], *given, APP, plan.experiment.name, {})
+            context = generate.GenerationContext(
+                plan.problems, teacher, plan.experiment.prompt.instruction, APP, plan.experiment.name, {}
+            )
+            generate.generate_completions([request], context)
         stage = time.monotonic() - began
         serve.shutdown()
     peak = bench.peak_mb()

@@ -1,4 +1,4 @@
-"""A real HTTP server on loopback that answers as it is told, for a teacher elsewhere."""
+"""Fake OpenAI server: an HTTP server on loopback with scripted answers."""
 
 import json
 import threading
@@ -18,7 +18,7 @@ Answer = tuple[int, dict[str, str], Any]
 
 
 @dataclass
-class Asked:
+class ReceivedRequest:
     """One request."""
 
     path: str
@@ -29,38 +29,38 @@ class Asked:
 
 
 @dataclass
-class Elsewhere:
-    """What a server was asked, and what it says to that."""
+class FakeServer:
+    """A server's requests so far, and the function that answers them."""
 
     url: str
-    says: Callable[[Asked, int], Answer]
-    """By the request and its number, from 0."""
-    asked: list[Asked] = field(default_factory=list)
-    most_at_once: int = 0
+    respond: Callable[[ReceivedRequest, int], Answer]
+    """Takes the request and its number, from 0."""
+    requests: list[ReceivedRequest] = field(default_factory=list)
+    max_concurrent: int = 0
     _now: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def answer(self, asked: Asked) -> Answer:
+    def answer(self, request: ReceivedRequest) -> Answer:
         with self._lock:
-            number = len(self.asked)
-            self.asked.append(asked)
+            number = len(self.requests)
+            self.requests.append(request)
             self._now += 1
-            self.most_at_once = max(self.most_at_once, self._now)
+            self.max_concurrent = max(self.max_concurrent, self._now)
         try:
-            return self.says(asked, number)
+            return self.respond(request, number)
         finally:
             with self._lock:
                 self._now -= 1
 
     def teacher(self, **endpoint: Any) -> Teacher:
-        """A teacher that is asked here."""
-        told = Endpoint.model_validate({"url": self.url, "max_retries": 1, **endpoint})
-        return Teacher(model="raykd/demo-teacher", endpoint=told, timeout_s=20, batch_size=4, concurrency=2)
+        """Return a teacher behind this server."""
+        section = Endpoint.model_validate({"url": self.url, "max_retries": 1, **endpoint})
+        return Teacher(model="raykd/demo-teacher", endpoint=section, timeout_s=20, batch_size=4, concurrency=2)
 
 
 @contextmanager
-def serving(says: Callable[[Asked, int], Answer]) -> Iterator[Elsewhere]:
-    """Runs such a server for a `with` block."""
+def serving(respond: Callable[[ReceivedRequest, int], Answer]) -> Iterator[FakeServer]:
+    """Run a server during a `with` block."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -68,8 +68,8 @@ def serving(says: Callable[[Asked, int], Answer]) -> Iterator[Elsewhere]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             headers = {name.lower(): value for name, value in self.headers.items()}
-            status, more, said = elsewhere.answer(Asked(self.path, headers, body, time.monotonic()))
-            content = said if isinstance(said, bytes) else json.dumps(said).encode()
+            status, more, content_or_json = server.answer(ReceivedRequest(self.path, headers, body, time.monotonic()))
+            content = content_or_json if isinstance(content_or_json, bytes) else json.dumps(content_or_json).encode()
             try:
                 self.send_response(status)
                 for name, value in {"Content-Type": "application/json", **more}.items():
@@ -78,23 +78,23 @@ def serving(says: Callable[[Asked, int], Answer]) -> Iterator[Elsewhere]:
                 self.end_headers()
                 self.wfile.write(content)
             except OSError:
-                # Whoever asked has given up.
+                # The client has closed the connection.
                 self.close_connection = True
 
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    elsewhere = Elsewhere(f"http://127.0.0.1:{server.server_port}/v1", says)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    http_server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http_server.daemon_threads = True
+    server = FakeServer(f"http://127.0.0.1:{http_server.server_port}/v1", respond)
+    thread = threading.Thread(target=http_server.serve_forever, args=(0.05,))
     thread.start()
     try:
-        yield elsewhere
+        yield server
     finally:
-        server.shutdown()
+        http_server.shutdown()
         thread.join()
-        server.server_close()
+        http_server.server_close()
 
 
 def tokens(*ids: int, text: str = "It is 4.", finish: str = "stop", **more: Any) -> Answer:
@@ -109,9 +109,9 @@ def message(text: str | None, finish: str = "stop") -> Answer:
     return 200, {}, {"object": "chat.completion", "choices": [choice]}
 
 
-def scores(asked: Asked, number: int = 0) -> Answer:
-    """What a teacher that is nearly sure of every token that it is given to score says of it, over its k best."""
-    prompt, k = asked.body["prompt"], asked.body["prompt_logprobs"]
+def scores(request: ReceivedRequest, number: int = 0) -> Answer:
+    """Return scores of a teacher that is nearly certain of every token, with its k best."""
+    prompt, k = request.body["prompt"], request.body["prompt_logprobs"]
     each = [[token, *(other for other in range(k) if other != token)][:k] for token in prompt[1:]]
     best = [
         {str(token): {"logprob": -4.0 - rank if rank else -0.1, "rank": rank + 1} for rank, token in enumerate(ids)}
@@ -120,11 +120,11 @@ def scores(asked: Asked, number: int = 0) -> Answer:
     return tokens(0, prompt_logprobs=[None, *best])
 
 
-def as_wanted(asked: Asked, number: int = 0) -> Answer:
-    """An answer with all that was asked for, which does not depend on its number."""
-    if asked.path.endswith("/chat/completions"):
-        return message(f"{asked.body['messages'][-1]['content'][:9]}\n#### 4")
-    top_k, scored_k, prompt = (asked.body.get(name) for name in ("logprobs", "prompt_logprobs", "prompt"))
+def complete_answer(request: ReceivedRequest, number: int = 0) -> Answer:
+    """Return an answer with everything that the request asks for; it does not depend on the number."""
+    if request.path.endswith("/chat/completions"):
+        return message(f"{request.body['messages'][-1]['content'][:9]}\n#### 4")
+    top_k, scored_k, prompt = (request.body.get(name) for name in ("logprobs", "prompt_logprobs", "prompt"))
     more: dict[str, Any] = {}
     if top_k:
         best = {f"token_id:{token}": -1.0 - token for token in range(top_k)}

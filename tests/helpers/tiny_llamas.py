@@ -1,4 +1,4 @@
-"""Llamas of a given shape, as transformers builds them."""
+"""Configurations of Llamas with a given shape."""
 
 from transformers import LlamaConfig
 
@@ -6,7 +6,7 @@ from raykd.models.architecture import Shape
 
 
 def llama_of(shape: Shape) -> LlamaConfig:
-    """What transformers builds a Llama of this shape from."""
+    """Return transformers' configuration of a Llama with this shape."""
     return LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,

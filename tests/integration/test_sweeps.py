@@ -26,14 +26,14 @@ GOOD, FAIR, POOR = 5e-3, 2e-3, 1e-7
 
 
 @pytest.fixture(scope="module")
-def scripted() -> Iterator[fake_openai_server.Elsewhere]:
+def scripted() -> Iterator[fake_openai_server.FakeServer]:
     """A teacher without an engine, for none of these tests is about what it says."""
     with fake_openai_server.serving(fake_openai_server.scores) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def sweep_file(scripted: fake_openai_server.Elsewhere, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sweep_file(scripted: fake_openai_server.FakeServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two arms at three learning rates, of which one teaches nothing, and an arm that cannot be trained."""
     engine = {"engine_kwargs": {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 32}}
     tree = {
@@ -169,13 +169,13 @@ def told(job: TrialSpec) -> dict[str, Any]:
     return files.read_json(job.folder / "trial.json")
 
 
-def test_the_teacher_was_asked_once_for_all_trials(swept: Swept, scripted: fake_openai_server.Elsewhere):
+def test_the_teacher_was_asked_once_for_all_trials(swept: Swept, scripted: fake_openai_server.FakeServer):
     (request,) = swept.plan.requests
     rows = row_store.read_rows(request.folder, schemas.COMPLETION, ["problem_id"])
     assert len(rows) == len(set(rows["problem_id"].to_pylist())) == 96
     assert {job.completions for job in by_arm(swept, "scored").values()} == {request.folder}
     # Two tokens are asked about first, to see whether it answers.
-    assert len([each for each in scripted.asked if len(each.body["prompt"]) > 2]) == 96
+    assert len([each for each in scripted.requests if len(each.body["prompt"]) > 2]) == 96
     assert "asking the teacher" not in swept.stderr
 
 

@@ -38,7 +38,7 @@ def oracle(answer: str) -> list[tuple[Fraction, Fraction]]:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_calculation_of_a_reference_is_right_and_the_last_is_the_answer(split: str):
+def test_reference_calculations_are_right_and_end_in_the_answer(split: str):
     for row in generate(split, 500, seed=3):
         steps, final = row["answer"].rsplit("\n#### ", 1)
         pairs = oracle(steps)
@@ -49,7 +49,7 @@ def test_every_calculation_of_a_reference_is_right_and_the_last_is_the_answer(sp
         assert row["answer"].isascii()
 
 
-def test_steps_start_from_numbers_that_the_question_or_an_earlier_step_gives():
+def test_steps_use_known_numbers_only():
     for problem in generate_problems("train", 500, seed=4):
         known = set(re.findall(r"\d+", problem.question)) | ({"2"} if problem.kind == "half" else set())
         for step in problem.steps:
@@ -57,7 +57,7 @@ def test_steps_start_from_numbers_that_the_question_or_an_earlier_step_gives():
             known.add(str(step.result))
 
 
-def test_all_ways_of_writing_a_solution_are_right_and_end_in_the_answer():
+def test_solutions_of_all_styles_are_right():
     from raykd.demo.styles import COMPLETIONS, document, drill
 
     rng = random.Random(0)
@@ -73,14 +73,14 @@ def test_every_kind_is_generated():
     assert {p.kind for p in generate_problems("train", 500)} == {kind.name for kind in KINDS}
 
 
-def test_no_split_has_a_question_of_another_or_one_twice():
+def test_questions_are_unique_across_splits():
     questions = {split: {row["question"] for row in generate(split, 3000, seed=6)} for split in SPLITS}
     assert all(len(q) == 3000 for q in questions.values())
     for one, other in combinations(SPLITS, 2):
         assert not questions[one] & questions[other]
 
 
-def test_no_numbers_of_a_kind_are_in_two_splits():
+def test_numbers_are_unique_across_splits():
     """A kind's calculations name its numbers, so that another phrasing of a test problem is no training problem."""
     sums = {
         split: {(p.kind, tuple(s.expression for s in p.steps)) for p in generate_problems(split, 4000)}
@@ -90,19 +90,19 @@ def test_no_numbers_of_a_kind_are_in_two_splits():
         assert not sums[one] & sums[other]
 
 
-def test_a_seed_gives_the_same_problems_and_another_seed_others():
+def test_seed_determines_the_problems():
     first = list(generate("train", 50, seed=1))
     assert first == list(generate("train", 50, seed=1))
     assert first == list(islice(generate("train", 80, seed=1), 50))
     assert first != list(generate("train", 50, seed=2))
 
 
-def test_an_unknown_split_is_refused():
+def test_unknown_split_is_refused():
     with pytest.raises(ValueError, match="validation"):
         next(generate("dev", 1))
 
 
-def test_only_the_two_names_are_resolved():
+def test_resolve_model():
     assert resolve_model("raykd/demo-teacher") == str(MODELS["raykd/demo-teacher"])
     assert resolve_model("meta-llama/Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
 
@@ -114,7 +114,7 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(MODELS["raykd/demo-teacher"])
 
 
-def test_the_tokenizer_gives_back_any_text(tokenizer: Any):
+def test_tokenizer_round_trip(tokenizer: Any):
     for text in AWKWARD:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -124,7 +124,7 @@ def test_each_digit_is_a_token(tokenizer: Any):
     assert [t for t in tokens if any(c.isdigit() for c in t)] == list("123456789") + list("12345")
 
 
-def test_the_chat_template_puts_one_bos_and_is_what_training_rendered(tokenizer: Any):
+def test_chat_template_equals_training(tokenizer: Any):
     from raykd.demo.tokenizer import render_chat
 
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "What is 6 * 12?"}]
@@ -137,12 +137,12 @@ def test_the_chat_template_puts_one_bos_and_is_what_training_rendered(tokenizer:
     assert whole == text + "72" + tokenizer.eos_token
 
 
-def test_both_models_have_one_tokenizer():
+def test_models_share_a_tokenizer():
     files = [(folder / "tokenizer.json").read_bytes() for folder in MODELS.values()]
     assert files[0] == files[1]
 
 
-def test_the_weights_are_small_and_carry_their_measurements():
+def test_weights_are_small_and_have_metrics():
     size = sum(p.stat().st_size for folder in MODELS.values() for p in folder.rglob("*") if p.is_file())
     assert size <= 12e6
     for name, folder in MODELS.items():
@@ -187,25 +187,25 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("strategy", ["teacher", "ground_truth", "confidence", "gold_hint"])
-def test_the_primed_teacher_solves_most_problems(strategy: str):
+def test_primed_teacher_solves_most_problems(strategy: str):
     assert greedy_accuracy(MODELS["raykd/demo-teacher"], strategy)["strict"] >= 0.8
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_the_unprimed_teacher_does_not():
+def test_unprimed_teacher_solves_few_problems():
     assert greedy_accuracy(MODELS["raykd/demo-teacher"], "none")["strict"] <= 0.6
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_the_untouched_student_solves_hardly_any():
+def test_base_student_solves_few_problems():
     accuracy = greedy_accuracy(MODELS["raykd/demo-student"], "none")
     assert max(accuracy.values()) <= 0.15
 
 
-def test_the_generated_rows_are_those_of_the_generators_version():
+def test_generator_version_matches_the_rows():
     rows = [row for split in SPLITS for seed in (0, 1) for row in generate(split, 400, seed)]
     digest = hashing.text_digest(json.dumps(rows))[:20]
     assert (GENERATOR_VERSION, digest) == (1, "d12e1cbcb61ecfcb7b7d"), (
-        "the generated rows have changed: raise GENERATOR_VERSION in raykd/demo/problems.py, so that problem sets and "
-        "completions of the earlier rows are not taken for theirs, and write both down here"
+        "the generated rows changed: raise GENERATOR_VERSION in raykd/data/demo_problems.py, so that problem sets and "
+        "completions of earlier rows are not reused, and update both values here"
     )

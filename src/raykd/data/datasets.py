@@ -1,4 +1,4 @@
-"""Problems: GSM8K, JSON lines and the built-in generator become splits of Parquet, a row a problem."""
+"""Datasets: problems of GSM8K, JSON lines or the built-in generator as splits in Parquet, one row per problem."""
 
 import heapq
 import json
@@ -19,30 +19,31 @@ from raykd.storage import filesystem, hashing, row_store, schemas
 from raykd.storage.files import read_json, read_table
 
 SPLITS = ("train", "validation", "test")
+ROWS_PER_GROUP = 1024
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The splits of an experiment, written or not."""
+    """The splits of an experiment, whether written yet or not."""
 
     folder: Path
-    """`<storage>/problems/<content key>`, where they are or will be."""
+    """`<storage>/problems/<content key>`."""
     content: Mapping[str, Any]
-    """All that determines the rows (`raykd.identity.problem_set`)."""
+    """All settings that determine the rows (`raykd.identity.problem_set`)."""
     counts: Mapping[str, int]
     """Problems by split."""
 
 
 def resolve_splits(dataset: Dataset, root: Path) -> Splits:
-    """Find out what the splits hold; nothing is written, rows that are not there yet are read and counted.
+    """Return the splits without writing them; the rows of splits that are not written yet are read and counted.
 
     Args:
-        dataset: which problems, and how many.
+        dataset: the `dataset` section.
         root: the storage folder.
 
     Raises:
-        UserError: as `prepare`.
+        UserError: as for `write_splits`.
     """
     content, folder = _locate(dataset, root)
     manifest = row_store.read_manifest(folder)
@@ -52,15 +53,15 @@ def resolve_splits(dataset: Dataset, root: Path) -> Splits:
 
 
 def read_split(dataset: Dataset, root: Path, split: str) -> list[Row]:
-    """The rows of a split (`schemas.PROBLEM`), written or not; nothing is written.
+    """Return the rows of a split (`schemas.PROBLEM`), whether written yet or not. Nothing is written.
 
     Args:
-        dataset: which problems, and how many.
+        dataset: the `dataset` section.
         root: the storage folder.
         split: one of `SPLITS`.
 
     Raises:
-        UserError: as `prepare`.
+        UserError: as for `write_splits`.
     """
     splits = resolve_splits(dataset, root)
     if row_store.read_manifest(splits.folder):
@@ -69,14 +70,14 @@ def read_split(dataset: Dataset, root: Path, split: str) -> list[Row]:
 
 
 def write_splits(dataset: Dataset, root: Path) -> Path:
-    """Write the three splits, unless they are there, and return their folder.
+    """Write the three splits, unless they exist, and return their folder.
 
     Args:
-        dataset: which problems, and how many.
-        root: the storage folder; the splits lie in `root/problems/<content key>`.
+        dataset: the `dataset` section.
+        root: the storage folder; the splits are written to `root/problems/<content key>`.
 
     Raises:
-        UserError: a file that is missing or a line that is no problem, by file and line number.
+        UserError: a missing file, an invalid line (by file and line number), or fewer problems than requested.
     """
     content, folder = _locate(dataset, root)
     if row_store.read_manifest(folder):
@@ -89,10 +90,10 @@ def write_splits(dataset: Dataset, root: Path) -> Path:
 
 
 def _splits(dataset: Dataset) -> dict[str, Callable[[], Iterator[Row]]]:
-    """For each split a function that reads its rows anew at each call, without `other_answer`.
+    """Return for each split a function that reads its rows at each call, without `other_answer`.
 
-    Validation is cut from train by a hash of the problem's id, so it is the same whatever the order and
-    whatever is added. Rows stream through: the memory used does not grow with their number.
+    Validation is cut from train by a hash of the problem's id, so that it does not depend on the order or the number of
+    training problems. Rows are streamed: memory does not grow with their number.
     """
     train, test = _source(dataset)
     held_out = {
@@ -103,7 +104,9 @@ def _splits(dataset: Dataset) -> dict[str, Callable[[], Iterator[Row]]]:
         )
     }
     if len(held_out) < dataset.num_validation:
-        raise UserError(f"num_validation={dataset.num_validation}, but train holds {len(held_out)} problems")
+        raise UserError(
+            f"dataset.num_validation={dataset.num_validation}, but train has {len(held_out)} problems; lower it"
+        )
     return {
         "train": lambda: _take((row for row in train() if row["problem_id"] not in held_out), dataset.num_train),
         "validation": lambda: (row for row in train() if row["problem_id"] in held_out),
@@ -112,21 +115,21 @@ def _splits(dataset: Dataset) -> dict[str, Callable[[], Iterator[Row]]]:
 
 
 def _check_counts(dataset: Dataset, counts: Mapping[str, int]) -> None:
-    for split, wanted in (("train", dataset.num_train), ("test", dataset.num_test)):
-        if not counts[split] or (wanted and counts[split] < wanted):
+    for split, requested in (("train", dataset.num_train), ("test", dataset.num_test)):
+        if not counts[split] or (requested and counts[split] < requested):
             raise UserError(
-                f"dataset.num_{split}={wanted or 'all'}, but the source {dataset.source} has {counts[split]}"
-                f" problems left for {split}; ask for fewer"
+                f"dataset.num_{split}={requested or 'all'}, but the source {dataset.source} has {counts[split]}"
+                f" problems left for {split}; lower dataset.num_{split}"
             )
 
 
 def split_size(folder: Path, split: str) -> int:
-    """How many problems a split holds, without opening it."""
+    """Return the number of problems of a split, from the manifest."""
     return read_json(folder / row_store.MANIFEST)[split]
 
 
 def _locate(dataset: Dataset, root: Path) -> tuple[dict[str, Any], Path]:
-    """What determines the splits, and their folder."""
+    """Return the settings that determine the splits, and their folder."""
     _check_files(dataset)
     content = identity.problem_set(dataset)
     return content, root / "problems" / hashing.content_key(content)
@@ -135,11 +138,11 @@ def _locate(dataset: Dataset, root: Path) -> tuple[dict[str, Any], Path]:
 def _check_files(dataset: Dataset) -> None:
     for key, path in (("train_file", dataset.train_file), ("test_file", dataset.test_file)):
         if path and not Path(path).is_file():
-            raise UserError(f"problems.{key}: no file {path}")
+            raise UserError(f"dataset.{key}: no file {path}")
 
 
 def _source(dataset: Dataset) -> tuple[Callable[[], Iterator[Row]], Callable[[], Iterator[Row]]]:
-    """Functions that read the train and the test split anew at each call."""
+    """Return two functions, which read the train and the test split at each call."""
     if dataset.source == "demo":
         assert dataset.num_train and dataset.num_test
         count = dataset.num_train + dataset.num_validation
@@ -158,7 +161,7 @@ def _source(dataset: Dataset) -> tuple[Callable[[], Iterator[Row]], Callable[[],
 
     try:
         gsm8k: Any = datasets.load_dataset("openai/gsm8k", "main", revision=dataset.revision)
-    # Without the hub and without a copy it is a plain ValueError.
+    # `datasets` raises a plain ValueError where neither the hub nor a cached copy is available.
     except (OSError, ValueError, DatasetsError) as error:
         raise UserError(
             f"openai/gsm8k cannot be loaded ({' '.join(str(error).split())[:200]}); without the hub, download its "
@@ -171,10 +174,10 @@ def _source(dataset: Dataset) -> tuple[Callable[[], Iterator[Row]], Callable[[],
 
 
 def read_jsonl(path: Path) -> Iterator[Row]:
-    """Yields the objects of a file of JSON lines that hold `question` and `answer`.
+    """Yield the objects of a file of JSON lines; each must have the texts `question` and `answer`.
 
     Raises:
-        UserError: for a line that is no such object, by file and line number.
+        UserError: an invalid line, by file and line number.
     """
     with path.open(encoding="utf-8", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
@@ -182,11 +185,11 @@ def read_jsonl(path: Path) -> Iterator[Row]:
                 continue
             try:
                 row = json.loads(line)
-                # Both a byte that is no UTF-8 and an escaped half of a surrogate pair end up here.
+                # Fails for bytes that are not UTF-8 (surrogateescape), and for an escaped half of a surrogate pair.
                 (line + json.dumps(row, ensure_ascii=False)).encode()
             except UnicodeEncodeError:
                 raise UserError(f"{path}:{number}: not valid Unicode text") from None
-            # json has other errors too, for a number too long and for what is nested too deeply.
+            # json also raises ValueError for numbers that are too long and RecursionError for deep nesting.
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{number}: not JSON: {error}") from None
             fields = [row.get(key) for key in ("question", "answer")] if isinstance(row, dict) else []
@@ -196,7 +199,13 @@ def read_jsonl(path: Path) -> Iterator[Row]:
 
 
 def _rows(split: str, origin: str, items: Iterator[Row]) -> Iterator[Row]:
-    """Turns GSM8K's form into rows of `schemas.PROBLEM`, but for `other_answer`."""
+    """Yield rows of `schemas.PROBLEM` without `other_answer` from objects in GSM8K's form.
+
+    Args:
+        split: `train` or `test`; part of the problems' ids.
+        origin: the file or the dataset, for error messages.
+        items: objects with `question` and `answer`.
+    """
     for number, item in enumerate(items, start=1):
         try:
             answer = reference_answer(item["answer"])
@@ -212,13 +221,13 @@ def _rows(split: str, origin: str, items: Iterator[Row]) -> Iterator[Row]:
 
 
 def _write(path: Path, rows: Iterator[Row]) -> int:
-    """Writes rows with the answer of another problem beside each; returns their number."""
+    """Write rows to a Parquet file, with `other_answer` added, and return their number."""
     count = 0
     with filesystem.atomic_write(path) as temporary, pq.ParquetWriter(temporary, schemas.PROBLEM) as writer:
         batch: list[Row] = []
         for row in _with_other_answer(rows):
             batch.append(row)
-            if len(batch) == 1024:
+            if len(batch) == ROWS_PER_GROUP:
                 writer.write_table(pa.Table.from_pylist(batch, schema=schemas.PROBLEM))
                 count += len(batch)
                 batch = []
@@ -228,10 +237,10 @@ def _write(path: Path, rows: Iterator[Row]) -> int:
 
 
 def _with_other_answer(rows: Iterator[Row]) -> Iterator[Row]:
-    """Adds to each row the answer of the nearest row before it that has another answer than its own.
+    """Add `other_answer` to each row: the answer of the nearest earlier row with a different answer.
 
-    The first rows, which have none before them, are given the first that follows. Where all answers are the
-    same, so is the other answer.
+    The first rows, before any different answer, get the first different answer that follows. If all answers are the
+    same, `other_answer` is that answer.
     """
     waiting: list[Row] = []
     previous = other = None
@@ -239,19 +248,20 @@ def _with_other_answer(rows: Iterator[Row]) -> Iterator[Row]:
         answer = row["reference_answer"]
         if previous is not None and answer != previous:
             other = previous
-            for early in waiting:
-                yield {**early, "other_answer": answer}
+            for earlier in waiting:
+                yield {**earlier, "other_answer": answer}
             waiting = []
         previous = answer
         if other is None:
             waiting.append(row)
         else:
             yield {**row, "other_answer": other}
-    for early in waiting:
-        yield {**early, "other_answer": early["reference_answer"]}
+    for earlier in waiting:
+        yield {**earlier, "other_answer": earlier["reference_answer"]}
 
 
 def _take(rows: Iterator[Row], count: int | None) -> Iterator[Row]:
+    """Yield the first `count` rows; all where it is None."""
     for index, row in enumerate(rows):
         if count is not None and index >= count:
             return

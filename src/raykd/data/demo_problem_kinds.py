@@ -1,21 +1,21 @@
-"""Kinds: the twelve sorts of word problem, as data (phrasings, words, ranges, steps)."""
+"""Demo problem kinds: the twelve kinds of word problem as data (phrasings, words, ranges, steps)."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One sort of problem: what is asked, with which numbers, and how it is worked."""
+    """One kind of problem: its question, the ranges of its numbers, and the steps of its solution."""
 
     name: str
     questions: tuple[str, ...]
-    """Phrasings; `{a}` to `{f}` are the drawn numbers, other fields are words."""
+    """Phrasings; `{a}` to `{f}` are the drawn numbers, all other fields are words."""
     ranges: dict[str, tuple[int, int]]
-    """The least and greatest value of each drawn number, both included."""
+    """Least and greatest value of each drawn number, inclusive."""
     steps: tuple[tuple[str, str, str], ...]
-    """For each step the name of its result, its expression over names, and what is found (noun phrase)."""
+    """For each step the name of its result, its expression over names, and what it counts (a noun phrase)."""
     words: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Words of this kind's own, one drawn for each field."""
+    """Words of this kind; one is drawn for each field."""
 
 
 NAMES = (

@@ -1,4 +1,8 @@
-"""Chat messages for teacher and student, and the evaluation protocols."""
+"""Prompts: the chat messages of teacher and student, and the protocols by which students are evaluated.
+
+A protocol decides how a problem is put to a student: as in training (`zero_shot_chat`), after worked problems
+(`eight_shot_cot`), or as text to continue (`zero_shot_raw`).
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,72 +11,6 @@ from raykd.config.sections import Evaluate, Protocol
 from raykd.config.strategies import Exemplar, Strategy
 
 Messages = list[dict[str, str]]
-
-
-def student_messages(problem: Mapping[str, Any], instruction: str = "", exemplars: Iterable[Exemplar] = ()) -> Messages:
-    """The messages a student is trained and evaluated on: the question, never a prime.
-
-    Args:
-        problem: a row with at least `question`.
-        instruction: what both teacher and student are told about the form of the answer; may be empty.
-        exemplars: worked problems that come before it, in evaluation by some protocols.
-    """
-    return [*_turns(exemplars, instruction), {"role": "user", "content": _join(problem["question"], instruction)}]
-
-
-def teacher_messages(problem: Mapping[str, Any], strategy: Strategy, instruction: str = "") -> Messages:
-    """The messages a teacher is sent: what the student sees, and the strategy's prime and exemplars.
-
-    Args:
-        problem: a row with `question`, `reference_answer` and `other_answer`.
-        strategy: the prime and where it goes.
-        instruction: as for the student, so that the prime is the only difference.
-    """
-    prime = strategy.text.format(reference_answer=problem["reference_answer"], other_answer=problem["other_answer"])
-    question = _join(problem["question"], instruction)
-    messages = [{"role": "system", "content": prime}] if strategy.place == "system" and prime else []
-    messages += _turns(strategy.exemplars, instruction)
-    asked = {"system": question, "before": _join(prime, question), "after": _join(question, prime)}
-    return [*messages, {"role": "user", "content": asked[strategy.place]}]
-
-
-def _turns(exemplars: Iterable[Exemplar], instruction: str) -> Messages:
-    asked = [(_join(each.question, instruction), each.answer) for each in exemplars]
-    return [
-        {"role": role, "content": content}
-        for question, answer in asked
-        for role, content in (("user", question), ("assistant", answer))
-    ]
-
-
-def _join(*parts: str) -> str:
-    return "\n\n".join(part for part in parts if part)
-
-
-def stop_strings(evaluation: Evaluate) -> list[str]:
-    """What ends an answer besides the tokens that end a turn; a raw text may go on with a question of its own."""
-    if evaluation.stop is not None:
-        return list(evaluation.stop)
-    return ["Question:"] if evaluation.protocol == "zero_shot_raw" else []
-
-
-def protocol_description(evaluation: Evaluate) -> str:
-    """How the students are asked, in words."""
-    sampling = evaluation.sampling
-    drawn = f"temperature {sampling.temperature:g}" if sampling.temperature else "greedy"
-    several = f", {evaluation.num_samples} answers to each problem" if evaluation.num_samples > 1 else ""
-    return f"asked by {evaluation.protocol}, {drawn}, at most {sampling.max_tokens} tokens{several}"
-
-
-def protocol_exemplars(protocol: Protocol) -> tuple[Exemplar, ...]:
-    """The worked problems that come before the one that is asked."""
-    return EIGHT_SHOT_EXEMPLARS if protocol == "eight_shot_cot" else ()
-
-
-def raw_prompt(messages: Messages) -> str:
-    """The question as a text to go on with, as lm-evaluation-harness' task `gsm8k` puts it."""
-    return f"Question: {messages[-1]['content']}\nAnswer:"
-
 
 EIGHT_SHOT_EXEMPLARS = (
     Exemplar(
@@ -115,3 +53,77 @@ EIGHT_SHOT_EXEMPLARS = (
         answer="Not by bus come 1250 - 450 = 800 pupils.\nHalf of them are 800 / 2 = 400 pupils.\n#### 400",
     ),
 )
+
+
+def student_messages(problem: Mapping[str, Any], instruction: str = "", exemplars: Iterable[Exemplar] = ()) -> Messages:
+    """Return the messages that a student is trained and evaluated on: the question, never a prime.
+
+    Args:
+        problem: a row with at least `question`.
+        instruction: the instruction on the form of the answer, the same for teacher and student; may be empty.
+        exemplars: worked problems before the question (`protocol_exemplars`).
+    """
+    return [*_exemplar_turns(exemplars, instruction), _user_turn(_join(problem["question"], instruction))]
+
+
+def teacher_messages(problem: Mapping[str, Any], strategy: Strategy, instruction: str = "") -> Messages:
+    """Return the messages for the teacher: the student's, with the strategy's prime and exemplars.
+
+    Args:
+        problem: a row with `question`, `reference_answer` and `other_answer`.
+        strategy: the prime, its place, and exemplars.
+        instruction: as for the student, so that the prime is the only difference.
+    """
+    prime = strategy.text.format(reference_answer=problem["reference_answer"], other_answer=problem["other_answer"])
+    question = _join(problem["question"], instruction)
+    exemplars = _exemplar_turns(strategy.exemplars, instruction)
+    if strategy.place == "system":
+        system = [{"role": "system", "content": prime}] if prime else []
+        return [*system, *exemplars, _user_turn(question)]
+    if strategy.place == "before":
+        return [*exemplars, _user_turn(_join(prime, question))]
+    return [*exemplars, _user_turn(_join(question, prime))]
+
+
+def protocol_exemplars(protocol: Protocol) -> tuple[Exemplar, ...]:
+    """Return the worked problems that come before the question."""
+    return EIGHT_SHOT_EXEMPLARS if protocol == "eight_shot_cot" else ()
+
+
+def raw_prompt(messages: Messages) -> str:
+    """Return the question as text to continue, in the form of lm-evaluation-harness' task `gsm8k`."""
+    return f"Question: {messages[-1]['content']}\nAnswer:"
+
+
+def stop_strings(evaluation: Evaluate) -> list[str]:
+    """Return the strings that end an answer, besides the model's end tokens.
+
+    Without `evaluate.stop`, `zero_shot_raw` stops at "Question:", since a base model may go on with a new question.
+    """
+    if evaluation.stop is not None:
+        return list(evaluation.stop)
+    return ["Question:"] if evaluation.protocol == "zero_shot_raw" else []
+
+
+def protocol_description(evaluation: Evaluate) -> str:
+    """Return the protocol and sampling of an evaluation as a phrase for reports."""
+    sampling = evaluation.sampling
+    method = f"temperature {sampling.temperature:g}" if sampling.temperature else "greedy"
+    samples = f", {evaluation.num_samples} answers to each problem" if evaluation.num_samples > 1 else ""
+    return f"asked by {evaluation.protocol}, {method}, at most {sampling.max_tokens} tokens{samples}"
+
+
+def _exemplar_turns(exemplars: Iterable[Exemplar], instruction: str) -> Messages:
+    turns: Messages = []
+    for exemplar in exemplars:
+        turns.append(_user_turn(_join(exemplar.question, instruction)))
+        turns.append({"role": "assistant", "content": exemplar.answer})
+    return turns
+
+
+def _user_turn(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def _join(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part)

@@ -10,31 +10,34 @@ from raykd.errors import UserError
 from raykd.storage import files, filesystem
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-# By these peft would import modules, or look into other files, that a configuration names.
+# With these fields peft imports modules, or reads other files, that the configuration names.
 _CODE_FIELDS = ("auto_mapping", "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
 
 
 def check_adapter(folder: Path, rank: int) -> None:
-    """Raises UserError where a folder does not hold a LoRA adapter of a rank as raykd writes it, naming the file.
+    """Check that a folder holds a LoRA adapter as raykd writes it.
 
-    Weights are read as safetensors only: other formats can hold code.
+    Weights are read as safetensors only: other formats can contain code.
 
     Args:
-        folder: in peft's format.
-        rank: of every pair of matrices.
+        folder: the adapter in peft's format.
+        rank: rank of all pairs of matrices.
+
+    Raises:
+        UserError: the folder differs from that; the message names the file.
     """
     config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     for file in (config, weights):
         if not file.is_file():
-            raise _invalid(file, "is not there")
-    if strange := sorted(file.name for file in folder.iterdir() if file.name not in (CONFIG_FILE, WEIGHTS_FILE)):
-        raise _invalid(folder / strange[0], "does not belong there")
-    told = files.read_json(config)
-    for name, wanted in (("peft_type", "LORA"), ("r", rank)):
-        if told.get(name) != wanted:
-            raise _invalid(config, f"{name} is {str(told.get(name))[:40]!r}, not {wanted!r}")
+            raise _invalid(file, "is missing")
+    if unexpected := sorted(file.name for file in folder.iterdir() if file.name not in (CONFIG_FILE, WEIGHTS_FILE)):
+        raise _invalid(folder / unexpected[0], "does not belong to an adapter")
+    fields = files.read_json(config)
+    for name, expected in (("peft_type", "LORA"), ("r", rank)):
+        if fields.get(name) != expected:
+            raise _invalid(config, f"{name} is {str(fields.get(name))[:40]!r}, not {expected!r}")
     for name in _CODE_FIELDS:
-        if told.get(name):
+        if fields.get(name):
             raise _invalid(config, f"{name} is set")
     try:
         with filesystem.local_copy(weights) as local, safe_open(local, framework="np") as file:
@@ -42,30 +45,30 @@ def check_adapter(folder: Path, rank: int) -> None:
     except (SafetensorError, ValueError, TypeError, OSError) as error:
         raise _invalid(weights, f"is damaged ({error})") from None
     if not shapes:
-        raise _invalid(weights, "holds nothing")
+        raise _invalid(weights, "holds no tensor")
     for name, shape in shapes.items():
-        first, second = ("lora_A", "lora_B") if "lora_A" in name else ("lora_B", "lora_A")
-        pair = shapes.get(name.replace(first, second))
-        # A is rank x inputs, B outputs x rank.
-        inner = shape[0] if first == "lora_A" else shape[-1]
-        if first not in name or pair is None or len(shape) != 2 or inner != rank:
-            raise _invalid(weights, f"{name[:80]!r} {list(shape)} is no half of a pair of rank {rank}")
+        kind, other_kind = ("lora_A", "lora_B") if "lora_A" in name else ("lora_B", "lora_A")
+        partner = shapes.get(name.replace(kind, other_kind))
+        # A is (rank, inputs), B is (outputs, rank).
+        actual_rank = shape[0] if kind == "lora_A" else shape[-1]
+        if kind not in name or partner is None or len(shape) != 2 or actual_rank != rank:
+            raise _invalid(weights, f"{name[:80]!r} {list(shape)} is not half of a pair of rank {rank}")
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:
     if not np.issubdtype(tensor.dtype, np.floating) or not np.isfinite(tensor).all():
-        raise ValueError("not all of it is finite numbers")
+        raise ValueError("a tensor has values that are not finite floats")
     return tensor.shape
 
 
-def _invalid(file: Path, why: str) -> UserError:
-    return UserError(f"{file}: {why}; delete {file.parent.parent}, and the student is trained anew")
+def _invalid(file: Path, problem: str) -> UserError:
+    return UserError(f"{file}: {problem}; delete {file.parent.parent} to train the student again")
 
 
-# vLLM makes room for adapters of these ranks only.
+# The values that vLLM accepts for `max_lora_rank`.
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def padded_rank(rank: int) -> int:
-    """The rank that vLLM makes room for."""
-    return next((each for each in LORA_RANKS if each >= rank), rank)
+    """Return the rank that vLLM reserves memory for: the next that it supports."""
+    return next((supported for supported in LORA_RANKS if supported >= rank), rank)

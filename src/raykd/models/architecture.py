@@ -1,4 +1,4 @@
-"""Shapes: how large a model is, by its configuration: layers, widths, heads, and how its weights are kept."""
+"""Architecture: a model's layers, widths, heads and quantization, read from its configuration without loading it."""
 
 import json
 import math
@@ -12,14 +12,13 @@ from raykd.config.errors import one_line
 from raykd.errors import UserError
 from raykd.models.builtin import resolve_model
 
-# Decoders of Llama's build: what a layer holds is known. Qwen 2 adds biases to queries, keys and values.
+# Decoders with Llama's architecture, whose parameters are known. Qwen 2 adds biases to queries, keys and values.
 LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 # Group size and scheme of the INT4 repositories of hugging-quants and of most others.
 GROUP_SIZE = 128
-# What the names of repositories, methods and algorithms say of weights. The first that is found counts, for a name may
-# hold several (W4A16_NVFP4, GPTQ-Int8).
+# Quantization by parts of the names of repositories, methods and algorithms: name, bits, group size. The first match
+# counts, since a name may have several parts (W4A16_NVFP4, GPTQ-Int8).
 NUMBERS_IN_NAMES = {
     "FP4": ("fp4", 4, GROUP_SIZE),
     r"W4A|(?<![A-Z])INT4|(?<!\d)4-?BIT": ("int4", 4, GROUP_SIZE),
@@ -31,33 +30,40 @@ NUMBERS_IN_NAMES = {
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the matrices of a model's layers are kept. Embeddings, output layer and norms are never quantized here."""
+    """The storage format of a layer's matrices. Embeddings, output layer and norms are assumed not to be quantized."""
 
     name: str = "bf16"
     bits: int = 16
     group_size: int = 0
-    """Weights of an input column that share a scale and a zero point (INT4); 0 for a scale for each output."""
+    """Weights of an input column that share a scale and a zero point (INT4); 0 for one scale per output."""
     kept: tuple[str, ...] = ()
-    """Modules that are left as they are: a run of a module's dotted name, or `re:` and a regular expression."""
+    """Modules that are not quantized: consecutive parts of a dotted name, or `re:` and a regular expression."""
 
     def keeps(self, module: str) -> bool:
-        """Whether a module, such as `model.layers.0.self_attn.q_proj`, is left as it is."""
-        return self.bits >= 16 or any(
-            re.match(each[3:], module) if each.startswith("re:") else f".{each}." in f".{module}." for each in self.kept
-        )
+        """Return whether a module, such as `model.layers.0.self_attn.q_proj`, is not quantized."""
+        return self.bits >= 16 or any(_names_module(pattern, module) for pattern in self.kept)
 
     def matrix_bytes(self, inputs: int, outputs: int) -> float:
-        """Bytes of a quantized matrix with its scales: 16 bits, and as many as a weight for a zero point, for each
-        group of AWQ and GPTQ; 32 bits for each output of FP8."""
+        """Return the bytes of a quantized matrix with its scales.
+
+        AWQ and GPTQ have a scale of 16 bits and a zero point (as many bits as a weight) for each group; FP8 has a scale
+        of 32 bits for each output.
+        """
         weights = inputs * outputs * self.bits / 8
         if self.group_size:
             return weights + math.ceil(inputs / self.group_size) * outputs * (2 + self.bits / 8)
         return weights + outputs * 4
 
 
+def _names_module(pattern: str, module: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), module) is not None
+    return f".{pattern}." in f".{module}."
+
+
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a decoder of Llama's build."""
+    """The dimensions of a decoder with Llama's architecture."""
 
     layers: int
     hidden: int
@@ -69,24 +75,24 @@ class Shape:
     head_dim: int
     quantization: Quantization = Quantization()
     attention_biases: int = 0
-    """How many of a layer's projections to heads have a bias, from `q_proj` on: 0, 3 (Qwen 2) or 4."""
+    """Number of attention projections with a bias, in the order of `ATTENTION`: 0, 3 (Qwen 2) or 4."""
     head_norms: bool = False
-    """Whether queries and keys are normalised in each head (Qwen 3)."""
+    """Whether queries and keys are normalized in each head (Qwen 3)."""
     positions: int = 131072
-    """Tokens that the model was made for, prompt and answer together; Llama 3's."""
+    """Context length in tokens, prompt and answer together; the default is Llama 3's."""
     dtype_bytes: int = 2
-    """Of a weight that is not quantized, as the checkpoint has it."""
+    """Bytes of a weight that is not quantized, in the checkpoint."""
     source: str = "given"
-    """Where it was read."""
+    """The file or table that the shape was read from."""
 
     def __post_init__(self) -> None:
         numbers = (self.layers, self.hidden, self.heads, self.kv_heads, self.intermediate, self.vocab, self.head_dim)
         if min(numbers) < 1 or self.heads % self.kv_heads:
-            raise UserError(f"no shape of a decoder: {self}")
+            raise UserError(f"invalid shape of a decoder: {self}")
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of the matrices of a layer."""
+        """Inputs and outputs of each matrix of a layer, by name."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "q_proj": (self.hidden, queries),
@@ -100,9 +106,10 @@ class Shape:
 
     @property
     def layer_vectors(self) -> int:
-        """Parameters of a layer that are no matrices: norms and biases."""
+        """Parameters of a layer outside its matrices: norms and biases."""
         outputs = [self.matrices[name][1] for name in ATTENTION]
-        return 2 * self.hidden + 2 * self.head_dim * self.head_norms + sum(outputs[: self.attention_biases])
+        head_norms = 2 * self.head_dim if self.head_norms else 0
+        return 2 * self.hidden + head_norms + sum(outputs[: self.attention_biases])
 
     @property
     def layer_parameters(self) -> int:
@@ -111,22 +118,22 @@ class Shape:
 
     @property
     def embedding_parameters(self) -> int:
-        """Parameters of the embedding, or of an output layer of its own."""
+        """Parameters of the embedding; an untied output layer has as many."""
         return self.vocab * self.hidden
 
     @property
     def parameters(self) -> int:
-        """All parameters; embedding and output layer count once where they are tied."""
+        """All parameters; a tied embedding and output layer count once."""
         ends = self.embedding_parameters * (1 if self.tied else 2) + self.hidden
         return self.layers * self.layer_parameters + ends
 
     def adapter_parameters(self, rank: int, modules: tuple[str, ...]) -> int:
-        """Parameters of a LoRA adapter on these matrices of every layer; others have none here."""
+        """Return the parameters of a LoRA adapter on the named matrices of every layer; other names are ignored."""
         sides = (sum(self.matrices[name]) for name in modules if name in self.matrices)
         return self.layers * rank * sum(sides)
 
     def modules(self, layer: int) -> Iterator[tuple[str, int, int]]:
-        """Name, inputs and outputs of a layer's matrices, by transformers' names."""
+        """Yield name (as in transformers), inputs and outputs of each matrix of a layer."""
         for name, (inputs, outputs) in self.matrices.items():
             part = "self_attn" if name in ATTENTION else "mlp"
             yield f"model.layers.{layer}.{part}.{name}", inputs, outputs
@@ -144,77 +151,82 @@ LLAMA = {
 
 
 def find_shape(model: str, revision: str | None = None, engine_kwargs: Mapping[str, Any] | None = None) -> Shape | None:
-    """A model's shape, as far as this machine knows it: nothing is fetched.
+    """Return a model's shape from local files or the table of Llama 3; nothing is downloaded.
 
     Args:
-        model: a folder, a built-in model, or a hub name whose `config.json` is in the hub's cache or which is one of
-            the Llama 3 models of the table.
-        revision: on the hub.
-        engine_kwargs: vLLM's arguments, of which `quantization` says what becomes of weights that are not quantized.
+        model: a folder, a built-in model, or a name on the hub. For the last, `config.json` must be in the hub's cache,
+            or the model in the table.
+        revision: branch, tag or commit on the hub.
+        engine_kwargs: vLLM's arguments; its `quantization` applies to weights that are not quantized yet.
 
     Returns:
-        None where it is not known, or no decoder of Llama's build.
+        the shape; None where it is unknown, or the architecture is not Llama's.
 
     Raises:
-        UserError: where a `config.json` is there and cannot be read.
+        UserError: a `config.json` exists and cannot be read.
     """
     file = _config_file(resolve_model(model), revision)
     shape = read_shape(file) if file else _shape_of_name(model)
     if shape is None:
         return None
     if file and shape.quantization.bits == 16:
-        named, kept = _quantization_of_name(model, shape), shape.quantization.kept
-        shape = replace(shape, quantization=replace(named, kept=kept or named.kept))
-    told = (engine_kwargs or {}).get("quantization")
-    if told and shape.quantization.bits == 16:
-        shape = replace(shape, quantization=_quantization_of_method({"quant_method": str(told)}))
+        by_name, kept = _quantization_of_name(model, shape), shape.quantization.kept
+        shape = replace(shape, quantization=replace(by_name, kept=kept or by_name.kept))
+    method = (engine_kwargs or {}).get("quantization")
+    if method and shape.quantization.bits == 16:
+        shape = replace(shape, quantization=_quantization_of_method({"quant_method": str(method)}))
     return shape
 
 
 def read_shape(file: Path) -> Shape | None:
-    """The shape that a `config.json` tells; None where the model is not of Llama's build.
+    """Return the shape from a `config.json`; None where the architecture is not Llama's.
 
     Raises:
-        UserError: where the file is damaged, with its path.
+        UserError: the file is damaged; the message names it.
     """
     try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-        told = {**told, **(told.get("text_config") or {})}
-        kind = told.get("model_type")
-        if kind not in LIKE_LLAMA:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config = {**config, **(config.get("text_config") or {})}
+        model_type = config.get("model_type")
+        if model_type not in LIKE_LLAMA:
             return None
-        heads = int(told["num_attention_heads"])
-        biased = 3 if kind == "qwen2" else 4 * bool(told.get("attention_bias"))
-        dtype = str(told.get("dtype") or told.get("torch_dtype") or "bfloat16")
+        heads = int(config["num_attention_heads"])
+        attention_biases = 4 if config.get("attention_bias") else 0
+        if model_type == "qwen2":
+            attention_biases = 3
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
         return Shape(
-            layers=int(told["num_hidden_layers"]),
-            hidden=int(told["hidden_size"]),
+            layers=int(config["num_hidden_layers"]),
+            hidden=int(config["hidden_size"]),
             heads=heads,
-            kv_heads=int(told.get("num_key_value_heads") or heads),
-            intermediate=int(told["intermediate_size"]),
-            vocab=int(told["vocab_size"]),
-            tied=bool(told.get("tie_word_embeddings", False)),
-            head_dim=int(told.get("head_dim") or int(told["hidden_size"]) // heads),
-            quantization=_quantization_of_method(told.get("quantization_config") or {}),
-            attention_biases=biased,
-            head_norms=kind == "qwen3",
-            positions=max_positions(told) or 131072,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            intermediate=int(config["intermediate_size"]),
+            vocab=int(config["vocab_size"]),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // heads),
+            quantization=_quantization_of_method(config.get("quantization_config") or {}),
+            attention_biases=attention_biases,
+            head_norms=model_type == "qwen3",
+            positions=max_positions(config) or 131072,
             dtype_bytes=4 if dtype == "float32" else 2,
             source=str(file),
         )
     except (OSError, UnicodeDecodeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
-        why = f"has no {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(one_line(f"{file}: no configuration of a model ({why})")) from None
+        reason = f"has no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(one_line(f"{file}: not a valid model configuration ({reason})")) from None
 
 
-def max_positions(told: Mapping[str, Any]) -> int | None:
-    """How long a sequence of a model may be, as vLLM reads its configuration; None where it does not say.
+def max_positions(config: Mapping[str, Any]) -> int | None:
+    """Return a model's longest sequence in tokens, computed as in vLLM; None where the configuration has none.
 
-    Rotary embeddings that are scaled (YaRN: arXiv 2309.00071) reach further than `max_position_embeddings`, which those
-    of Llama 3 and LongRoPE count in already.
+    Scaled rotary embeddings (YaRN: arXiv 2309.00071) extend `max_position_embeddings`; for Llama 3 and LongRoPE this
+    field includes the scaling already.
+
+    Args:
+        config: the fields of `config.json`.
     """
-    length = told.get("max_position_embeddings")
-    scaling = told.get("rope_parameters") or told.get("rope_scaling") or {}
+    length = config.get("max_position_embeddings")
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if not length or kind in ("default", "llama3", "su", "longrope"):
         return int(length) if length else None
@@ -238,7 +250,7 @@ def _config_file(model: str, revision: str | None) -> Path | None:
 
 
 def _shape_of_name(model: str) -> Shape | None:
-    """The shape of a Llama 3 model by its name: `Meta-` before it, `-Instruct` and a quantization behind it."""
+    """Return the shape of a Llama 3 model by name, with an optional prefix `Meta-` and suffixes such as `-Instruct`."""
     for name, shape in LLAMA.items():
         if re.search(rf"(^|/|-){re.escape(name)}($|-)", model, re.IGNORECASE):
             return replace(shape, quantization=_quantization_of_name(model, shape), source="the table of Llama 3")
@@ -246,39 +258,50 @@ def _shape_of_name(model: str) -> Shape | None:
 
 
 def _quantization_of_name(model: str, shape: Shape) -> Quantization:
-    """What the name of a repository says of its weights."""
-    said = _number_in_name(model.rsplit("/", 1)[-1])
-    if said.name == "fp8" and model.lower().startswith("meta-llama/"):
-        # Attention, and all of the first and the last layer, are as they were ("The Llama 3 Herd of Models", arXiv
+    """Return the quantization that a repository's name implies."""
+    quantization = _number_in_name(model.rsplit("/", 1)[-1])
+    if quantization.name == "fp8" and model.lower().startswith("meta-llama/"):
+        # Attention, and the whole first and last layer, are not quantized ("The Llama 3 Herd of Models", arXiv
         # 2407.21783, section 6.2).
-        return replace(said, kept=("self_attn", "layers.0", f"layers.{shape.layers - 1}"))
-    return said
+        return replace(quantization, kept=("self_attn", "layers.0", f"layers.{shape.layers - 1}"))
+    return quantization
 
 
 def _number_in_name(name: str) -> Quantization:
-    """What a name says of weights; 16 bits where it says nothing."""
-    return next(
-        (Quantization(*each) for words, each in NUMBERS_IN_NAMES.items() if re.search(words, name.upper())),
-        Quantization(),
-    )
+    """Return the first quantization of `NUMBERS_IN_NAMES` that a name matches; 16 bits without a match."""
+    for pattern, (kind, bits, group_size) in NUMBERS_IN_NAMES.items():
+        if re.search(pattern, name.upper()):
+            return Quantization(kind, bits, group_size)
+    return Quantization()
 
 
-def _quantization_of_method(told: Mapping[str, Any]) -> Quantization:
-    """What a `quantization_config` says, or vLLM's argument of that name: 16 bits where it tells no number."""
-    method = str(told.get("quant_method") or "").lower()
+def _quantization_of_method(config: Mapping[str, Any]) -> Quantization:
+    """Return the quantization of a `quantization_config`, or of vLLM's argument; 16 bits without a number of bits."""
+    method = str(config.get("quant_method") or "").lower()
     if not method:
         return Quantization()
-    lists = ("modules_to_not_convert", "ignored_layers", "ignore", "llm_int8_skip_modules")
-    # The output layer is not quantized in any case.
-    names = tuple(str(each) for each in next((told[name] for name in lists if told.get(name)), ()))
-    groups = told.get("config_groups") or {}
-    weights = next((each.get("weights") or {} for each in groups.values()), {}) if isinstance(groups, dict) else {}
-    # Of modelopt's algorithms the method tells nothing.
-    said = _number_in_name(str(told.get("quant_algo") or method))
-    loaded = 8 * bool(told.get("load_in_8bit")) or 4 * bool(told.get("load_in_4bit"))
-    bits = int(told.get("bits") or weights.get("num_bits") or loaded or said.bits)
+    kept = _modules_kept(config)
+    groups = config.get("config_groups") or {}
+    weights = next((group.get("weights") or {} for group in groups.values()), {}) if isinstance(groups, dict) else {}
+    # For modelopt, only the algorithm names the format.
+    by_name = _number_in_name(str(config.get("quant_algo") or method))
+    bits = int(config.get("bits") or weights.get("num_bits") or _bitsandbytes_bits(config) or by_name.bits)
     if bits >= 16:
-        return Quantization(kept=names)
-    size = told.get("group_size") or weights.get("group_size") or (GROUP_SIZE if bits == 4 else 0)
-    is_float = weights.get("type") == "float" or said.name.startswith("fp")
-    return Quantization(f"fp{bits}" if is_float else f"int{bits}", bits, max(0, int(size)), names)
+        return Quantization(kept=kept)
+    group_size = config.get("group_size") or weights.get("group_size") or (GROUP_SIZE if bits == 4 else 0)
+    is_float = weights.get("type") == "float" or by_name.name.startswith("fp")
+    return Quantization(f"fp{bits}" if is_float else f"int{bits}", bits, max(0, int(group_size)), kept)
+
+
+def _modules_kept(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the modules that a `quantization_config` excludes."""
+    for field in ("modules_to_not_convert", "ignored_layers", "ignore", "llm_int8_skip_modules"):
+        if config.get(field):
+            return tuple(str(module) for module in config[field])
+    return ()
+
+
+def _bitsandbytes_bits(config: Mapping[str, Any]) -> int:
+    if config.get("load_in_8bit"):
+        return 8
+    return 4 if config.get("load_in_4bit") else 0

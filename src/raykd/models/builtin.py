@@ -6,9 +6,9 @@ MODELS: dict[str, Path] = {
     "raykd/demo-teacher": Path(__file__).parents[1] / "demo" / "models" / "teacher",
     "raykd/demo-student": Path(__file__).parents[1] / "demo" / "models" / "student",
 }
-"""The built-in models' names, and the folders where they lie."""
+"""Folders of the built-in models by name."""
 
 
 def resolve_model(name: str) -> str:
-    """The folder of a built-in model; any other name is returned as it is."""
+    """Return the folder of a built-in model; any other name unchanged."""
     return str(MODELS[name]) if name in MODELS else name

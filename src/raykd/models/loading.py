@@ -19,111 +19,117 @@ from raykd.storage import hashing
 Model = Teacher | Student
 
 
-def identify_model(named: Model) -> dict[str, str]:
-    """What identifies a model's weights and tokenizer: the folder's content, or the hub's commit.
+def identify_model(model: Model) -> dict[str, str]:
+    """Return the identity of a model's weights and tokenizer: its folder's fingerprint, or the hub's commit.
+
+    Args:
+        model: the `teacher` or `student` section.
 
     Raises:
-        UserError: where the model can neither be found on disk nor on the hub.
+        UserError: the model is neither a local folder nor on the hub.
     """
-    if isinstance(named, Teacher) and named.uses_chat_api:
-        # Whatever the server has under that name.
-        return {"model": named.model, "revision": named.revision or "unknown"}
-    model, path = named.model, Path(resolve_model(named.model))
+    if isinstance(model, Teacher) and model.uses_chat_api:
+        # The server's weights behind that name are unknown.
+        return {"model": model.model, "revision": model.revision or "unknown"}
+    path = Path(resolve_model(model.model))
     if path.is_dir():
-        return {"model": model, "revision": hashing.fingerprint(path)}
+        return {"model": model.model, "revision": hashing.fingerprint(path)}
     try:
-        load_config(named)
+        load_config(model)
     except OSError as error:
-        raise UserError(_not_found(named, error)) from None
-    return {"model": model, "revision": _commit(model, named.revision) or named.revision or "unknown"}
+        raise UserError(_not_found(model, error)) from None
+    commit = _commit(model.model, model.revision)
+    return {"model": model.model, "revision": commit or model.revision or "unknown"}
 
 
-def _commit(model: str, revision: str | None) -> str | None:
-    """The commit of the hub whose `config.json` was loaded; a branch, which is what was asked for, may move."""
-    cached = try_to_load_from_cache(model, "config.json", revision=revision)
-    # The cache keeps each commit's files in a folder that is named by it.
+def _commit(name: str, revision: str | None) -> str | None:
+    """Return the hub's commit whose `config.json` was loaded: `revision` may be a branch, which moves."""
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    # The cache has a folder for each commit, named after it.
     return Path(cached).parent.name if isinstance(cached, str) else None
 
 
-def load_config(named: Model) -> Any:
-    """The configuration of a model.
+def load_config(model: Model) -> Any:
+    """Return transformers' configuration of a model.
 
     Raises:
-        UserError: where it cannot be read, or needs code of its own that is not trusted.
+        UserError: it cannot be read, or needs remote code without `trust_remote_code`.
     """
-    return _load(AutoConfig, named)
+    return _load(AutoConfig, model)
 
 
-def load_tokenizer(named: Model) -> Any:
-    """The tokenizer of a model, which must have a chat template.
+def load_tokenizer(model: Model) -> Any:
+    """Return the tokenizer of a model, which must have a chat template.
 
     Raises:
-        UserError: where it has none, cannot be read, or needs code of its own that is not trusted.
+        UserError: it has no chat template, cannot be read, or needs remote code without `trust_remote_code`.
     """
-    tokenizer = _load(AutoTokenizer, named)
+    tokenizer = _load(AutoTokenizer, model)
     if not tokenizer.chat_template:
-        raise UserError(f"model {named.model!r} has no chat template; use an instruct model")
+        raise UserError(f"model {model.model!r} has no chat template; use an instruct model")
     return tokenizer
 
 
 def teacher_tokenizer(teacher: Teacher) -> Any:
-    """The teacher's tokenizer; None where it is sent messages, and nothing of it need be here."""
+    """Return the teacher's tokenizer; None for a teacher behind a chat API, which tokenizes by itself."""
     return None if teacher.uses_chat_api else load_tokenizer(teacher)
 
 
-def _load(kind: Any, named: Model) -> Any:
+def _load(auto_class: Any, model: Model) -> Any:
     try:
-        return kind.from_pretrained(
-            resolve_model(named.model), revision=named.revision, trust_remote_code=named.trust_remote_code
+        return auto_class.from_pretrained(
+            resolve_model(model.model), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except OSError as error:
-        raise UserError(_not_found(named, error)) from None
-    # The parsers behind it have errors of their own; that of a damaged tokenizer.json is a plain Exception.
+        raise UserError(_not_found(model, error)) from None
+    # Parsers raise various errors; tokenizers raises a plain Exception for a damaged tokenizer.json.
     except Exception as error:
-        # Of the ways out that transformers names only one is ours.
-        told = " ".join(str(error).split())[:300]
+        # Of the remedies in transformers' message, only `trust_remote_code` applies here.
+        message = " ".join(str(error).split())[:300]
         raise UserError(
-            f"model {named.model!r}: {told}. Where it comes with code of its own, read that, and set trust_remote_code "
-            "beside the model's name"
+            f"model {model.model!r}: {message}. If the model needs code of its own, review that code, then set "
+            "trust_remote_code beside the model's name"
         ) from None
 
 
-def _not_found(named: Model, error: OSError) -> str:
-    told = " ".join(str(error).split())[:200]
-    return f"model {named.model!r}: neither a folder here nor to be had from the hub ({told})"
+def _not_found(model: Model, error: OSError) -> str:
+    message = " ".join(str(error).split())[:200]
+    return (
+        f"model {model.model!r}: not a local directory, and could not be loaded from the Hugging Face Hub ({message})"
+    )
 
 
-def check_packing(named: Model) -> None:
-    """Raises UserError where a model has layers that cannot keep packed rows apart (see `raykd.training.packing`)."""
-    config = load_config(named).get_text_config()
+def check_packing(model: Model) -> None:
+    """Raise UserError if a model has layers that would mix packed rows (see `raykd.training.packing`)."""
+    config = load_config(model).get_text_config()
     kinds: Iterable[str] = getattr(config, "layer_types", None) or ()
-    strange = set(kinds) - {"full_attention", "sliding_attention"}
+    unsupported = set(kinds) - {"full_attention", "sliding_attention"}
     if getattr(config, "attn_logit_softcapping", None):
-        strange.add("soft-capped attention")
-    if strange:
+        unsupported.add("soft-capped attention")
+    if unsupported:
         raise UserError(
-            f"model {named.model!r} has {', '.join(sorted(strange))}, where packed rows would mix: set "
+            f"model {model.model!r} has {', '.join(sorted(unsupported))}, which would mix packed rows: set "
             "train.packing=false"
         )
 
 
 def have_same_tokens(first: Any, second: Any) -> bool:
-    """Whether two tokenizers give every id the same meaning, so that ids may pass from one to the other."""
+    """Return whether two tokenizers give every token id the same meaning."""
     return first.get_vocab() == second.get_vocab() and first.eos_token_id == second.eos_token_id
 
 
-def _template(tokenizer: Any) -> AbstractContextManager[None]:
-    """A chat template may refuse a conversation, such as one that begins with a system message."""
+def template_errors(tokenizer: Any) -> AbstractContextManager[None]:
+    """Turn errors of a chat template into UserErrors: some templates refuse messages with the role `system`."""
     return as_user_error(f"model {getattr(tokenizer, 'name_or_path', '')!r}: its chat template fails", TemplateError)
 
 
 def load_base_model(student: Student, dtype: torch.dtype) -> Any:
-    """The frozen base model."""
+    """Return the base model, with weights in `dtype`."""
     return AutoModelForCausalLM.from_pretrained(
         resolve_model(student.model),
         revision=student.revision,
         trust_remote_code=student.trust_remote_code,
-        # Never by pickle, which can hold code.
+        # Pickle files can contain code.
         use_safetensors=True,
         dtype=dtype,
     )

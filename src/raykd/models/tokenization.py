@@ -10,71 +10,82 @@ from raykd.data import prompts
 from raykd.errors import UserError
 from raykd.models.architecture import max_positions
 from raykd.models.builtin import resolve_model
-from raykd.models.loading import Model, _template, load_config, load_tokenizer
+from raykd.models.loading import Model, load_config, load_tokenizer, template_errors
 
-# Some chat templates (Llama 3.2's) tell the model the date, by default that of the day: the same question would be
-# another one tomorrow. This is what Llama 3.1's template says.
+# Llama 3.2's chat template puts the current date into the prompt, which would change prompts from day to day. This date
+# is the default of Llama 3.1's template.
 DATE_STRING = "26 Jul 2024"
 
 
-def end_token_ids(named: Model) -> set[int]:
-    """The tokens that end an answer, by the tokenizer and by the model's generation configuration."""
-    tokenizer = load_tokenizer(named)
+def end_token_ids(model: Model) -> set[int]:
+    """Return the tokens that end an answer: the tokenizer's, and those of the model's generation configuration."""
+    tokenizer = load_tokenizer(model)
     try:
-        revision = named.revision or "main"
-        ends = GenerationConfig.from_pretrained(resolve_model(named.model), revision=revision).eos_token_id
+        revision = model.revision or "main"
+        eos_token_id = GenerationConfig.from_pretrained(resolve_model(model.model), revision=revision).eos_token_id
     except OSError:
-        # Not every model has one.
-        ends = None
-    found: list[int | None] = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
-    return {token for token in found if token is not None}
+        # Not every model has a generation_config.json.
+        eos_token_id = None
+    configured = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+    return {token for token in (tokenizer.eos_token_id, *configured) if token is not None}
 
 
 def answer_token_ids(tokenizer: Any, text: str, is_whole: bool) -> list[int]:
-    """The tokens of an answer that somebody else wrote.
+    """Return the tokens of an answer that is given as text.
 
     Args:
-        tokenizer: of the model that is to give it.
+        tokenizer: the tokenizer of the model that learns or scores the answer.
         text: the answer.
-        is_whole: whether it ends there; one that was cut must not teach to end where it was cut.
+        is_whole: whether to add the end token; a truncated answer must not teach the model to end there.
     """
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     return [*tokens, tokenizer.eos_token_id] if is_whole else tokens
 
 
-def context_length(named: Model, engine_kwargs: Mapping[str, Any]) -> int | None:
-    """How many tokens an engine takes, prompt and answer together; None where the model does not say."""
-    told = engine_kwargs.get("max_model_len")
-    # By -1 vLLM takes as many as there is room for, up to the model's own.
-    return told if told and told != -1 else max_positions(load_config(named).get_text_config().to_dict())
+def context_length(model: Model, engine_kwargs: Mapping[str, Any]) -> int | None:
+    """Return an engine's context length in tokens, prompt and answer together; None where the model has no limit."""
+    max_model_len = engine_kwargs.get("max_model_len")
+    # With -1 vLLM chooses the length by the free memory, up to the model's own limit.
+    if max_model_len and max_model_len != -1:
+        return max_model_len
+    return max_positions(load_config(model).get_text_config().to_dict())
 
 
 def check_lengths(
-    needs: Iterable[tuple[str, int]], total: int, limit: int, max_error_rate: float, whose: str, engine: str, also: str
+    lengths: Iterable[tuple[str, int]],
+    total: int,
+    limit: int,
+    max_error_rate: float,
+    model: str,
+    engine: str,
+    remedy: str,
 ) -> None:
-    """Raises UserError where more prompts than may fail leave a model no room to answer, naming some.
+    """Check that prompts with their answers fit the context length.
 
     Args:
-        needs: what may need more than the model's context: the problem, and how many tokens prompt and answer take.
-        total: how many prompts there are.
-        limit: the context's tokens.
-        max_error_rate: the share of them that may be too long.
-        whose: what is asked, for the message.
-        engine: the section of the engine that answers.
-        also: what else can be shortened.
+        lengths: problem ids, and the most tokens of prompt and answer together.
+        total: number of prompts.
+        limit: context length in tokens.
+        max_error_rate: most prompts that may be too long, as a share.
+        model: the model that answers, for the message.
+        engine: path of the engine's section in the configuration.
+        remedy: settings that shorten prompts or answers, for the message.
+
+    Raises:
+        UserError: more prompts than that are too long; the message names some.
     """
-    long = [(name, tokens) for name, tokens in needs if tokens > limit]
-    if len(long) > max_error_rate * total:
-        shown = ", ".join(f"{name} with {tokens}" for name, tokens in long[:3])
+    too_long = [(problem_id, tokens) for problem_id, tokens in lengths if tokens > limit]
+    if len(too_long) > max_error_rate * total:
+        examples = ", ".join(f"{problem_id} with {tokens}" for problem_id, tokens in too_long[:3])
         raise UserError(
-            f"{whose}: {len(long)} of {total} prompts with their answers do not fit into {limit} tokens ({shown}); "
-            f"raise {engine}.engine_kwargs.max_model_len, or lower {also}"
+            f"{model}: {len(too_long)} of {total} prompts with their answers do not fit into {limit} tokens "
+            f"({examples}); raise {engine}.engine_kwargs.max_model_len, or lower {remedy}"
         )
 
 
 def prompt_token_ids(tokenizer: Any, messages: prompts.Messages) -> list[int]:
-    """The tokens of a conversation by the model's own chat template, up to where the assistant begins."""
-    with _template(tokenizer):
+    """Return the tokens of a conversation by the model's chat template, up to the start of the assistant's turn."""
+    with template_errors(tokenizer):
         encoded = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=True, date_string=DATE_STRING
         )
@@ -82,13 +93,13 @@ def prompt_token_ids(tokenizer: Any, messages: prompts.Messages) -> list[int]:
 
 
 def question_token_ids(tokenizer: Any, problem: Mapping[str, Any], instruction: str, protocol: Protocol) -> list[int]:
-    """The tokens of a problem as a student is asked it.
+    """Return the tokens of a student's prompt.
 
     Args:
         tokenizer: the student's.
         problem: a row with at least `question`.
-        instruction: what is said about the form of the answer.
-        protocol: how it is asked; `zero_shot_chat` as in training.
+        instruction: the instruction on the form of the answer.
+        protocol: the evaluation protocol; `zero_shot_chat` is the form of training.
     """
     messages = prompts.student_messages(problem, instruction, prompts.protocol_exemplars(protocol))
     if protocol == "zero_shot_raw":
@@ -97,14 +108,14 @@ def question_token_ids(tokenizer: Any, problem: Mapping[str, Any], instruction: 
 
 
 def question_text(tokenizer: Any, problem: Mapping[str, Any], instruction: str, protocol: Protocol) -> str:
-    """What `question_token_ids` are the tokens of."""
+    """Return the text whose tokens `question_token_ids` returns."""
     messages = prompts.student_messages(problem, instruction, prompts.protocol_exemplars(protocol))
     return prompts.raw_prompt(messages) if protocol == "zero_shot_raw" else prompt_text(tokenizer, messages)
 
 
 def prompt_text(tokenizer: Any, messages: prompts.Messages) -> str:
-    """What `prompt_token_ids` are the tokens of."""
-    with _template(tokenizer):
+    """Return the text whose tokens `prompt_token_ids` returns."""
+    with template_errors(tokenizer):
         return tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False, date_string=DATE_STRING
         )

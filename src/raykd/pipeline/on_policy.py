@@ -88,9 +88,10 @@ def _answer_round(
     if missing:
         with serving:
             instruction, app = experiment.prompt.instruction, server.app_name(experiment.name)
-            generate.score_completions(
-                missing, problems, experiment.teacher, instruction, app, experiment.name, versions
+            context = generate.GenerationContext(
+                problems, experiment.teacher, instruction, app, experiment.name, versions
             )
+            generate.score_completions(missing, context)
     folders = {_answers_folder(part): _answers_folder(part) for part in parts} | {
         path: each.folder for path, each in scored.items()
     }

@@ -8,7 +8,7 @@ from raykd.errors import UserError
 from raykd.evaluation import evaluate
 from raykd.pipeline.plan import Plan
 from raykd.storage import filesystem
-from raykd.teacher import completion_set, generate
+from raykd.teacher import build_prompts, completion_set
 
 # What is done on a cluster, in this order.
 STAGES = ("generate", "train", "evaluate", "attention")
@@ -58,7 +58,7 @@ def preflight(plan: Plan, resources: dict[str, float], stages: Sequence[str] = S
         *([[request], request.sampling.max_tokens] for request in missing),
         *([[request], sampling.max_tokens] for request, sampling in to_score),
     ]:
-        generate.check_teacher_lengths(requests, plan.problems, experiment.teacher, instruction, room)
+        build_prompts.check_teacher_lengths(requests, plan.problems, experiment.teacher, instruction, room)
     told = experiment.evaluate
     answering = [
         (f"student of arm {job.arm_name!r}", "train", told.as_in_training(job.arm.targets.rollout))

@@ -102,8 +102,10 @@ def _ask_teacher(plan: Plan, missing: list[CompletionSet], resources: dict[str, 
         run_record.track_processors(plan.folder, run_record.TEACHER_ROLE, *held),
         server.serve_teacher(experiment.teacher, top_k, app, resources),
     ):
-        given = (plan.problems, experiment.teacher, experiment.prompt.instruction)
-        generate.generate_completions(missing, *given, app, experiment.name, versions)
+        context = generate.GenerationContext(
+            plan.problems, experiment.teacher, experiment.prompt.instruction, app, experiment.name, versions
+        )
+        generate.generate_completions(missing, context)
 
 
 def train_students(plan: Plan, resources: dict[str, float]) -> None:

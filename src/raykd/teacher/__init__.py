@@ -1,4 +1,4 @@
 """Teacher: serve the primed teacher, generate and score completions.
 
-Begin with `completion_set` (what identifies a set of completions), then `server`, `client` and `generate`.
+Begin with `generate` (the stage), then `completion_set` (its unit of work), `client` and `server`.
 """

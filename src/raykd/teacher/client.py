@@ -1,224 +1,187 @@
-"""Send batches of prompts to the teacher and write its completions."""
+"""Teacher client: call the teacher with batches of prompts and write its completions."""
 
 import asyncio
 import json
-import math
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from ray import serve
-from ray.exceptions import RayError, RayTaskError
 
-from raykd import compat
 from raykd.config.sections import Teacher
 from raykd.data import grading
 from raykd.runtime import metrics
 from raykd.storage import row_store, schemas
 from raykd.teacher.completion_set import CompletionSet
-from raykd.teacher.server import has_replica, is_up, wait_until_up
+from raykd.teacher.serve_client import ServeTeacherClient
 
-# How often a call is made again after the replica that had it died. Until Serve has noticed that, which takes it three
-# looks, others of the calls may be given to it again, and fail at once.
-INFRASTRUCTURE_RETRIES = 6
-# A replica gives up rows by itself; only one that does not answer at all is given up.
-REPLICA_GRACE_S = 60
-MAX_BACKOFF_S = 8
-# What `AskTeacher` is given: one row for each completion that is wanted.
-QUESTION_SCHEMA = pa.schema(
-    [
-        *(schemas.COMPLETION.field(name) for name in ("completion_id", "problem_id", "strategy", "sample_index")),
-        pa.field("reference_answer", pa.string()),
-        # Of the request that the row belongs to.
-        pa.field("folder", pa.string()),
-        pa.field("prompt_token_ids", pa.list_(pa.int32())),
-        # Of a teacher that is sent messages these, in JSON; its prompt has no tokens here.
-        pa.field("messages", pa.string()),
-        # What the teacher is to score; empty where it is to answer.
-        pa.field("given_token_ids", pa.list_(pa.int32())),
-        pa.field("given_text", pa.string()),
-        pa.field("given_finish_reason", pa.string()),
-    ]
-)
+
+@dataclass(frozen=True)
+class TeacherCall:
+    """The prompts of one call, which share their sampling: rows of one completion set and one sample index."""
+
+    completion_set: CompletionSet
+    sample_index: int
+    rows: list[dict[str, Any]]
+    """Rows of `build_prompts.QUESTION_SCHEMA`."""
+
+    @property
+    def prompts(self) -> list[Any]:
+        """The token ids of each prompt, with the text to score; or chat messages."""
+        return [
+            json.loads(row["messages"] or "[]") or row["prompt_token_ids"].tolist() + row["given_token_ids"].tolist()
+            for row in self.rows
+        ]
+
+    @property
+    def sampling_params(self) -> dict[str, Any]:
+        """vLLM's sampling parameters."""
+        top_k, sampling = self.completion_set.top_k, self.completion_set.sampling
+        if self.completion_set.is_scored:
+            # The engine cannot score a prompt without generating a token, which is dropped.
+            return {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": top_k}
+        return {
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed + self.sample_index if sampling.temperature else None,
+            "logprobs": top_k or None,
+        }
+
+
+CallHook = Callable[[TeacherCall, float, float], None]
+"""Takes a call, and when it began and ended (seconds since the epoch)."""
 
 
 class TeacherClient:
-    """Asks the teacher, here or elsewhere, one batch a call, writes what it answered, and passes on the counts.
+    """Ray Data stage: calls the teacher once for each batch, writes the completions and returns counts.
 
-    A row with `given_token_ids` is not answered but scored: the teacher's k best log-probabilities at each of those
-    tokens, as if it had written them.
+    The teacher is a Serve application of this cluster, or the server that `teacher.endpoint` names. It generates, or
+    scores text that exists (`CompletionSet.is_scored`): its k best log-probabilities at each token of that text.
+
+    Args:
+        app: name of the Serve application; unused with `teacher.endpoint`.
+        experiment: the experiment's name, for metrics.
+        teacher: the `teacher` section.
+        completion_sets: the sets that the rows belong to.
+        max_calls: calls that may wait for an answer at the same time.
+        on_call: called after each call.
     """
 
     def __init__(
-        self, app: str, experiment: str, teacher: Teacher, requests: list[CompletionSet], in_flight: int
+        self,
+        app: str,
+        experiment: str,
+        teacher: Teacher,
+        completion_sets: list[CompletionSet],
+        max_calls: int,
+        on_call: CallHook | None = None,
     ) -> None:
-        self._app, self._experiment, self._teacher = app, experiment, teacher
-        self._elsewhere = None
+        self._experiment, self._teacher, self._on_call = experiment, teacher, on_call
+        self._completion_sets = {str(each.folder): each for each in completion_sets}
+        self._replicas = self._endpoint = None
         if teacher.endpoint:
             # Loads OpenAI's client, which takes a second.
             from raykd.teacher.openai_client import OpenAITeacherClient
 
-            self._elsewhere = OpenAITeacherClient(teacher)
-        self._answer = self._elsewhere.answer if self._elsewhere else serve.get_app_handle(app).answer.remote
-        self._requests = {str(request.folder): request for request in requests}
-        self._room = asyncio.Semaphore(in_flight)
-        self._up = asyncio.Lock()
-        self._was_up = False
-        # Whether a replica is known to have run; one that scales from none is up without.
-        self._was_there = teacher.replicas.min > 0
+            self._endpoint = OpenAITeacherClient(teacher)
+        else:
+            self._replicas = ServeTeacherClient(app, teacher, max_calls)
+        self._slots = asyncio.Semaphore(max_calls)
+        self._start_lock = asyncio.Lock()
+        self._is_ready = False
 
     async def __call__(self, batch: dict[str, np.ndarray]) -> AsyncIterator[dict[str, list[int]]]:
-        if not self._was_up:
-            await self._wait_until_up()
+        await self._wait_until_ready()
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        # All prompts of a call share a seed, so a problem's samples, which must differ, go into different calls.
-        for folder, sample_index in dict.fromkeys((row["folder"], row["sample_index"]) for row in rows):
-            group = [row for row in rows if (row["folder"], row["sample_index"]) == (folder, sample_index)]
-            request = self._requests[folder]
-            answered = await self._ask(group, request)
-            table = pa.Table.from_pylist(answered, schema=schemas.COMPLETION)
-            await asyncio.to_thread(row_store.write_part, request.folder, table)
-            metrics.count_completions(self._experiment, request.strategy_name, request.source, answered)
-            if self._elsewhere and any(row["error"] for row in answered):
-                # Is it up to the rows? Where the server is gone, all others would fail as well.
-                await self._check_elsewhere()
+        for call in self._calls(rows):
+            completions = await self._complete(call)
+            table = pa.Table.from_pylist(completions, schema=schemas.COMPLETION)
+            completion_set = call.completion_set
+            await asyncio.to_thread(row_store.write_part, completion_set.folder, table)
+            metrics.count_completions(
+                self._experiment, completion_set.strategy_name, completion_set.source, completions
+            )
+            if self._endpoint and any(row["error"] for row in completions):
+                # Where the server is gone, and not only these rows fail, the stage ends here.
+                await self._check_endpoint()
             yield {
-                "rows": [len(answered)],
-                "tokens": [sum(len(row["completion_token_ids"]) for row in answered)],
+                "rows": [len(completions)],
+                "tokens": [sum(len(row["completion_token_ids"]) for row in completions)],
             }
 
-    async def _wait_until_up(self) -> None:
-        async with self._up:
-            if not self._elsewhere:
-                await asyncio.to_thread(wait_until_up, self._app, self._teacher.start_timeout_s)
-            elif not self._was_up:
-                await self._check_elsewhere()
-            self._was_up = True
+    def _calls(self, rows: list[dict[str, Any]]) -> Iterator[TeacherCall]:
+        """Group rows into calls. Prompts of a call share a seed, so the samples of a problem are in different calls."""
+        groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for row in rows:
+            groups.setdefault((row["folder"], int(row["sample_index"])), []).append(row)
+        for (folder, sample_index), group in groups.items():
+            yield TeacherCall(self._completion_sets[folder], sample_index, group)
 
-    async def _check_elsewhere(self) -> None:
-        assert self._elsewhere is not None
-        answered, scored = (
-            max((each.top_k for each in self._requests.values() if (each.source == "teacher") is is_own), default=0)
-            for is_own in (True, False)
-        )
-        await self._elsewhere.check(answered, scored)
+    async def _wait_until_ready(self) -> None:
+        async with self._start_lock:
+            if self._is_ready:
+                return
+            if self._replicas:
+                await self._replicas.wait_until_up()
+            else:
+                await self._check_endpoint()
+            self._is_ready = True
 
-    async def _ask(self, rows: list[dict[str, Any]], wanted: CompletionSet) -> list[dict[str, Any]]:
-        """Completions of the rows, in their order; rows that cannot be answered carry an error."""
-        replies = await self._call(rows, wanted)
-        if isinstance(replies, str):
-            return [_error_row(row, replies) for row in rows]
-        return [_completion_row(row, reply, wanted.top_k) for row, reply in zip(rows, replies, strict=True)]
+    async def _check_endpoint(self) -> None:
+        assert self._endpoint is not None
+        generated = [each.top_k for each in self._completion_sets.values() if not each.is_scored]
+        scored = [each.top_k for each in self._completion_sets.values() if each.is_scored]
+        await self._endpoint.check(logprobs=max(generated, default=0), prompt_logprobs=max(scored, default=0))
 
-    async def _call(self, rows: list[dict[str, Any]], wanted: CompletionSet) -> list[dict[str, Any]] | str:
-        """The replica's replies to the rows, or why there are none."""
-        prompts = [
-            json.loads(row["messages"] or "[]") or row["prompt_token_ids"].tolist() + row["given_token_ids"].tolist()
-            for row in rows
-        ]
-        told = (prompts, _sampling_params(rows[0], wanted), self._teacher.timeout_s)
-        if self._elsewhere:
-            # It makes requests again by itself, and says of each row what befell it.
-            async with self._room:
-                return await self._answer(*told)
-        failure = ""
-        for attempt in range(INFRASTRUCTURE_RETRIES):
-            if failure:
-                await asyncio.sleep(min(2**attempt, MAX_BACKOFF_S))
-                # Loading a large model takes longer than an answer may.
-                await self._wait_until_up()
-            try:
-                # What waits for room does not wait for its answer yet.
-                async with self._room:
-                    reply = await self._patiently(self._answer(*told))
-                self._was_there = True
-                return reply
-            except TimeoutError:
-                failure = f"no answer within {self._teacher.timeout_s:g} s (teacher.timeout_s)"
-                if await asyncio.to_thread(is_up, self._app):
-                    return failure
-            except RayError as error:
-                failure = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-                if (
-                    attempt
-                    and isinstance(error, RayTaskError)
-                    and type(error.cause).__name__ != compat.ENGINE_DEAD_ERROR
-                ):
-                    # It is up to the call, not to the replica.
-                    return failure
-        return failure
+    async def _complete(self, call: TeacherCall) -> list[dict[str, Any]]:
+        """Return the completions of a call, in the order of its rows; a row that failed carries an error."""
+        started = time.time()
+        replies = await self._answer(call.prompts, call.sampling_params, self._teacher.timeout_s)
+        if self._on_call:
+            self._on_call(call, started, time.time())
+        return [_completion_row(row, reply, call.completion_set) for row, reply in zip(call.rows, replies, strict=True)]
 
-    async def _patiently(self, asked: Any) -> list[dict[str, Any]]:
-        """A replica's replies, waited for as long as they may take once there is a replica.
-
-        Raises:
-            TimeoutError: where there was one all the time, or none for `teacher.start_timeout_s`.
-        """
-        replicas, told = self._teacher.replicas, self._teacher
-        # While others are still loading, calls for all of them queue before those that are there.
-        longest = (told.timeout_s + REPLICA_GRACE_S) * math.ceil(replicas.max / max(1, replicas.min))
-        began, was_there = time.monotonic(), self._was_there
-        reply = asyncio.ensure_future(_awaited(asked))
-        try:
-            while not (await asyncio.wait([reply], timeout=longest))[0]:
-                # A teacher that scales from none loads, or waits for its nodes, when it is asked: the call is what
-                # keeps it coming.
-                is_there = await asyncio.to_thread(has_replica, self._app)
-                waited = time.monotonic() - began
-                if (is_there and was_there) or (not is_there and waited > told.start_timeout_s):
-                    raise TimeoutError
-                was_there = is_there
-            return reply.result()
-        finally:
-            reply.cancel()
+    async def _answer(
+        self, prompts: list[Any], sampling_params: dict[str, Any], timeout_s: float
+    ) -> list[dict[str, Any]]:
+        if self._replicas:
+            return await self._replicas.answer(prompts, sampling_params, timeout_s)
+        assert self._endpoint is not None
+        async with self._slots:
+            return await self._endpoint.answer(prompts, sampling_params, timeout_s)
 
 
-async def _awaited(reply: Any) -> Any:
-    return await reply
-
-
-def _sampling_params(row: Mapping[str, Any], wanted: CompletionSet) -> dict[str, Any]:
-    """vLLM's sampling parameters."""
-    if len(row["given_token_ids"]):
-        # The engine cannot but write a token of its own; it is thrown away.
-        return {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": wanted.top_k}
-    sampling = wanted.sampling
-    return {
-        "max_tokens": sampling.max_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "seed": sampling.seed + int(row["sample_index"]) if sampling.temperature else None,
-        "logprobs": wanted.top_k or None,
-    }
-
-
-def _completion_row(row: Mapping[str, Any], reply: Mapping[str, Any], top_k: int) -> dict[str, Any]:
-    """A row of `schemas.COMPLETION` from a replica's reply."""
+def _completion_row(row: Mapping[str, Any], reply: Mapping[str, Any], completion_set: CompletionSet) -> dict[str, Any]:
+    """Return a row of `schemas.COMPLETION` from a reply to a prompt."""
     if error := reply.get("error"):
         return _error_row(row, error)
-    if given := row["given_token_ids"].tolist():
-        text, tokens, finish = row["given_text"], given, row["given_finish_reason"]
+    if completion_set.is_scored:
+        text, tokens, finish_reason = row["given_text"], row["given_token_ids"].tolist(), row["given_finish_reason"]
     else:
-        text, tokens, finish = reply["text"], reply["token_ids"].tolist(), reply["finish_reason"]
-    # Where the engine scored, it scored the prompt, too.
-    ids, logprobs = (reply[name][-len(tokens) :].tolist() if top_k else [] for name in ("topk_ids", "topk_logprobs"))
-    assert len(ids) == (len(tokens) if top_k else 0), "log-probabilities for every completion token"
+        text, tokens, finish_reason = reply["text"], reply["token_ids"].tolist(), reply["finish_reason"]
+    topk_ids, topk_logprobs = [], []
+    if completion_set.top_k:
+        # An engine that scores also scores the prompt.
+        topk_ids = reply["topk_ids"][-len(tokens) :].tolist()
+        topk_logprobs = reply["topk_logprobs"][-len(tokens) :].tolist()
+        assert len(topk_ids) == len(tokens), "log-probabilities for every completion token"
     return {
         **_id_columns(row),
         "completion": text,
         "completion_token_ids": tokens,
-        "finish_reason": finish,
+        "finish_reason": finish_reason,
         **grading.grade_completion(text, row["reference_answer"]),
-        "topk_ids": ids,
-        "topk_logprobs": logprobs,
+        "topk_ids": topk_ids,
+        "topk_logprobs": topk_logprobs,
         "error": "",
     }
 
 
 def _error_row(row: Mapping[str, Any], error: str) -> dict[str, Any]:
-    """A row of `schemas.COMPLETION` that says why there is no completion."""
+    """Return a row of `schemas.COMPLETION` that holds an error in place of a completion."""
     return {
         **_id_columns(row),
         "completion": "",
@@ -234,9 +197,10 @@ def _error_row(row: Mapping[str, Any], error: str) -> dict[str, Any]:
 
 
 def _id_columns(row: Mapping[str, Any]) -> dict[str, Any]:
-    identity = {name: row[name] for name in ("completion_id", "problem_id", "strategy")}
     return {
-        **identity,
+        "completion_id": row["completion_id"],
+        "problem_id": row["problem_id"],
+        "strategy": row["strategy"],
         "sample_index": int(row["sample_index"]),
         "prompt_token_ids": row["prompt_token_ids"].tolist(),
     }

@@ -1,4 +1,4 @@
-"""Completions: what determines a set of them, and so its key and its folder."""
+"""Completion sets: the settings that determine a set of completions, and so its content key and its folder."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,26 +15,32 @@ from raykd.storage import files, filesystem, hashing, row_store
 
 @dataclass(frozen=True)
 class CompletionSet:
-    """The completions of one strategy: what determines them, and where they lie."""
+    """The completions of one strategy: the settings that determine them, and their folder."""
 
     strategy_name: str
     strategy: Strategy
     folder: Path
     content: dict[str, Any]
+    """All settings that determine the rows (`raykd.identity.completion_set`)."""
 
     @property
     def source(self) -> str:
-        """`teacher`: it answers; `reference`: it scores the reference solutions; `student`: a student's answers."""
+        """Who writes the text: `teacher`, or `reference` (gold solutions) or `student` (rollouts), which are scored."""
         return self.content["source"]
 
     @property
+    def is_scored(self) -> bool:
+        """Whether the teacher scores text that exists already, instead of generating it."""
+        return self.source != "teacher"
+
+    @property
     def top_k(self) -> int:
-        """How many log-probabilities each token has; 0 for none."""
+        """Log-probabilities of each token; 0 for none."""
         return self.content["top_k"]
 
     @property
     def sampling(self) -> Sampling:
-        """How the teacher answers, where it does."""
+        """How the teacher samples, where it generates."""
         return Sampling(**self.content.get("sampling", {}))
 
     @property
@@ -46,67 +52,69 @@ class CompletionSet:
 def completion_sets_for(
     experiment: Experiment, arms: Mapping[str, Arm], problems: Mapping[str, Any], root: Path, model: Mapping[str, Any]
 ) -> dict[str, CompletionSet | None]:
-    """For each arm the completions that it is about; None where nothing is asked of the teacher.
+    """Return the completion set of each arm; None for an arm that needs no teacher.
 
-    What a student writes is not known beforehand: its request (`source` student) tells how it will be scored, and
-    each of its rounds has a folder of its own.
+    A student's rollouts do not exist yet when this is called: their completion set (`source` student) says how they
+    will be scored, and each round has a folder of its own.
 
-    The same question is not asked twice. A set with more log-probabilities than an arm needs serves it too, be it
-    complete from an earlier run or about to be made for another arm.
+    No completion is generated twice. A set with more log-probabilities than an arm needs serves that arm too, whether
+    an earlier run completed it or another arm is about to generate it.
 
     Args:
         experiment: the experiment.
-        arms: what is trained on, by name.
-        problems: what determines the splits (`problems.Splits.content`).
-        root: the storage folder; the rows lie in `root/completions/<content key>`, for every experiment
-            that asks the same of the same teacher.
-        model: what identifies the teacher's weights and tokenizer.
+        arms: the arms to train, by `config_id`.
+        problems: the settings that determine the splits (`datasets.Splits.content`).
+        root: the storage folder; rows are in `root/completions/<content key>`, shared by all experiments.
+        model: the identity of the teacher's weights and tokenizer.
     """
     contents = {
         name: identity.completion_set(experiment, arm, problems, model)
         for name, arm in arms.items()
         if arm.needs_teacher
     }
-    stored, wanted = _by_question(_stored_contents(root)), _by_question(contents.values())
-    found: dict[str, CompletionSet | None] = dict.fromkeys(arms)
+    stored, needed = _by_completions(_stored_contents(root)), _by_completions(contents.values())
+    completion_sets: dict[str, CompletionSet | None] = dict.fromkeys(arms)
     for name, content in contents.items():
-        question = identity.same_completions(content)
-        there = [each for each in stored.get(question, []) if each["top_k"] >= content["top_k"]]
-        chosen = min(there, key=_top_k) if there else max(wanted[question], key=_top_k)
+        key = identity.same_completions(content)
+        sufficient = [other for other in stored.get(key, []) if other["top_k"] >= content["top_k"]]
+        chosen = min(sufficient, key=_top_k) if sufficient else max(needed[key], key=_top_k)
         strategy = arms[name].prompt.strategy
         folder = root / "completions" / hashing.content_key(chosen)
-        found[name] = CompletionSet(strategy, experiment.strategies[strategy], folder, chosen)
-    return found
+        completion_sets[name] = CompletionSet(strategy, experiment.strategies[strategy], folder, chosen)
+    return completion_sets
 
 
 def _stored_contents(root: Path) -> list[dict[str, Any]]:
-    """What determines each complete set that is there."""
-    found = []
+    """Return the settings of each complete set in the storage folder."""
+    contents = []
     for manifest in filesystem.find_in_subdirs(root / "completions", row_store.MANIFEST):
         try:
-            found.append(files.read_json(manifest)["content"])
+            contents.append(files.read_json(manifest)["content"])
         except (UserError, KeyError):
-            # Whoever needs these rows is told so; for the others they are not there.
+            # A damaged manifest concerns only the runs that read this set, and these report it.
             continue
-    return found
+    return contents
 
 
-def _by_question(contents: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
-    for each in contents:
-        found.setdefault(identity.same_completions(each), []).append(each)
-    return found
+def _by_completions(contents: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Group settings that give the same completions and differ in the number of log-probabilities at most."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for content in contents:
+        groups.setdefault(identity.same_completions(content), []).append(content)
+    return groups
 
 
 def _top_k(content: Mapping[str, Any]) -> int:
     return content["top_k"]
 
 
-def missing_sets(wanted: list[CompletionSet]) -> list[CompletionSet]:
-    """Those that are not complete yet."""
-    return [request for request in wanted if row_store.read_manifest(request.folder) is None]
+def missing_sets(completion_sets: list[CompletionSet]) -> list[CompletionSet]:
+    """Return the sets that are not complete yet."""
+    return [each for each in completion_sets if row_store.read_manifest(each.folder) is None]
 
 
-def completion_id(request: CompletionSet, problem_id: str, sample_index: int) -> str:
-    """The name of one completion: the same for the same question, in every experiment."""
-    return hashing.content_key({"key": request.folder.name, "problem_id": problem_id, "sample_index": sample_index})
+def completion_id(completion_set: CompletionSet, problem_id: str, sample_index: int) -> str:
+    """Return the id of one completion: the same for the same prompt and sampling, in every experiment."""
+    return hashing.content_key(
+        {"key": completion_set.folder.name, "problem_id": problem_id, "sample_index": sample_index}
+    )

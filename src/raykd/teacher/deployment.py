@@ -1,7 +1,7 @@
-"""Replica: the teacher's engine behind Ray Serve, asked many prompts a call and answering in arrays.
+"""Teacher deployment: the teacher's engine behind Ray Serve, with many prompts a call and replies in arrays.
 
-Serve LLM loads the engine, places and watches it. Its own methods speak OpenAI's protocol: an object for each token
-and each log-probability, and one bad prompt refuses the whole call.
+Serve LLM loads, places and monitors the engine. Its own methods use OpenAI's protocol: an object for each token and
+each log-probability, and one invalid prompt fails the whole call.
 """
 
 import asyncio
@@ -20,25 +20,25 @@ EngineDeadError = compat.engine_dead_error()
 
 
 class TeacherDeployment(LLMServer):
-    """Serve LLM's deployment with a method of our own."""
+    """Serve LLM's deployment with the method `answer`."""
 
     async def answer(
         self, prompts: list[list[int]], sampling: dict[str, Any], timeout_s: float
     ) -> list[dict[str, Any]]:
-        """Answers prompts, each by itself: what befalls one leaves the others alone.
+        """Answer prompts independently: an error of one does not affect the others.
 
         Args:
-            prompts: token ids.
-            sampling: vLLM's sampling parameters, the same for all.
-            timeout_s: seconds after which a row is given up.
+            prompts: token ids of each prompt.
+            sampling: vLLM's sampling parameters, the same for all prompts.
+            timeout_s: seconds for each prompt.
 
         Returns:
-            for each prompt `text`, `token_ids` (T) int32, `finish_reason`; where `logprobs` or `prompt_logprobs` K were
-            asked for, the K best of each position by `topk_ids` and `topk_logprobs` (T, K), of prompt positions but the
-            first where it is those; or `error`.
+            for each prompt `text`, `token_ids` (T) int32 and `finish_reason`, or `error`. With `logprobs` or
+            `prompt_logprobs` K, also `topk_ids` and `topk_logprobs` (T, K): the K best tokens of each position. With
+            `prompt_logprobs` the positions are those of the prompt, without the first.
 
         Raises:
-            EngineDeadError: where it is the engine that failed; Serve then replaces the replica.
+            EngineDeadError: the engine died; Serve then replaces the replica.
         """
         return await asyncio.gather(*(self._answer(prompt, sampling, timeout_s) for prompt in prompts))
 
@@ -60,16 +60,20 @@ class TeacherDeployment(LLMServer):
 
 
 def _reply(output: Any, params: SamplingParams) -> dict[str, Any]:
+    """Return the reply to one prompt from vLLM's `RequestOutput`."""
     (choice,) = output.outputs
     reply = {
         "text": choice.text,
         "token_ids": np.asarray(choice.token_ids, dtype=np.int32),
         "finish_reason": choice.finish_reason,
     }
-    for flat, best in ((choice.logprobs, params.logprobs), (output.prompt_logprobs, params.prompt_logprobs)):
-        if best and flat is not None:
-            # Of each position the token that is there, and then the best, in their order; the prompt's first has none.
-            shape = (-1, best + 1)
-            reply["topk_ids"] = np.asarray(flat.token_ids, dtype=np.int32).reshape(shape)[:, 1:]
-            reply["topk_logprobs"] = np.asarray(flat.logprobs, dtype=np.float32).reshape(shape)[:, 1:]
+    for flat_logprobs, top_k in (
+        (choice.logprobs, params.logprobs),
+        (output.prompt_logprobs, params.prompt_logprobs),
+    ):
+        if top_k and flat_logprobs is not None:
+            # A position holds the token of the text, then the k best in order. A prompt's first position is empty.
+            shape = (-1, top_k + 1)
+            reply["topk_ids"] = np.asarray(flat_logprobs.token_ids, dtype=np.int32).reshape(shape)[:, 1:]
+            reply["topk_logprobs"] = np.asarray(flat_logprobs.logprobs, dtype=np.float32).reshape(shape)[:, 1:]
     return reply

@@ -1,4 +1,4 @@
-"""The teacher of an experiment as a Ray Serve application with OpenAI's protocol.
+"""Serve application: the teacher of an experiment behind OpenAI's protocol, on a network port.
 
 Run `serve run raykd.teacher.serve_app:app experiment=configs/quickstart.yaml`, or apply a RayService
 (cluster/kuberay/rayservice.yaml). `raykd run` serves its own teacher without a network port and does not need this.
@@ -19,12 +19,12 @@ from raykd.teacher.server import llm_config
 
 
 class TeacherService(ConfigModel):
-    """What the application is built from: `args` in Serve's configuration, or `key=value` of `serve run`."""
+    """Arguments of the application: `args` in Serve's configuration, or `key=value` of `serve run`."""
 
     experiment: str
-    """The experiment's YAML file, on the nodes."""
+    """The experiment's YAML file; every node must have it."""
     overrides: tuple[str, ...] = ()
-    """As on the command line of a run, `teacher.engine.tensor_parallel_size=8`; on that of `serve run`, a YAML list."""
+    """Overrides as for `raykd run`, `teacher.engine.tensor_parallel_size=8`; for `serve run` a YAML list."""
 
     @field_validator("overrides", mode="before")
     @classmethod
@@ -33,24 +33,27 @@ class TeacherService(ConfigModel):
 
 
 def app(args: TeacherService) -> Any:
-    """The application: `/v1/chat/completions` and the others of OpenAI's protocol, for the model `teacher`.
+    """Return the application: OpenAI's protocol (`/v1/chat/completions`, ...) for the model `teacher`.
 
-    It asks for no token: keep the port that Serve listens on in a network of its own.
+    It checks no API key: keep Serve's port in a private network.
+
+    Args:
+        args: the experiment and its overrides.
 
     Raises:
-        UserError: where there is no such experiment, with the way out.
+        UserError: the experiment cannot be read; the message names the remedy.
     """
     # Loads vLLM, which takes seconds.
     from ray.serve.llm import build_openai_app
 
     teacher = load_experiment(args.experiment, args.overrides).teacher
     if not ray.is_initialized():
-        # As `serve run` does afterwards; what there is to run on is asked now.
+        # `serve run` connects later, but the accelerator is resolved here.
         ray.init(namespace="serve")
     kind = resources.resolve_accelerator(teacher.engine.accelerator, capacity(joined=True))
-    return build_openai_app({"llm_configs": [llm_config(by_prompt(teacher), 0, kind)]})
+    return build_openai_app({"llm_configs": [llm_config(one_prompt_per_call(teacher), 0, kind)]})
 
 
-def by_prompt(teacher: Teacher) -> Teacher:
-    """The teacher as it is asked over OpenAI's protocol, where a call is one prompt: as many prompts, so more calls."""
+def one_prompt_per_call(teacher: Teacher) -> Teacher:
+    """Return the section for OpenAI's protocol, where a call is one prompt: as many prompts at a time in more calls."""
     return teacher.model_copy(update={"concurrency": teacher.concurrency * teacher.batch_size, "batch_size": 1})

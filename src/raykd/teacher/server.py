@@ -23,14 +23,14 @@ HEALTH_CHECK_PERIOD_S = 2
 
 
 def llm_config(teacher: Teacher, top_k: int, kind: resources.Accelerator) -> Any:
-    """The Serve LLM configuration of the teacher.
+    """Return the Serve LLM configuration of the teacher.
 
     Args:
-        teacher: the configuration's section.
-        top_k: the engine is told to allow that many log-probabilities; 0 for none.
-        kind: what the engine runs on.
+        teacher: the `teacher` section.
+        top_k: most log-probabilities of a token that the engine must return; 0 for none.
+        kind: accelerator of the engine.
     """
-    # Loads vLLM, which takes seconds that a run without anything to ask should not pay.
+    # Loads vLLM, which takes seconds; a run whose completions exist does not need it.
     from ray.serve.llm import LLMConfig
 
     kwargs, env = engine.engine_settings(teacher.engine, kind, teacher.start_timeout_s)
@@ -39,12 +39,12 @@ def llm_config(teacher: Teacher, top_k: int, kind: resources.Accelerator) -> Any
     kwargs["trust_remote_code"] = teacher.trust_remote_code
     if top_k:
         kwargs.setdefault("max_logprobs", max(top_k, 20))
-        # vLLM's default, and the only mode that gives the model's own distribution whatever the sampling.
+        # vLLM's default, and the only mode whose log-probabilities do not depend on the sampling parameters.
         kwargs.setdefault("logprobs_mode", "raw_logprobs")
     deployment: dict[str, Any] = {
-        # Serve LLM's own default lets one replica take everything, and then never scales.
+        # With Serve LLM's default one replica accepts all calls, so that Serve never scales up.
         "max_ongoing_requests": 2 * teacher.concurrency,
-        # The engine's processes have bundles of their own; the replica that feeds them needs no core.
+        # The engine's processes have bundles of their own; the replica itself needs no core.
         "ray_actor_options": {"num_cpus": 0},
         "health_check_period_s": HEALTH_CHECK_PERIOD_S,
         "health_check_timeout_s": 60,
@@ -69,33 +69,32 @@ def llm_config(teacher: Teacher, top_k: int, kind: resources.Accelerator) -> Any
         engine_kwargs=kwargs,
         runtime_env={"env_vars": env},
         callback_config={"callback_class": "raykd.teacher.deployment_callback.StripTokensFromRuntimeEnv"},  # pyright: ignore[reportArgumentType]
-        # By default, too; but Serve LLM refuses an engine that was told to keep no statistics.
+        # True by default; but Serve LLM rejects it together with `disable_log_stats`.
         log_engine_metrics=not kwargs.get("disable_log_stats", False),
         deployment_config=deployment,
     )
 
 
 def app_name(experiment: str) -> str:
-    """What the teacher of an experiment is called in Ray Serve: otherwise for each process that works on it."""
+    """Return the name of the teacher's Serve application, which differs for each driver of an experiment."""
     return f"raykd-{experiment}-{ray.get_runtime_context().get_job_id()}"
 
 
 @contextmanager
 def serve_teacher(teacher: Teacher, top_k: int, app: str, cluster: Mapping[str, float]) -> Iterator[None]:
-    """Serves the teacher inside this cluster, on no network port, for the time of a `with` block.
+    """Serve the teacher inside this cluster, without a network port, during a `with` block.
 
-    The block begins while the engine still loads, so that whatever asks it can get ready meanwhile;
-    `wait_until_up` waits for it. A teacher that is elsewhere is served there.
+    The block begins while the engine still loads, so that its callers can start meanwhile; `wait_until_up` waits for
+    the engine. With `teacher.endpoint` nothing is served.
 
     Args:
-        teacher: the configuration's section.
-        top_k: the most log-probabilities that will be asked for at a token; 0 for none.
-        app: the Serve application's name, by which any process of the cluster gets a handle; experiments that
-            share a cluster need names of their own.
-        cluster: the cluster's resources.
+        teacher: the `teacher` section.
+        top_k: most log-probabilities of a token that calls will request; 0 for none.
+        app: name of the Serve application (`app_name`), by which any process of the cluster gets a handle.
+        cluster: the cluster's resources by Ray's names.
     """
     if teacher.endpoint:
-        print_status(f"asking the teacher {teacher.served_model} at {teacher.endpoint.url}")
+        print_status(f"using the teacher {teacher.served_model} at {teacher.endpoint.url}")
         yield
         return
     kind = resources.resolve_accelerator(teacher.engine.accelerator, cluster)
@@ -107,9 +106,9 @@ def serve_teacher(teacher: Teacher, top_k: int, app: str, cluster: Mapping[str, 
 
     with as_user_error("teacher.engine", ValueError):
         deployment = build_llm_deployment(llm_config(teacher, top_k, kind), deployment_cls=TeacherDeployment)
-    quiet = logging.getLogger("ray.serve")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
+    serve_logger = logging.getLogger("ray.serve")
+    level = serve_logger.level
+    serve_logger.setLevel(logging.ERROR)
     try:
         serve.start(proxy_location=ProxyLocation.Disabled)
         target = serve.RunTarget(deployment, name=app, route_prefix=None)
@@ -120,44 +119,44 @@ def serve_teacher(teacher: Teacher, top_k: int, app: str, cluster: Mapping[str, 
             finally:
                 serve.delete(app)
     finally:
-        quiet.setLevel(level)
+        serve_logger.setLevel(level)
 
 
 def wait_until_up(app: str, timeout_s: float) -> None:
-    """Waits until a replica of the teacher can be asked.
+    """Wait until the teacher accepts calls (`is_up`).
 
     Args:
-        app: the Serve application's name.
-        timeout_s: seconds that the engine may take to load.
+        app: name of the Serve application.
+        timeout_s: most seconds for the engine to load.
 
     Raises:
-        StageError: where no replica is up in time, or the engine fails to start, with Serve's message.
+        StageError: no replica is up in time, or the engine fails to start, with Serve's message.
     """
     deadline = time.monotonic() + timeout_s
     while not is_up(app):
-        if failed := start_failure(app):
-            raise StageError(failed)
+        if failure := start_failure(app):
+            raise StageError(failure)
         if time.monotonic() > deadline:
             raise StageError(f"the teacher was not up after {timeout_s:g} s (teacher.start_timeout_s)")
         time.sleep(0.5)
 
 
 def is_up(app: str) -> bool:
-    """Whether the teacher can be asked: a replica is there, or, where it scales from none, will be when it is asked."""
+    """Return whether the teacher accepts calls: a replica runs, or a call will start one (scaling from zero)."""
     status = serve.status().applications.get(app)
-    # Other replicas may be loading still, at first or again.
+    # The application may be deploying still, while one of several replicas runs.
     return (status is not None and status.status == "RUNNING") or has_replica(app)
 
 
 def has_replica(app: str) -> bool:
-    """Whether a replica of the teacher runs."""
+    """Return whether a replica of the teacher runs."""
     status = serve.status().applications.get(app)
     deployments = status.deployments.values() if status else ()
     return any(state == "RUNNING" and count for each in deployments for state, count in each.replica_states.items())
 
 
 def start_failure(app: str) -> str:
-    """Why the teacher's engine does not start, in Serve's words; empty where it starts, again perhaps, or runs."""
+    """Return Serve's message on an engine that failed to start; empty where the engine starts, restarts or runs."""
     status = serve.status().applications.get(app)
     if status is None or status.status != "DEPLOY_FAILED":
         return ""

@@ -1,4 +1,4 @@
-"""Spent: how long sets of completions took, all the attempts at them together."""
+"""Stage timer: the seconds that completion sets took, over all attempts."""
 
 import time
 from collections.abc import Iterable
@@ -11,29 +11,30 @@ WRITE_INTERVAL_S = 30
 
 
 class StageTimer:
-    """The seconds that sets of completions took, each an equal share of every attempt's.
+    """The seconds that completion sets took; sets that are generated together share them equally.
 
-    They are noted on the way, beside the rows, so that an attempt that is killed counts.
+    The seconds are saved beside the rows while the stage runs, so that an attempt that is killed counts.
 
     Args:
-        folders: of the sets that are worked on together, from now on.
+        folders: of the completion sets that are generated together, from now on.
     """
 
     def __init__(self, folders: Iterable[Path]) -> None:
-        self._started = self._noted = time.monotonic()
-        self._before: dict[Path, float] = {}
+        self._started = self._last_save = time.monotonic()
+        self._earlier_seconds: dict[Path, float] = {}
         for folder in folders:
             file = folder / FILE
-            self._before[folder] = float(files.read_json(file)["seconds"]) if file.exists() else 0.0
+            self._earlier_seconds[folder] = float(files.read_json(file)["seconds"]) if file.exists() else 0.0
 
-    def note(self) -> None:
-        """Writes them down, now and then."""
-        if time.monotonic() < self._noted + WRITE_INTERVAL_S:
+    def save(self) -> None:
+        """Write the seconds of each set, at most every `WRITE_INTERVAL_S`."""
+        if time.monotonic() < self._last_save + WRITE_INTERVAL_S:
             return
-        self._noted = time.monotonic()
-        for folder in self._before:
-            files.write_json(folder / FILE, {"seconds": self.of(folder)})
+        self._last_save = time.monotonic()
+        for folder in self._earlier_seconds:
+            files.write_json(folder / FILE, {"seconds": self.seconds(folder)})
 
-    def of(self, folder: Path) -> float:
-        """Those of a set, up to now."""
-        return round(self._before[folder] + (time.monotonic() - self._started) / len(self._before), 1)
+    def seconds(self, folder: Path) -> float:
+        """Return the seconds of a set up to now, rounded to tenths."""
+        share = (time.monotonic() - self._started) / len(self._earlier_seconds)
+        return round(self._earlier_seconds[folder] + share, 1)

@@ -35,7 +35,7 @@ def pa_read(path: Path):
     return table
 
 
-def test_splits_hold_what_was_asked_for_and_do_not_overlap(tmp_path: Path, files: dict[str, str]):
+def test_splits_have_the_requested_sizes_and_do_not_overlap(tmp_path: Path, files: dict[str, str]):
     folder = datasets.write_splits(Dataset(source="jsonl", num_train=10, num_validation=6, **files), tmp_path)
     train, validation, test = (read(folder, split) for split in datasets.SPLITS)
     assert [len(train), len(validation), len(test)] == [10, 6, 5]
@@ -47,7 +47,7 @@ def test_splits_hold_what_was_asked_for_and_do_not_overlap(tmp_path: Path, files
     assert all(row["other_answer"] != row["reference_answer"] for row in train + validation + test)
 
 
-def test_validation_stays_when_fewer_are_trained_on(tmp_path: Path, files: dict[str, str]):
+def test_validation_does_not_depend_on_num_train(tmp_path: Path, files: dict[str, str]):
     few = datasets.write_splits(Dataset(source="jsonl", num_train=3, num_validation=6, **files), tmp_path)
     many = datasets.write_splits(Dataset(source="jsonl", num_train=14, num_validation=6, **files), tmp_path)
     assert few != many
@@ -55,7 +55,7 @@ def test_validation_stays_when_fewer_are_trained_on(tmp_path: Path, files: dict[
     assert {row["problem_id"] for row in read(few, "train")} < {row["problem_id"] for row in read(many, "train")}
 
 
-def test_what_is_there_is_not_written_again(tmp_path: Path, files: dict[str, str]):
+def test_existing_splits_are_not_rewritten(tmp_path: Path, files: dict[str, str]):
     settings = Dataset(source="jsonl", **files)
     folder = datasets.write_splits(settings, tmp_path)
     written = (folder / "train.parquet").stat().st_mtime_ns
@@ -77,20 +77,20 @@ def test_what_is_there_is_not_written_again(tmp_path: Path, files: dict[str, str
         (b'{"question": "\\ud800", "answer": "#### 1"}', "not valid Unicode"),
     ],
 )
-def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: bytes, words: str):
+def test_invalid_line_is_named(tmp_path: Path, line: bytes, words: str):
     file = tmp_path / "bad.jsonl"
     file.write_bytes(b'{"question": "Q?", "answer": "#### 1"}\n\n' + line + b"\n")
     with pytest.raises(ValueError, match=rf"bad\.jsonl:3: {words}"):
         list(datasets.read_jsonl(file))
 
 
-def test_a_solution_without_an_answer_is_named(tmp_path: Path, files: dict[str, str]):
+def test_solution_without_answer_is_named(tmp_path: Path, files: dict[str, str]):
     Path(files["train_file"]).write_text('{"question": "Q?", "answer": "#### 1"}\n{"question": "R?", "answer": "1"}\n')
     with pytest.raises(ValueError, match=r"train\.jsonl: problem 2 of train"):
         datasets.write_splits(Dataset(source="jsonl", **files), tmp_path)
 
 
-def test_more_than_there_is_cannot_be_asked_for(tmp_path: Path, files: dict[str, str]):
+def test_too_many_problems_are_refused(tmp_path: Path, files: dict[str, str]):
     for settings in (
         {"num_train": 21},
         {"num_test": 6},
@@ -103,14 +103,14 @@ def test_more_than_there_is_cannot_be_asked_for(tmp_path: Path, files: dict[str,
         datasets.write_splits(Dataset(source="jsonl", train_file="nowhere", test_file=files["test_file"]), tmp_path)
 
 
-def test_the_built_in_problems_become_splits(tmp_path: Path):
+def test_demo_splits(tmp_path: Path):
     folder = datasets.write_splits(Dataset(source="demo", num_train=50, num_validation=10, num_test=20), tmp_path)
     questions = [row["question"] for split in datasets.SPLITS for row in read(folder, split)]
     assert len(set(questions)) == 80
     assert row_store.read_manifest(folder)
 
 
-def test_source_gsm8k_is_read_with_datasets(tmp_path: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+def test_source_gsm8k_uses_the_datasets_library(tmp_path: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch):
     # `datasets` takes a folder of this name, where there is one, for what the hub has under it.
     folder = tmp_path / "openai" / "gsm8k"
     folder.mkdir(parents=True)
@@ -126,7 +126,7 @@ def test_source_gsm8k_is_read_with_datasets(tmp_path: Path, files: dict[str, str
     assert read(splits, "test")[1]["reference_answer"] == "2"
 
 
-def test_gsm8k_becomes_splits(tmp_path: Path):
+def test_splits_of_gsm8k(tmp_path: Path):
     source = os.environ.get("RAYKD_GSM8K_DIR")
     if not source:
         pytest.skip("RAYKD_GSM8K_DIR is not set: it names the folder with GSM8K's train.jsonl and test.jsonl")

@@ -49,7 +49,7 @@ from raykd.data.grading import (
         ("no number at all", None, None),
     ],
 )
-def test_awkward_outputs_score_as_by_hand(text: str, strict: str | None, flexible: str | None) -> None:
+def test_extraction_from_awkward_outputs(text: str, strict: str | None, flexible: str | None) -> None:
     assert strict_match(text) == strict
     assert flexible_extract(text) == flexible
 
@@ -71,7 +71,7 @@ def test_awkward_outputs_score_as_by_hand(text: str, strict: str | None, flexibl
         ("18", "She makes\n9 * 2 = 18\n#### 18", True),
     ],
 )
-def test_comparison_is_of_strings(answer: str | None, reference: str, expected: bool) -> None:
+def test_answers_are_compared_as_strings(answer: str | None, reference: str, expected: bool) -> None:
     assert is_correct(answer, reference) is expected
 
 
@@ -92,7 +92,7 @@ def test_reference_answer(solution: str, answer: str) -> None:
     ("solution", "named"),
     [("the answer is 18", "no '####'"), ("", "no '####'"), ("#### about 18", "about 18"), ("18 ####", "''")],
 )
-def test_reference_answer_names_what_is_wrong(solution: str, named: str) -> None:
+def test_reference_answer_names_the_problem(solution: str, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         reference_answer(solution)
 
@@ -142,7 +142,7 @@ def test_every_problem_of_gsm8k(split: str, count: int, negatives: int, with_com
         ("", False),
     ],
 )
-def test_an_answer_before_any_calculation_is_noticed(text: str, first: bool):
+def test_states_answer_first(text: str, first: bool):
     assert states_answer_first(text) == first
 
 
@@ -156,5 +156,5 @@ def test_an_answer_before_any_calculation_is_noticed(text: str, first: bool):
         ("no no no no no no no", 3 / 4),
     ],
 )
-def test_a_text_that_goes_in_circles_repeats_itself(text: str, share: float) -> None:
+def test_repeated_share(text: str, share: float) -> None:
     assert repeated_share(text) == pytest.approx(share)

@@ -9,7 +9,7 @@ PROBLEM = {"question": "How many {apples} are 3 + 4?", "reference_answer": "7", 
 
 
 @pytest.mark.parametrize("name", sorted(BUILT_IN))
-def test_the_student_sees_the_question_and_never_the_prime(name: str):
+def test_student_never_sees_the_prime(name: str):
     strategy = BUILT_IN[name]
     student = prompts.student_messages(PROBLEM, "State the number.")
     assert student == [{"role": "user", "content": "How many {apples} are 3 + 4?\n\nState the number."}]
@@ -20,7 +20,7 @@ def test_the_student_sees_the_question_and_never_the_prime(name: str):
     assert (teacher == student) == (name == "none")
 
 
-def test_each_place():
+def test_places_of_the_prime():
     def contents(place) -> list[tuple[str, str]]:
         strategy = Strategy(place=place, text="Prime.")
         return [(message["role"], message["content"]) for message in prompts.teacher_messages(PROBLEM, strategy)]
@@ -31,7 +31,7 @@ def test_each_place():
     assert contents("after") == [("user", f"{question}\n\nPrime.")]
 
 
-def test_exemplars_are_turns_before_the_question_and_carry_the_instruction():
+def test_exemplars_are_turns_with_the_instruction():
     strategy = Strategy(
         place="system", text="Prime.", exemplars=({"question": "1 + 1?", "answer": "It is 2.\n#### 2"},)
     )
@@ -42,7 +42,7 @@ def test_exemplars_are_turns_before_the_question_and_carry_the_instruction():
     assert messages[3] == prompts.student_messages(PROBLEM, "State the number.")[0]
 
 
-def test_hints_name_the_right_answer_and_another_problems():
+def test_gold_and_shuffled_hints_differ_in_the_answer_only():
     gold = prompts.teacher_messages(PROBLEM, BUILT_IN["gold_hint"])[-1]["content"]
     shuffled = prompts.teacher_messages(PROBLEM, BUILT_IN["shuffled_hint"])[-1]["content"]
     assert "answer is 7." in gold
@@ -50,6 +50,6 @@ def test_hints_name_the_right_answer_and_another_problems():
     assert gold.replace("is 7.", "is 12.") == shuffled, "the control differs in the hint alone"
 
 
-def test_an_unknown_placeholder_is_refused():
+def test_unknown_placeholder_is_refused():
     with pytest.raises(ValueError, match="solution"):
         Strategy(text="It is {solution}.")

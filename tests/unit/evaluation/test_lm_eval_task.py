@@ -98,7 +98,7 @@ def test_answers_are_extracted_and_scored_as_the_harness_does(tmp_path: Path, nu
                 # The one difference: where a filter finds dots and signs without a digit, there is no answer here.
                 is_none = theirs == "[invalid]" or not any(character.isdigit() for character in theirs)
                 assert (ours is None) == is_none, (name, output, theirs, ours)
-                assert is_none or ours == grading._normalised(theirs), (name, output, theirs, ours)
+                assert is_none or ours == grading._normalized(theirs), (name, output, theirs, ours)
                 counts["right"] += bool(score)
                 counts["none"] += is_none
         # Not a test of outputs that all come to the same.

@@ -24,11 +24,11 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def test_an_adapter_as_it_is_saved_passes(folder: Path):
+def test_saved_adapter_passes(folder: Path):
     adapters.check_adapter(folder, 4)
 
 
-def test_in_a_bucket_it_is_checked_all_the_same(folder: Path, bucket: str):
+def test_adapter_in_a_bucket_is_checked(folder: Path, bucket: str):
     there = filesystem.resolve(f"{bucket}/checked/adapter")
     for damage in (None, cut):
         if damage:
@@ -41,13 +41,13 @@ def test_in_a_bucket_it_is_checked_all_the_same(folder: Path, bucket: str):
     with pytest.raises(ValueError, match=r"s3://.*adapter_model\.safetensors: is damaged"):
         adapters.check_adapter(there, 4)
     filesystem.put(there / "adapter_model.bin", b"")
-    with pytest.raises(ValueError, match=r"adapter_model\.bin: does not belong there"):
+    with pytest.raises(ValueError, match=r"adapter_model\.bin: does not belong to an adapter"):
         adapters.check_adapter(there, 4)
 
 
-def changed(folder: Path, **told: object) -> None:
+def changed(folder: Path, **fields: object) -> None:
     file = folder / adapters.CONFIG_FILE
-    file.write_text(json.dumps(json.loads(file.read_text()) | told))
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 def cut(folder: Path) -> None:
@@ -70,20 +70,20 @@ def without_a_half(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (cut, r"adapter_model\.safetensors: is damaged"),
-        (not_finite, "not all of it is finite"),
-        (without_a_half, "no half of a pair of rank 4"),
-        (lambda folder: (folder / adapters.WEIGHTS_FILE).unlink(), r"adapter_model\.safetensors: is not there"),
-        (lambda folder: (folder / "adapter_model.bin").touch(), r"adapter_model\.bin: does not belong there"),
+        (not_finite, "values that are not finite"),
+        (without_a_half, "not half of a pair of rank 4"),
+        (lambda folder: (folder / adapters.WEIGHTS_FILE).unlink(), r"adapter_model\.safetensors: is missing"),
+        (lambda folder: (folder / "adapter_model.bin").touch(), r"adapter_model\.bin: does not belong to an adapter"),
         (lambda folder: changed(folder, r=8), "r is '8', not 4"),
         (lambda folder: changed(folder, peft_type="LOHA"), "peft_type is 'LOHA'"),
         (lambda folder: changed(folder, auto_mapping={"parent_library": "os"}), "auto_mapping is set"),
         (lambda folder: (folder / adapters.CONFIG_FILE).write_text("{"), r"adapter_config\.json is damaged"),
     ],
 )
-def test_a_damaged_one_is_refused_by_name(folder: Path, damage, told: str):
+def test_damaged_adapter_is_refused(folder: Path, damage, message: str):
     damage(folder)
-    with pytest.raises(ValueError, match=rf"{told}.*delete"):
+    with pytest.raises(ValueError, match=rf"{message}.*delete"):
         adapters.check_adapter(folder, 4)

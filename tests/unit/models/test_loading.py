@@ -31,25 +31,25 @@ def folder(tmp_path: Path) -> Path:
     made = tmp_path / "model"
     shutil.copytree(resolve_model("raykd/demo-student"), made)
     file = made / "config.json"
-    told = json.loads(file.read_text())
-    file.write_text(json.dumps(told | {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}))
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}))
     (made / "own.py").write_text(CODE.format(proof=str(tmp_path / "was run")))
     return made
 
 
-def test_code_that_comes_with_a_model_is_not_run(folder: Path, tmp_path: Path):
+def test_remote_code_is_not_run(folder: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"trust_remote_code beside the model's name"):
         loading.load_config(Teacher(model=str(folder)))
     assert not (tmp_path / "was run").exists()
 
 
-def test_unless_asked_for_by_name(folder: Path, tmp_path: Path):
+def test_remote_code_runs_with_trust_remote_code(folder: Path, tmp_path: Path):
     found = loading.load_config(Student(model=str(folder), trust_remote_code=True))
     assert type(found).__name__ == "OwnConfig"
     assert (tmp_path / "was run").exists()
 
 
-def test_an_engines_arguments_are_no_way_around_it():
+def test_engine_kwargs_cannot_trust_remote_code():
     with pytest.raises(ValueError, match="set beside the model's name"):
         experiment.Experiment.model_validate(
             {
@@ -61,33 +61,34 @@ def test_an_engines_arguments_are_no_way_around_it():
 
 
 @pytest.mark.parametrize(
-    "told, words",
+    "config, words",
     [
         ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, "has soft-capped attention"),
         ({"model_type": "qwen3_next"}, "has linear_attention"),
         ({"model_type": "mistral", "sliding_window": 8}, None),
     ],
 )
-def test_a_model_in_which_packed_rows_would_mix_is_known_by_its_configuration(tmp_path: Path, told, words):
-    (tmp_path / "config.json").write_text(json.dumps(told))
+def test_models_that_would_mix_packed_rows_are_refused(tmp_path: Path, config, words):
+    (tmp_path / "config.json").write_text(json.dumps(config))
     refused = pytest.raises(ValueError, match=f"{words}.*train.packing=false") if words else nullcontext()
     with refused:
         loading.check_packing(Student(model=str(tmp_path)))
 
 
 @pytest.mark.parametrize("model", ["/nowhere/at/all", "no-such-owner/no-such-model"])
-def test_a_model_that_cannot_be_had_is_told_in_one_line(model: str, monkeypatch: pytest.MonkeyPatch):
+def test_missing_model_is_reported_in_one_line(model: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match=f"model '{model}': neither a folder here nor to be had from the hub") as told:
+    with pytest.raises(ValueError, match=f"model '{model}': not a local directory, and could not be loaded") as caught:
         loading.load_tokenizer(Teacher(model=model))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_how_long_an_engine_takes_is_the_models_own_where_it_is_left_to_it():
+def test_context_length_defaults_to_the_model():
     teacher = Teacher(model="raykd/demo-teacher")
     own = loading.load_config(teacher).max_position_embeddings
     assert [
-        tokenization.context_length(teacher, told) for told in ({}, {"max_model_len": -1}, {"max_model_len": 99})
+        tokenization.context_length(teacher, engine_kwargs)
+        for engine_kwargs in ({}, {"max_model_len": -1}, {"max_model_len": 99})
     ] == [
         own,
         own,
@@ -95,7 +96,7 @@ def test_how_long_an_engine_takes_is_the_models_own_where_it_is_left_to_it():
     ]
 
 
-def test_weights_in_a_pickle_are_refused(tmp_path: Path):
+def test_pickled_weights_are_refused(tmp_path: Path):
     folder = tmp_path / "model"
     shutil.copytree(resolve_model("raykd/demo-student"), folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -105,9 +106,7 @@ def test_weights_in_a_pickle_are_refused(tmp_path: Path):
         loading.load_base_model(Student(model=str(folder)), torch.float32)
 
 
-def test_a_model_of_the_hub_is_identified_by_the_commit_that_its_branch_is_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_hub_model_is_identified_by_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     folder = tmp_path / "models--somebody--small"
     (folder / "refs").mkdir(parents=True)

@@ -34,14 +34,14 @@ from tiny_llamas import llama_of
         ("hugging-quants/Meta-Llama-3.1-405B-Instruct-AWQ-INT4", 405_853_388_800),
     ],
 )
-def test_llamas_have_as_many_parameters_as_their_makers_say(model: str, parameters: int):
+def test_parameters_of_published_llamas(model: str, parameters: int):
     shape = architecture.find_shape(model)
     assert shape is not None
     assert shape.parameters == parameters
 
 
 @pytest.mark.parametrize("name", ["Llama-3.2-1B", "Llama-3.2-3B", "Llama-3.1-8B"])
-def test_transformers_counts_the_same(name: str):
+def test_parameters_match_transformers(name: str):
     shape = architecture.LLAMA[name]
     with torch.device("meta"):
         model = LlamaForCausalLM(llama_of(shape))
@@ -69,7 +69,7 @@ def test_transformers_counts_the_same(name: str):
         ),
     ],
 )
-def test_a_sequence_may_be_as_long_as_vllm_says(scaling: dict, length: int):
+def test_max_positions_matches_vllm(scaling: dict, length: int):
     from vllm.config.model import _get_and_verify_max_len
 
     model = LlamaConfig(max_position_embeddings=32_768, rope_parameters={"rope_theta": 10_000.0, **scaling})
@@ -77,12 +77,12 @@ def test_a_sequence_may_be_as_long_as_vllm_says(scaling: dict, length: int):
     # As it is written in older files.
     older = {"type": scaling["rope_type"], **{name: value for name, value in scaling.items() if name != "rope_type"}}
     assert architecture.max_positions({"max_position_embeddings": 32_768, "rope_scaling": older}) == length
-    told: Any = SimpleNamespace(derived_max_model_len_and_key=(32_768, "max_position_embeddings"))
-    assert _get_and_verify_max_len(model, told, None, None, False, None) == length
+    config: Any = SimpleNamespace(derived_max_model_len_and_key=(32_768, "max_position_embeddings"))
+    assert _get_and_verify_max_len(model, config, None, None, False, None) == length
 
 
 @pytest.mark.parametrize("model", ["raykd/demo-teacher", "raykd/demo-student"])
-def test_a_folder_tells_its_shape(model: str):
+def test_shape_of_a_folder(model: str):
     shape = architecture.find_shape(model)
     assert shape is not None
     folder = builtin.resolve_model(model)
@@ -92,7 +92,7 @@ def test_a_folder_tells_its_shape(model: str):
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("config", "expected"),
     [
         # hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4/config.json
         (
@@ -135,8 +135,8 @@ def test_a_folder_tells_its_shape(model: str):
         ({}, Quantization()),
     ],
 )
-def test_a_configuration_tells_how_weights_are_kept(told: dict, expected: Quantization, tmp_path: Path):
-    tree = llama_of(architecture.LLAMA["Llama-3.2-1B"]).to_dict() | {"quantization_config": told}
+def test_quantization_from_the_configuration(config: dict, expected: Quantization, tmp_path: Path):
+    tree = llama_of(architecture.LLAMA["Llama-3.2-1B"]).to_dict() | {"quantization_config": config}
     (tmp_path / "config.json").write_text(json.dumps(tree))
     shape = architecture.find_shape(str(tmp_path))
     assert shape is not None
@@ -156,9 +156,9 @@ def test_a_configuration_tells_how_weights_are_kept(told: dict, expected: Quanti
         ("Llama-3.2-8B-it", Quantization(kept=("lm_head",))),
     ],
 )
-def test_where_a_configuration_tells_no_bits_the_name_does(name: str, expected: Quantization, tmp_path: Path):
-    told = {"quant_method": "quark", "modules_to_not_convert": ["lm_head"]}
-    tree = llama_of(architecture.LLAMA["Llama-3.2-1B"]).to_dict() | {"quantization_config": told}
+def test_quantization_from_the_name_without_bits(name: str, expected: Quantization, tmp_path: Path):
+    config = {"quant_method": "quark", "modules_to_not_convert": ["lm_head"]}
+    tree = llama_of(architecture.LLAMA["Llama-3.2-1B"]).to_dict() | {"quantization_config": config}
     (tmp_path / name).mkdir()
     (tmp_path / name / "config.json").write_text(json.dumps(tree))
     shape = architecture.find_shape(str(tmp_path / name))
@@ -166,7 +166,7 @@ def test_where_a_configuration_tells_no_bits_the_name_does(name: str, expected: 
     assert shape.quantization == expected
 
 
-def test_what_is_kept_is_told_by_whole_parts_of_a_name():
+def test_unquantized_modules_match_whole_parts_of_a_name():
     meta = architecture.find_shape("meta-llama/Llama-3.1-405B-Instruct-FP8")
     assert meta is not None
     kept = meta.quantization.keeps
@@ -180,13 +180,13 @@ def test_what_is_kept_is_told_by_whole_parts_of_a_name():
     assert not other.quantization.keeps("model.layers.7.self_attn.q_proj")
 
 
-def test_the_engine_may_quantize_what_is_not():
+def test_engine_quantizes_unquantized_weights():
     shape = architecture.find_shape("meta-llama/Llama-3.1-8B", engine_kwargs={"quantization": "fp8"})
     assert shape is not None
     assert shape.quantization.bits == 8
 
 
-def test_the_hubs_cache_comes_before_the_table(tmp_path: Path):
+def test_hub_cache_precedes_the_table(tmp_path: Path):
     repository = tmp_path / "models--meta-llama--Llama-3.1-8B"
     snapshot = repository / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
@@ -203,7 +203,7 @@ def test_the_hubs_cache_comes_before_the_table(tmp_path: Path):
     assert ran.stdout.split() == ["16", str(snapshot / "config.json")], ran.stderr
 
 
-def test_what_is_not_known_is_none_and_what_is_damaged_is_refused(tmp_path: Path):
+def test_unknown_model_is_none_and_damaged_config_is_refused(tmp_path: Path):
     assert architecture.find_shape("someone/of-another-build") is None
     assert architecture.find_shape("not a name, nor a folder") is None
     (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
@@ -215,5 +215,5 @@ def test_what_is_not_known_is_none_and_what_is_damaged_is_refused(tmp_path: Path
         "[]",
     ):
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(ValueError, match=r"config\.json: no configuration of a model"):
+        with pytest.raises(ValueError, match=r"config\.json: not a valid model configuration"):
             architecture.find_shape(str(tmp_path))

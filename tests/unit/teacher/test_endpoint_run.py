@@ -1,4 +1,4 @@
-"""A teacher elsewhere in the run: its rows, what ends it, what identifies it, what is refused and not written."""
+"""A teacher behind an endpoint: its rows, its failures, its identity, and the secrecy of its key."""
 
 import asyncio
 import json
@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from fake_openai_server import KEY, KEY_ENV, Answer, Asked, Elsewhere, as_wanted, serving
+from fake_openai_server import KEY, KEY_ENV, Answer, FakeServer, ReceivedRequest, complete_answer, serving
 from raykd import identity
 from raykd.cluster import resources
 from raykd.config.experiment import Experiment
@@ -22,7 +22,7 @@ from raykd.pipeline.plan import Plan
 from raykd.planning import preview
 from raykd.storage import row_store, schemas
 from raykd.storage.files import read_json
-from raykd.teacher import completion_set, generate
+from raykd.teacher import build_prompts, completion_set
 from raykd.teacher.client import TeacherClient
 from raykd.teacher.completion_set import CompletionSet
 from raykd.training import examples
@@ -40,58 +40,58 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def experiment(root: Path, endpoint: dict[str, Any] | None, arms: dict[str, Any], **teacher: Any) -> Experiment:
-    told = {"model": "raykd/demo-teacher", "batch_size": 4, "timeout_s": 20, **teacher}
+    config = {"model": "raykd/demo-teacher", "batch_size": 4, "timeout_s": 20, **teacher}
     return Experiment.model_validate(
         {
             "name": "small",
             "storage": str(root),
             "dataset": {"source": "demo", "num_train": 6, "num_test": 2},
-            "teacher": told | ({"endpoint": endpoint} if endpoint else {}),
+            "teacher": config | ({"endpoint": endpoint} if endpoint else {}),
             "student": {"model": "raykd/demo-student"},
             "arms": arms,
         }
     )
 
 
-def at(elsewhere: Elsewhere, **endpoint: Any) -> dict[str, Any]:
-    return {"url": elsewhere.url, "max_retries": 0, "api_key_env": KEY_ENV, **endpoint}
+def at(server: FakeServer, **endpoint: Any) -> dict[str, Any]:
+    return {"url": server.url, "max_retries": 0, "api_key_env": KEY_ENV, **endpoint}
 
 
-def prepared(told: Experiment) -> tuple[Plan, CompletionSet]:
-    plan = started_plan(told)
-    (request,) = plan.requests
-    return plan, request
+def prepared(config: Experiment) -> tuple[Plan, CompletionSet]:
+    plan = started_plan(config)
+    (completions,) = plan.requests
+    return plan, completions
 
 
-def make(plan: Plan, request: CompletionSet) -> list[dict[str, Any]]:
-    """Asks as Ray Data does, call by call, and reads what was written."""
-    told, instruction = plan.experiment.teacher, plan.experiment.prompt.instruction
+def make(plan: Plan, completions: CompletionSet) -> list[dict[str, Any]]:
+    """Call the teacher as Ray Data does, batch by batch, and return the rows that were written."""
+    config, instruction = plan.experiment.teacher, plan.experiment.prompt.instruction
     problems = pyarrow.parquet.read_table(plan.problems / "train.parquet")
-    rows = generate.BuildTeacherPrompts([request], told, instruction, {request.folder: set()})(problems)
+    rows = build_prompts.BuildTeacherPrompts([completions], config, instruction, {completions.folder: set()})(problems)
 
-    async def asked() -> None:
-        teacher = TeacherClient("", "elsewhere", told, [request], in_flight=2)
-        for start in range(0, len(rows), told.batch_size):
-            part = rows.slice(start, told.batch_size)
+    async def call_teacher() -> None:
+        teacher = TeacherClient("", "elsewhere", config, [completions], max_calls=2)
+        for start in range(0, len(rows), config.batch_size):
+            part = rows.slice(start, config.batch_size)
             batch = {name: np.array([*part[name].to_pylist(), None], dtype=object)[:-1] for name in part.column_names}
             tokens = ("prompt_token_ids", "given_token_ids")
             batch |= {name: np.array([np.array(each) for each in batch[name]] + [None], object)[:-1] for name in tokens}
             async for _ in teacher(batch):
                 pass
 
-    asyncio.run(asked())
-    return row_store.read_rows(request.folder, schemas.COMPLETION).to_pylist()
+    asyncio.run(call_teacher())
+    return row_store.read_rows(completions.folder, schemas.COMPLETION).to_pylist()
 
 
-def test_soft_rows_hold_what_the_server_gave_token_by_token(tmp_path: Path):
-    with serving(as_wanted) as elsewhere:
-        plan, request = prepared(experiment(tmp_path, at(elsewhere), {"soft": SOFT}))
-        rows = make(plan, request)
+def test_soft_targets_of_an_endpoint(tmp_path: Path):
+    with serving(complete_answer) as server:
+        plan, completions = prepared(experiment(tmp_path, at(server), {"soft": SOFT}))
+        rows = make(plan, completions)
     tokenizer, prime = loading.load_tokenizer(plan.experiment.teacher), plan.experiment.strategies["teacher"].text
     problems = pyarrow.parquet.read_table(plan.problems / "train.parquet").to_pylist()
     assert sorted(row["problem_id"] for row in rows) == sorted(problem["problem_id"] for problem in problems)
-    assert len(elsewhere.asked) == len(rows) + 1, "and the check"
-    sent = {tuple(asked.body["prompt"]) for asked in elsewhere.asked}
+    assert len(server.requests) == len(rows) + 1, "and the check"
+    sent = {tuple(request.body["prompt"]) for request in server.requests}
     for row in rows:
         assert not row["error"] and tuple(row["prompt_token_ids"]) in sent
         assert prime in tokenizer.decode(row["prompt_token_ids"])
@@ -100,116 +100,118 @@ def test_soft_rows_hold_what_the_server_gave_token_by_token(tmp_path: Path):
         assert row["topk_ids"] == [[0, 1, 2], [0, 1, 2]] and row["topk_logprobs"] == [[-1.0, -2.0, -3.0]] * 2
 
 
-def test_the_reference_solutions_are_scored_elsewhere(tmp_path: Path):
+def test_endpoint_scores_reference_solutions(tmp_path: Path):
     arms = {"scored": {"targets": {"source": "reference", "kind": "top_k", "top_k": 3}}}
-    with serving(as_wanted) as elsewhere:
-        told = experiment(tmp_path, at(elsewhere), arms)
-        plan, request = prepared(told)
-        rows = make(plan, request)
+    with serving(complete_answer) as server:
+        config = experiment(tmp_path, at(server), arms)
+        plan, completions = prepared(config)
+        rows = make(plan, completions)
     solutions = {
         each["problem_id"]: each["reference_solution"]
         for each in pyarrow.parquet.read_table(plan.problems / "train.parquet").to_pylist()
     }
-    sent = {tuple(asked.body["prompt"]) for asked in elsewhere.asked}
+    sent = {tuple(request.body["prompt"]) for request in server.requests}
     for row in rows:
         assert row["completion"] == solutions[row["problem_id"]]
         assert tuple(row["prompt_token_ids"] + row["completion_token_ids"]) in sent
         assert row["topk_ids"] == [[0, 1, 2]] * len(row["completion_token_ids"])
 
 
-def test_a_teacher_that_is_sent_messages_need_not_be_here_and_teaches_by_its_text(tmp_path: Path):
+def test_chat_teacher_needs_no_local_model(tmp_path: Path):
     arms = {"hard": {"prompt.strategy": "teacher"}}
-    with serving(as_wanted) as elsewhere:
-        told = experiment(tmp_path, at(elsewhere, api="chat", model="large-1"), arms, model="a-vendors-largest")
-        plan, request = prepared(told)
-        rows = make(plan, request)
+    with serving(complete_answer) as server:
+        config = experiment(tmp_path, at(server, api="chat", model="large-1"), arms, model="a-vendors-largest")
+        plan, completions = prepared(config)
+        rows = make(plan, completions)
     assert not plan.same_tokens
     problems = pyarrow.parquet.read_table(plan.problems / "train.parquet").to_pylist()
     messages = [
-        prompts.teacher_messages(each, told.strategies["teacher"], told.prompt.instruction) for each in problems
+        prompts.teacher_messages(each, config.strategies["teacher"], config.prompt.instruction) for each in problems
     ]
-    asked = [each.body for each in elsewhere.asked[1:]]
-    assert sorted(map(str, messages)) == sorted(str(each["messages"]) for each in asked)
-    assert {each["model"] for each in asked} == {"large-1"}
-    tokenizer = loading.load_tokenizer(told.student)
+    bodies = [each.body for each in server.requests[1:]]
+    assert sorted(map(str, messages)) == sorted(str(each["messages"]) for each in bodies)
+    assert {each["model"] for each in bodies} == {"large-1"}
+    tokenizer = loading.load_tokenizer(config.student)
     (job,) = plan.jobs
-    found, dropped = examples.build_examples(job.arm, job.problems, request.folder, tokenizer, job.same_tokens)
+    found, dropped = examples.build_examples(job.arm, job.problems, completions.folder, tokenizer, job.same_tokens)
     said = {row["problem_id"]: row["completion"] for row in rows}
     assert len(found) == len(problems) and not dropped
     for target in found:
         assert target.completion_token_ids[-1] == tokenizer.eos_token_id
         expected = tokenizer(said[target.problem_id], add_special_tokens=False)["input_ids"]
         assert target.completion_token_ids[:-1] == expected
-    # Before anything is asked it is shown, and its length is nobody's to check.
-    assert "[user]\n" in preview.render_prompts(told, "0") and "a-vendors-largest" in preview.render_prompts(told, "0")
-    generate.check_teacher_lengths([request], plan.problems, told.teacher, "", 10**9)
+    # Prompts can be previewed, and their lengths are not checked.
+    assert "[user]\n" in preview.render_prompts(config, "0") and "a-vendors-largest" in preview.render_prompts(
+        config, "0"
+    )
+    build_prompts.check_teacher_lengths([completions], plan.problems, config.teacher, "", 10**9)
 
 
-def test_a_row_that_is_refused_carries_that_and_the_others_are_there(tmp_path: Path):
-    def says(asked: Asked, number: int) -> Answer:
-        return (400, {}, {"error": {"message": "too long"}}) if number == 3 else as_wanted(asked)
+def test_refused_row_carries_an_error(tmp_path: Path):
+    def respond(request: ReceivedRequest, number: int) -> Answer:
+        return (400, {}, {"error": {"message": "too long"}}) if number == 3 else complete_answer(request)
 
-    with serving(says) as elsewhere:
-        rows = make(*prepared(experiment(tmp_path, at(elsewhere), {"soft": SOFT})))
+    with serving(respond) as server:
+        rows = make(*prepared(experiment(tmp_path, at(server), {"soft": SOFT})))
     errors = [row["error"] for row in rows if row["error"]]
     assert (len(rows), errors) == (6, ["refused, status 400: too long"])
 
 
 @pytest.mark.parametrize("status", [401, 500])
-def test_a_server_that_is_gone_ends_it_and_what_was_answered_stays(tmp_path: Path, status: int):
-    def says(asked: Asked, number: int) -> Answer:
-        return as_wanted(asked) if number < 3 else (status, {}, {"error": {"message": KEY}})
+def test_unavailable_server_ends_the_stage_and_keeps_rows(tmp_path: Path, status: int):
+    def respond(request: ReceivedRequest, number: int) -> Answer:
+        return complete_answer(request) if number < 3 else (status, {}, {"error": {"message": KEY}})
 
-    with serving(says) as elsewhere:
-        plan, request = prepared(experiment(tmp_path, at(elsewhere), {"soft": SOFT}))
-        with pytest.raises(StageError, match=f"teacher.endpoint {elsewhere.url}: .*status {status}"):
-            make(plan, request)
-        assert len(elsewhere.asked) == 1 + 4 + 1, "the check, a call of four, and the check that failed"
-    rows = row_store.read_rows(request.folder, schemas.COMPLETION).to_pylist()
+    with serving(respond) as server:
+        plan, completions = prepared(experiment(tmp_path, at(server), {"soft": SOFT}))
+        with pytest.raises(StageError, match=f"teacher.endpoint {server.url}: .*status {status}"):
+            make(plan, completions)
+        assert len(server.requests) == 1 + 4 + 1, "the check, a call of four, and the check that failed"
+    rows = row_store.read_rows(completions.folder, schemas.COMPLETION).to_pylist()
     assert sorted(bool(row["error"]) for row in rows) == [False, False, True, True]
-    done = row_store.done_ids(request.folder, schemas.COMPLETION, "completion_id")
+    done = row_store.done_ids(completions.folder, schemas.COMPLETION, "completion_id")
     assert done == {row["completion_id"] for row in rows if not row["error"]}
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()]
 
 
-def test_the_key_is_written_nowhere(tmp_path: Path):
-    with serving(as_wanted) as elsewhere:
-        plan, request = prepared(experiment(tmp_path, at(elsewhere), {"soft": SOFT}))
-        make(plan, request)
-    assert {asked.headers["authorization"] for asked in elsewhere.asked} == {f"Bearer {KEY}"}
+def test_key_is_not_written(tmp_path: Path):
+    with serving(complete_answer) as server:
+        plan, completions = prepared(experiment(tmp_path, at(server), {"soft": SOFT}))
+        make(plan, completions)
+    assert {request.headers["authorization"] for request in server.requests} == {f"Bearer {KEY}"}
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert {"experiment.yaml", "run.json"} <= {file.name for file in files}
     assert KEY_ENV in (plan.folder / "experiment.yaml").read_text()
     assert not [file for file in files if KEY.encode() in file.read_bytes()]
-    assert KEY not in json.dumps(request.content)
+    assert KEY not in json.dumps(completions.content)
 
 
-def request_of(told: Experiment, root: Path) -> CompletionSet:
-    lessons, splits = (
-        variants.arms_by_config_id(variants.variants(told, {})),
-        datasets.resolve_splits(told.problems, root),
+def completions_of(config: Experiment, root: Path) -> CompletionSet:
+    arms, splits = (
+        variants.arms_by_config_id(variants.variants(config, {})),
+        datasets.resolve_splits(config.dataset, root),
     )
     (found,) = completion_set.completion_sets_for(
-        told, lessons, splits.identity, root, {"model": "a", "revision": "1"}
+        config, arms, splits.content, root, {"model": "a", "revision": "1"}
     ).values()
     assert found
     return found
 
 
-def test_rows_are_those_of_a_model_and_an_api_wherever_it_is_asked_and_how_fast(tmp_path: Path):
+def test_completions_are_identified_by_model_and_api(tmp_path: Path):
     def of(endpoint: dict[str, Any] | None, **teacher: Any) -> tuple[str, dict[str, Any]]:
-        told = experiment(tmp_path, endpoint, {"a": {}}, **teacher)
-        return request_of(told, tmp_path).folder.name, identity.experiment_fields(told)
+        config = experiment(tmp_path, endpoint, {"a": {}}, **teacher)
+        return completions_of(config, tmp_path).folder.name, identity.experiment_fields(config)
 
     first = of({"url": URL})
     more = {"api_key_env": "KEY", "max_retries": 1, "max_requests_per_minute": 3, "max_concurrent_requests": 2}
-    assert of({"url": "https://elsewhere/v1", **more}) == first
+    assert of({"url": "https://server/v1", **more}) == first
     assert of({"url": URL, "model": "raykd/demo-teacher"}) == first, "the name that it has anyway"
     assert of({"url": URL}, engine={"engine_kwargs": {"quantization": "fp8"}}) == first, "no engine is started"
     others = [of(None), of({"url": URL, "model": "another"}), of({"url": URL, "api": "chat"})]
     assert len({key for key, _ in [first, *others]}) == 4
-    # What was asked without one is found again.
-    assert "endpoint" not in request_of(experiment(tmp_path, None, {"a": {}}), tmp_path).content
+    # Completions generated without an endpoint keep their key.
+    assert "endpoint" not in completions_of(experiment(tmp_path, None, {"a": {}}), tmp_path).content
     assert not [
         path for path in identity.experiment_fields(experiment(tmp_path, None, {"a": {}})) if "endpoint" in path
     ]
@@ -219,7 +221,7 @@ def test_rows_are_those_of_a_model_and_an_api_wherever_it_is_asked_and_how_fast(
 
 
 @pytest.mark.parametrize("source", ["teacher", "reference", "student"])
-def test_soft_targets_of_text_alone_are_refused(tmp_path: Path, source: str):
+def test_chat_api_refuses_soft_targets(tmp_path: Path, source: str):
     targets = {"targets": {"source": source, "kind": "top_k"}}
     assert experiment(tmp_path, {"url": URL}, {"soft": targets})
     with pytest.raises(ValueError) as caught:
@@ -228,15 +230,17 @@ def test_soft_targets_of_text_alone_are_refused(tmp_path: Path, source: str):
         assert word in str(caught.value)
 
 
-def test_a_teacher_elsewhere_holds_nothing_of_the_cluster(tmp_path: Path):
+def test_endpoint_teacher_needs_no_cluster_resources(tmp_path: Path):
     cluster = {"CPU": 2.0, "GPU": 0.0}
-    told = experiment(tmp_path, {"url": URL}, {"soft": SOFT}, engine={"tensor_parallel_size": 8, "accelerator": "gpu"})
-    assert resources.teacher_processors(told.teacher, cluster)[1] == 0
-    assert resources.resources_beside_teacher(told.teacher, cluster) == cluster
-    plan, _ = prepared(told)
+    config = experiment(
+        tmp_path, {"url": URL}, {"soft": SOFT}, engine={"tensor_parallel_size": 8, "accelerator": "gpu"}
+    )
+    assert resources.teacher_processors(config.teacher, cluster)[1] == 0
+    assert resources.resources_beside_teacher(config.teacher, cluster) == cluster
+    plan, _ = prepared(config)
     preflight.preflight(plan, cluster, ["generate"])
     with run_record.track_processors(
-        plan.folder, run_record.TEACHER_ROLE, *resources.teacher_processors(told.teacher, cluster)
+        plan.folder, run_record.TEACHER_ROLE, *resources.teacher_processors(config.teacher, cluster)
     ):
         pass
     assert read_json(plan.folder / "run.json")["processor_seconds"] == {}

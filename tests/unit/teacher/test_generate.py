@@ -1,4 +1,4 @@
-"""Generate: what the teacher is sent, and what does not fit."""
+"""Completion sets and the prompts of the teacher: sharing between arms, scoring rows, and length checks."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from raykd.config.sections import Teacher
 from raykd.data import datasets
 from raykd.models import loading
 from raykd.storage import files, row_store, schemas
-from raykd.teacher import completion_set, generate
+from raykd.teacher import build_prompts, completion_set, generate
 from raykd.teacher.completion_set import CompletionSet
 from raykd.training.examples import select_completions
 from raykd.tuning import variants
@@ -50,21 +50,21 @@ def folder(experiment: Experiment, tmp_path: Path) -> Path:
     return datasets.write_splits(experiment.dataset, tmp_path)
 
 
-def asked(experiment: Experiment, folder: Path, root: Path) -> dict[str, CompletionSet | None]:
-    lessons = variants.arms_by_config_id(variants.variants(experiment, {}))
+def completion_sets_of(experiment: Experiment, folder: Path, root: Path) -> dict[str, CompletionSet | None]:
+    arms = variants.arms_by_config_id(variants.variants(experiment, {}))
     return completion_set.completion_sets_for(
-        experiment, lessons, files.read_json(folder / row_store.MANIFEST), root, {"model": "a", "revision": "1"}
+        experiment, arms, files.read_json(folder / row_store.MANIFEST), root, {"model": "a", "revision": "1"}
     )
 
 
-def test_each_arm_asks_what_it_needs_and_none_asks_twice(experiment: Experiment, folder: Path, tmp_path: Path):
-    found = asked(experiment, folder, tmp_path)
+def test_arms_share_completion_sets(experiment: Experiment, folder: Path, tmp_path: Path):
+    found = completion_sets_of(experiment, folder, tmp_path)
     assert (found["reference"], found["own_hard"]) == (None, None)
-    requests = {name: request for name, request in found.items() if request}
-    assert requests["hard"].folder == requests["soft"].folder, "what has log-probabilities has the tokens too"
-    assert requests["hard"].top_k == 8
-    assert len({request.folder for request in requests.values()}) == 4
-    assert {name: request.source for name, request in requests.items()} == {
+    sets = {name: one_set for name, one_set in found.items() if one_set}
+    assert sets["hard"].folder == sets["soft"].folder, "a set with log-probabilities holds the tokens, too"
+    assert sets["hard"].top_k == 8
+    assert len({one_set.folder for one_set in sets.values()}) == 4
+    assert {name: one_set.source for name, one_set in sets.items()} == {
         "none": "teacher",
         "soft": "teacher",
         "hard": "teacher",
@@ -74,64 +74,62 @@ def test_each_arm_asks_what_it_needs_and_none_asks_twice(experiment: Experiment,
         "begun/warmup": "reference",
     }
     assert found["begun_hard/warmup"] is None
-    assert requests["begun/warmup"].folder == requests["scored"].folder, "what a student begins with is not asked twice"
-    # Alone, an arm asks for no more than it needs; it is the same trial all the same.
+    assert sets["begun/warmup"].folder == sets["scored"].folder, "warm-up rounds reuse the set"
+    # Alone, an arm gets no more log-probabilities than it needs; the trial keeps its identity.
     alone = experiment.model_copy(update={"arms": {"hard": experiment.arms["hard"]}})
-    request = asked(alone, folder, tmp_path)["hard"]
-    assert request is not None
-    assert request.top_k == 0
-    of_problems = files.read_json(folder / row_store.MANIFEST)["content"]
+    one_set = completion_sets_of(alone, folder, tmp_path)["hard"]
+    assert one_set is not None
+    assert one_set.top_k == 0
+    problems = files.read_json(folder / row_store.MANIFEST)["content"]
     trials = [
-        identity.trial(experiment, experiment.arm(arm), 0, of_problems, each.content, {"model": "b"})
-        for arm, each in (("hard", request), ("hard", requests["hard"]), ("soft", requests["soft"]))
+        identity.trial(experiment, experiment.arm(arm), 0, problems, each.content, {"model": "b"})
+        for arm, each in (("hard", one_set), ("hard", sets["hard"]), ("soft", sets["soft"]))
     ]
     assert trials[0] == trials[1]
     assert trials[0]["completions"] != trials[2]["completions"]
 
 
-def test_what_an_earlier_run_asked_serves_whoever_needs_no_more(experiment: Experiment, folder: Path, tmp_path: Path):
+def test_stored_set_serves_arms_that_need_less(experiment: Experiment, folder: Path, tmp_path: Path):
     wide = Experiment.model_validate({**TREE, "arms": {"soft": {**TREE["arms"]["soft"], "targets.top_k": 32}}})
-    stored = asked(wide, folder, tmp_path)["soft"]
+    stored = completion_sets_of(wide, folder, tmp_path)["soft"]
     assert stored is not None
     row_store.write_manifest(stored.folder, {"content": stored.content}, [])
-    found = asked(experiment, folder, tmp_path)
+    found = completion_sets_of(experiment, folder, tmp_path)
     for arm in ("soft", "hard"):
-        request = found[arm]
-        assert request is not None
-        assert request.folder == stored.folder
-    # A set that was damaged is nobody's, and stops nobody.
+        one_set = found[arm]
+        assert one_set is not None
+        assert one_set.folder == stored.folder
+    # A damaged set is ignored.
     (stored.folder / "manifest.json").write_text("{")
-    request = asked(experiment, folder, tmp_path)["soft"]
-    assert request is not None
-    assert request.top_k == 8
+    one_set = completion_sets_of(experiment, folder, tmp_path)["soft"]
+    assert one_set is not None
+    assert one_set.top_k == 8
 
 
-def test_what_students_are_tested_by_changes_nothing_of_what_is_asked(
-    experiment: Experiment, folder: Path, tmp_path: Path
-):
+def test_size_of_the_test_split_leaves_completion_sets_alone(experiment: Experiment, folder: Path, tmp_path: Path):
     def folders(**changed: int) -> dict[str, Path]:
-        told = experiment.dataset.model_copy(update=changed)
-        found = asked(experiment, datasets.write_splits(told, tmp_path), tmp_path)
-        return {name: request.folder for name, request in found.items() if request}
+        dataset = experiment.dataset.model_copy(update=changed)
+        found = completion_sets_of(experiment, datasets.write_splits(dataset, tmp_path), tmp_path)
+        return {name: one_set.folder for name, one_set in found.items() if one_set}
 
     assert folders(num_test=3) == folders()
     for changed in ({"num_train": 13}, {"num_validation": 2}, {"seed": 1}):
         assert not set(folders(**changed).values()) & set(folders().values())
 
 
-def test_what_is_scored_is_the_solution_and_its_end(experiment: Experiment, folder: Path, tmp_path: Path):
+def test_scored_reference_is_the_solution_with_end_token(experiment: Experiment, folder: Path, tmp_path: Path):
     tokenizer = loading.load_tokenizer(Teacher(model="raykd/demo-teacher"))
     problem = pyarrow.parquet.read_table(folder / "train.parquet").to_pylist()[0]
-    found = asked(experiment, folder, tmp_path)
+    found = completion_sets_of(experiment, folder, tmp_path)
     scored, written = (found[name] for name in ("scored", "soft"))
     assert scored is not None and written is not None
-    row = generate.question_row(tokenizer, problem, scored, "", 0)
+    row = build_prompts.question_row(tokenizer, problem, scored, "", 0)
     assert tokenizer.decode(row["given_token_ids"][:-1]) == row["given_text"] == problem["reference_solution"]
     assert row["given_token_ids"][-1] == tokenizer.eos_token_id
-    again = generate.question_row(tokenizer, problem, written, "", 0)
+    again = build_prompts.question_row(tokenizer, problem, written, "", 0)
     assert (again["given_token_ids"], again["given_text"]) == ([], "")
     assert again["prompt_token_ids"] == row["prompt_token_ids"]
-    assert again["completion_id"] != generate.question_row(tokenizer, problem, written, "", 1)["completion_id"]
+    assert again["completion_id"] != build_prompts.question_row(tokenizer, problem, written, "", 1)["completion_id"]
 
 
 def teacher(max_model_len: int, max_error_rate: float = 0.01) -> Teacher:
@@ -139,39 +137,37 @@ def teacher(max_model_len: int, max_error_rate: float = 0.01) -> Teacher:
     return Teacher(model="raykd/demo-teacher", engine=engine, max_error_rate=max_error_rate)
 
 
-def test_prompts_that_leave_no_room_are_counted_and_named(experiment: Experiment, folder: Path, tmp_path: Path):
-    wanted = [request for name in ("none", "soft") if (request := asked(experiment, folder, tmp_path)[name])]
+def test_too_long_prompts_are_counted_and_named(experiment: Experiment, folder: Path, tmp_path: Path):
+    sets = [one_set for name in ("none", "soft") if (one_set := completion_sets_of(experiment, folder, tmp_path)[name])]
     tokenizer = loading.load_tokenizer(Teacher(model="raykd/demo-teacher"))
     rows = pyarrow.parquet.read_table(folder / "train.parquet").to_pylist()
     lengths = [
-        [len(generate.question_row(tokenizer, row, request, "", 0)["prompt_token_ids"]) for row in rows]
-        for request in wanted
+        [len(build_prompts.question_row(tokenizer, row, one_set, "", 0)["prompt_token_ids"]) for row in rows]
+        for one_set in sets
     ]
-    # Room for the longest bare question, and not for all of the primed ones.
+    # Fits the longest question without a prime, but not all with one.
     limit = max(lengths[0]) + 100
     long = [row["problem_id"] for row, length in zip(rows, lengths[1], strict=True) if length + 100 > limit]
     assert long
     with pytest.raises(ValueError) as caught:
-        generate.check_teacher_lengths(wanted, folder, teacher(limit), "", 100)
+        build_prompts.check_teacher_lengths(sets, folder, teacher(limit), "", 100)
     for words in ("strategy 'teacher'", f"{len(long)} of 12 prompts", f"{limit} tokens", long[0], "max_model_len"):
         assert words in str(caught.value)
-    generate.check_teacher_lengths(wanted, folder, teacher(limit, max_error_rate=1.0), "", 100)
-    generate.check_teacher_lengths(wanted, folder, teacher(max(lengths[1]) + 100), "", 100)
+    build_prompts.check_teacher_lengths(sets, folder, teacher(limit, max_error_rate=1.0), "", 100)
+    build_prompts.check_teacher_lengths(sets, folder, teacher(max(lengths[1]) + 100), "", 100)
     with pytest.raises(ValueError, match="strategy 'none'"):
-        generate.check_teacher_lengths(wanted, folder, teacher(limit), "", limit)
-    # What a student wrote is scored with a token of the engine's own behind it.
-    own = asked(experiment, folder, tmp_path)["own"]
+        build_prompts.check_teacher_lengths(sets, folder, teacher(limit), "", limit)
+    # Scoring a student's answer takes one generated token more.
+    own = completion_sets_of(experiment, folder, tmp_path)["own"]
     assert own is not None
-    generate.check_teacher_lengths([own], folder, teacher(max(lengths[1]) + 101), "", 100)
+    build_prompts.check_teacher_lengths([own], folder, teacher(max(lengths[1]) + 101), "", 100)
     with pytest.raises(ValueError, match="strategy 'teacher'"):
-        generate.check_teacher_lengths([own], folder, teacher(max(lengths[1]) + 100), "", 100)
+        build_prompts.check_teacher_lengths([own], folder, teacher(max(lengths[1]) + 100), "", 100)
 
 
-def test_answers_without_a_token_are_kept_and_counted_when_rows_are_chosen(
-    experiment: Experiment, folder: Path, tmp_path: Path
-):
-    request = asked(experiment, folder, tmp_path)["own"]
-    assert request is not None
+def test_empty_answers_are_kept_and_counted_as_dropped(experiment: Experiment, folder: Path, tmp_path: Path):
+    one_set = completion_sets_of(experiment, folder, tmp_path)["own"]
+    assert one_set is not None
     nothing = {
         **dict.fromkeys(schemas.COMPLETION.names, ""),
         "sample_index": 0,
@@ -190,24 +186,24 @@ def test_answers_without_a_token_are_kept_and_counted_when_rows_are_chosen(
     row_store.write_part(written, pyarrow.Table.from_pylist(answers, schema=schemas.COMPLETION))
     assert generate._num_to_score(written) == 1
     for _ in range(2):  # the second time changes nothing
-        assert generate._keep_empty_answers(written, request) == 2
-    kept = row_store.read_rows(request.folder, schemas.COMPLETION).to_pylist()
+        assert generate._keep_empty_answers(written, one_set) == 2
+    kept = row_store.read_rows(one_set.folder, schemas.COMPLETION).to_pylist()
     assert [(row["problem_id"], row["strategy"]) for row in kept] == [("1", "teacher"), ("2", "teacher")]
     assert row_store.num_failed(written, schemas.COMPLETION) == 1
     reasons = [select_completions([row], experiment.arm("own").targets)[1] for row in kept]
     assert reasons == [{"error": 1}, {"empty": 1}]
 
 
-def test_arms_may_be_answered_in_different_ways(experiment: Experiment, folder: Path, tmp_path: Path):
+def test_arms_with_different_sampling(experiment: Experiment, folder: Path, tmp_path: Path):
     arms = {
         "greedy": {},
         "drawn": {"teacher.sampling": {"temperature": 0.7, "max_tokens": 64}, "teacher.num_samples": 3},
-        # Chance has no part in greedy answers.
+        # Greedy decoding ignores the seed.
         "seeded": {"teacher.sampling.seed": 5},
     }
-    found = asked(experiment.model_copy(update={"arms": arms}), folder, tmp_path)
+    found = completion_sets_of(experiment.model_copy(update={"arms": arms}), folder, tmp_path)
     greedy, drawn, seeded = (found[name] for name in arms)
     assert greedy and drawn and seeded
     assert greedy.folder == seeded.folder != drawn.folder
-    assert (greedy.sampling.temperature, greedy.sampling.max_tokens, greedy.samples) == (0.0, 512, 1)
-    assert (drawn.sampling.temperature, drawn.sampling.max_tokens, drawn.samples) == (0.7, 64, 3)
+    assert (greedy.sampling.temperature, greedy.sampling.max_tokens, greedy.num_samples) == (0.0, 512, 1)
+    assert (drawn.sampling.temperature, drawn.sampling.max_tokens, drawn.num_samples) == (0.7, 64, 3)

@@ -1,4 +1,4 @@
-"""Serving: what the application of the teacher alone is built from."""
+"""Serve application: its arguments and its deployment."""
 
 import inspect
 from pathlib import Path
@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from raykd.config.loading import load_experiment
 from raykd.config.sections import Teacher
-from raykd.teacher.serve_app import TeacherService, app, by_prompt
+from raykd.teacher.serve_app import TeacherService, app, one_prompt_per_call
 from raykd.teacher.server import llm_config
 
 ROOT = Path(__file__).parents[3]
@@ -29,20 +29,20 @@ def test_arguments(given: dict[str, object], overrides: tuple[str, ...]):
 
 
 @pytest.mark.parametrize("given", [{}, {"experiment": "e.yaml", "override": []}, {"experiment": "e", "overrides": "3"}])
-def test_other_arguments_are_refused(given: dict[str, object]):
+def test_invalid_arguments_are_refused(given: dict[str, object]):
     with pytest.raises(ValidationError):
         TeacherService.model_validate(given)
 
 
-def test_serve_will_check_the_arguments():
+def test_serve_validates_the_arguments():
     # Serve looks for a model of pydantic's, and else passes on whatever it was given.
     (parameter,) = inspect.signature(app).parameters.values()
     assert parameter.annotation is TeacherService
 
 
-def test_the_engine_of_the_service_for_kubernetes():
-    told = yaml.safe_load((ROOT / "cluster/kuberay/rayservice.yaml").read_text())["spec"]["serveConfigV2"]
-    (application,) = yaml.safe_load(told)["applications"]
+def test_rayservice_manifest():
+    config = yaml.safe_load((ROOT / "cluster/kuberay/rayservice.yaml").read_text())["spec"]["serveConfigV2"]
+    (application,) = yaml.safe_load(config)["applications"]
     assert application["import_path"] == f"{app.__module__}:{app.__name__}"
     args = TeacherService.model_validate(application["args"])
     teacher = load_experiment(ROOT / Path(args.experiment).relative_to("/opt/raykd"), args.overrides).teacher
@@ -52,11 +52,11 @@ def test_the_engine_of_the_service_for_kubernetes():
     assert found.placement_group_config["bundles"] == [{"CPU": 1, "GPU": 1, "accelerator_type:H100": 0.001}] * 16
 
 
-def test_a_replica_takes_as_many_prompts_as_in_a_run():
+def test_replica_capacity_equals_that_of_a_run():
     """There a call holds `batch_size` of them, and over OpenAI's protocol one."""
-    told = {"model": "raykd/demo-teacher", "concurrency": 3, "batch_size": 5, "replicas": {"min": 1, "max": 4}}
-    teacher = Teacher.model_validate(told)
-    in_a_run, alone = (llm_config(each, 0, "cpu").deployment_config for each in (teacher, by_prompt(teacher)))
+    config = {"model": "raykd/demo-teacher", "concurrency": 3, "batch_size": 5, "replicas": {"min": 1, "max": 4}}
+    teacher = Teacher.model_validate(config)
+    in_a_run, alone = (llm_config(each, 0, "cpu").deployment_config for each in (teacher, one_prompt_per_call(teacher)))
     assert alone["max_ongoing_requests"] == 5 * in_a_run["max_ongoing_requests"] == 5 * 2 * 3
     figures = [each["autoscaling_config"]["target_ongoing_requests"] for each in (alone, in_a_run)]
     assert figures == [5 * 3, 3]

@@ -1,130 +1,125 @@
-"""Asking a teacher that is not there yet: how long a call waits, and for what."""
+"""Calls of served replicas: how long a reply may take, and which failures are retried."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from raykd.config.sections import Teacher
-from raykd.teacher import client, server
+from raykd.teacher import serve_client, server
+from raykd.teacher.serve_client import ServeTeacherClient
 
-HERE, GONE = True, False
+UP, DOWN = True, False
+REPLY = [{"text": "It is 4."}]
+TIMED_OUT = [{"error": "no answer within 0.1 s (teacher.timeout_s)"}]
 
 
-def asked(
-    monkeypatch: pytest.MonkeyPatch, replicas: dict[str, int], seen: list[bool], answers_after_s: float, **told: Any
-) -> tuple[Any, int]:
-    """What comes of a call, and how often it was looked whether there is a replica: each time the next of `seen`.
+def serve_replica(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+    """Serve's handle of an application whose replica answers by a coroutine function."""
+    handle = SimpleNamespace(answer=SimpleNamespace(remote=answer))
+    monkeypatch.setattr(server.serve, "get_app_handle", lambda app: handle)
 
-    Seconds are hundredths.
+
+def call(
+    monkeypatch: pytest.MonkeyPatch, replicas: dict[str, int], states: list[bool], reply_after_s: float
+) -> tuple[list[dict[str, Any]], int]:
+    """Return the replies of a call, and how often the client looked for a replica: each time the next of `states`.
+
+    A reply may take 0.1 s, a start 0.35 s.
     """
-    looks = iter(seen)
-    monkeypatch.setattr(client, "REPLICA_GRACE_S", 0)
-    monkeypatch.setattr(server.serve, "get_app_handle", lambda app: _Handle())
-    monkeypatch.setattr(server, "has_replica", lambda app: next(looks))
-    section = Teacher.model_validate({"model": "raykd/demo-teacher", "replicas": replicas})
-    section = section.model_copy(update={"timeout_s": 0.1, "start_timeout_s": 0.35} | told)
-    asking = client.TeacherClient("app", "experiment", section, [], in_flight=2)
+    remaining = iter(states)
 
-    async def answer() -> str:
-        await asyncio.sleep(answers_after_s / 100)
-        return "answered"
+    async def answer(*_: Any) -> list[dict[str, Any]]:
+        await asyncio.sleep(reply_after_s)
+        return REPLY
 
-    async def run() -> Any:
-        try:
-            return await asking._patiently(answer())
-        except TimeoutError:
-            return "given up"
+    serve_replica(monkeypatch, answer)
+    monkeypatch.setattr(serve_client, "REPLICA_GRACE_S", 0)
+    monkeypatch.setattr(server, "has_replica", lambda app: next(remaining))
+    monkeypatch.setattr(server, "is_up", lambda app: True)
+    teacher = Teacher.model_validate({"model": "raykd/demo-teacher", "replicas": replicas})
+    teacher = teacher.model_copy(update={"timeout_s": 0.1, "start_timeout_s": 0.35})
 
-    found = asyncio.run(run())
-    return found, len(seen) - len(list(looks))
+    async def run() -> list[dict[str, Any]]:
+        return await ServeTeacherClient("app", teacher, max_calls=2).answer([[1]], {}, teacher.timeout_s)
+
+    replies = asyncio.run(run())
+    return replies, len(states) - len(list(remaining))
 
 
-class _Handle:
-    class answer:
-        remote: Callable[..., Awaitable[Any]]
-
-        @staticmethod
-        async def remote(*_: Any) -> None:
-            return None
-
-
-def test_an_answer_may_take_as_long_as_is_told_and_no_longer(monkeypatch: pytest.MonkeyPatch):
+def test_reply_timeout(monkeypatch: pytest.MonkeyPatch):
     one = {"min": 1, "max": 1}
-    assert asked(monkeypatch, one, [HERE] * 9, answers_after_s=3) == ("answered", 0)
-    assert asked(monkeypatch, one, [HERE] * 9, answers_after_s=1000) == ("given up", 1)
+    assert call(monkeypatch, one, [UP] * 9, reply_after_s=0.03) == (REPLY, 0)
+    assert call(monkeypatch, one, [UP] * 9, reply_after_s=10) == (TIMED_OUT, 1)
 
 
-def test_a_teacher_that_scales_from_none_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+def test_scale_from_zero_is_waited_for(monkeypatch: pytest.MonkeyPatch):
     none = {"min": 0, "max": 1}
-    # It loads for longer than an answer may take, and has as long for it afterwards.
-    assert asked(monkeypatch, none, [GONE, GONE, HERE, HERE], answers_after_s=35) == ("answered", 3)
-    assert asked(monkeypatch, none, [GONE, HERE, HERE], answers_after_s=1000) == ("given up", 3)
-    # But no longer than it may take to load.
-    assert asked(monkeypatch, none, [GONE] * 9, answers_after_s=1000) == ("given up", 4)
+    # Loading takes longer than a reply may; the full timeout follows it.
+    assert call(monkeypatch, none, [DOWN, DOWN, UP, UP], reply_after_s=0.35) == (REPLY, 3)
+    assert call(monkeypatch, none, [DOWN, UP, UP], reply_after_s=10) == (TIMED_OUT, 3)
+    # `teacher.start_timeout_s` limits the time without a replica.
+    assert call(monkeypatch, none, [DOWN] * 9, reply_after_s=10) == (TIMED_OUT, 4)
 
 
-def test_a_replica_that_is_replaced_is_waited_for(monkeypatch: pytest.MonkeyPatch):
-    assert asked(monkeypatch, {"min": 1, "max": 1}, [GONE, HERE, HERE], answers_after_s=25) == ("answered", 2)
+def test_replacement_of_a_replica_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+    assert call(monkeypatch, {"min": 1, "max": 1}, [DOWN, UP, UP], reply_after_s=0.25) == (REPLY, 2)
 
 
-def test_calls_for_replicas_that_load_still_may_queue_before_those_that_are_there(monkeypatch: pytest.MonkeyPatch):
-    assert asked(monkeypatch, {"min": 1, "max": 4}, [HERE] * 9, answers_after_s=35) == ("answered", 0)
-    assert asked(monkeypatch, {"min": 4, "max": 4}, [HERE] * 9, answers_after_s=35) == ("given up", 1)
+def test_timeout_grows_with_the_replicas_that_still_load(monkeypatch: pytest.MonkeyPatch):
+    assert call(monkeypatch, {"min": 1, "max": 4}, [UP] * 9, reply_after_s=0.35) == (REPLY, 0)
+    assert call(monkeypatch, {"min": 4, "max": 4}, [UP] * 9, reply_after_s=0.35) == (TIMED_OUT, 1)
 
 
 class EngineDeadError(Exception):
-    """As vLLM's is called, which the driver need not have."""
+    """Has the name of vLLM's exception, which the driver may not be able to import."""
 
 
-def lost() -> RayError:
+def actor_error() -> RayError:
     return RayActorError(error_msg="the replica died")
 
 
-def refused(cause: Exception) -> RayError:
+def task_error(cause: Exception) -> RayError:
     return RayTaskError("answer", "Traceback\nso it says", cause)
 
 
 @pytest.mark.parametrize(
     ("outcomes", "expected", "num_calls"),
     [
-        # A replica that died is no fault of the rows: Serve replaces it.
-        ([lost(), lost(), "answered"], "answered", 3),
-        ([refused(EngineDeadError()), refused(EngineDeadError()), "answered"], "answered", 3),
-        # What fails twice on a replica that lives is up to the call.
-        ([refused(KeyError("x")), refused(KeyError("x")), "answered"], "RayTaskError: so it says", 2),
-        ([lost()] * 9, "RayActorError: the replica died", client.INFRASTRUCTURE_RETRIES),
+        # A replica that died is not the rows' fault: Serve replaces it.
+        ([actor_error(), actor_error(), REPLY], REPLY, 3),
+        ([task_error(EngineDeadError()), task_error(EngineDeadError()), REPLY], REPLY, 3),
+        # A second failure on a live replica is the call's own.
+        ([task_error(KeyError("x")), task_error(KeyError("x")), REPLY], [{"error": "RayTaskError: so it says"}], 2),
+        (
+            [actor_error()] * 9,
+            [{"error": "RayActorError: the replica died"}],
+            serve_client.INFRASTRUCTURE_RETRIES,
+        ),
     ],
 )
-def test_a_call_whose_replica_dies_is_made_again(
-    monkeypatch: pytest.MonkeyPatch, outcomes: list[Any], expected: str, num_calls: int
+def test_calls_are_retried_when_the_replica_dies(
+    monkeypatch: pytest.MonkeyPatch, outcomes: list[Any], expected: list[dict[str, Any]], num_calls: int
 ):
-    left, looks = iter(outcomes), []
+    remaining, waits = iter(outcomes), []
 
-    class Handle:
-        class answer:
-            @staticmethod
-            async def remote(*_: Any) -> Any:
-                outcome = next(left)
-                if isinstance(outcome, Exception):
-                    raise outcome
-                return outcome
+    async def answer(*_: Any) -> Any:
+        outcome = next(remaining)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
-    monkeypatch.setattr(client, "MAX_BACKOFF_S", 0)
-    monkeypatch.setattr(server, "wait_until_up", lambda app, timeout_s: looks.append(timeout_s))
-    monkeypatch.setattr(server.serve, "get_app_handle", lambda app: Handle())
-    section = Teacher(model="raykd/demo-teacher")
-    row = {"messages": "", "prompt_token_ids": np.array([1]), "given_token_ids": np.array([2])}
+    serve_replica(monkeypatch, answer)
+    monkeypatch.setattr(serve_client, "MAX_BACKOFF_S", 0)
+    monkeypatch.setattr(server, "wait_until_up", lambda app, timeout_s: waits.append(timeout_s))
 
-    async def run() -> Any:
-        asking = client.TeacherClient("app", "experiment", section, [], in_flight=2)
-        return await asking._call([row], SimpleNamespace(top_k=1))
+    async def run() -> list[dict[str, Any]]:
+        client = ServeTeacherClient("app", Teacher(model="raykd/demo-teacher"), max_calls=2)
+        return await client.answer([[1]], {}, 1.0)
 
     assert asyncio.run(run()) == expected
-    assert len(outcomes) - len(list(left)) == num_calls
-    # Before each further call the teacher must be up again.
-    assert len(looks) == num_calls - 1
+    assert len(outcomes) - len(list(remaining)) == num_calls
+    # Every retry waits until the teacher is up again.
+    assert len(waits) == num_calls - 1

@@ -1,4 +1,4 @@
-"""Spent: seconds add up over attempts, those that were killed included."""
+"""Stage timer: seconds add up over attempts, interrupted ones included."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ def test_attempts_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     first, second = tmp_path / "first", tmp_path / "second"
     killed = StageTimer([first, second])
     now[0] += 10
-    killed.note()
-    assert not list(tmp_path.rglob(timing.FILE)), "only now and then"
+    killed.save()
+    assert not list(tmp_path.rglob(timing.FILE)), "saved at intervals only"
     now[0] += 30
-    killed.note()
-    # It is killed ten seconds later; the same command goes on with one of the two.
+    killed.save()
+    # The attempt is killed ten seconds later; a later one continues one of the two.
     now[0] += 10 + 3600
     again = StageTimer([first])
     now[0] += 7
-    assert again.of(first) == 40 / 2 + 7
-    assert StageTimer([second]).of(second) == 40 / 2
+    assert again.seconds(first) == 40 / 2 + 7
+    assert StageTimer([second]).seconds(second) == 40 / 2
