@@ -143,7 +143,7 @@ def assert_all_fits(told: Experiment, name: str) -> None:
     """Whether every stage lies on the pool that is meant for it, with nothing to be said against it."""
     found = fits(told, name)
     assert [(fit.stage, fit.problem, fit.notes) for fit in found if fit.problem or fit.notes] == []
-    pools = {fit.stage: {pool for placed in fit.placed for pool, _ in placed.on} for fit in found}
+    pools = {fit.stage: {pool for placed in fit.placements for pool, _ in placed.bundles_per_node} for fit in found}
     assert pools == {"teacher": {"teacher"}, "train": {"student"}, "evaluate": {"student"}, "attention": {"student"}}
 
 

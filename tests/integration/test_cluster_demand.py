@@ -72,7 +72,9 @@ def places() -> list[list[dict[str, float]]]:
 
 def planned(groups: tuple[Any, ...]) -> dict[str, int]:
     """How many nodes of each kind `raykd plan` says that placement groups lie on."""
-    found = Counter(name for each in nodes.place(groups, nodes.read_cluster_file(FILE)) for name, _ in each.on)
+    found = Counter(
+        name for each in nodes.place(groups, nodes.read_cluster_file(FILE)) for name, _ in each.bundles_per_node
+    )
     return {{"teacher": "H100", "student": "A10G"}[name]: count for name, count in found.items()}
 
 

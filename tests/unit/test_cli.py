@@ -97,7 +97,7 @@ def test_plan_says_what_an_experiment_needs(file, capsys, monkeypatch):
     path = "configs/" + "gsm8k/" * (file != "quickstart.yaml") + file
     assert cli.main(["plan", path]) == 0
     shown = capsys.readouterr().out
-    for word in ("Teacher ", "parameters", "Keys and values", "Student ", "ZeRO", "Held by", "the teacher writes"):
+    for word in ("Teacher ", "parameters", "KV cache", "Student ", "ZeRO", "GPUs", "Teacher generation"):
         assert word in shown
 
 
@@ -108,10 +108,10 @@ def test_plan_refuses_what_cannot_fit_with_the_nearest_that_does(capsys, monkeyp
     bf16 = "teacher.model=meta-llama/Llama-3.1-405B-Instruct"
     assert cli.main([*plan, bf16]) == 2
     captured = capsys.readouterr()
-    assert "nowhere: a process needs" in captured.out
+    assert "does not fit: a process needs" in captured.out
     assert captured.err.count("\n") == 1
     assert "does not fit: teacher: a process needs" in captured.err
-    (remedy,) = re.findall(r"nearest that fits: (\S+)", captured.err)
+    (remedy,) = re.findall(r"closest fit: (\S+)", captured.err)
     assert remedy == "teacher.engine.pipeline_parallel_size=2"
     # Fields may be set before and behind options.
     assert cli.main([plan[0], plan[1], bf16, *plan[2:], remedy]) == 0
@@ -122,7 +122,7 @@ def test_plan_tells_hours_and_money_where_rates_are_given(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     rates = ["--generation-rate", "1000", "--completion-tokens", "200", "--training-rate=500", "--eval-rate=2000"]
     assert cli.main(["plan", "configs/gsm8k/405b-awq-to-8b.yaml", *rates, "prices.gpu_hour=2.5", "seeds=[0]"]) == 0
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(" the teacher writes"))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(" Teacher generation"))
     # 6 strategies x 6,973 problems x 200 tokens / 1,000 a second = 2.32 hours of 4 GPUs (9.30) at 2.50.
     assert line.split()[-6:] == ["41,838", "8,367,600", "1,000", "2.32", "9.30", "23.24"]
 

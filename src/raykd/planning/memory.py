@@ -47,13 +47,13 @@ class EngineMemory:
     """Keys and values of a token."""
     max_model_len: int
     max_num_seqs: int
-    share: float
-    """The share of a GPU that the engine takes; 1 where it runs on a CPU."""
+    utilization: float
+    """Fraction of the GPU's memory that the engine takes (`gpu_memory_utilization`); 1 on a CPU."""
 
     @property
-    def least(self) -> int:
-        """Of the GPU, so that one sequence of `max_model_len` fits: with less, vLLM does not start."""
-        return math.ceil((self.fixed + self.kv_sequence) / self.share)
+    def min_gpu_bytes(self) -> int:
+        """Least memory of a GPU: vLLM does not start unless one sequence of `max_model_len` fits."""
+        return math.ceil((self.fixed + self.kv_sequence) / self.utilization)
 
     @property
     def fixed(self) -> int:
@@ -67,7 +67,7 @@ class EngineMemory:
 
     def sequences(self, memory: int) -> int:
         """How many sequences of `max_model_len` fit into a GPU's memory at a time; less than 1 is none."""
-        return min(self.max_num_seqs, int((memory * self.share - self.fixed) // self.kv_sequence))
+        return min(self.max_num_seqs, int((memory * self.utilization - self.fixed) // self.kv_sequence))
 
 
 def engine_memory(
@@ -111,7 +111,7 @@ def engine_memory(
         kv_token=max(last - first for first, last in layers) * 2 * heads * shape.head_dim * cached,
         max_model_len=length,
         max_num_seqs=sequences,
-        share=(told.get("gpu_memory_utilization") or UTILIZATION) if gpu else 1.0,
+        utilization=(told.get("gpu_memory_utilization") or UTILIZATION) if gpu else 1.0,
     )
 
 
@@ -304,7 +304,7 @@ def holds_engine(gpu: Gpu, shape: Shape, told: Engine, needs: EngineMemory) -> b
     """Whether a process of an engine runs on a GPU: vLLM computes in bfloat16, but in float16 where it is told to, or
     where that is what is between weights of 4 bits."""
     in_bfloat16 = told.engine_kwargs.get("dtype", "auto") in ("auto", "bfloat16") and shape.quantization.bits != 4
-    return needs.least <= gpu.bytes and (gpu.has_bfloat16 or not in_bfloat16)
+    return needs.min_gpu_bytes <= gpu.bytes and (gpu.has_bfloat16 or not in_bfloat16)
 
 
 def holds_worker(gpu: Gpu, needed: int, train: Train) -> bool:

@@ -47,7 +47,7 @@ def app(args: TeacherService) -> Any:
     if not ray.is_initialized():
         # As `serve run` does afterwards; what there is to run on is asked now.
         ray.init(namespace="serve")
-    kind = resources.resolve_accelerator(teacher.engine.accelerator, capacity(joined=True))
+    kind = resources.resolve_accelerator(teacher.engine.accelerator, capacity(is_existing=True))
     return build_openai_app({"llm_configs": [llm_config(by_prompt(teacher), 0, kind)]})
 
 

@@ -119,7 +119,7 @@ def test_trials_have_room_on_nodes_of_their_kind_only():
     assert resources.max_concurrent_trials(train, "gpu", {"CPU": -3}) == 0
     with pytest.raises(ValueError, match=r"4 GPU:L4.*has 0 \(8 GPU:H100, 16 GPU:A10G\)"):
         resources.check_trial(Train(num_workers=4, batch_size=32, accelerator_type="L4"), "gpu", cluster)
-    with pytest.raises(ValueError, match=r"1 GPU:L4.*no GPU whose kind is known"):
+    with pytest.raises(ValueError, match=r"1 GPU:L4.*no GPU of a known type"):
         resources.attention_workers(Attention(accelerator_type="L4"), "gpu", {"CPU": 8, "GPU": 1})
 
 

@@ -75,14 +75,14 @@ def test_trials_are_arms_by_points_by_seeds(overrides: list[str], number: int):
 
 def test_tokens_of_gsm8k_are_counted_once_for_what_is_asked_once():
     experiment = load_experiment(GSM8K / "405b-awq-to-8b.yaml")
-    told = {each.what: each for each in cost.stage_costs(experiment, Rates())}
+    told = {each.stage: each for each in cost.stage_costs(experiment, Rates())}
     # Six strategies, each asked for 7,473 - 500 problems; the reference solutions are nobody's work.
-    assert told["the teacher writes"].rows == 6 * 6973
-    assert told["the teacher writes"].tokens == 6 * 6973 * 512
-    assert told["the teacher writes"].is_bound
+    assert told["Teacher generation"].rows == 6 * 6973
+    assert told["Teacher generation"].tokens == 6 * 6973 * 512
+    assert told["Teacher generation"].is_bound
     # Seven arms, three seeds, two epochs; and as many students, and the base one.
-    assert told["students are trained"].rows == 7 * 3 * 2 * 6973
-    assert told["students answer the test"].rows == (7 * 3 + 1) * 1319
+    assert told["Training"].rows == 7 * 3 * 2 * 6973
+    assert told["Test evaluation"].rows == (7 * 3 + 1) * 1319
     soft = load_experiment(
         GSM8K / "405b-awq-to-8b.yaml", ["arms={a: {}, b: {targets.kind: top_k}, c: {loss.missing_mass: renormalize}}"]
     )
@@ -96,15 +96,15 @@ def test_tokens_of_gsm8k_are_counted_once_for_what_is_asked_once():
 def test_own_answers_scores_and_validation_are_told():
     arms = "arms={own: {targets: {source: student, kind: top_k}}, scored: {targets: {source: reference, kind: top_k}}}"
     experiment = load_experiment(ROOT / "configs" / "quickstart.yaml", [arms])
-    told = {each.what: each for each in cost.stage_costs(experiment, Rates())}
-    assert told["the teacher scores solutions"].rows == 800
-    assert told["students answer, to learn from it"].rows == 2 * 800
-    assert told["students answer, to learn from it"].tokens == 2 * 800 * 512
+    told = {each.stage: each for each in cost.stage_costs(experiment, Rates())}
+    assert told["Teacher scoring"].rows == 800
+    assert told["Student rollouts"].rows == 2 * 800
+    assert told["Student rollouts"].tokens == 2 * 800 * 512
     swept = load_experiment(ROOT / "configs" / "sweeps" / "demo.yaml", ["sweep.test_top_n=2"])
-    told = {each.what: each for each in cost.stage_costs(swept, Rates())}
-    validated = told["students are validated"].rows
+    told = {each.stage: each for each in cost.stage_costs(swept, Rates())}
+    validated = told["Validation"].rows
     assert validated == 15 * swept.sweep.num_validations * swept.dataset.num_validation  # type: ignore[union-attr]
-    assert told["students answer the test"].rows == (3 * 2 + 1) * swept.dataset.num_test  # type: ignore[operator]
+    assert told["Test evaluation"].rows == (3 * 2 + 1) * swept.dataset.num_test  # type: ignore[operator]
 
 
 def test_hours_and_money_follow_from_rates_and_prices():
@@ -112,22 +112,22 @@ def test_hours_and_money_follow_from_rates_and_prices():
     experiment = load_experiment(
         GSM8K / "405b-awq-to-8b.yaml", [prices, "teacher.replicas={min: 1, max: 2}", "seeds=[0]"]
     )
-    known = Rates(generation=1000, training=500, answering=2000, completion_tokens=200, answer_tokens=100)
-    told = {each.what: each for each in cost.stage_costs(experiment, known, at_a_time=2)}
-    writes = told["the teacher writes"]
+    known = Rates(generation=1000, training=500, evaluation=2000, completion_tokens=200, answer_tokens=100)
+    told = {each.stage: each for each in cost.stage_costs(experiment, known, concurrent_trials=2)}
+    writes = told["Teacher generation"]
     assert writes.tokens == 6 * 6973 * 200
     assert not writes.is_bound
     # Two replicas of four GPUs.
     assert writes.hours == pytest.approx(6 * 6973 * 200 / 2000 / 3600)
     assert writes.processor_hours == pytest.approx(8 * 6 * 6973 * 200 / 2000 / 3600)
     assert writes.cost == pytest.approx(3.0 * 8 * 6 * 6973 * 200 / 2000 / 3600)
-    trained = told["students are trained"]
+    trained = told["Training"]
     # Whatever is trained at a time, a worker's hour is one: only the hours on the clock are fewer.
     assert trained.processor_hours == pytest.approx(7 * 2 * 6973 * 200 / 500 / 3600)
     assert trained.processor_hours is not None
     assert trained.hours == pytest.approx(trained.processor_hours / 8)
     assert trained.cost == pytest.approx(2.0 * trained.processor_hours)
-    alone = {each.what: each for each in cost.stage_costs(experiment, known)}["students are trained"]
+    alone = {each.stage: each for each in cost.stage_costs(experiment, known)}["Training"]
     assert alone.processor_hours == pytest.approx(trained.processor_hours)
 
 
@@ -136,10 +136,10 @@ def test_files_are_counted(tmp_path: Path):
         (tmp_path / f"{name}.jsonl").write_text('{"question": "?", "answer": "#### 1"}\n' * lines + "\n")
     told = {"source": "jsonl", "train_file": str(tmp_path / "train.jsonl"), "test_file": str(tmp_path / "test.jsonl")}
     tree = {"name": "a", "teacher": {"model": "b"}, "student": {"model": "c"}}
-    experiment = Experiment.model_validate({**tree, "problems": {**told, "num_validation": 2, "num_test": 2}})
+    experiment = Experiment.model_validate({**tree, "dataset": {**told, "num_validation": 2, "num_test": 2}})
     assert demand.num_problems(experiment.dataset) == (3, 2)
-    nowhere = Experiment.model_validate({**tree, "problems": {**told, "train_file": "nowhere.jsonl"}})
-    assert demand.num_problems(nowhere.problems) == (None, 3)
+    nowhere = Experiment.model_validate({**tree, "dataset": {**told, "train_file": "nowhere.jsonl"}})
+    assert demand.num_problems(nowhere.dataset) == (None, 3)
     assert cost.stage_costs(nowhere, Rates(generation=1))[0].hours is None
 
 
@@ -166,11 +166,11 @@ def test_rates_are_read_from_an_earlier_run(place: Path, capsys: pytest.CaptureF
     assert found.generation == 2000 / 11 / 2
     assert found.completion_tokens == 100
     assert found.training == 1000 / (2 * 2 + 2)
-    assert (found.answering, found.answer_tokens) == (10, 20)
+    assert (found.evaluation, found.answer_tokens) == (10, 20)
     # So `auto` is the CPU, of which the rates are, where nothing is told of a cluster.
     assert found.accelerator == "cpu"
     stages = tables.plan_tables(experiment, None, found)[0][-2]
-    assert set(stages.columns[-1].cells) == {"a CPU"}
+    assert set(stages.columns[-1].cells) == {"CPU"}
     priced = {
         each.price
         for each in cost.stage_costs(experiment, found, demand.UNKNOWN_CLUSTER[found.accelerator])

@@ -98,7 +98,7 @@ def test_keys_and_values_take_as_much_as_published(model: str, token: int, gib_o
 def test_what_holds_an_engine(model: str, tensor: int, pipeline: int, kind: str, holds: bool):
     told = Engine(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, engine_kwargs={"max_model_len": 4096})
     needs = memory.engine_memory(shape_of(model), told, GPUS[kind])
-    assert (needs.least <= GPUS[kind].bytes) == holds
+    assert (needs.min_gpu_bytes <= GPUS[kind].bytes) == holds
     assert (needs.sequences(GPUS[kind].bytes) >= 1) == holds
 
 
