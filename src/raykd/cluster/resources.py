@@ -181,8 +181,8 @@ def check_engine(
         required = amount + (name == "CPU")
         if cluster.get(name, 0) < required:
             raise UserError(
-                f"{section}: {max(1, replicas)} x {engine.tensor_parallel_size} x {engine.pipeline_parallel_size} shards "
-                f"(replicas x tensor x pipeline parallel) need {required:g} {name} (1 CPU for the pipeline), the "
+                f"{section}: {max(1, replicas)} x {engine.tensor_parallel_size} x {engine.pipeline_parallel_size} "
+                f"processes (replicas x tensor x pipeline) need {required:g} {name} (1 CPU for the pipeline), the "
                 f"cluster has {cluster.get(name, 0):g}{_available_gpus(name, cluster)}; lower one of them or add nodes"
             )
 
