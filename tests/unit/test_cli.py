@@ -201,7 +201,7 @@ def test_prompts_show_how_the_test_problems_are_asked_where_that_is_another_way(
     monkeypatch.chdir(ROOT)
     arguments = ["prompts", "configs/quickstart.yaml", f"storage={tmp_path}"]
     assert cli.main(arguments) == 0
-    assert "as the test problems are asked" not in capsys.readouterr().out
+    assert "student, test problems" not in capsys.readouterr().out
     assert cli.main([*arguments, "evaluate.protocol=zero_shot_raw"]) == 0
-    shown = capsys.readouterr().out.split("as the test problems are asked (zero_shot_raw): ")[1]
+    shown = capsys.readouterr().out.split("student, test problems (zero_shot_raw): ")[1]
     assert shown.split("\n")[1].startswith("Question: ") and shown.rstrip().endswith("\nAnswer:")

@@ -51,7 +51,7 @@ def connected(log: Path, experiment: str, stage: str) -> Iterator[dict[str, floa
             data.print_on_execution_start = False
             # A block is one call of the teacher.
             compat.hand_on_blocks(data, STREAMING_BLOCKS_PER_TASK)
-            console.print_status(_describe_cluster(context, address, log))
+            console.print_status(describe_cluster(context, address, log))
             try:
                 with cleanup_on_exit() if address else nullcontext():
                     yield capacity()
@@ -60,7 +60,7 @@ def connected(log: Path, experiment: str, stage: str) -> Iterator[dict[str, floa
                 ray.shutdown()
 
 
-def _describe_cluster(context: Any, address: str | None, log: Path) -> str:
+def describe_cluster(context: Any, address: str | None, log: Path) -> str:
     """Return the line that names the cluster, its dashboard and the logs.
 
     Args:
