@@ -104,8 +104,8 @@ def student_table(experiment: Experiment, shape: Shape | None, resources: dict[s
     micro_batch = min(train.micro_batch_size, -(-train.batch_size // train.num_workers))
     caption = (
         f"{title}: {_describe_parameters(shape.parameters)}, {train.dtype}, LoRA rank {lora.r}\n"
-        f"GiB per worker (num_workers={train.num_workers}), micro-batches of {micro_batch} x {train.max_length:,} tokens "
-        "(micro_batch_size x max_length)"
+        f"GiB per worker (num_workers={train.num_workers}), micro-batches of {micro_batch} x "
+        f"{train.max_length:,} tokens (micro_batch_size x max_length)"
     )
     columns = ["ZeRO", "Checkpointing"]
     columns += ["Base", "LoRA", "Gradients", "Adam", "Buffers", "Activations", "Loss", "Total"]
