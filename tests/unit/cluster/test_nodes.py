@@ -1,4 +1,4 @@
-"""Nodes: what a cluster may have, by its file or by Ray, and where placement groups lie on it."""
+"""Node groups from a file or from Ray, and placement on them."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def test_groups_are_packed(sizes: list[int], nodes_of: tuple[int, int], expected
     assert [list(each.bundles_per_node) for each in placed] == expected
 
 
-def test_a_bundle_that_asks_for_a_kind_lies_there():
+def test_typed_bundle_is_placed_on_its_gpu_type():
     told = (("H100", 1, 8.0), ("A10G", 2, 4.0))
     kinds = [
         NodeGroup(name, count, {"CPU": 96.0, "GPU": gpus, f"accelerator_type:{name}": 1.0})
@@ -50,7 +50,7 @@ def test_a_bundle_that_asks_for_a_kind_lies_there():
     assert nodes.place([({**bundle, "accelerator_type:L4": 0.001},)], mixed) == []
 
 
-def test_a_ray_up_file_tells_what_there_may_be(tmp_path: Path):
+def test_ray_up_file_is_read(tmp_path: Path):
     (tmp_path / "up.yaml").write_text(UP)
     found = nodes.read_cluster_file(tmp_path / "up.yaml")
     # The cluster's own limit holds for each type, and for all together.
@@ -60,7 +60,7 @@ def test_a_ray_up_file_tells_what_there_may_be(tmp_path: Path):
     assert [each.gpu and each.gpu.kind for each in found.nodes] == [None, "H100", "A10G"]
 
 
-def test_no_more_nodes_are_laid_on_than_the_cluster_may_have_of_all_kinds(tmp_path: Path):
+def test_placement_respects_the_clusters_max_workers(tmp_path: Path):
     (tmp_path / "up.yaml").write_text(UP)
     found = nodes.read_cluster_file(tmp_path / "up.yaml")
     of_four = ({"CPU": 1.0, "GPU": 1.0},) * 4
@@ -73,7 +73,7 @@ def test_no_more_nodes_are_laid_on_than_the_cluster_may_have_of_all_kinds(tmp_pa
     assert len(nodes.place([({"CPU": 8.0},)] * 9, found)) == 9
 
 
-def test_of_nodes_that_do_as_well_those_of_higher_priority_are_laid_on(tmp_path: Path):
+def test_placement_prefers_higher_priority(tmp_path: Path):
     eight = '{CPU: 96, GPU: 8, "accelerator_type:A10G": 1}, priority: 1'
     (tmp_path / "up.yaml").write_text(UP.replace('{CPU: 32, GPU: 4, "accelerator_type:A10G": 1}', eight))
     found = nodes.read_cluster_file(tmp_path / "up.yaml")
@@ -96,7 +96,7 @@ def test_of_nodes_that_do_as_well_those_of_higher_priority_are_laid_on(tmp_path:
         ("available_node_types: {a: 3}", "should be numbers"),
     ],
 )
-def test_a_file_that_tells_no_nodes_is_refused(text: str, words: str, tmp_path: Path):
+def test_file_without_nodes_is_refused(text: str, words: str, tmp_path: Path):
     (tmp_path / "up.yaml").write_text(text)
     with pytest.raises(ValueError, match=words):
         nodes.read_cluster_file(tmp_path / "up.yaml")
@@ -109,12 +109,12 @@ def test_a_file_that_tells_no_nodes_is_refused(text: str, words: str, tmp_path: 
         ({"GPU": 8.0, "accelerator_type:H1000": 1.0}, "unknown type 'H1000'.*did you mean 'H100'"),
     ],
 )
-def test_gpus_of_no_known_kind_are_refused(resources: dict, words: str):
+def test_unknown_gpu_types_are_refused(resources: dict, words: str):
     with pytest.raises(ValueError, match=words):
         _ = NodeGroup("a", 1, resources).gpu
 
 
-def test_the_running_cluster_is_what_ray_tells():
+def test_running_cluster_is_read_from_ray():
     # As `ray.nodes()` of Ray 2.60 has it.
     gpu = {"CPU": 96.0, "GPU": 8.0, "accelerator_type:A100": 1.0, "node:10.0.0.2": 1.0, "memory": 1e12}
     records = [

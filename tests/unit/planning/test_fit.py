@@ -1,4 +1,4 @@
-"""Fitting: what a cluster holds, where it lies, and the nearest layout of what it does not hold."""
+"""Fit of stages on a cluster, and the suggestions for those that do not fit."""
 
 import re
 from pathlib import Path
@@ -34,7 +34,7 @@ def refused(experiment: Experiment, there: ClusterSpec | None) -> str:
 
 
 @pytest.mark.parametrize("file", [*sorted(GSM8K.glob("*.yaml")), *sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))])
-def test_what_is_shipped_fits_what_it_was_made_for(file: Path):
+def test_shipped_configurations_fit_their_target_clusters(file: Path):
     made_for = {
         "405b-awq-to-8b": cluster(1, 4, "A100-80G"),
         "405b-fp8-to-8b": cluster(1, 8, "H100"),
@@ -50,7 +50,7 @@ def test_what_is_shipped_fits_what_it_was_made_for(file: Path):
 
 
 @pytest.mark.parametrize("cores", [2, 1])
-def test_the_quickstart_fits_two_cores_and_not_one(cores: int):
+def test_quickstart_fits_two_cores_and_not_one(cores: int):
     there = ClusterSpec("this machine", (NodeGroup("head", 1, {"CPU": float(cores)}),))
     told = refused(load_experiment(ROOT / "configs" / "quickstart.yaml"), there)
     assert (told == "") == (cores == 2)
@@ -79,7 +79,7 @@ def test_the_quickstart_fits_two_cores_and_not_one(cores: int):
         ),
     ],
 )
-def test_teachers_fit_where_they_are_known_to(model: str, tensor: int, pipeline: int, there: ClusterSpec, words: str):
+def test_teachers_fit_published_clusters(model: str, tensor: int, pipeline: int, there: ClusterSpec, words: str):
     told = f"teacher={{model: {model}, engine: {{tensor_parallel_size: {tensor}, pipeline_parallel_size: {pipeline}, "
     experiment = experiment_of(
         "405b-fp8-to-8b.yaml", told + "engine_kwargs: {max_model_len: 4096}}}", "train.num_workers=4"
@@ -105,7 +105,7 @@ def test_teachers_fit_where_they_are_known_to(model: str, tensor: int, pipeline:
         ("raykd/demo-teacher", 4, 1, "6 attention heads cannot be divided"),
     ],
 )
-def test_what_vllm_cannot_divide_is_refused(model: str, tensor: int, pipeline: int, words: str):
+def test_invalid_sharding_is_refused(model: str, tensor: int, pipeline: int, words: str):
     shape = architecture.find_shape(model)
     assert shape is not None
     told = Engine(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
@@ -113,16 +113,16 @@ def test_what_vllm_cannot_divide_is_refused(model: str, tensor: int, pipeline: i
     assert found.startswith(words) if words else found == ""
 
 
-def test_a_length_that_the_model_was_not_made_for_is_refused_with_one_that_it_was():
+def test_length_above_the_models_maximum_is_refused():
     told = refused(experiment_of("one-24gb-gpu.yaml", "teacher.engine.engine_kwargs={max_model_len: 200000}"), None)
     assert "max_model_len=200000 is above the model's maximum of 131072" in told
     assert "teacher.engine.engine_kwargs.max_model_len=131072" in told
 
 
-def test_a_long_context_is_made_shorter_where_nothing_else_helps():
+def test_shorter_context_is_suggested_last():
     experiment = experiment_of("8b-to-1b.yaml", "teacher.engine.engine_kwargs={}")
     assert "closest fit: teacher.engine.engine_kwargs.max_model_len=16384" in refused(experiment, cluster(1, 1, "L4"))
-    # More GPUs are the smaller change, where there are.
+    # With more GPUs, tensor parallelism is the smaller change.
     assert "closest fit: teacher.engine.tensor_parallel_size=2" in refused(experiment, cluster(1, 4, "L4"))
 
 
@@ -148,27 +148,25 @@ def test_a_long_context_is_made_shorter_where_nothing_else_helps():
         (["train.num_workers=8"], cluster(1, 4, "H100"), "train.num_workers=4"),
     ],
 )
-def test_training_that_does_not_fit_is_refused_with_the_nearest_that_does(
-    overrides: list[str], there: ClusterSpec, nearest_that_fits: str
-):
+def test_training_that_does_not_fit_gets_a_suggestion(overrides: list[str], there: ClusterSpec, nearest_that_fits: str):
     experiment = experiment_of("70b-to-8b.yaml", "train.num_workers=1", *overrides)
     (told,) = [each for each in refused(experiment, there).split(". ") if each.startswith("train")]
     way = told.split("closest fit: ")[1]
     assert nearest_that_fits in way.split()
-    # Which it really is: with it, nothing is said any more.
+    # Training fits with the suggestion applied.
     assert "train: " not in refused(
         experiment_of("70b-to-8b.yaml", "train.num_workers=1", *overrides, *way.split()), there
     )
 
 
-def test_bfloat16_wants_a_gpu_that_computes_in_it():
+def test_bfloat16_needs_a_gpu_that_supports_it():
     told = refused(experiment_of("one-24gb-gpu.yaml"), cluster(1, 1, "T4"))
     assert "train: T4 does not support bfloat16" in told
-    # What is between weights of 4 bits is float16.
+    # Engines with 4-bit weights compute in float16.
     assert "teacher: " not in told
 
 
-def test_a_stage_may_not_lie_on_every_kind_of_gpu():
+def test_mixed_cluster_needs_an_accelerator_type():
     mixed = ClusterSpec("mixed", (*cluster(1, 8, "H100").nodes, *cluster(1, 4, "A10G").nodes))
     experiment = experiment_of("405b-awq-to-8b.yaml")
     teacher, student = (
@@ -190,7 +188,7 @@ def test_a_stage_may_not_lie_on_every_kind_of_gpu():
     assert fit_stages(absent, teacher, student, mixed)[0].problem == "no node has accelerator_type:H200"
 
 
-def test_a_tensor_parallel_group_over_nodes_is_told():
+def test_tensor_parallel_group_across_nodes_gets_a_note():
     experiment = experiment_of("405b-fp8-to-8b.yaml", "train.num_workers=4")
     shape = architecture.find_shape(experiment.teacher.model)
     (teacher, *_) = fit_stages(experiment, shape, None, cluster(2, 4, "H200"))
@@ -199,7 +197,7 @@ def test_a_tensor_parallel_group_over_nodes_is_told():
     assert "span nodes" in teacher.notes[0]
 
 
-def test_a_model_of_unknown_shape_is_planned_by_its_processors_alone():
+def test_model_of_unknown_shape_is_planned_without_memory():
     experiment = experiment_of("8b-to-1b.yaml", "teacher.model=someone/of-another-build", "train.num_workers=4")
     fits = fit_stages(experiment, None, None, cluster(1, 4, "L4"))
     assert refusal_message(fits) == ""
@@ -208,8 +206,8 @@ def test_a_model_of_unknown_shape_is_planned_by_its_processors_alone():
     assert "train: needs 4 GPU, the cluster has 2" in refusal_message(two_gpus)
 
 
-def followed(experiment: Experiment, there: ClusterSpec, *overrides: str) -> str:
-    """What is refused of training after its remedy was taken; empty where nothing is."""
+def problem_after_suggestion(experiment: Experiment, there: ClusterSpec, *overrides: str) -> str:
+    """Return the problem of training with its suggestion applied; empty where it fits."""
     student = architecture.find_shape(experiment.student.model)
     (fit,) = (each for each in fit_stages(experiment, None, student, there) if each.stage == "train")
     assert fit.problem and fit.suggestion
@@ -235,11 +233,11 @@ MIXED = ClusterSpec("mixed", (*cluster(4, 1, "T4").nodes, *cluster(1, 2, "A10G")
         (["train.num_workers=8", "student.model=meta-llama/Llama-3.1-8B"], cluster(2, 2, "L4")),
     ],
 )
-def test_what_is_proposed_for_training_fits(overrides: list[str], there: ClusterSpec):
-    assert followed(experiment_of("8b-to-1b.yaml", *overrides), there, *overrides) == ""
+def test_suggestion_for_training_fits(overrides: list[str], there: ClusterSpec):
+    assert problem_after_suggestion(experiment_of("8b-to-1b.yaml", *overrides), there, *overrides) == ""
 
 
-def test_a_kind_is_proposed_that_holds_all_of_a_stage():
+def test_suggested_accelerator_type_holds_the_whole_stage():
     one = cluster(1, 1, "A100-80G").nodes
     there = ClusterSpec("mixed", (*cluster(4, 1, "T4").nodes, *one, *cluster(2, 8, "H100").nodes))
     experiment = experiment_of("70b-to-8b.yaml")
@@ -251,7 +249,7 @@ def test_a_kind_is_proposed_that_holds_all_of_a_stage():
     assert fits["teacher"].problem == "may be placed on T4, which cannot hold it"
     assert fits["teacher"].suggestion == "teacher.engine.accelerator_type=H100"
     assert fits["train"].suggestion == "train.accelerator_type=H100"
-    # Four of them lie on two kinds together, but there is no asking for both.
+    # Two types together have four GPUs, but a stage can request only one type.
     kinds = (cluster(1, 2, "A100-80G"), cluster(1, 2, "H100"), cluster(1, 4, "T4"))
     there = ClusterSpec("mixed", tuple(node for each in kinds for node in each.nodes))
     (fit, *_) = fit_stages(experiment, teacher, student, there)
@@ -261,7 +259,7 @@ def test_a_kind_is_proposed_that_holds_all_of_a_stage():
     assert not fit.problem
 
 
-def test_arms_may_differ_in_workers_and_in_how_they_train():
+def test_arms_may_differ_in_workers_and_training_options():
     of_arms = "arms={small: {}, large: {train.num_workers: 4, train.gradient_checkpointing: false}}"
     overrides = ("train.num_workers=2", "student.model=meta-llama/Llama-3.1-8B", of_arms)
     experiment = experiment_of("8b-to-1b.yaml", *overrides)
@@ -272,10 +270,10 @@ def test_arms_may_differ_in_workers_and_in_how_they_train():
     assert fits["train"].suggestion.startswith(
         "train.gradient_checkpointing=true arms.large.train.gradient_checkpointing=true"
     )
-    assert followed(experiment, cluster(1, 4, "L4"), *overrides) == ""
+    assert problem_after_suggestion(experiment, cluster(1, 4, "L4"), *overrides) == ""
 
 
-def test_a_core_is_left_for_what_feeds_an_engine():
+def test_engine_leaves_a_core_for_the_pipeline():
     worker = {"CPU": 8.0, "GPU": 8.0, "accelerator_type:H100": 1.0}
     experiment = experiment_of("70b-to-8b.yaml", "teacher.engine.tensor_parallel_size=8")
     teacher = architecture.find_shape(experiment.teacher.model)
@@ -283,7 +281,7 @@ def test_a_core_is_left_for_what_feeds_an_engine():
     (fit, *_) = fit_stages(experiment, teacher, None, alone)
     assert fit.problem == "needs 9 CPU (one for the pipeline), the cluster has 8"
     assert fit.suggestion == "teacher.engine.tensor_parallel_size=4"
-    # Another node's cores are of no use where only one of the two may be there.
+    # Another node's cores do not count where the cluster may have only one of the two nodes.
     either = ClusterSpec(
         "one of two", (NodeGroup("node", 1, worker), NodeGroup("cores", 1, {"CPU": 32.0})), max_workers=1
     )
@@ -292,7 +290,7 @@ def test_a_core_is_left_for_what_feeds_an_engine():
     assert not fit_stages(experiment, teacher, None, both)[0].problem
 
 
-def test_nothing_is_proposed_for_gpus_that_do_not_compute_in_it():
+def test_no_suggestion_for_gpus_without_bfloat16():
     experiment = experiment_of("8b-to-1b.yaml", "student.model=meta-llama/Llama-3.1-8B")
     student = architecture.find_shape(experiment.student.model)
     assert student and suggest.suggest_training(student, experiment.arm("none"), cluster(4, 1, "T4")) == ""
