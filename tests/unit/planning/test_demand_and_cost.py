@@ -134,11 +134,15 @@ def test_hours_and_cost_follow_from_rates_and_prices():
 def test_problems_of_files_are_counted(tmp_path: Path):
     for name, lines in (("train", 5), ("test", 3)):
         (tmp_path / f"{name}.jsonl").write_text('{"question": "?", "answer": "#### 1"}\n' * lines + "\n")
-    told = {"source": "jsonl", "train_file": str(tmp_path / "train.jsonl"), "test_file": str(tmp_path / "test.jsonl")}
+    files_config = {
+        "source": "jsonl",
+        "train_file": str(tmp_path / "train.jsonl"),
+        "test_file": str(tmp_path / "test.jsonl"),
+    }
     tree = {"name": "a", "teacher": {"model": "b"}, "student": {"model": "c"}}
-    experiment = Experiment.model_validate({**tree, "dataset": {**told, "num_validation": 2, "num_test": 2}})
+    experiment = Experiment.model_validate({**tree, "dataset": {**files_config, "num_validation": 2, "num_test": 2}})
     assert demand.num_problems(experiment.dataset) == (3, 2)
-    nowhere = Experiment.model_validate({**tree, "dataset": {**told, "train_file": "nowhere.jsonl"}})
+    nowhere = Experiment.model_validate({**tree, "dataset": {**files_config, "train_file": "nowhere.jsonl"}})
     assert demand.num_problems(nowhere.dataset) == (None, 3)
     assert cost.stage_costs(nowhere, Rates(generation=1))[0].hours is None
 

@@ -52,9 +52,9 @@ def test_shipped_configurations_fit_their_target_clusters(file: Path):
 @pytest.mark.parametrize("cores", [2, 1])
 def test_quickstart_fits_two_cores_and_not_one(cores: int):
     there = ClusterSpec("this machine", (NodeGroup("head", 1, {"CPU": float(cores)}),))
-    told = refused(load_experiment(ROOT / "configs" / "quickstart.yaml"), there)
-    assert (told == "") == (cores == 2)
-    assert "train: needs 2 CPU, the cluster has 1" in told or cores == 2
+    message = refused(load_experiment(ROOT / "configs" / "quickstart.yaml"), there)
+    assert (message == "") == (cores == 2)
+    assert "train: needs 2 CPU, the cluster has 1" in message or cores == 2
 
 
 @pytest.mark.parametrize(
@@ -80,9 +80,11 @@ def test_quickstart_fits_two_cores_and_not_one(cores: int):
     ],
 )
 def test_teachers_fit_published_clusters(model: str, tensor: int, pipeline: int, there: ClusterSpec, words: str):
-    told = f"teacher={{model: {model}, engine: {{tensor_parallel_size: {tensor}, pipeline_parallel_size: {pipeline}, "
+    overrides = (
+        f"teacher={{model: {model}, engine: {{tensor_parallel_size: {tensor}, pipeline_parallel_size: {pipeline}, "
+    )
     experiment = experiment_of(
-        "405b-fp8-to-8b.yaml", told + "engine_kwargs: {max_model_len: 4096}}}", "train.num_workers=4"
+        "405b-fp8-to-8b.yaml", overrides + "engine_kwargs: {max_model_len: 4096}}}", "train.num_workers=4"
     )
     found = [each for each in refused(experiment, there).split(". ") if each.startswith("teacher")]
     if words:
@@ -108,15 +110,15 @@ def test_teachers_fit_published_clusters(model: str, tensor: int, pipeline: int,
 def test_invalid_sharding_is_refused(model: str, tensor: int, pipeline: int, words: str):
     shape = architecture.find_shape(model)
     assert shape is not None
-    told = Engine(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
-    found = suggest.sharding_error(shape, told)
+    engine = Engine(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
+    found = suggest.sharding_error(shape, engine)
     assert found.startswith(words) if words else found == ""
 
 
 def test_length_above_the_models_maximum_is_refused():
-    told = refused(experiment_of("one-24gb-gpu.yaml", "teacher.engine.engine_kwargs={max_model_len: 200000}"), None)
-    assert "max_model_len=200000 is above the model's maximum of 131072" in told
-    assert "teacher.engine.engine_kwargs.max_model_len=131072" in told
+    message = refused(experiment_of("one-24gb-gpu.yaml", "teacher.engine.engine_kwargs={max_model_len: 200000}"), None)
+    assert "max_model_len=200000 is above the model's maximum of 131072" in message
+    assert "teacher.engine.engine_kwargs.max_model_len=131072" in message
 
 
 def test_shorter_context_is_suggested_last():
@@ -150,20 +152,20 @@ def test_shorter_context_is_suggested_last():
 )
 def test_training_that_does_not_fit_gets_a_suggestion(overrides: list[str], there: ClusterSpec, nearest_that_fits: str):
     experiment = experiment_of("70b-to-8b.yaml", "train.num_workers=1", *overrides)
-    (told,) = [each for each in refused(experiment, there).split(". ") if each.startswith("train")]
-    way = told.split("closest fit: ")[1]
-    assert nearest_that_fits in way.split()
+    (message,) = [each for each in refused(experiment, there).split(". ") if each.startswith("train")]
+    suggestion = message.split("closest fit: ")[1]
+    assert nearest_that_fits in suggestion.split()
     # Training fits with the suggestion applied.
     assert "train: " not in refused(
-        experiment_of("70b-to-8b.yaml", "train.num_workers=1", *overrides, *way.split()), there
+        experiment_of("70b-to-8b.yaml", "train.num_workers=1", *overrides, *suggestion.split()), there
     )
 
 
 def test_bfloat16_needs_a_gpu_that_supports_it():
-    told = refused(experiment_of("one-24gb-gpu.yaml"), cluster(1, 1, "T4"))
-    assert "train: T4 does not support bfloat16" in told
+    message = refused(experiment_of("one-24gb-gpu.yaml"), cluster(1, 1, "T4"))
+    assert "train: T4 does not support bfloat16" in message
     # Engines with 4-bit weights compute in float16.
-    assert "teacher: " not in told
+    assert "teacher: " not in message
 
 
 def test_mixed_cluster_needs_an_accelerator_type():

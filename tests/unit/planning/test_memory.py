@@ -96,8 +96,8 @@ def test_kv_cache_is_as_large_as_published(model: str, token: int, gib_of_16k: f
     ],
 )
 def test_engines_fit_published_gpus(model: str, tensor: int, pipeline: int, kind: str, holds: bool):
-    told = Engine(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, engine_kwargs={"max_model_len": 4096})
-    needs = memory.engine_memory(shape_of(model), told, GPUS[kind])
+    engine = Engine(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, engine_kwargs={"max_model_len": 4096})
+    needs = memory.engine_memory(shape_of(model), engine, GPUS[kind])
     assert (needs.min_gpu_bytes <= GPUS[kind].bytes) == holds
     assert (needs.sequences(GPUS[kind].bytes) >= 1) == holds
 
@@ -106,8 +106,8 @@ def test_shards_sum_to_the_model_and_its_replicated_kv_heads():
     shape = shape_of(BF16)
 
     def fullest(tensor: int, pipeline: int) -> int:
-        told = Engine(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
-        return memory.engine_memory(shape, told, GPUS["H100"]).weights
+        engine = Engine(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
+        return memory.engine_memory(shape, engine, GPUS["H100"]).weights
 
     whole = memory.weight_bytes(shape)
     assert fullest(1, 1) == whole
@@ -135,9 +135,9 @@ def test_pipeline_stages_equal_vllms():
 )
 def test_server_defaults_equal_vllms(kind: str, tokens: int, sequences: int):
     shape = shape_of("meta-llama/Llama-3.1-8B")
-    told = {"max_num_batched_tokens": tokens, "max_num_seqs": sequences}
+    engine_kwargs = {"max_num_batched_tokens": tokens, "max_num_seqs": sequences}
     assert memory.engine_memory(shape, Engine(), GPUS[kind]) == memory.engine_memory(
-        shape, Engine(engine_kwargs=told), GPUS[kind]
+        shape, Engine(engine_kwargs=engine_kwargs), GPUS[kind]
     )
 
 
@@ -235,9 +235,11 @@ def _kept(shape: Shape, lora: Lora, train: Train, rows: list[Target]) -> int:
     base = LlamaForCausalLM(config).to(dtype)
     tree = {"name": "kept", "teacher": {"model": "a"}, "student": {"model": "b"}}
     arm = Experiment.model_validate(tree).arm("default")
-    told = arm.student.model_copy(update={"lora": lora})
+    student_config = arm.student.model_copy(update={"lora": lora})
     # DeepSpeed brings the adapter to the type of the base.
-    learner = student.wrap_student(base, arm.model_copy(update={"student": told, "train": train}), seed=0).to(dtype)
+    learner = student.wrap_student(base, arm.model_copy(update={"student": student_config, "train": train}), seed=0).to(
+        dtype
+    )
     parameters = {each.untyped_storage().data_ptr() for each in learner.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
