@@ -30,7 +30,7 @@ LISTS = (
 
 
 @contextmanager
-def growing(folder: Path, types: dict[str, Any], idle_timeout_minutes: float) -> Iterator[tuple[str, Path]]:
+def autoscaling_head(folder: Path, types: dict[str, Any], idle_timeout_minutes: float) -> Iterator[tuple[str, Path]]:
     """Start a head of one core with an autoscaler; stop it and all its nodes afterwards.
 
     Args:

@@ -19,7 +19,7 @@ from raykd.config.sections import Teacher, Train
 from raykd.teacher import server
 
 
-class Pretended(LLMServer):
+class FakeGpuServer(LLMServer):
     """A replica that holds the placement group of its engine, without the engine."""
 
     async def __init__(self, llm_config: Any) -> None:  # pyright: ignore[reportInconsistentConstructor]
