@@ -1,4 +1,4 @@
-"""Growing: a cluster whose nodes Ray's real autoscaler brings by Ray's own fake provider, all on this machine."""
+"""Autoscaling cluster on this machine: Ray's real autoscaler with Ray's fake node provider."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from runs import free_port, wait_for_end
 
 RAY = str(Path(sys.executable).parent / "ray")
 HEAD = "ray.head.default"
-# Nothing is run on a fake node, but the autoscaler wants to be told so.
+# Required fields of the autoscaler's configuration; a fake node runs no commands.
 LISTS = (
     "initialization_commands",
     "setup_commands",
@@ -30,16 +30,16 @@ LISTS = (
 
 
 @contextmanager
-def growing(folder: Path, types: dict[str, Any], idle_timeout_minutes: float) -> Iterator[tuple[str, Path]]:
-    """A head of one core, whose autoscaler may add nodes; nothing is left of them afterwards.
+def autoscaling_head(folder: Path, types: dict[str, Any], idle_timeout_minutes: float) -> Iterator[tuple[str, Path]]:
+    """Start a head of one core with an autoscaler; stop it and all its nodes afterwards.
 
     Args:
-        folder: for its configuration and its log.
-        types: `available_node_types` of a `ray up` file, but for the head's.
-        idle_timeout_minutes: after which a node that nobody uses goes.
+        folder: folder for the configuration and the log.
+        types: `available_node_types` of a `ray up` file, without the head's.
+        idle_timeout_minutes: time after which the autoscaler removes an idle node.
 
     Yields:
-        the head's address, and the file that `ray up` would leave on it.
+        The head's address, and the file that `ray up` would copy to it.
     """
     port = free_port()
     config = {
@@ -47,7 +47,7 @@ def growing(folder: Path, types: dict[str, Any], idle_timeout_minutes: float) ->
         "max_workers": sum(each["max_workers"] for each in types.values()),
         "idle_timeout_minutes": idle_timeout_minutes,
         "provider": {
-            # Not by its name: Ray's package lacks the file of its defaults.
+            # As an external module: Ray's wheel lacks the defaults of the provider `fake_multinode`.
             "type": "external",
             "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "gcs_address": f"127.0.0.1:{port}",
@@ -57,7 +57,7 @@ def growing(folder: Path, types: dict[str, Any], idle_timeout_minutes: float) ->
         "available_node_types": {HEAD: {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0}, **types},
         "head_node_type": HEAD,
         "upscaling_speed": 1.0,
-        # A user, or it cannot take nodes away.
+        # The autoscaler cannot remove nodes without a user.
         "auth": {"ssh_user": "nobody"},
         "file_mounts": {},
         **{key: [] for key in LISTS},
@@ -88,7 +88,7 @@ def growing(folder: Path, types: dict[str, Any], idle_timeout_minutes: float) ->
         head.terminate()
         head.wait(timeout=120)
         for process in family:
-            # The fake nodes are the autoscaler's, which does not take them down.
+            # The autoscaler does not stop its fake nodes when it ends.
             with contextlib.suppress(psutil.Error):
                 process.kill()
         wait_for_end(family)

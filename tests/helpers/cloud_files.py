@@ -1,4 +1,4 @@
-"""The files of `cluster/`, as tests read them: with Ray's own code, and as commands name them."""
+"""Readers for the files of `cluster/`, with Ray's own parsers."""
 
 import copy
 import json
@@ -26,10 +26,10 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "cluster"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 IMAGE = f"FILL_IN_REGISTRY/raykd:{PROJECT['version']}"
-# Where the image has the project.
+# Folder of the project in the image.
 INSTALLED = "/opt/raykd"
 CLOUDS = ("aws", "gcp", "azure")
-# As the README calls them.
+# Names in the README.
 NAMES = {"aws": "AWS", "gcp": "Google Cloud", "azure": "Azure"}
 LAUNCHED = (*CLOUDS, "local")
 MANIFESTS = ("shared", "raycluster", "rayjob", "rayservice")
@@ -64,7 +64,7 @@ FIELDS = {
 
 
 def read(name: str) -> dict[str, Any]:
-    """A file of `ray up`."""
+    """Return the content of a `ray up` file."""
     return yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
 
 
@@ -73,27 +73,27 @@ def manifests(name: str) -> list[dict[str, Any]]:
 
 
 def ray_cluster(name: str) -> dict[str, Any]:
-    """The cluster that a manifest describes, as one of its own."""
+    """Return a manifest's cluster as a RayCluster."""
     (found,) = manifests(name)
     spec = found["spec"]
     return {**found, "spec": spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec}
 
 
 def prepared(name: str) -> dict[str, Any]:
-    """What Ray's autoscaler is told by a file."""
+    """Return the autoscaler's configuration that Ray derives from a file."""
     if name in MANIFESTS:
         return _derive_autoscaling_config_from_ray_cr(ray_cluster(name))
     return prepare_config(copy.deepcopy(read(name)))
 
 
 def brought(name: str, bundles: list[dict[str, float]]) -> dict[str, int] | None:
-    """The nodes that Ray's autoscaler brings for a placement group; None where it cannot."""
-    told = AutoscalingConfig(prepared(name), skip_content_hash=True)
+    """Return the nodes that Ray's autoscaler launches for a placement group; None where it is infeasible."""
+    config = AutoscalingConfig(prepared(name), skip_content_hash=True)
     group = GangResourceRequest(requests=[ResourceRequestUtil.make(bundle) for bundle in bundles])
     request = SchedulingRequest(
         disable_launch_config_check=True,
-        node_type_configs=told.get_node_type_configs() or {},
-        max_num_nodes=told.get_max_num_nodes(),
+        node_type_configs=config.get_node_type_configs() or {},
+        max_num_nodes=config.get_max_num_nodes(),
         gang_resource_requests=[group],
     )
     reply = ResourceDemandScheduler(None).schedule(request)  # pyright: ignore[reportArgumentType]
@@ -103,7 +103,7 @@ def brought(name: str, bundles: list[dict[str, float]]) -> dict[str, int] | None
 
 
 def experiment(name: str) -> Experiment:
-    """The experiment that a manifest runs or serves, with what it overrides."""
+    """Return the experiment that a manifest runs or serves, with its overrides."""
     (found,) = manifests(name)
     if name == "rayjob":
         python, script, file, *overrides = found["spec"]["entrypoint"].split()
@@ -115,7 +115,7 @@ def experiment(name: str) -> Experiment:
 
 
 def submitted() -> tuple[dict[str, str], str, list[str]]:
-    """What the README submits as a job: its metadata, the experiment's file, and what it overrides."""
+    """Return the job that the README submits: its metadata, the experiment's file, and the overrides."""
     lines = (FOLDER / "README.md").read_text().replace("\\\n", " ").splitlines()
     (line,) = [line for line in lines if line.startswith("ray job submit ")]
     words = shlex.split(line)
@@ -125,25 +125,29 @@ def submitted() -> tuple[dict[str, str], str, list[str]]:
 
 
 def on_kind(kind: str, *more: str) -> Experiment:
-    """What the README submits, with students on a kind of GPU."""
+    """Return the experiment that the README submits, with students on a type of GPU."""
     _, file, overrides = submitted()
     assert any("$STUDENTS" in each for each in overrides)
     return load_experiment(ROOT / file, [*(each.replace("$STUDENTS", kind) for each in overrides), *more])
 
 
-def fits(told: Experiment, name: str) -> list[Fit]:
-    """How `raykd plan` lays an experiment out on a cluster's file."""
-    teacher = architecture.find_shape(told.teacher.model, told.teacher.revision, told.teacher.engine.engine_kwargs)
-    student = architecture.find_shape(told.student.model, told.student.revision)
+def fits(experiment_config: Experiment, name: str) -> list[Fit]:
+    """Return the fits of `raykd plan --cluster` for an experiment."""
+    teacher = architecture.find_shape(
+        experiment_config.teacher.model,
+        experiment_config.teacher.revision,
+        experiment_config.teacher.engine.engine_kwargs,
+    )
+    student = architecture.find_shape(experiment_config.student.model, experiment_config.student.revision)
     assert teacher and student
-    return fit_stages(told, teacher, student, nodes.read_cluster_file(FOLDER / name))
+    return fit_stages(experiment_config, teacher, student, nodes.read_cluster_file(FOLDER / name))
 
 
 def assert_all_fits(told: Experiment, name: str) -> None:
     """Whether every stage lies on the pool that is meant for it, with nothing to be said against it."""
     found = fits(told, name)
     assert [(fit.stage, fit.problem, fit.notes) for fit in found if fit.problem or fit.notes] == []
-    pools = {fit.stage: {pool for placed in fit.placed for pool, _ in placed.on} for fit in found}
+    pools = {fit.stage: {pool for placed in fit.placements for pool, _ in placed.bundles_per_node} for fit in found}
     assert pools == {"teacher": {"teacher"}, "train": {"student"}, "evaluate": {"student"}, "attention": {"student"}}
 
 

@@ -1,4 +1,4 @@
-"""Clusters: several of Ray's nodes on this machine, and what is left on them of a run."""
+"""Multi-node Ray clusters on this machine, and the processes on their nodes."""
 
 import os
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ from runs import free_port, wait_for_end
 
 @contextmanager
 def cluster(*nodes: int) -> Iterator[Cluster]:
-    """A cluster of nodes with so many cores each, beside a head with one; nothing is left of it afterwards."""
+    """Start a cluster with a head of one core, and a worker node for each number of cores; stop it afterwards."""
     head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": free_port()}
-    # Such as what multiprocessing keeps for as long as this process lives.
+    # Processes that are not the cluster's, such as multiprocessing's resource tracker.
     before = set(_children())
     made = Cluster(initialize_head=True, head_node_args=head)
     try:
@@ -33,12 +33,12 @@ def _children() -> list[psutil.Process]:
 
 
 def joining(made: Cluster) -> dict[str, str]:
-    """The environment in which a command joins a cluster."""
+    """Return the environment for commands that connect to a cluster."""
     return {**os.environ, "RAY_ADDRESS": made.address}
 
 
 def processes(name: str) -> list[psutil.Process]:
-    """The processes below this one whose command line holds a name."""
+    """Return the descendants of this process whose command line contains a name."""
     found = []
     for process in _children():
         try:
@@ -50,7 +50,7 @@ def processes(name: str) -> list[psutil.Process]:
 
 
 def holders(made: Cluster) -> list[Any]:
-    """The nodes of a cluster that hold an engine's process, but for the head."""
+    """Return the worker nodes that run an engine's process."""
     engines = {parent.pid for engine in processes("EngineCore") for parent in engine.parents()}
     return [
         node

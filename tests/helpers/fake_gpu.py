@@ -1,4 +1,4 @@
-"""Pretended: what holds GPUs that there are not, as the teacher's replicas and the students' workers would."""
+"""Fake GPUs: deployments and workers with the resources of teacher replicas and training workers, without engines."""
 
 import asyncio
 import sys
@@ -19,8 +19,8 @@ from raykd.config.sections import Teacher, Train
 from raykd.teacher import server
 
 
-class Pretended(LLMServer):
-    """A replica with the place of its engine, and without the engine."""
+class FakeGpuServer(LLMServer):
+    """A replica that holds the placement group of its engine, without the engine."""
 
     async def __init__(self, llm_config: Any) -> None:  # pyright: ignore[reportInconsistentConstructor]
         self._llm_config = llm_config
@@ -32,27 +32,27 @@ class Pretended(LLMServer):
         return {}
 
     async def answer(self, seconds: float) -> str:
-        """Takes so long, and tells on which node it did."""
+        """Wait for some seconds and return the node's id."""
         await asyncio.sleep(seconds)
         return ray.get_runtime_context().get_node_id()
 
 
 def carry(module: str) -> None:
-    """Has a module of the tests sent to Ray's workers, which do not find it where they are."""
+    """Pickle a test module by value, because Ray's workers cannot import it."""
     if not module.startswith("raykd."):
         cloudpickle.register_pickle_by_value(sys.modules[module])
 
 
 @contextmanager
-def deployed(told: Teacher, kind: resources.Accelerator, deployment: type[LLMServer]) -> Iterator[Any]:
-    """The teacher as raykd configures it, behind a deployment of a test's, for a `with` block.
+def deployed(teacher: Teacher, kind: resources.Accelerator, deployment: type[LLMServer]) -> Iterator[Any]:
+    """Deploy the teacher's configuration with a deployment class of a test, for a `with` block.
 
     Yields:
-        its handle, which may be asked before a replica is up.
+        The application's handle; requests wait until a replica is up.
     """
     carry(deployment.__module__)
-    app = build_llm_deployment(server.llm_config(told, 0, kind), deployment_cls=deployment)
-    # A handle to an application that was there before would take it for gone.
+    app = build_llm_deployment(server.llm_config(teacher, 0, kind), deployment_cls=deployment)
+    # A new name each time: Serve's handle of a deleted application stays invalid for its successor.
     name = f"tested-{uuid.uuid4().hex[:8]}"
     target = serve.RunTarget(app, name=name, route_prefix=None)
     serve.run_many([target], wait_for_applications_running=False)
@@ -63,17 +63,17 @@ def deployed(told: Teacher, kind: resources.Accelerator, deployment: type[LLMSer
 
 
 def train_on(train: Train) -> list[tuple[str, list[str]]]:
-    """Has Ray Train's workers, placed as a trial's are, tell on which node they are and which GPUs they were given."""
+    """Run Ray Train workers placed like a trial's, and return each worker's node id and GPU ids."""
 
     carry(__name__)
 
-    def tell() -> None:
+    def report() -> None:
         context = ray.get_runtime_context()
-        ray.get(told.put.remote((context.get_node_id(), context.get_accelerator_ids()["GPU"])))
+        ray.get(reports.put.remote((context.get_node_id(), context.get_accelerator_ids()["GPU"])))
 
-    told = Told.remote()
+    reports = Reports.remote()
     TorchTrainer(
-        tell,
+        report,
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=ScalingConfig(
             num_workers=train.num_workers,
@@ -81,18 +81,18 @@ def train_on(train: Train) -> list[tuple[str, list[str]]]:
             resources_per_worker=resources.process_bundle("gpu", train.accelerator_type),
         ),
     ).fit()
-    return ray.get(told.all.remote())
+    return ray.get(reports.all.remote())
 
 
 @ray.remote(num_cpus=0)
-class Told:
-    """What workers told."""
+class Reports:
+    """Reports of all workers."""
 
     def __init__(self) -> None:
         self._all: list[Any] = []
 
-    def put(self, told: Any) -> None:
-        self._all.append(told)
+    def put(self, report: Any) -> None:
+        self._all.append(report)
 
     def all(self) -> list[Any]:
         return self._all

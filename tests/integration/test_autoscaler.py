@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray.autoscaler.v2.sdk import get_cluster_status
 
-from autoscaling_cluster import growing
+from autoscaling_cluster import autoscaling_head
 from raykd.cluster import autoscaler, connection
 from raykd.config.sections import Train
 from raykd.tuning import tuner
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(600)
 def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """A head of one core, whose autoscaler may add two nodes of two cores each."""
     types = {"worker": {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 2}}
-    with growing(tmp_path_factory.mktemp("autoscaler"), types, idle_timeout_minutes=10) as head:
+    with autoscaling_head(tmp_path_factory.mktemp("autoscaler"), types, idle_timeout_minutes=10) as head:
         yield head
 
 

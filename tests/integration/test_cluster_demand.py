@@ -16,8 +16,8 @@ from ray import serve
 from ray.serve.config import ProxyLocation
 from ray.util import placement_group_table
 
-from autoscaling_cluster import growing
-from fake_gpu import Pretended, deployed, train_on
+from autoscaling_cluster import autoscaling_head
+from fake_gpu import FakeGpuServer, deployed, train_on
 from raykd import compat
 from raykd.cluster import autoscaler, connection, nodes, resources
 from raykd.config.experiment import Experiment
@@ -47,7 +47,7 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]
     """A head whose autoscaler may bring what cluster/aws.yaml says, but for where from."""
     types = yaml.safe_load(FILE.read_text())["available_node_types"]
     types = {name: {**each, "node_config": {}} for name, each in types.items() if name != "head"}
-    with growing(tmp_path_factory.mktemp("cloud"), types, idle_timeout_minutes=0.1) as head:
+    with autoscaling_head(tmp_path_factory.mktemp("cloud"), types, idle_timeout_minutes=0.1) as head:
         yield head
 
 
@@ -72,7 +72,9 @@ def places() -> list[list[dict[str, float]]]:
 
 def planned(groups: tuple[Any, ...]) -> dict[str, int]:
     """How many nodes of each kind `raykd plan` says that placement groups lie on."""
-    found = Counter(name for each in nodes.place(groups, nodes.read_cluster_file(FILE)) for name, _ in each.on)
+    found = Counter(
+        name for each in nodes.place(groups, nodes.read_cluster_file(FILE)) for name, _ in each.bundles_per_node
+    )
     return {{"teacher": "H100", "student": "A10G"}[name]: count for name, count in found.items()}
 
 
@@ -94,7 +96,7 @@ def follow(address: str, file: Path, log: Path) -> dict[str, Any]:
         told, train = EXPERIMENT.teacher, EXPERIMENT.train
         resources.check_engine("teacher.engine", told.engine, "gpu", capacity)
         serve.start(proxy_location=ProxyLocation.Disabled)
-        with deployed(told, "gpu", Pretended) as handle:
+        with deployed(told, "gpu", FakeGpuServer) as handle:
             handle.answer.remote(0).result(timeout_s=300)
             seen["teacher"], seen["teacher's places"] = kinds(), places()
         seen["teacher is gone"] = until(lambda: not kinds())

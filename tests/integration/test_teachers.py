@@ -17,7 +17,7 @@ from ray.util import placement_group, placement_group_table, remove_placement_gr
 from transformers import AutoModelForCausalLM
 
 from clusters import cluster
-from fake_gpu import Pretended, deployed, train_on
+from fake_gpu import FakeGpuServer, deployed, train_on
 from oracles import greedy
 from raykd.cluster import resources
 from raykd.config.sections import Student, Teacher, Train
@@ -122,7 +122,7 @@ def nodes_of(kind: str) -> set[str]:
 def test_a_replica_of_sixteen_gpus_lies_on_two_nodes_and_students_get_them_when_it_is_gone(pretended: Cluster):
     told = Teacher.model_validate({"model": MODEL, "engine": SHARDED})
     workers = Train(num_workers=2, batch_size=2, accelerator="gpu", accelerator_type="H100")
-    with deployed(told, "gpu", Pretended) as handle:
+    with deployed(told, "gpu", FakeGpuServer) as handle:
         assert handle.answer.remote(0).result(timeout_s=60) in nodes_of("H100")
         (group,) = [each for each in placement_group_table().values() if each["state"] == "CREATED"]
         assert set(group["bundles_to_node_id"].values()) == nodes_of("H100")
@@ -147,7 +147,7 @@ def test_replicas_come_with_the_calls_in_flight_and_go_again(pretended: Cluster)
             "concurrency": 2,
         }
     )
-    with deployed(told, "gpu", Pretended) as handle:
+    with deployed(told, "gpu", FakeGpuServer) as handle:
         assert ray.available_resources()["GPU"] == 24
         # Four at a time on each: more than one replica does in the half minute after which Serve brings another.
         calls = [handle.answer.remote(20) for _ in range(16)]

@@ -97,7 +97,7 @@ def test_plan_says_what_an_experiment_needs(file, capsys, monkeypatch):
     path = "configs/" + "gsm8k/" * (file != "quickstart.yaml") + file
     assert cli.main(["plan", path]) == 0
     shown = capsys.readouterr().out
-    for word in ("Teacher ", "parameters", "Keys and values", "Student ", "ZeRO", "Held by", "the teacher writes"):
+    for word in ("Teacher ", "parameters", "KV cache", "Student ", "ZeRO", "GPUs", "Teacher generation"):
         assert word in shown
 
 
@@ -108,10 +108,10 @@ def test_plan_refuses_what_cannot_fit_with_the_nearest_that_does(capsys, monkeyp
     bf16 = "teacher.model=meta-llama/Llama-3.1-405B-Instruct"
     assert cli.main([*plan, bf16]) == 2
     captured = capsys.readouterr()
-    assert "nowhere: a process needs" in captured.out
+    assert "does not fit: a process needs" in captured.out
     assert captured.err.count("\n") == 1
     assert "does not fit: teacher: a process needs" in captured.err
-    (remedy,) = re.findall(r"nearest that fits: (\S+)", captured.err)
+    (remedy,) = re.findall(r"closest fit: (\S+)", captured.err)
     assert remedy == "teacher.engine.pipeline_parallel_size=2"
     # Fields may be set before and behind options.
     assert cli.main([plan[0], plan[1], bf16, *plan[2:], remedy]) == 0
@@ -122,7 +122,7 @@ def test_plan_tells_hours_and_money_where_rates_are_given(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     rates = ["--generation-rate", "1000", "--completion-tokens", "200", "--training-rate=500", "--eval-rate=2000"]
     assert cli.main(["plan", "configs/gsm8k/405b-awq-to-8b.yaml", *rates, "prices.gpu_hour=2.5", "seeds=[0]"]) == 0
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(" the teacher writes"))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(" Teacher generation"))
     # 6 strategies x 6,973 problems x 200 tokens / 1,000 a second = 2.32 hours of 4 GPUs (9.30) at 2.50.
     assert line.split()[-6:] == ["41,838", "8,367,600", "1,000", "2.32", "9.30", "23.24"]
 
@@ -201,7 +201,7 @@ def test_prompts_show_how_the_test_problems_are_asked_where_that_is_another_way(
     monkeypatch.chdir(ROOT)
     arguments = ["prompts", "configs/quickstart.yaml", f"storage={tmp_path}"]
     assert cli.main(arguments) == 0
-    assert "as the test problems are asked" not in capsys.readouterr().out
+    assert "student, test problems" not in capsys.readouterr().out
     assert cli.main([*arguments, "evaluate.protocol=zero_shot_raw"]) == 0
-    shown = capsys.readouterr().out.split("as the test problems are asked (zero_shot_raw): ")[1]
+    shown = capsys.readouterr().out.split("student, test problems (zero_shot_raw): ")[1]
     assert shown.split("\n")[1].startswith("Question: ") and shown.rstrip().endswith("\nAnswer:")

@@ -1,4 +1,4 @@
-"""Cluster: connect to Ray, compute resources and placement, ask the autoscaler, clean up.
+"""Cluster: connection to Ray, resources and placement, autoscaler requests, clean-up.
 
-Begin with `connection` (join or start a cluster) and `resources` (placement bundles of engines and trials).
+Start with `connection` (join or start a cluster) and `resources` (placement bundles of engines and trials).
 """

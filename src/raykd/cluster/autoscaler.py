@@ -17,34 +17,34 @@ from raykd.cluster.cleanup import when_driver_ends
 
 @contextmanager
 def node_requests() -> Iterator[Callable[[Sequence[nodes.Bundle]], None]]:
-    """What asks the cluster's autoscaler, where it has one, for nodes that hold all of some bundles, in a `with` block.
+    """Yield `request_nodes` for a `with` block, and withdraw its last request at the end.
 
-    What is asked by tasks and actors that wait is asked one by one, and only as far as they are started. A cluster has
-    one such request, the last that was made by anybody; where it cannot have all of it, Ray brings nothing at all.
+    Pending tasks and actors request nodes too, but one by one, and only once they are submitted. A cluster has one
+    request of this kind: the latest of any driver replaces all others. Ray adds no node at all for a request that
+    exceeds the cluster's limits.
     """
-
     with autoscaler_request() if is_existing_cluster() else nullcontext():
         yield request_nodes
 
 
 def request_nodes(bundles: Sequence[Mapping[str, float]]) -> None:
-    """Asks the cluster's autoscaler for nodes that hold all of some bundles, in place of whatever anybody asked."""
-    # A head that is busy, or starting again, will be asked again.
+    """Request nodes that hold all bundles at once, in place of any earlier request."""
+    # Callers repeat their request, so a busy or restarting head is no error.
     with suppress(RayError, TimeoutError):
         request_resources(bundles=[dict(bundle) for bundle in bundles])
 
 
 @contextmanager
 def autoscaler_request() -> Iterator[None]:
-    """Has what is asked of the autoscaler taken back after a `with` block, or should this process die within.
+    """Withdraw the autoscaler request after a `with` block, and also if this process dies within it.
 
-    It stands until something else is asked, whoever asked for it, and the nodes stay for it.
+    Without this, the request and its nodes stay until a driver makes another request.
     """
-    # There may be several, one after another.
+    # A driver may open several such blocks, one after another.
     name = f"raykd-autoscaler-{ray.get_runtime_context().get_job_id()}-{uuid.uuid4().hex[:8]}"
-    with when_driver_ends(name, partial(request_nodes, ())) as watch:
+    with when_driver_ends(name, partial(request_nodes, ())) as cleanup_actor:
         try:
             yield
         finally:
             request_nodes(())
-            ray.kill(watch)
+            ray.kill(cleanup_actor)

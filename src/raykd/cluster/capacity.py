@@ -11,60 +11,64 @@ import ray.data
 from raykd.cluster import nodes
 from raykd.errors import UserError
 
-# What the cluster may grow to: a file of `ray up`, or of the same words; and where Ray's launcher puts it on the head.
-CLUSTER_FILE_VARIABLE, RAY_UP_FILE = "RAYKD_CLUSTER", Path("~/ray_bootstrap_config.yaml")
+# Names a file with the limits of the cluster, in the format of `ray up`.
+CLUSTER_FILE_VARIABLE = "RAYKD_CLUSTER"
+# Ray's cluster launcher copies its file here on the head node.
+RAY_UP_FILE = Path("~/ray_bootstrap_config.yaml")
 
 
 def current_resources() -> dict[str, float]:
-    """What the cluster's nodes have now: Ray's names, and `GPU:H100` and such for the GPUs of nodes of a kind."""
+    """Return the resources of the nodes that are alive, as Ray names them, with GPUs by type as `GPU:H100`."""
     return nodes.from_ray(ray.nodes()).resources
 
 
-def capacity(joined: bool | None = None) -> dict[str, float]:
-    """What the cluster has, or may come to have by its autoscaler: nodes that go when idle are not there at first.
+def capacity(is_existing: bool | None = None) -> dict[str, float]:
+    """Return the resources that the cluster has, or may have after autoscaling.
 
-    Ray does not tell what its autoscaler may bring. `ray up` leaves its file on the head, where jobs run; elsewhere the
-    variable `RAYKD_CLUSTER` names one.
+    Ray has no interface for the limits of its autoscaler. They are read from the `ray up` file on the head node, where
+    jobs run, or from the file that `RAYKD_CLUSTER` names.
 
     Args:
-        joined: whether the cluster is one that goes on when this process ends; None for `is_joined()`.
+        is_existing: whether the cluster outlives this process; None for `is_existing_cluster()`.
 
     Raises:
-        UserError: where the file that is named is none of `ray up`.
+        UserError: where the file that `RAYKD_CLUSTER` names is not a `ray up` file.
     """
-    there, grown = current_resources(), _autoscaled_cluster(is_existing_cluster() if joined is None else joined)
-    may_come = grown.resources if grown else {}
-    return {name: max(there.get(name, 0), may_come.get(name, 0)) for name in {*there, *may_come}}
+    current = current_resources()
+    limits = _autoscaler_limits(is_existing_cluster() if is_existing is None else is_existing)
+    maximum = limits.resources if limits else {}
+    return {name: max(current.get(name, 0), maximum.get(name, 0)) for name in {*current, *maximum}}
 
 
-def _autoscaled_cluster(joined: bool) -> nodes.ClusterSpec | None:
-    """The cluster as its autoscaler may make it; None where that is not told."""
+def _autoscaler_limits(is_existing: bool) -> nodes.ClusterSpec | None:
+    """Return the largest cluster that the autoscaler may build; None where unknown."""
     named = os.environ.get(CLUSTER_FILE_VARIABLE)
-    file = Path(named) if named else RAY_UP_FILE.expanduser() if joined else None
-    if file is None or not (named or file.exists()):
+    if named:
+        return nodes.read_cluster_file(Path(named))
+    file = RAY_UP_FILE.expanduser()
+    if not is_existing or not file.exists():
         return None
     try:
         return nodes.read_cluster_file(file)
     except UserError:
-        if named:
-            raise
-        # On machines of one's own it does not say what they have, and all of them are there.
+        # The launcher's file for on-premise machines lacks their resources; all of these machines are already up.
         return None
 
 
 def num_placeable(groups: Sequence[Sequence[nodes.Bundle]]) -> int | None:
-    """How many placement groups, from the first on, the cluster can come to hold; None where that is not told."""
-    grown = _autoscaled_cluster(is_existing_cluster())
-    return len(nodes.place(groups, grown)) if grown else None
+    """Return how many placement groups, from the first on, fit the autoscaler's limits; None where unknown."""
+    limits = _autoscaler_limits(is_existing_cluster())
+    return len(nodes.place(groups, limits)) if limits else None
 
 
 def fits_on_one_node(group: Sequence[nodes.Bundle]) -> bool:
-    """Whether a node, of those that are there or may come, holds all of a placement group."""
-    there, grown = nodes.from_ray(ray.nodes()), _autoscaled_cluster(is_existing_cluster())
-    kinds = [*there.nodes, *(grown.nodes if grown else ())]
-    return any(nodes.place([group], nodes.ClusterSpec(each.name, (replace(each, count=1),))) for each in kinds)
+    """Return whether a single node, alive or within the autoscaler's limits, holds a whole placement group."""
+    current, limits = nodes.from_ray(ray.nodes()), _autoscaler_limits(is_existing_cluster())
+    node_groups = [*current.nodes, *(limits.nodes if limits else ())]
+    single_nodes = (nodes.ClusterSpec(node.name, (replace(node, count=1),)) for node in node_groups)
+    return any(nodes.place([group], node) for node in single_nodes)
 
 
 def is_existing_cluster() -> bool:
-    """Whether the cluster is one that goes on when this process ends."""
+    """Return whether the cluster was there before this process, and outlives it."""
     return bool(os.environ.get("RAY_ADDRESS"))

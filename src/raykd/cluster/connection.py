@@ -1,4 +1,4 @@
-"""Connect to the Ray cluster named by RAY_ADDRESS, or start a local one."""
+"""Connection to the Ray cluster at RAY_ADDRESS, or to a new local one."""
 
 import os
 import socket
@@ -17,41 +17,41 @@ from raykd.cluster.cleanup import cleanup_on_exit
 from raykd.errors import StageError, UserError
 from raykd.runtime import console, metrics, signals
 
-# Blocks that a task of Ray Data may hand on between two looks of its scheduler.
+# Blocks that a Ray Data task may yield in each iteration of the scheduler.
 STREAMING_BLOCKS_PER_TASK = 16
-RAY_LOGS = "/tmp/ray/session_latest/logs"
-# Ray's own; the next that is free where it is taken.
+# Ray's default port; `_free_port` tries the following ones.
 DASHBOARD_PORT = 8265
-API_SERVER = "RAY_API_SERVER_ADDRESS"
+DASHBOARD_ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
+# Ray 2.60 sets it to `token` in a process that starts a local cluster, or finds a token on this machine.
+AUTH_MODE_VARIABLE = "RAY_AUTH_MODE"
 
 
 @contextmanager
 def connected(log: Path, experiment: str, stage: str) -> Iterator[dict[str, float]]:
-    """Joins the Ray cluster that RAY_ADDRESS names, or starts one on this machine, for a `with` block.
+    """Connect to the Ray cluster at RAY_ADDRESS, or start a local one, for a `with` block.
 
     Args:
-        log: the file for what Ray, vLLM and other libraries have to say in this process.
-        experiment: the experiment's name.
-        stage: what this process does of it. Ray's dashboard shows both of a process that joins by itself; of one that
-            was submitted as a job, what was said when it was submitted.
+        log: file for the output of Ray, vLLM and other libraries in this process.
+        experiment: name of the experiment.
+        stage: the command, such as `train`. Ray's dashboard shows it with the experiment's name, unless this process
+            runs in a submitted job: that shows the metadata of its submission.
 
     Yields:
-        `capacity()`.
+        The cluster's `capacity()`.
     """
     with console.redirect_library_output(log) as log:
         address = os.environ.get("RAY_ADDRESS")
-        # The dashboard calls a job by its `job_name`.
-        told = {"job_name": f"{experiment} {stage}", "experiment": experiment, "stage": stage}
-        job = JobConfig(metadata=told)
-        context = _join(address, job) if address else _start_local(job)
+        # The dashboard shows `job_name` as the job's name.
+        metadata = {"job_name": f"{experiment} {stage}", "experiment": experiment, "stage": stage}
+        job_config = JobConfig(metadata=metadata)
+        context = _join(address, job_config) if address else _start_local(job_config)
         with signals.graceful_shutdown():
             data = ray.data.DataContext.get_current()
             data.enable_progress_bars = False
             data.print_on_execution_start = False
-            # A block of ours is a call.
+            # A block is one call of the teacher.
             compat.hand_on_blocks(data, STREAMING_BLOCKS_PER_TASK)
-            dashboard = f"  dashboard: http://{context.dashboard_url}" if context.dashboard_url else ""
-            console.print_status(f"Ray {ray.__version__}: {address or 'local'}{dashboard}  logs: {log}, {RAY_LOGS}")
+            console.print_status(describe_cluster(context, address, log))
             try:
                 with cleanup_on_exit() if address else nullcontext():
                     yield capacity()
@@ -60,40 +60,65 @@ def connected(log: Path, experiment: str, stage: str) -> Iterator[dict[str, floa
                 ray.shutdown()
 
 
-def _join(address: str, job: JobConfig) -> Any:
+def describe_cluster(context: Any, address: str | None, log: Path) -> str:
+    """Return the line that names the cluster, its dashboard and the logs.
+
+    Args:
+        context: result of `ray.init`.
+        address: RAY_ADDRESS; None for a local cluster.
+        log: this process' log.
+    """
+    parts = [f"Ray {ray.__version__}: {address or 'local'}"]
+    if context.dashboard_url:
+        parts.append(f"dashboard: http://{context.dashboard_url}")
+        if os.environ.get(AUTH_MODE_VARIABLE, "").lower() == "token":
+            # Its pages load without the token, and ask for it before they show anything.
+            parts[-1] += " (`ray get-auth-token` prints its token)"
+    parts.append(f"logs: {log}")
+    # Ray Client (ray://) has no node on this machine, and its context no `address_info`.
+    session_dir = getattr(context, "address_info", {}).get("session_dir")
+    if session_dir:
+        ray_logs = str(Path(session_dir) / "logs")
+        # A node keeps the logs of its own processes, below its own --temp-dir.
+        parts[-1] += f", {ray_logs} (this node; others keep their own)" if address else f", {ray_logs}"
+    return "  ".join(parts)
+
+
+def _join(address: str, job_config: JobConfig) -> Any:
     try:
-        return ray.init(address=address, job_config=job, log_to_driver=False)
+        return ray.init(address=address, job_config=job_config, log_to_driver=False)
     except (ConnectionError, ValueError) as error:
-        # A ValueError where it is no address.
-        said = " ".join(str(error).split())[:300]
+        # Ray raises ValueError for a malformed address.
+        message = " ".join(str(error).split())[:300]
         raise UserError(
-            f"no Ray cluster at RAY_ADDRESS={address}: {said}; set it to the cluster's, or unset it"
+            f"no Ray cluster at RAY_ADDRESS={address}: {message}; set RAY_ADDRESS to the cluster's address, or unset it"
         ) from None
 
 
-def _start_local(job: JobConfig) -> Any:
-    """A cluster of this machine's own, beside whatever others run here.
+def _start_local(job_config: JobConfig) -> Any:
+    """Start a local cluster, separate from others on this machine.
 
-    Ray Train frees the place of a trial that was stopped early when the API server says that its controller is gone.
-    The process that asks is told by the environment, which it has from here, where that server is: else it takes the
-    first that it finds on the machine, and the place is never freed.
+    Ray Train (2.60) asks the API server whether the controller of an early-stopped trial is alive, and frees the
+    trial's placement group if it is not. The process that asks inherits the server's address from this environment;
+    without it, it asks the first server that it finds on the machine, and the placement group is never freed.
     """
-    before = os.environ.get(API_SERVER)
+    previous = os.environ.get(DASHBOARD_ADDRESS_VARIABLE)
     port = _free_port()
-    os.environ[API_SERVER] = f"http://127.0.0.1:{port}"
+    os.environ[DASHBOARD_ADDRESS_VARIABLE] = f"http://127.0.0.1:{port}"
     try:
-        # A plain ray.init() would join whatever cluster happens to run on this machine.
-        return ray.init(address="local", dashboard_port=port, job_config=job, log_to_driver=False)
+        # Without "local", ray.init() joins any cluster that runs on this machine.
+        return ray.init(address="local", dashboard_port=port, job_config=job_config, log_to_driver=False)
     finally:
-        # This process may be asked to talk to another cluster afterwards.
-        del os.environ[API_SERVER]
-        if before is not None:
-            os.environ[API_SERVER] = before
+        # This process may connect to another cluster later.
+        del os.environ[DASHBOARD_ADDRESS_VARIABLE]
+        if previous is not None:
+            os.environ[DASHBOARD_ADDRESS_VARIABLE] = previous
 
 
 def _free_port() -> int:
-    for port in range(DASHBOARD_PORT, DASHBOARD_PORT + 1000):
+    last = DASHBOARD_PORT + 999
+    for port in range(DASHBOARD_PORT, last + 1):
         with closing(socket.socket()) as probe:
             if probe.connect_ex(("127.0.0.1", port)):
                 return port
-    raise StageError(f"no port is free from {DASHBOARD_PORT} on, which Ray's dashboard needs")
+    raise StageError(f"no free port from {DASHBOARD_PORT} to {last} for Ray's dashboard; stop a local Ray cluster")

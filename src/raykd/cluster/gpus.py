@@ -1,4 +1,4 @@
-"""GPU types by the names that Ray gives them, with their memory."""
+"""GPU types by Ray's names, with their memory."""
 
 from dataclasses import dataclass
 
@@ -7,21 +7,21 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Gpu:
-    """A kind of GPU."""
+    """A type of GPU."""
 
     kind: str
-    """As Ray names it."""
+    """Name in Ray's resource `accelerator_type:NAME`."""
     bytes: int
-    """As PyTorch tells them."""
+    """Total memory as PyTorch reports it."""
 
     @property
     def has_bfloat16(self) -> bool:
-        """Whether it computes in bfloat16, as NVIDIA's do from Ampere on."""
+        """Whether the GPU supports bfloat16, as NVIDIA's do since Ampere."""
         return self.kind not in ("T4", "V100")
 
 
-# What PyTorch and vLLM report as a GPU's total capacity, in GiB; where drivers differ, the least. Names are Ray's
-# (`accelerator_type:...`); it tells no A100 of 40 GB from one of 80, so that `A100` is the smaller.
+# Total memory in GiB as PyTorch and vLLM report it; the least where drivers differ. Ray names A100s of both sizes
+# `A100`, which therefore has the memory of the smaller one here.
 GPUS = {
     kind: Gpu(kind, int(gib * GIB))
     for kind, gib in {

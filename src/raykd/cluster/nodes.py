@@ -1,4 +1,4 @@
-"""Nodes: what a cluster has or may grow to, by kinds of nodes, and how placement groups lie on it."""
+"""Node groups of a cluster, from a `ray up` file or from Ray, and placement of bundles on them."""
 
 import heapq
 import math
@@ -13,87 +13,87 @@ from raykd.config.errors import did_you_mean, one_line, parse_yaml
 from raykd.errors import UserError
 
 Bundle = Mapping[str, float]
-# Workers of a cluster of which `max_workers` is not told: Ray's default.
+# Ray's default for `max_workers` of a `ray up` file.
 _DEFAULT_MAX_WORKERS = 2
 
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """Nodes of one kind."""
+    """Nodes with equal resources."""
 
     name: str
     count: int
-    """How many there are, or may be."""
+    """Number of nodes, or the autoscaler's limit."""
     resources: Mapping[str, float]
-    """Of each, as Ray names them."""
+    """Resources of one node, as Ray names them."""
     is_head: bool = False
-    """Whether it is there whatever comes."""
+    """Whether this is the head node, which is always up."""
     priority: float = 0
-    """Of nodes that do as well, Ray's autoscaler brings those of the highest."""
+    """Ray's autoscaler adds the group of the highest priority, of those that fit equally well."""
 
     @property
     def gpu(self) -> Gpu | None:
-        """What its GPUs are; None where it has none.
+        """Type of the nodes' GPUs; None for nodes without GPUs.
 
         Raises:
-            UserError: where it has some of a kind that is not told, or not known.
+            UserError: where the type is missing or unknown.
         """
         if not self.resources.get("GPU"):
             return None
-        # Where a node tells A100 as well as A100-80G, the longer name says more.
-        kind = max(_accelerator_types(self.resources), key=len, default="")
-        if kind not in GPUS:
-            told = f"of an unknown kind {kind!r}{did_you_mean(kind, GPUS)}" if kind else "of a kind that is not told"
+        # Of A100 and A100-80G, the longer name is the more specific one.
+        name = max(_accelerator_types(self.resources), key=len, default="")
+        if name not in GPUS:
+            reason = f"of unknown type {name!r}{did_you_mean(name, GPUS)}" if name else "without a type"
             raise UserError(
-                f"node type {self.name!r} has GPUs {told}: give it the resource accelerator_type:KIND: 1, by which Ray "
-                f"knows them; known: {', '.join(GPUS)}"
+                f"node type {self.name!r} has GPUs {reason}: give it Ray's resource accelerator_type:TYPE: 1; known "
+                f"types: {', '.join(GPUS)}"
             )
-        return GPUS[kind]
+        return GPUS[name]
 
 
 @dataclass(frozen=True)
 class ClusterSpec:
-    """What a cluster has, or may grow to."""
+    """Nodes of a cluster, or the largest cluster that its autoscaler may build."""
 
     name: str
     nodes: tuple[NodeGroup, ...]
-    most: int | None = None
-    """How many nodes beside the head there may be, of all kinds together; None for as many as each kind has."""
+    max_workers: int | None = None
+    """Largest number of nodes beside the head, of all groups together; None for the sum of their counts."""
 
     @property
     def resources(self) -> dict[str, float]:
-        """The most that there may be of each: Ray's names, and `GPU:H100` and such for the GPUs of nodes of a kind."""
-        heads: dict[str, float] = {}
-        others: dict[str, list[float]] = {}
-        for each in self.nodes:
-            gpus = {f"GPU:{kind}": each.resources.get("GPU", 0.0) for kind in _accelerator_types(each.resources)}
-            for name, amount in {**each.resources, **gpus}.items():
-                if each.is_head:
-                    heads[name] = heads.get(name, 0.0) + amount * each.count
+        """Largest amount of each resource, as Ray names them, with GPUs by type as `GPU:H100`."""
+        head: dict[str, float] = {}
+        per_worker: dict[str, list[float]] = {}
+        for group in self.nodes:
+            gpus = {f"GPU:{gpu}": group.resources.get("GPU", 0.0) for gpu in _accelerator_types(group.resources)}
+            for name, amount in {**group.resources, **gpus}.items():
+                if group.is_head:
+                    head[name] = head.get(name, 0.0) + amount * group.count
                 else:
-                    others.setdefault(name, []).extend([amount] * each.count)
-        most = sum(each.count for each in self.nodes) if self.most is None else self.most
-        top = {name: sum(heapq.nlargest(most, has)) for name, has in others.items()}
-        return {name: heads.get(name, 0.0) + top.get(name, 0.0) for name in {**heads, **top}}
+                    per_worker.setdefault(name, []).extend([amount] * group.count)
+        max_workers = sum(group.count for group in self.nodes) if self.max_workers is None else self.max_workers
+        workers = {name: sum(heapq.nlargest(max_workers, amounts)) for name, amounts in per_worker.items()}
+        return {name: head.get(name, 0.0) + workers.get(name, 0.0) for name in {**head, **workers}}
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the bundles of a placement group lie."""
+    """Nodes on which the bundles of a placement group are placed."""
 
-    on: tuple[tuple[str, int], ...]
-    """For each node its kind and how many bundles it has."""
+    bundles_per_node: tuple[tuple[str, int], ...]
+    """Name of the node group and number of bundles, for each node."""
 
     def splits(self, size: int) -> bool:
-        """Whether bundles that follow each other in groups of `size` are not all on one node each."""
-        return any(number % size for _, number in self.on[:-1])
+        """Return whether any of the consecutive runs of `size` bundles spans several nodes."""
+        return any(number % size for _, number in self.bundles_per_node[:-1])
 
 
 def read_cluster_file(file: Path) -> ClusterSpec:
-    """What the cluster of a `ray up` file may grow to.
+    """Return the largest cluster that a `ray up` file allows.
 
     Raises:
-        UserError: where the file is none, with what is missing.
+        UserError: where the file is missing or is not a `ray up` file.
     """
     try:
         tree = parse_yaml(file.read_text(encoding="utf-8"))
@@ -104,46 +104,56 @@ def read_cluster_file(file: Path) -> ClusterSpec:
     types = tree.get("available_node_types") if isinstance(tree, dict) else None
     if not isinstance(types, dict) or not types:
         raise UserError(
-            f"{file}: has no available_node_types, by which `ray up` knows the nodes that it may start; for a cluster "
-            "that runs write --cluster live, for KubeRay's a file as cluster/kuberay/nodes.yaml is"
+            f"{file}: has no available_node_types, which list the nodes of a `ray up` cluster; use --cluster live for "
+            "a running cluster, and a file like cluster/kuberay/nodes.yaml for KubeRay"
         )
-    head, at_most = tree.get("head_node_type"), tree.get("max_workers")
-    found = []
-    for name, told in types.items():
-        resources = told.get("resources") if isinstance(told, dict) else None
+    head, max_workers = tree.get("head_node_type"), tree.get("max_workers")
+    groups = []
+    for name, node_type in types.items():
+        resources = node_type.get("resources") if isinstance(node_type, dict) else None
         try:
-            amounts = {str(each): float(amount) for each, amount in (resources or {}).items()}
-            # As Ray has it: a head is no worker unless it says so, others are as many as the cluster may have.
-            limit = _DEFAULT_MAX_WORKERS if at_most is None else int(at_most)
-            workers = min(limit, int(told.get("max_workers", 0 if name == head else limit)))
-            priority = float(told.get("priority", 0))
+            amounts = {str(resource): float(amount) for resource, amount in (resources or {}).items()}
+            # Ray's defaults: no workers of the head's type, and any number of the others up to the cluster's limit.
+            limit = _DEFAULT_MAX_WORKERS if max_workers is None else int(max_workers)
+            workers = min(limit, int(node_type.get("max_workers", 0 if name == head else limit)))
+            priority = float(node_type.get("priority", 0))
         except (TypeError, ValueError, AttributeError, OverflowError):
             raise UserError(
                 f"{file}: node type {name!r}: resources, max_workers and priority should be numbers"
             ) from None
         if not resources and workers:
             raise UserError(
-                f"{file}: node type {name!r} does not say what it has: write resources, such as {{CPU: 96, GPU: 8, "
+                f"{file}: node type {name!r} has no resources; add them, for example {{CPU: 96, GPU: 8, "
                 "accelerator_type:H100: 1}"
             )
         if name == head:
-            found.append(NodeGroup(str(name), 1, amounts, is_head=True))
+            groups.append(NodeGroup(str(name), 1, amounts, is_head=True))
         if workers > 0:
-            found.append(NodeGroup(str(name), workers, amounts, priority=priority))
-    return ClusterSpec(str(file), tuple(found), most=_DEFAULT_MAX_WORKERS if at_most is None else int(at_most))
+            groups.append(NodeGroup(str(name), workers, amounts, priority=priority))
+    limit = _DEFAULT_MAX_WORKERS if max_workers is None else int(max_workers)
+    return ClusterSpec(str(file), tuple(groups), max_workers=limit)
 
 
 def from_ray(records: Iterable[Mapping[str, Any]]) -> ClusterSpec:
-    """The cluster that `ray.nodes()` tells of, nodes of the same resources together."""
-    alike: dict[tuple[tuple[str, float], ...], int] = {}
+    """Return the running cluster, with nodes of equal resources in one group.
+
+    Args:
+        records: result of `ray.nodes()`.
+    """
+    counts: dict[tuple[tuple[str, float], ...], int] = {}
     for record in records:
         if record.get("Alive", record.get("alive")):
-            told = {name: float(amount) for name, amount in record["Resources"].items() if not name.startswith("node:")}
-            # Every node's memory is another number of bytes.
-            key = tuple(sorted((name, told[name]) for name in told if "memory" not in name))
-            alike[key] = alike.get(key, 0) + 1
-    found = [NodeGroup(_describe_node(dict(key)), count, dict(key)) for key, count in alike.items()]
-    return ClusterSpec("the running cluster", tuple(found))
+            # Memory differs by some bytes between equal nodes.
+            key = tuple(
+                sorted(
+                    (name, float(amount))
+                    for name, amount in record["Resources"].items()
+                    if not name.startswith("node:") and "memory" not in name
+                )
+            )
+            counts[key] = counts.get(key, 0) + 1
+    groups = [NodeGroup(_describe_node(dict(key)), count, dict(key)) for key, count in counts.items()]
+    return ClusterSpec("the running cluster", tuple(groups))
 
 
 def _accelerator_types(resources: Mapping[str, float]) -> list[str]:
@@ -153,68 +163,76 @@ def _accelerator_types(resources: Mapping[str, float]) -> list[str]:
 
 
 def _describe_node(resources: Mapping[str, float]) -> str:
-    gpus = (
-        f"{resources['GPU']:g} x {max(_accelerator_types(resources), key=len, default='GPU')}, "
-        if resources.get("GPU")
-        else ""
-    )
-    return f"node of {gpus}{resources.get('CPU', 0):g} CPU"
+    cpus = f"{resources.get('CPU', 0):g} CPU"
+    if not resources.get("GPU"):
+        return f"node of {cpus}"
+    gpu = max(_accelerator_types(resources), key=len, default="GPU")
+    return f"node of {resources['GPU']:g} x {gpu}, {cpus}"
 
 
 def feasible_nodes(cluster: ClusterSpec, bundle: Bundle) -> ClusterSpec:
-    """The nodes of a cluster that have room for a bundle: those of the kind that it asks for, where it does."""
-    found = (each for each in cluster.nodes if place([(bundle,)], ClusterSpec(each.name, (each,))))
-    return ClusterSpec(cluster.name, tuple(found), cluster.most)
+    """Return the nodes of a cluster on which a bundle can be placed."""
+    feasible = (group for group in cluster.nodes if place([(bundle,)], ClusterSpec(group.name, (group,))))
+    return ClusterSpec(cluster.name, tuple(feasible), cluster.max_workers)
 
 
 def place(
-    groups: Sequence[Sequence[Bundle]], cluster: ClusterSpec, kinds: Sequence[str] | None = None
+    groups: Sequence[Sequence[Bundle]], cluster: ClusterSpec, gpus: Sequence[str] | None = None
 ) -> list[Placement]:
-    """Where placement groups of equal bundles lie, one beside the other, packed onto as few nodes as they can.
+    """Place groups of equal bundles side by side on as few nodes as possible, as Ray's strategy PACK does.
 
-    A group goes to the fullest node that has room for all of it, else over nodes from the emptiest on; of nodes that
-    are as full, to those of the highest priority.
+    A group goes to the fullest node that holds all of it, else to several nodes, the emptiest first. Priority decides
+    between nodes that are equally full.
 
     Args:
-        groups: bundles.
-        cluster: what there is or may be.
-        kinds: of GPUs that will do; None for all, and nodes without.
+        groups: placement groups; the bundles of a group are equal.
+        cluster: nodes to place them on.
+        gpus: types of GPU that are suitable; None for all nodes, also those without GPUs.
 
     Returns:
-        as many of the groups, from the first on, as there is room for.
+        Placements of the groups, from the first on, up to the first that does not fit.
     """
-    will_do = [each for each in cluster.nodes if kinds is None or (each.gpu and each.gpu.kind in kinds)]
-    # No more nodes than there are bundles can matter.
-    bundles = sum(map(len, groups))
-    free = [(each, dict(each.resources)) for each in will_do for _ in range(min(each.count, bundles))]
-    to_come = math.inf if cluster.most is None else cluster.most
-    used = {at for at, (each, _) in enumerate(free) if each.is_head}
-    placed = []
+    suitable = [group for group in cluster.nodes if gpus is None or (group.gpu and group.gpu.kind in gpus)]
+    # More nodes than bundles cannot be used.
+    num_bundles = sum(map(len, groups))
+    free = [
+        (node_group, dict(node_group.resources))
+        for node_group in suitable
+        for _ in range(min(node_group.count, num_bundles))
+    ]
+    new_nodes_left = math.inf if cluster.max_workers is None else cluster.max_workers
+    used = {index for index, (node_group, _) in enumerate(free) if node_group.is_head}
+    placements = []
     for group in groups:
         bundle, wanted = dict(group[0]), len(group)
-        room = [(_num_bundles(left, bundle), at) for at, (_, left) in enumerate(free)]
-        room.sort(key=lambda each: (each[0], -free[each[1]][0].priority))
-        whole = next(((slots, at) for slots, at in room if slots >= wanted and (at in used or to_come >= 1)), None)
+        # Pairs of free slots and node index, the fullest node first.
+        slots_of = [(_num_bundles(resources, bundle), index) for index, (_, resources) in enumerate(free)]
+        slots_of.sort(key=lambda pair: (pair[0], -free[pair[1]][0].priority))
+        single = next(
+            ((slots, index) for slots, index in slots_of if slots >= wanted and (index in used or new_nodes_left >= 1)),
+            None,
+        )
+        # The sort is stable, so equally full nodes keep their order of priority.
+        candidates = [single] if single else sorted(slots_of, key=lambda pair: -pair[0])
         taken: list[tuple[int, int]] = []
-        new = 0
-        # Those that are as full stay in their order.
-        for slots, at in [whole] if whole else sorted(room, key=lambda each: -each[0]):
+        num_new = 0
+        for slots, index in candidates:
             number = min(slots, wanted - sum(count for _, count in taken))
-            if number and (at in used or new < to_come):
-                taken.append((at, number))
-                new += at not in used
+            if number and (index in used or num_new < new_nodes_left):
+                taken.append((index, number))
+                num_new += index not in used
         if sum(number for _, number in taken) < wanted:
             break
-        to_come -= new
-        for at, number in taken:
-            used.add(at)
+        new_nodes_left -= num_new
+        for index, number in taken:
+            used.add(index)
             for name, amount in bundle.items():
-                free[at][1][name] -= amount * number
-        placed.append(Placement(tuple((free[at][0].name, number) for at, number in taken)))
-    return placed
+                free[index][1][name] -= amount * number
+        placements.append(Placement(tuple((free[index][0].name, number) for index, number in taken)))
+    return placements
 
 
-def _num_bundles(left: Mapping[str, float], bundle: Bundle) -> int:
-    """How many bundles a node has room for."""
-    # Ray counts in ten-thousandths.
-    return int(min((left.get(name, 0.0) + 1e-6) // amount for name, amount in bundle.items() if amount))
+def _num_bundles(free: Mapping[str, float], bundle: Bundle) -> int:
+    """Return how many bundles fit into the free resources of a node."""
+    # Ray counts resources in units of 1/10,000.
+    return int(min((free.get(name, 0.0) + 1e-6) // amount for name, amount in bundle.items() if amount))

@@ -13,10 +13,10 @@ Accelerator = Literal["cpu", "gpu"]
 
 
 def resolve_accelerator(wanted: Literal["auto", "cpu", "gpu"], cluster: Mapping[str, float]) -> Accelerator:
-    """The accelerator that `auto` stands for: GPUs where the cluster has any.
+    """Return the accelerator of a stage; `auto` is `gpu` where the cluster has GPUs.
 
     Args:
-        wanted: the configuration's word.
+        wanted: value of the configuration.
         cluster: the cluster's resources as Ray names them.
     """
     if wanted == "auto":
@@ -25,95 +25,104 @@ def resolve_accelerator(wanted: Literal["auto", "cpu", "gpu"], cluster: Mapping[
 
 
 def process_bundle(kind: Accelerator, accelerator_type: str | None) -> dict[str, float]:
-    """What Ray is asked to give one process: a shard of an engine, or a worker."""
+    """Return the placement bundle of one process: a shard of an engine, or a training worker."""
     if kind == "cpu":
         return {"CPU": 1}
-    # A node has one of its kind, of which whoever wants to be there takes a little.
-    return {"CPU": 1, "GPU": 1} | ({ACCELERATOR_TYPE_PREFIX + accelerator_type: 0.001} if accelerator_type else {})
+    bundle: dict[str, float] = {"CPU": 1, "GPU": 1}
+    if accelerator_type:
+        # Every node with such GPUs has 1.0 of this resource; a little of it ties a process to such a node.
+        bundle[ACCELERATOR_TYPE_PREFIX + accelerator_type] = 0.001
+    return bundle
 
 
 def required_resources(kind: Accelerator, accelerator_type: str | None, processes: int = 1) -> dict[str, float]:
-    """Return the resources of so many processes by the names of `capacity.current_resources`."""
+    """Return the resources of a number of processes, named as in `capacity.current_resources`."""
     if kind == "cpu":
         return {"CPU": processes}
-    names = ["CPU", "GPU"] + ([f"GPU:{accelerator_type}"] if accelerator_type else [])
+    names = ["CPU", "GPU"]
+    if accelerator_type:
+        names.append(f"GPU:{accelerator_type}")
     return dict.fromkeys(names, processes)
 
 
 def engine_bundles(engine: Engine, kind: Accelerator) -> list[dict[str, float]]:
-    """One placement bundle for each process of a sharded engine (tensor x pipeline parallel)."""
+    """Return the placement bundles of one replica, one for each process (tensor x pipeline parallel)."""
     return [process_bundle(kind, engine.accelerator_type)] * (
         engine.tensor_parallel_size * engine.pipeline_parallel_size
     )
 
 
 def trial_bundles(train: Train, kind: Accelerator) -> list[dict[str, float]]:
-    """One placement bundle for each worker of a trial."""
+    """Return the placement bundles of a trial, one for each worker."""
     return [process_bundle(kind, train.accelerator_type)] * train.num_workers
 
 
 def max_concurrent_trials(train: Train, kind: Accelerator, cluster: Mapping[str, float]) -> int:
-    """How many trials the cluster holds at a time; one, too, where it holds the least of its workers only."""
+    """Return how many trials the cluster holds at a time; 1 also where only `min_workers` fit."""
     workers = int(max(0, min(cluster.get(name, 0) for name in required_resources(kind, train.accelerator_type))))
     return workers // train.num_workers or int(workers >= (train.min_workers or train.num_workers))
 
 
 def check_trial(train: Train, kind: Accelerator, cluster: Mapping[str, float]) -> None:
-    """Raises UserError where the cluster does not hold one trial, with what is missing."""
+    """Check that the cluster holds one trial.
+
+    Raises:
+        UserError: where it does not, with the missing resource.
+    """
     for name, amount in required_resources(
         kind, train.accelerator_type, train.min_workers or train.num_workers
     ).items():
         if cluster.get(name, 0) < amount:
             raise UserError(
-                f"a trial needs {amount:g} {name} (train.num_workers={train.num_workers}, "
+                f"train: a trial needs {amount:g} {name} (num_workers={train.num_workers}, "
                 f"min_workers={train.min_workers}, {kind}), the cluster has {cluster.get(name, 0):g}"
-                f"{_available_gpus(name, cluster)}; lower one of them or add nodes"
+                f"{_available_gpus(name, cluster)}; lower train.num_workers or train.min_workers, or add nodes"
             )
 
 
 def attention_workers(attention: Attention, kind: Accelerator, cluster: Mapping[str, float]) -> int:
-    """How many students are read with at a time: as many as are asked for and the cluster holds.
+    """Return how many attention workers run at a time: `attention.num_workers`, or as many as the cluster holds.
 
     Raises:
-        UserError: where it holds none.
+        UserError: where the cluster holds none.
     """
     needed = required_resources(kind, attention.accelerator_type)
-    # One core stays for the pipeline.
-    fit = int(min(cluster.get(name, 0) - (name == "CPU") for name in needed))
-    if fit < 1:
+    # The pipeline that feeds the workers takes one core.
+    num_fitting = int(min(cluster.get(name, 0) - (name == "CPU") for name in needed))
+    if num_fitting < 1:
         raise UserError(
             f"attention: a worker needs {', '.join(f'{amount:g} {name}' for name, amount in needed.items())} and the "
-            f"pipeline one CPU, the cluster has {cluster.get('CPU', 0):g} CPU and {cluster.get('GPU', 0):g} GPU"
-            f"{_available_gpus([*needed][-1], cluster)}; set attention.accelerator, add nodes, or leave it out by "
+            f"pipeline 1 CPU, the cluster has {cluster.get('CPU', 0):g} CPU and {cluster.get('GPU', 0):g} GPU"
+            f"{_available_gpus([*needed][-1], cluster)}; set attention.accelerator, add nodes, or skip it with "
             "attention=null"
         )
-    return min(fit, attention.num_workers)
+    return min(num_fitting, attention.num_workers)
 
 
 def engine_resources(engine: Engine, kind: Accelerator, replicas: int = 1) -> dict[str, float]:
-    """What so many replicas of an engine take."""
+    """Return the resources of an engine's replicas."""
     return required_resources(kind, engine.accelerator_type, replicas * len(engine_bundles(engine, kind)))
 
 
 def engine_processors(engine: Engine, cluster: Mapping[str, float], replicas: int = 1) -> tuple[Accelerator, int]:
-    """What kind of processors so many replicas of an engine hold, and how many."""
+    """Return the kind and number of processors that an engine's replicas hold."""
     kind = resolve_accelerator(engine.accelerator, cluster)
     return kind, replicas * len(engine_bundles(engine, kind))
 
 
 def teacher_processors(teacher: Teacher, cluster: Mapping[str, float]) -> tuple[Accelerator, int]:
-    """What kind of processors the teacher holds, and how many at most; none where it is elsewhere."""
+    """Return the kind and largest number of processors of the teacher; 0 for an external endpoint."""
     if teacher.endpoint:
         return "cpu", 0
     return engine_processors(teacher.engine, cluster, teacher.replicas.max)
 
 
 def fits_alongside_teacher(experiment: Experiment, trains: Iterable[Train], cluster: Mapping[str, float]) -> bool:
-    """Whether the teacher can stay up while students answer and train beside it.
+    """Return whether the cluster holds the teacher and, beside it, either the student engine or a trial.
 
     Args:
         experiment: the experiment.
-        trains: how its students are trained.
+        trains: training configurations of its trials.
         cluster: the cluster's resources as Ray names them.
     """
     free = resources_beside_teacher(experiment.teacher, cluster)
@@ -125,18 +134,18 @@ def fits_alongside_teacher(experiment: Experiment, trains: Iterable[Train], clus
                 resolve_accelerator(train.accelerator, cluster), train.accelerator_type, train.num_workers
             )
         )
-    # One core stays for the pipeline that feeds the engines.
+    # The pipeline that feeds the engines takes one core.
     return all(free.get(name, 0) - (name == "CPU") >= amount for need in needs for name, amount in need.items())
 
 
 def resources_beside_teacher(teacher: Teacher, cluster: Mapping[str, float]) -> dict[str, float]:
-    """What a cluster has left while the teacher is served."""
-    taken = teacher_resources(teacher, cluster)
-    return {name: amount - taken.get(name, 0) for name, amount in cluster.items()}
+    """Return the resources that the served teacher leaves free."""
+    used = teacher_resources(teacher, cluster)
+    return {name: amount - used.get(name, 0) for name, amount in cluster.items()}
 
 
 def teacher_placement_groups(teacher: Teacher, cluster: Mapping[str, float]) -> list[list[dict[str, float]]]:
-    """The placement groups of all replicas of the teacher; none where it is elsewhere."""
+    """Return the placement groups of all teacher replicas; empty for an external endpoint."""
     if teacher.endpoint:
         return []
     return [
@@ -145,7 +154,7 @@ def teacher_placement_groups(teacher: Teacher, cluster: Mapping[str, float]) -> 
 
 
 def teacher_resources(teacher: Teacher, cluster: Mapping[str, float]) -> dict[str, float]:
-    """What all replicas of the teacher take of a cluster; nothing where it is elsewhere."""
+    """Return the resources of all teacher replicas; empty for an external endpoint."""
     if teacher.endpoint:
         return {}
     kind = resolve_accelerator(teacher.engine.accelerator, cluster)
@@ -153,29 +162,34 @@ def teacher_resources(teacher: Teacher, cluster: Mapping[str, float]) -> dict[st
 
 
 def check_engine(
-    where: str, engine: Engine, kind: Accelerator, cluster: Mapping[str, float], replicas: int = 1
+    section: str, engine: Engine, kind: Accelerator, cluster: Mapping[str, float], replicas: int = 1
 ) -> None:
-    """Raises UserError where the cluster cannot hold an engine and the pipeline that feeds it.
+    """Check that the cluster holds an engine and the pipeline that feeds it.
 
     Args:
-        where: the section that the engine belongs to, for the message.
-        engine: its configuration.
-        kind: the accelerator it runs on.
+        section: configuration path of the engine, for the message.
+        engine: the engine's configuration.
+        kind: accelerator that the engine runs on.
         cluster: the cluster's resources as Ray names them.
-        replicas: how many of it there are at least.
+        replicas: least number of replicas.
+
+    Raises:
+        UserError: where the cluster does not hold them, with the missing resource.
     """
     for name, amount in engine_resources(engine, kind, max(1, replicas)).items():
-        # The pipeline that feeds it would wait for a core for ever.
-        wanted = amount + (name == "CPU")
-        if cluster.get(name, 0) < wanted:
+        # Without a core of its own, the pipeline would never start.
+        required = amount + (name == "CPU")
+        if cluster.get(name, 0) < required:
             raise UserError(
-                f"{where}: {max(1, replicas)} x {engine.tensor_parallel_size} x {engine.pipeline_parallel_size} shards "
-                f"(replicas x tensor x pipeline parallel) need {wanted:g} {name} (one CPU is the pipeline's), the "
-                f"cluster has {cluster.get(name, 0):g}{_available_gpus(name, cluster)}; lower one of them, or add nodes"
+                f"{section}: {max(1, replicas)} x {engine.tensor_parallel_size} x {engine.pipeline_parallel_size} "
+                f"processes (replicas x tensor x pipeline) need {required:g} {name} (1 CPU for the pipeline), the "
+                f"cluster has {cluster.get(name, 0):g}{_available_gpus(name, cluster)}; lower one of them or add nodes"
             )
 
 
 def _available_gpus(name: str, cluster: Mapping[str, float]) -> str:
-    """Which kinds of GPU there are, where one of them is missing, for a message."""
-    kinds = ", ".join(f"{amount:g} {each}" for each, amount in cluster.items() if each.startswith("GPU:"))
-    return f" ({kinds or 'no GPU whose kind is known'})" if name.startswith("GPU:") else ""
+    """Return the cluster's GPUs by type, for a message about a missing type of GPU; empty for other resources."""
+    if not name.startswith("GPU:"):
+        return ""
+    gpus = ", ".join(f"{amount:g} {resource}" for resource, amount in cluster.items() if resource.startswith("GPU:"))
+    return f" ({gpus or 'no GPU of a known type'})"

@@ -11,9 +11,9 @@ from raykd.config.engine import Engine
 from raykd.config.experiment import Arm, Experiment
 from raykd.config.sections import Dataset
 
-# Problems of GSM8K (Cobbe et al., arXiv 2110.14168; `openai/gsm8k` on the hub): train and test.
+# Training and test problems of GSM8K (Cobbe et al., arXiv 2110.14168; `openai/gsm8k` on the hub).
 GSM8K_SIZES = (7473, 1319)
-# Of a cluster of which nothing is told: what `accelerator: auto` finds there.
+# Resources by which `accelerator: auto` is resolved without a cluster.
 UNKNOWN_CLUSTER = MappingProxyType({"gpu": {"CPU": 1.0, "GPU": 1.0}, "cpu": {"CPU": 1.0}})
 
 Group = tuple[Mapping[str, float], ...]
@@ -22,46 +22,46 @@ Group = tuple[Mapping[str, float], ...]
 
 @dataclass(frozen=True)
 class ResourceDemand:
-    """The placement groups that each stage asks for when it is at its largest; the stages follow one another."""
+    """Placement groups that each stage requests at most. Stages run one after another."""
 
     generation: tuple[Group, ...] = ()
-    """One for each replica of the teacher, up to `teacher.replicas.max`; a bundle for each of its processes."""
+    """One group for each of `teacher.replicas.max` replicas, with a bundle for each process."""
     training: tuple[Group, ...] = ()
-    """One for each trial at a time; a bundle for each of its workers."""
+    """One group for each concurrent trial, with a bundle for each worker."""
     evaluation: tuple[Group, ...] = ()
-    """The engine of the students."""
+    """One group, for the student engine."""
     attention: tuple[Group, ...] = ()
-    """One for each worker that reads with a student."""
+    """One group for each attention worker."""
 
     def stages(self) -> dict[str, tuple[Group, ...]]:
-        """By name, in the order in which they run."""
+        """Return the groups by stage, in the order of the stages."""
         return {name: getattr(self, name) for name in ("generation", "training", "evaluation", "attention")}
 
 
 def resource_demand(experiment: Experiment, cluster: Mapping[str, float] = UNKNOWN_CLUSTER["gpu"]) -> ResourceDemand:
-    """What the stages of an experiment ask a cluster's autoscaler for.
+    """Return the placement groups that an experiment's stages request.
 
     Args:
         experiment: the experiment.
-        cluster: the cluster's resources as Ray names them, of which it matters whether there are GPUs, for `auto`.
+        cluster: the cluster's resources as Ray names them; `accelerator: auto` is `gpu` where it has GPUs.
     """
     arms = [experiment.arm(name) for name in experiment.arms]
-    teacher, students, read = experiment.teacher, experiment.evaluate.engine, experiment.attention
+    teacher, attention = experiment.teacher, experiment.attention
     replica = _engine_group(teacher.engine, cluster)
-    engine = _engine_group(students, cluster)
+    engine = _engine_group(experiment.evaluate.engine, cluster)
     trial = max((_trial_group(arm, cluster) for arm in arms), key=len)
-    at_a_time = min(num_trials(experiment), experiment.max_concurrent_trials or num_trials(experiment))
-    reader = ()
-    if read:
-        reader = (
-            resources.process_bundle(resources.resolve_accelerator(read.accelerator, cluster), read.accelerator_type),
-        )
+    concurrent_trials = min(num_trials(experiment), experiment.max_concurrent_trials or num_trials(experiment))
+    attention_groups: tuple[Group, ...] = ()
+    if attention:
+        kind = resources.resolve_accelerator(attention.accelerator, cluster)
+        worker = (resources.process_bundle(kind, attention.accelerator_type),)
+        attention_groups = (worker,) * attention.num_workers
     is_served = any(arm.needs_teacher for arm in arms) and not teacher.endpoint
     return ResourceDemand(
         generation=(replica,) * teacher.replicas.max if is_served else (),
-        training=(trial,) * at_a_time,
+        training=(trial,) * concurrent_trials,
         evaluation=(engine,),
-        attention=(reader,) * read.num_workers if read else (),
+        attention=attention_groups,
     )
 
 
@@ -74,29 +74,39 @@ def _trial_group(arm: Arm, cluster: Mapping[str, float]) -> Group:
 
 
 def max_points(experiment: Experiment) -> int:
-    """At how many points of a sweep an arm is trained at most; 1 where there is no sweep."""
+    """Return the largest number of sweep points of an arm; 1 without a sweep."""
     sweep = experiment.sweep
-    return sweep.num_samples * math.prod(len(axis.grid) or 1 for axis in sweep.space.values()) if sweep else 1
+    if sweep is None:
+        return 1
+    return sweep.num_samples * math.prod(len(axis.grid) or 1 for axis in sweep.space.values())
 
 
 def num_trials(experiment: Experiment) -> int:
-    """How many students are trained at most."""
+    """Return the largest number of trials."""
     return len(experiment.arms) * max_points(experiment) * len(experiment.seeds)
 
 
-def num_problems(told: Dataset) -> tuple[int | None, int | None]:
-    """How many training and test problems there are; None where that is not known before they are read."""
-    found: tuple[int | None, int | None] = (None, None)
-    if told.source == "gsm8k":
-        found = GSM8K_SIZES
-    elif told.source == "jsonl":
-        found = _num_lines(told.train_file), _num_lines(told.test_file)
-    train = found[0] - told.num_validation if found[0] else None
-    train = min(train, told.num_train) if train and told.num_train else train or told.num_train
-    test = min(found[1], told.num_test) if found[1] and told.num_test else found[1] or told.num_test
-    return train, test
+def num_problems(dataset: Dataset) -> tuple[int | None, int | None]:
+    """Return the numbers of training and test problems; None where unknown before the dataset is read."""
+    train: int | None = None
+    test: int | None = None
+    if dataset.source == "gsm8k":
+        train, test = GSM8K_SIZES
+    elif dataset.source == "jsonl":
+        train, test = _num_lines(dataset.train_file), _num_lines(dataset.test_file)
+    if train:
+        train -= dataset.num_validation
+    return _limited(train, dataset.num_train), _limited(test, dataset.num_test)
+
+
+def _limited(available: int | None, limit: int | None) -> int | None:
+    """Return the smaller of two numbers; the other one where one is unknown or zero."""
+    if available and limit:
+        return min(available, limit)
+    return available or limit
 
 
 def _num_lines(file: str | None) -> int | None:
+    """Return the number of non-empty lines; None where the file is missing."""
     path = Path(file or "")
     return sum(bool(line.strip()) for line in path.open("rb")) if path.is_file() else None

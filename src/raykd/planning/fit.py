@@ -1,7 +1,7 @@
-"""Fitting: whether the stages of an experiment fit into a cluster, and why not."""
+"""Placement of an experiment's stages on a cluster, and the reason where a stage does not fit."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from raykd.cluster import nodes
 from raykd.cluster.gpus import GIB, GPUS, Gpu
@@ -17,33 +17,90 @@ from raykd.planning import demand, memory, suggest
 
 @dataclass(frozen=True)
 class Fit:
-    """How a stage lies on a cluster, or why it does not."""
+    """Placement of a stage on a cluster, or the reason why it does not fit."""
 
     stage: str
     layout: str
-    """What it asks for, in words."""
-    needs: int | None
-    """Bytes of its fullest process on the kind of GPU that it may be on, the least of all; None where not known."""
-    kinds: tuple[str, ...] = ()
-    """Kinds of GPUs that hold a process."""
-    placed: tuple[Placement, ...] = ()
-    wanted: int = 1
-    """How many placement groups it asks for at most."""
+    """Requested processes in words, such as `2 x TP 4 x PP 1`."""
+    required_bytes: int | None
+    """Bytes of the fullest process, on the available type of GPU that needs the fewest; None where unknown."""
+    gpus: tuple[str, ...] = ()
+    """Types of GPU that hold a process; `("CPU",)` on a CPU."""
+    placements: tuple[Placement, ...] = ()
+    num_groups: int = 1
+    """Largest number of placement groups that the stage requests."""
     problem: str = ""
-    """Why it cannot run; empty where it can."""
-    remedy: str = ""
-    """The nearest that fits, as overrides; empty where nothing was found."""
-    notes: tuple[str, ...] = field(default=())
+    """Why the stage cannot run; empty where it can."""
+    suggestion: str = ""
+    """Overrides of the closest fit; empty where none was found."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StageRequest:
+    """Placement groups that a stage requests."""
+
+    stage: str
+    layout: str
+    groups: Sequence[demand.Group]
+    min_groups: int
+    """Number of groups without which the stage does not start."""
+    cluster: ClusterSpec | None
+    """Nodes of the cluster; None for any that is large enough."""
+
+    @property
+    def bundle(self) -> Mapping[str, float]:
+        return self.groups[0][0]
+
+    @property
+    def is_on_gpu(self) -> bool:
+        return "GPU" in self.bundle
+
+    @property
+    def required_groups(self) -> Sequence[demand.Group]:
+        return self.groups[: self.min_groups]
+
+    def fit(
+        self,
+        required_bytes: int | None,
+        gpus: tuple[str, ...],
+        placements: tuple[Placement, ...] = (),
+        problem: str = "",
+        suggestion: str = "",
+        notes: tuple[str, ...] = (),
+    ) -> Fit:
+        return Fit(
+            stage=self.stage,
+            layout=self.layout,
+            required_bytes=required_bytes,
+            gpus=gpus,
+            placements=placements,
+            num_groups=len(self.groups),
+            problem=problem,
+            suggestion=suggestion,
+            notes=notes,
+        )
+
+
+@dataclass(frozen=True)
+class _GpuPlacement:
+    """Placements on GPUs that hold a process, with the problem and its solution where there are too few."""
+
+    placements: tuple[Placement, ...]
+    problem: str = ""
+    suggestion: str = ""
 
 
 def refusal_message(fits: Sequence[Fit]) -> str:
-    """Why an experiment cannot run, and the way out; empty where it can."""
-    told = []
-    for each in fits:
-        if each.problem:
-            way = f"nearest that fits: {each.remedy}" if each.remedy else "no other layout of it fits here"
-            told.append(f"{each.stage}: {each.problem}; {way}")
-    return ". ".join(told)
+    """Return the problems of all stages with suggestions; empty where every stage fits."""
+    messages = []
+    for fit in fits:
+        if fit.problem:
+            remedy = "no other layout fits here"
+            if fit.suggestion:
+                remedy = f"closest fit: {fit.suggestion}"
+            messages.append(f"{fit.stage}: {fit.problem}; {remedy}")
+    return ". ".join(messages)
 
 
 def fit_stages(
@@ -53,162 +110,222 @@ def fit_stages(
     cluster: ClusterSpec | None = None,
     accelerator: str = "gpu",
 ) -> list[Fit]:
-    """Whether each stage fits, by itself: they follow one another.
+    """Return the fit of each stage. Stages run one after another, so each is placed on the empty cluster.
 
     Args:
         experiment: the experiment.
-        teacher: the teacher's shape; None where it is not known, and then nothing is said of its memory.
-        student: the student's.
-        cluster: what there is; None for any that is large enough.
-        accelerator: what `auto` is where nothing is told of the cluster.
+        teacher: the teacher's shape; None where unknown, which leaves out its memory.
+        student: the student's shape; None as for the teacher.
+        cluster: nodes of the cluster; None for any that is large enough.
+        accelerator: `gpu` or `cpu`, for `accelerator: auto` without a cluster.
     """
     resources = cluster.resources if cluster else demand.UNKNOWN_CLUSTER[accelerator]
-    asked = demand.resource_demand(experiment, resources)
-    found = []
-    if asked.generation:
-        told = experiment.teacher
-        found.append(_engine_fit("teacher", told.engine, teacher, asked.generation, told.replicas.min, cluster))
-    found.append(_training_fit(experiment, student, asked.training, cluster))
-    engine = experiment.evaluate.engine
-    found.append(_engine_fit("evaluate", engine, student, asked.evaluation, 1, cluster, max_adapters(experiment)))
-    if asked.attention:
-        found.append(_attention_fit(experiment, student, asked.attention, cluster))
-    return found
+    stage_demand = demand.resource_demand(experiment, resources)
+    fits = []
+    if stage_demand.generation:
+        fits.append(
+            _engine_fit(
+                stage="teacher",
+                engine=experiment.teacher.engine,
+                shape=teacher,
+                groups=stage_demand.generation,
+                min_replicas=experiment.teacher.replicas.min,
+                cluster=cluster,
+            )
+        )
+    fits.append(_training_fit(experiment, student, stage_demand.training, cluster))
+    fits.append(
+        _engine_fit(
+            stage="evaluate",
+            engine=experiment.evaluate.engine,
+            shape=student,
+            groups=stage_demand.evaluation,
+            min_replicas=1,
+            cluster=cluster,
+            adapters=max_adapters(experiment),
+        )
+    )
+    if stage_demand.attention:
+        fits.append(_attention_fit(experiment, student, stage_demand.attention, cluster))
+    return fits
 
 
 def max_adapters(experiment: Experiment) -> tuple[int, int]:
-    """How many adapters the engine of the students holds at a time, and the largest rank."""
+    """Return the number of adapters that the student engine loads at a time, and their largest rank."""
     ranks = [arm.student.lora.r for arm in arms_at_bounds(experiment)]
     return min(experiment.evaluate.max_loras, demand.num_trials(experiment)), max(ranks)
 
 
 def arms_at_bounds(experiment: Experiment) -> list[Arm]:
-    """The arms, and each with a single field of the sweep at its ends."""
+    """Return each arm, and each with one swept field at either bound."""
     space = experiment.sweep.space if experiment.sweep else {}
-    ends = [{path: value} for path, axis in space.items() for value in axis.extremes]
-    found = []
+    bounds = [{path: value} for path, axis in space.items() for value in axis.extremes]
+    arms = []
     for name in experiment.arms:
-        found.append(experiment.arm(name))
-        for point in ends:
+        arms.append(experiment.arm(name))
+        for point in bounds:
             try:
-                found.append(experiment.arm(name, point))
+                arms.append(experiment.arm(name, point))
             except UserError:
-                # What does not go with the arm's other fields may go with other values of those.
+                # The value may be valid together with other values of the arm's swept fields.
                 continue
-    return found
+    return arms
 
 
 def largest_arm(experiment: Experiment, student: Shape, on_gpu: bool = True) -> Arm:
-    """The arm whose training workers need the most memory."""
+    """Return the arm whose training workers need the most memory."""
     return max(arms_at_bounds(experiment), key=lambda arm: suggest.worker_bytes(student, arm, on_gpu))
 
 
 def _engine_fit(
+    *,
     stage: str,
     engine: Engine,
     shape: Shape | None,
     groups: Sequence[demand.Group],
-    least: int,
+    min_replicas: int,
     cluster: ClusterSpec | None,
-    loras: tuple[int, int] = (0, 0),
+    adapters: tuple[int, int] = (0, 0),
 ) -> Fit:
-    served, needed = stage == "teacher", max(1, least)
+    is_served = stage == "teacher"
     tensor, pipeline = engine.tensor_parallel_size, engine.pipeline_parallel_size
-    layout = f"{len(groups)} x TP {tensor} x PP {pipeline}"
-    on_gpu = "GPU" in groups[0][0]
-    if not on_gpu:
-        needs = memory.engine_memory(shape, engine, None, loras, served).least if shape else None
-        return _cpu_fit(stage, layout, needs, groups, needed, cluster)
-    kinds, found = suggest.gpus_for_engine(shape, engine, loras, served) if shape else ({}, list(GPUS))
-    holding = tuple(found)
-    there = {gpu.kind for each in cluster.nodes if (gpu := each.gpu)} if cluster else set()
-    needs = min((amount for kind, amount in kinds.items() if kind in (there or kinds)), default=None)
-    split = suggest.sharding_error(shape, engine) if shape else ""
+    request = _StageRequest(
+        stage=stage,
+        layout=f"{len(groups)} x TP {tensor} x PP {pipeline}",
+        groups=groups,
+        min_groups=max(1, min_replicas),
+        cluster=cluster,
+    )
+    if not request.is_on_gpu:
+        needs = memory.engine_memory(shape, engine, None, adapters, is_served).min_gpu_bytes if shape else None
+        return _cpu_fit(request, needs)
+
+    bytes_by_gpu: dict[str, int] = {}
+    feasible = tuple(GPUS)
+    if shape:
+        bytes_by_gpu, holding = suggest.gpus_for_engine(shape, engine, adapters, is_served)
+        feasible = tuple(holding)
+    required_bytes = _least_required_bytes(bytes_by_gpu, cluster)
+    invalid_sharding = suggest.sharding_error(shape, engine) if shape else ""
+
+    def suggestion() -> str:
+        if shape is None:
+            return ""
+        return suggest.suggest_engine(stage, shape, engine, request.bundle, request.min_groups, cluster, adapters)
+
     if cluster is None:
-        problem = split or ("" if holding else _too_large(needs, max(GPUS.values(), key=lambda gpu: gpu.bytes)))
-        remedy = (
-            suggest.suggest_engine(stage, shape, engine, groups[0][0], needed, None, loras) if problem and shape else ""
-        )
-        return Fit(stage, layout, needs, holding, (), len(groups), problem, remedy)
-    problem, placed, remedy = _place(cluster, groups, holding, needed, kinds, stage)
-    notes = ()
-    if placed and any(each.splits(tensor) for each in placed):
-        notes = ("tensor parallel groups lie across nodes, which is slow: let PP count the nodes",)
-    problem = split or problem or _missing_pipeline_core(cluster, groups[:needed])
-    if problem and shape and not (remedy and not split):
-        remedy = suggest.suggest_engine(stage, shape, engine, groups[0][0], needed, cluster, loras)
-    return Fit(stage, layout, needs, holding, placed, len(groups), problem, remedy, notes)
+        problem = invalid_sharding or _too_large_everywhere(feasible, required_bytes)
+        return request.fit(required_bytes, feasible, problem=problem, suggestion=suggestion() if problem else "")
+
+    placed = _place(request, cluster, feasible, bytes_by_gpu)
+    problem = invalid_sharding or placed.problem or _missing_pipeline_core(cluster, request.required_groups)
+    remedy = placed.suggestion
+    if problem and shape and (invalid_sharding or not remedy):
+        remedy = suggestion()
+    notes: tuple[str, ...] = ()
+    if any(placement.splits(tensor) for placement in placed.placements):
+        notes = ("tensor parallel groups span nodes, which is slow: set pipeline_parallel_size to the number of nodes",)
+    return request.fit(required_bytes, feasible, placed.placements, problem, remedy, notes)
+
+
+def _least_required_bytes(bytes_by_gpu: Mapping[str, int], cluster: ClusterSpec | None) -> int | None:
+    """Return the bytes of a process on the type of GPU that needs the fewest, of those in the cluster."""
+    available = {gpu.kind for group in cluster.nodes if (gpu := group.gpu)} if cluster else set()
+    candidates = available or set(bytes_by_gpu)
+    return min((amount for gpu, amount in bytes_by_gpu.items() if gpu in candidates), default=None)
 
 
 def _place(
-    cluster: ClusterSpec,
-    groups: Sequence[demand.Group],
-    holding: Sequence[str],
-    needed: int,
-    kinds: Mapping[str, int],
-    stage: str,
-) -> tuple[str, tuple[Placement, ...], str]:
-    """Why not so many placement groups lie on GPUs that hold them, where they lie, and the way out where it is here."""
-    there = {gpu.kind: gpu for each in nodes.feasible_nodes(cluster, groups[0][0]).nodes if (gpu := each.gpu)}
-    placed = tuple(nodes.place(groups, cluster, holding))
-    if len(placed) >= needed:
-        where = stage if stage in ("train", "attention") else f"{stage}.engine"
-        named = suggest.accelerator_type_override(where, groups[:needed], cluster, holding)
-        if named == []:
-            return "", placed, ""
-        small = [kind for kind in there if kind not in holding]
-        return f"may be placed on {', '.join(small)}, too small for it", placed, "".join(named or ())
-    asked = [name for name in groups[0][0] if name.startswith(ACCELERATOR_TYPE_PREFIX)]
-    if asked and not there:
-        return f"no node has {asked[0]}", placed, ""
-    if len(nodes.place(groups[:needed], cluster)) < needed:
-        wanted, have = _total(groups[:needed]), cluster.resources
-        short = {name: amount for name, amount in wanted.items() if amount > have.get(name, 0)}
-        told = [f"{amount:g} {name}, there are {have.get(name, 0):g}" for name, amount in (short or wanted).items()]
-        return f"needs {'; '.join(told)}" + ("" if short else ", but not side by side"), placed, ""
-    if not any(kind in holding for kind in there):
-        largest = max(there.values(), key=lambda gpu: gpu.bytes)
-        return _too_large(kinds.get(largest.kind), largest), placed, ""
-    return f"{len(placed)} of at least {needed} fit onto GPUs that hold it ({', '.join(holding)})", placed, ""
+    request: _StageRequest, cluster: ClusterSpec, feasible: Sequence[str], bytes_by_gpu: Mapping[str, int]
+) -> _GpuPlacement:
+    """Place a stage on GPUs that hold its processes.
+
+    Args:
+        request: the stage.
+        cluster: its nodes.
+        feasible: types of GPU that hold a process.
+        bytes_by_gpu: bytes of a process on each type of GPU.
+    """
+    groups, bundle, required = request.groups, request.bundle, request.required_groups
+    candidates = {gpu.kind: gpu for group in nodes.feasible_nodes(cluster, bundle).nodes if (gpu := group.gpu)}
+    placements = tuple(nodes.place(groups, cluster, feasible))
+    if len(placements) >= request.min_groups:
+        section = request.stage if request.stage in ("train", "attention") else f"{request.stage}.engine"
+        overrides = suggest.accelerator_type_override(section, required, cluster, feasible)
+        if overrides == []:
+            return _GpuPlacement(placements)
+        infeasible = [gpu for gpu in candidates if gpu not in feasible]
+        problem = f"may be placed on {', '.join(infeasible)}, which cannot hold it"
+        return _GpuPlacement(placements, problem, "".join(overrides or ()))
+
+    requested_types = [name for name in bundle if name.startswith(ACCELERATOR_TYPE_PREFIX)]
+    if requested_types and not candidates:
+        problem = f"no node has {requested_types[0]}"
+    elif len(nodes.place(required, cluster)) < request.min_groups:
+        problem = _missing_resources(required, cluster)
+    elif not any(gpu in feasible for gpu in candidates):
+        largest = max(candidates.values(), key=lambda gpu: gpu.bytes)
+        problem = _too_large(bytes_by_gpu.get(largest.kind), largest)
+    else:
+        problem = (
+            f"GPUs that can hold it ({', '.join(feasible)}) have room for {len(placements)} of at least "
+            f"{request.min_groups}"
+        )
+    return _GpuPlacement(placements, problem)
+
+
+def _missing_resources(groups: Sequence[demand.Group], cluster: ClusterSpec) -> str:
+    required, available = _total(groups), cluster.resources
+    missing = {name: amount for name, amount in required.items() if amount > available.get(name, 0)}
+    amounts = [
+        f"{amount:g} {name}, the cluster has {available.get(name, 0):g}"
+        for name, amount in (missing or required).items()
+    ]
+    # The totals suffice where single nodes do not.
+    spread = "" if missing else ", but not on nodes that hold them together"
+    return f"needs {'; '.join(amounts)}{spread}"
 
 
 def _missing_pipeline_core(cluster: ClusterSpec, groups: Sequence[demand.Group]) -> str:
-    """Why the pipeline that feeds an engine would wait for ever; empty where it would not."""
+    """Return why the Ray Data pipeline that feeds an engine would never start; empty where it has a core."""
     if suggest.has_pipeline_core(groups, cluster):
         return ""
-    taken, cores = _total(groups)["CPU"], cluster.resources.get("CPU", 0)
-    return f"needs {taken + 1:g} CPU with the pipeline's, there are {cores:g}"
+    required, cores = _total(groups)["CPU"] + 1, cluster.resources.get("CPU", 0)
+    return f"needs {required:g} CPU (one for the pipeline), the cluster has {cores:g}"
 
 
-def _too_large(needs: int | None, gpu: Gpu) -> str:
-    if (needs or 0) <= gpu.bytes * 0.95:
-        return f"{gpu.kind} does not compute in bfloat16"
-    return f"a process needs {(needs or 0) / GIB:.1f} GiB, {gpu.kind} has {gpu.bytes / GIB:.1f}"
+def _too_large_everywhere(feasible: Sequence[str], required_bytes: int | None) -> str:
+    """Return why no known type of GPU holds a process; empty where one does."""
+    if feasible:
+        return ""
+    return _too_large(required_bytes, max(GPUS.values(), key=lambda gpu: gpu.bytes))
+
+
+def _too_large(required_bytes: int | None, gpu: Gpu) -> str:
+    required = required_bytes or 0
+    if memory.fits(required, gpu.bytes):
+        return f"{gpu.kind} does not support bfloat16"
+    return f"a process needs {required / GIB:.1f} GiB, {gpu.kind} has {gpu.bytes / GIB:.1f}"
 
 
 def _total(groups: Sequence[demand.Group]) -> dict[str, float]:
+    """Return the CPUs and GPUs of placement groups."""
     names = dict.fromkeys(name for name in groups[0][0] if not name.startswith(ACCELERATOR_TYPE_PREFIX))
     return {name: sum(bundle.get(name, 0.0) for group in groups for bundle in group) for name in names}
 
 
-def _cpu_fit(
-    stage: str,
-    layout: str,
-    needs: int | None,
-    groups: Sequence[demand.Group],
-    needed: int,
-    cluster: ClusterSpec | None,
-) -> Fit:
+def _cpu_fit(request: _StageRequest, required_bytes: int | None) -> Fit:
+    cluster = request.cluster
     if cluster is None:
-        return Fit(stage, layout, needs, ("CPU",), (), len(groups))
-    placed = tuple(nodes.place(groups, cluster))
+        return request.fit(required_bytes, ("CPU",))
+    placements = tuple(nodes.place(request.groups, cluster))
     problem = ""
-    if len(placed) < needed:
-        cores = _total(groups[:needed])["CPU"]
-        problem = f"needs {cores:g} CPU, there are {cluster.resources.get('CPU', 0):g}"
-    elif stage != "train":
-        problem = _missing_pipeline_core(cluster, groups[:needed])
-    return Fit(stage, layout, needs, ("CPU",), placed, len(groups), problem)
+    if len(placements) < request.min_groups:
+        cores = _total(request.required_groups)["CPU"]
+        problem = f"needs {cores:g} CPU, the cluster has {cluster.resources.get('CPU', 0):g}"
+    elif request.stage != "train":
+        problem = _missing_pipeline_core(cluster, request.required_groups)
+    return request.fit(required_bytes, ("CPU",), placements, problem)
 
 
 def _training_fit(
@@ -216,53 +333,74 @@ def _training_fit(
 ) -> Fit:
     on_gpu = "GPU" in groups[0][0]
     arm = largest_arm(experiment, student, on_gpu) if student else experiment.arm(next(iter(experiment.arms)))
-    train, number = arm.train, len(groups[0])
-    layout = f"{len(groups)} x {number} worker{'s' * (number > 1)}, ZeRO {train.zero_stage}"
-    needs = suggest.worker_bytes(student, arm, on_gpu) if student else None
-    # Arms may differ in it.
-    least = max(each.train.min_workers or each.train.num_workers for each in arms_at_bounds(experiment))
+    num_workers = len(groups[0])
+    workers = "worker" if num_workers == 1 else "workers"
+    # Arms may differ in their number of workers.
+    min_workers = max(other.train.min_workers or other.train.num_workers for other in arms_at_bounds(experiment))
+    request = _StageRequest(
+        stage="train",
+        layout=f"{len(groups)} x {num_workers} {workers}, ZeRO {arm.train.zero_stage}",
+        groups=[group[:min_workers] for group in groups],
+        min_groups=1,
+        cluster=cluster,
+    )
+    required_bytes = suggest.worker_bytes(student, arm, on_gpu) if student else None
     if not on_gpu:
-        trial = [group[:least] for group in groups]
-        return _cpu_fit("train", layout, needs, trial, 1, cluster)
-    holding = tuple(kind for kind, gpu in GPUS.items() if memory.holds_worker(gpu, needs or 0, train))
-    kinds = dict.fromkeys(GPUS, needs or 0)
+        return _cpu_fit(request, required_bytes)
+
+    feasible = tuple(name for name, gpu in GPUS.items() if memory.holds_worker(gpu, required_bytes or 0, arm.train))
+    suggestion = ""
     if cluster is None:
-        problem = "" if holding else _too_large(needs, max(GPUS.values(), key=lambda gpu: gpu.bytes))
-        remedy = suggest.suggest_training(student, arm, None) if problem and student else ""
-        return Fit("train", layout, needs, holding, (), len(groups), problem, _with_arm_overrides(experiment, remedy))
-    problem, placed, remedy = _place(cluster, [group[:least] for group in groups], holding, 1, kinds, "train")
-    if problem and student and not remedy:
-        remedy = suggest.suggest_training(student, arm, cluster) or suggest.suggest_num_workers(student, arm, cluster)
-    return Fit("train", layout, needs, holding, placed, len(groups), problem, _with_arm_overrides(experiment, remedy))
+        problem = _too_large_everywhere(feasible, required_bytes)
+        if problem and student:
+            suggestion = suggest.suggest_training(student, arm, None)
+        return request.fit(
+            required_bytes, feasible, problem=problem, suggestion=_with_arm_overrides(experiment, suggestion)
+        )
+    placed = _place(request, cluster, feasible, dict.fromkeys(GPUS, required_bytes or 0))
+    suggestion = placed.suggestion
+    if placed.problem and student and not suggestion:
+        suggestion = suggest.suggest_training(student, arm, cluster)
+        suggestion = suggestion or suggest.suggest_num_workers(student, arm, cluster)
+    return request.fit(
+        required_bytes, feasible, placed.placements, placed.problem, _with_arm_overrides(experiment, suggestion)
+    )
 
 
 def _with_arm_overrides(experiment: Experiment, overrides: str) -> str:
-    """Overrides, given to arms that set such a field themselves, too."""
-    told = []
+    """Return overrides, repeated for the arms that set such a field themselves."""
+    expanded = []
     for override in overrides.split():
         path = override.partition("=")[0]
-        own = [name for name, arm in experiment.arms.items() if path in dict(flatten(arm, ""))]
-        told += [override] * (len(own) < len(experiment.arms)) + [f"arms.{name}.{override}" for name in own]
-    return " ".join(told)
+        arms = [name for name, arm in experiment.arms.items() if path in dict(flatten(arm, ""))]
+        if len(arms) < len(experiment.arms):
+            expanded.append(override)
+        expanded.extend(f"arms.{name}.{override}" for name in arms)
+    return " ".join(expanded)
 
 
 def _attention_fit(
     experiment: Experiment, student: Shape | None, groups: Sequence[demand.Group], cluster: ClusterSpec | None
 ) -> Fit:
-    told = experiment.attention
-    assert told, "asked for by demand"
-    layout, needs = f"{len(groups)} x 1 worker", None
-    on_gpu = "GPU" in groups[0][0]
+    attention = experiment.attention
+    assert attention, "resource_demand requests attention workers only with this section"
+    request = _StageRequest(
+        stage="attention", layout=f"{len(groups)} x 1 worker", groups=groups, min_groups=1, cluster=cluster
+    )
+    required_bytes = None
     if student:
-        width = 4 if (told.dtype or experiment.train.dtype) == "float32" else 2
-        # `attention_heads` computes attention weights block by block in float32, small beside the model.
-        needs = student.parameters * width + memory.CUDA_CONTEXT + GIB
-    if not on_gpu:
-        return _cpu_fit("attention", layout, needs, groups, 1, cluster)
-    holding = tuple(kind for kind, gpu in GPUS.items() if needs is None or memory.fits(needs, gpu.bytes))
+        value_bytes = 4 if (attention.dtype or experiment.train.dtype) == "float32" else 2
+        # `attention_heads` computes attention weights block by block in float32, which is little beside the model.
+        required_bytes = student.parameters * value_bytes + memory.CUDA_CONTEXT + GIB
+    if not request.is_on_gpu:
+        return _cpu_fit(request, required_bytes)
+    feasible = tuple(
+        name for name, gpu in GPUS.items() if required_bytes is None or memory.fits(required_bytes, gpu.bytes)
+    )
     if cluster is None:
-        return Fit("attention", layout, needs, holding, (), len(groups))
-    kinds = dict.fromkeys(GPUS, needs or 0)
-    problem, placed, remedy = _place(cluster, groups, holding, 1, kinds, "attention")
-    remedy = remedy or "attention=null" * bool(problem)
-    return Fit("attention", layout, needs, holding, placed, len(groups), problem, remedy)
+        return request.fit(required_bytes, feasible)
+    placed = _place(request, cluster, feasible, dict.fromkeys(GPUS, required_bytes or 0))
+    suggestion = placed.suggestion
+    if placed.problem and not suggestion:
+        suggestion = "attention=null"
+    return request.fit(required_bytes, feasible, placed.placements, placed.problem, suggestion)

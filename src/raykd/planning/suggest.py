@@ -1,8 +1,10 @@
-"""Nearest: how else an engine may be sharded or a student trained, and the smallest change that fits."""
+"""Closest configuration that fits: other shardings of an engine, and other ways to train a student."""
 
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from raykd import compat
 from raykd.cluster import nodes, resources
@@ -15,211 +17,274 @@ from raykd.models.architecture import Quantization, Shape
 from raykd.planning import memory
 from raykd.planning.cost import max_target_tokens
 
-# What a change counts. Of an engine: a factor of 2 in its tensor or pipeline parallel processes; such a group over the
-# network, which is slow. Of either: a factor of 2 in the longest sequence, which changes what is done.
-_SHARDS, _OVER_NODES, _LENGTH = 1.0, 0.9, 8.0
-# Of training: checkpointing, which makes a forward pass anew; a factor of 2 in completions of a pass; and ZeRO stage 3,
-# which sends the weights around.
-_CHECKPOINTING, _MICRO_BATCH, _STAGE = 1.5, 1.0, 3.0
-# Tokens below which no length is proposed.
+# Weights of changes; the suggestion is the feasible configuration with the smallest sum.
+# Engines: a factor of 2 in tensor or pipeline parallel size; a tensor parallel group over the (slow) network.
+_RESHARDING, _TENSOR_PARALLEL_OVER_NODES = 1.0, 0.9
+# Engines and training: a factor of 2 in the longest sequence, which changes the results.
+_SHORTER_SEQUENCES = 8.0
+# Training: checkpointing repeats the forward pass; a factor of 2 in the micro-batch; ZeRO stage 3 sends the weights
+# over the network.
+_CHECKPOINTING, _SMALLER_MICRO_BATCH, _ZERO3 = 1.5, 1.0, 3.0
+# Shortest sequence that is suggested, in tokens.
 MIN_LENGTH = 128
-# GPUs of an engine, where nothing is said of a cluster.
+# Largest number of GPUs of an engine without a cluster.
 MAX_GPUS = 64
 
 
 def sharding_error(shape: Shape, engine: Engine) -> str:
-    """Why vLLM refuses to split a model so; empty where it does not."""
+    """Return why vLLM rejects the sharding or length of a model; empty where it accepts them."""
     tensor, pipeline = engine.tensor_parallel_size, engine.pipeline_parallel_size
     if shape.heads % tensor:
         return f"{shape.heads} attention heads cannot be divided by tensor_parallel_size={tensor}"
     if shape.kv_heads % tensor and tensor % shape.kv_heads:
-        return f"{shape.kv_heads} heads of keys and values and tensor_parallel_size={tensor}: neither divides the other"
+        return f"{shape.kv_heads} KV heads and tensor_parallel_size={tensor}: neither divides the other"
     if shape.intermediate % tensor:
-        return f"a feed-forward width of {shape.intermediate} cannot be divided by tensor_parallel_size={tensor}"
+        return f"intermediate_size={shape.intermediate} cannot be divided by tensor_parallel_size={tensor}"
     quantization: Quantization = shape.quantization
     group = quantization.group_size
     if group and any((shape.heads * shape.head_dim // tensor % group, shape.intermediate // tensor % group)):
         return (
-            f"groups of {group} weights that share a scale do not divide a width of {shape.intermediate} or "
+            f"quantization groups of {group} weights do not divide a width of {shape.intermediate} or "
             f"{shape.heads * shape.head_dim} over tensor_parallel_size={tensor}"
         )
     if shape.layers < pipeline:
         return f"{shape.layers} layers cannot be divided by pipeline_parallel_size={pipeline}"
     if (length := memory.model_length(shape, engine)) > shape.positions:
-        return f"engine_kwargs.max_model_len={length} is above the {shape.positions} tokens that the model was made for"
+        return f"engine_kwargs.max_model_len={length} is above the model's maximum of {shape.positions} tokens"
     return ""
 
 
 def gpus_for_engine(
-    shape: Shape, told: Engine, loras: tuple[int, int], served: bool, gpus: Mapping[str, Gpu] = GPUS
+    shape: Shape, engine: Engine, adapters: tuple[int, int], served: bool, gpus: Mapping[str, Gpu] = GPUS
 ) -> tuple[dict[str, int], list[str]]:
-    """For each kind of GPU what the fullest process of an engine needs of it, and the kinds that hold it."""
-    needs = {kind: memory.engine_memory(shape, told, gpu, loras, served) for kind, gpu in gpus.items()}
-    holding = [kind for kind, gpu in gpus.items() if memory.holds_engine(gpu, shape, told, needs[kind])]
-    return {kind: each.least for kind, each in needs.items()}, holding
+    """Return the bytes of an engine's fullest process on each type of GPU, and the types that hold it.
+
+    Args:
+        shape: the model's shape.
+        engine: the engine's configuration.
+        adapters: number of LoRA adapters, and their largest rank.
+        served: whether Ray Serve runs the engine, rather than Ray Data.
+        gpus: candidates by name.
+    """
+    needs = {name: memory.engine_memory(shape, engine, gpu, adapters, served) for name, gpu in gpus.items()}
+    feasible = [name for name, gpu in gpus.items() if memory.holds_engine(gpu, shape, engine, needs[name])]
+    return {name: engine_memory.min_gpu_bytes for name, engine_memory in needs.items()}, feasible
+
+
+@dataclass(frozen=True)
+class _EngineOption:
+    """Another layout of an engine."""
+
+    penalty: float
+    overrides: str
+    engine: Engine
+
+    @property
+    def preference(self) -> tuple[float, int]:
+        """Sort key: the smaller change, then the fewer pipeline stages, which wait for each other."""
+        return self.penalty, self.engine.pipeline_parallel_size
+
+
+@dataclass(frozen=True)
+class _TrainingOption:
+    """Another way to train."""
+
+    penalty: float
+    overrides: str
+    train: Train
 
 
 def suggest_engine(
     stage: str,
     shape: Shape,
-    told: Engine,
+    engine: Engine,
     bundle: Mapping[str, float],
     replicas: int,
     cluster: ClusterSpec | None,
-    loras: tuple[int, int],
+    adapters: tuple[int, int],
 ) -> str:
-    """The overrides of the nearest layout of an engine that fits; empty where none does.
+    """Return the overrides of an engine's closest layout that fits; empty where none fits.
 
     Args:
-        stage: whose engine it is, `teacher` or `evaluate`.
-        shape: the model's.
-        told: the engine's section.
-        bundle: what each of its processes asks for.
-        replicas: how many of it there are at least.
-        cluster: what there is; None for any number of any GPU.
-        loras: how many adapters it holds, and the largest rank.
+        stage: section of the engine, `teacher` or `evaluate`.
+        shape: the model's shape.
+        engine: the engine's configuration.
+        bundle: placement bundle of one process.
+        replicas: least number of replicas.
+        cluster: nodes of the cluster; None for any number of any GPU.
+        adapters: number of LoRA adapters, and their largest rank.
     """
-    gpus = {gpu.kind: gpu for each in cluster.nodes if (gpu := each.gpu)} if cluster else GPUS
-    best, cost = "", math.inf
-    for change, overrides, changed in sorted(_layouts(stage, shape, told, cluster, replicas), key=_preference):
-        if change >= cost:
+    gpus = _gpus_of(cluster)
+    best, least_penalty = "", math.inf
+    options = _engine_options(stage, shape, engine, cluster, replicas)
+    for option in sorted(options, key=lambda option: option.preference):
+        penalty, overrides = option.penalty, option.overrides
+        if penalty >= least_penalty:
             break
-        if sharding_error(shape, changed):
+        if sharding_error(shape, option.engine):
             continue
-        _, holding = gpus_for_engine(shape, changed, loras, stage == "teacher", gpus)
+        _, feasible = gpus_for_engine(shape, option.engine, adapters, stage == "teacher", gpus)
         if cluster:
-            group = (bundle,) * (changed.tensor_parallel_size * changed.pipeline_parallel_size)
-            placed = nodes.place([group] * replicas, cluster, holding)
-            if len(placed) < replicas:
+            tensor = option.engine.tensor_parallel_size
+            groups = [(bundle,) * (tensor * option.engine.pipeline_parallel_size)] * replicas
+            placements = nodes.place(groups, cluster, feasible)
+            if len(placements) < replicas:
                 continue
-            change += _OVER_NODES * any(each.splits(changed.tensor_parallel_size) for each in placed)
-            named = accelerator_type_override(f"{stage}.engine", [group] * replicas, cluster, holding)
-            if named is None or not has_pipeline_core([group] * replicas, cluster):
+            if any(placement.splits(tensor) for placement in placements):
+                penalty += _TENSOR_PARALLEL_OVER_NODES
+            gpu_override = accelerator_type_override(f"{stage}.engine", groups, cluster, feasible)
+            if gpu_override is None or not has_pipeline_core(groups, cluster):
                 continue
-            overrides = " ".join([overrides, *named]).strip()
-        if holding and change < cost:
-            best, cost = overrides, change
+            overrides = " ".join([overrides, *gpu_override]).strip()
+        if feasible and penalty < least_penalty:
+            best, least_penalty = overrides, penalty
     return best
 
 
-def _preference(way: tuple[float, str, Engine]) -> tuple[float, int]:
-    """The smaller change comes first, and of two that are alike the one with fewer stages that wait for each other."""
-    return way[0], way[2].pipeline_parallel_size
+def _gpus_of(cluster: ClusterSpec | None) -> Mapping[str, Gpu]:
+    """Return the types of GPU of a cluster; all known ones without a cluster."""
+    if cluster is None:
+        return GPUS
+    return {gpu.kind: gpu for group in cluster.nodes if (gpu := group.gpu)}
 
 
-def _layouts(
-    stage: str, shape: Shape, told: Engine, cluster: ClusterSpec | None, replicas: int
-) -> Iterator[tuple[float, str, Engine]]:
-    """Other layouts of an engine: what each counts, its overrides, and the section."""
-    most = (int(cluster.resources.get("GPU", 0)) if cluster else MAX_GPUS) // replicas
-    own = (told.tensor_parallel_size, told.pipeline_parallel_size)
-    length = memory.model_length(shape, told)
-    tensors = [size for size in range(1, most + 1) if shape.heads % size == 0]
-    pipelines, prefix = range(1, min(most, shape.layers) + 1), f"{stage}.engine"
-    for tensor, pipeline, halved in itertools.product(tensors, pipelines, range(8)):
-        shorter = min(length, shape.positions) >> halved
-        if tensor * pipeline > most or shorter < MIN_LENGTH:
+def _engine_options(
+    stage: str, shape: Shape, engine: Engine, cluster: ClusterSpec | None, replicas: int
+) -> Iterator[_EngineOption]:
+    num_gpus = int(cluster.resources.get("GPU", 0)) if cluster else MAX_GPUS
+    max_processes = num_gpus // replicas
+    length = memory.model_length(shape, engine)
+    tensor_sizes = [size for size in range(1, max_processes + 1) if shape.heads % size == 0]
+    pipeline_sizes = range(1, min(max_processes, shape.layers) + 1)
+    section = f"{stage}.engine"
+    for tensor, pipeline, halvings in itertools.product(tensor_sizes, pipeline_sizes, range(8)):
+        shorter = min(length, shape.positions) >> halvings
+        if tensor * pipeline > max_processes or shorter < MIN_LENGTH:
             continue
-        kwargs = told.engine_kwargs | ({"max_model_len": shorter} if shorter != length else {})
-        values = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
-        changed = [f"{prefix}.{name}={value}" for name, value in values.items() if value != getattr(told, name)]
-        changed += [f"{prefix}.engine_kwargs.max_model_len={shorter}"] * (shorter != length)
-        change = _SHARDS * (abs(math.log2(tensor / own[0])) + abs(math.log2(pipeline / own[1]))) + _LENGTH * halved
-        yield change, " ".join(changed), told.model_copy(update={**values, "engine_kwargs": kwargs})
+        sizes = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
+        overrides = [f"{section}.{name}={size}" for name, size in sizes.items() if size != getattr(engine, name)]
+        engine_kwargs = dict(engine.engine_kwargs)
+        if shorter != length:
+            engine_kwargs["max_model_len"] = shorter
+            overrides.append(f"{section}.engine_kwargs.max_model_len={shorter}")
+        factors = (tensor / engine.tensor_parallel_size, pipeline / engine.pipeline_parallel_size)
+        penalty = _RESHARDING * sum(abs(math.log2(factor)) for factor in factors) + _SHORTER_SEQUENCES * halvings
+        changed = engine.model_copy(update={**sizes, "engine_kwargs": engine_kwargs})
+        yield _EngineOption(penalty, " ".join(overrides), changed)
 
 
 def worker_bytes(student: Shape, arm: Arm, on_gpu: bool) -> int:
-    """Bytes that a training worker of an arm needs at its peak."""
+    """Return the peak memory of a training worker of an arm, in bytes."""
     return memory.worker_memory(student, arm.student.lora, arm.train, max_target_tokens(arm), on_gpu).total
 
 
 def accelerator_type_override(
-    section: str, groups: Sequence[Sequence[nodes.Bundle]], cluster: ClusterSpec, holding: Sequence[str]
+    section: str, groups: Sequence[Sequence[nodes.Bundle]], cluster: ClusterSpec, feasible: Sequence[str]
 ) -> list[str] | None:
-    """The override by which a stage keeps to GPUs that hold it, where it names no kind and others would take it too.
+    """Return the override that restricts a stage to GPUs that hold it, where Ray could place it on others.
 
-    Which of them it comes to lie on is Ray's choice, and an autoscaler brings the cheaper ones first.
+    Ray chooses the nodes, and its autoscaler adds cheap ones first.
+
+    Args:
+        section: configuration path of the stage.
+        groups: its placement groups.
+        cluster: nodes of the cluster.
+        feasible: types of GPU that hold a process.
 
     Returns:
-        none where it need not name one; None where it has to, and there is not room for it on any one kind.
+        An empty list where no override is needed; None where one is needed, and no single type has enough GPUs.
     """
     bundle = groups[0][0]
-    there = [gpu.kind for each in nodes.feasible_nodes(cluster, bundle).nodes if (gpu := each.gpu)]
-    good = [kind for kind in there if kind in holding]
-    if len(good) == len(there) or any(name.startswith(compat.ACCELERATOR_TYPE_PREFIX) for name in bundle):
+    candidates = [gpu.kind for group in nodes.feasible_nodes(cluster, bundle).nodes if (gpu := group.gpu)]
+    suitable = [gpu for gpu in candidates if gpu in feasible]
+    has_type = any(name.startswith(compat.ACCELERATOR_TYPE_PREFIX) for name in bundle)
+    if has_type or len(suitable) == len(candidates):
         return []
-    for kind in dict.fromkeys(good):
-        told = {**bundle, **resources.process_bundle("gpu", kind)}
-        if len(nodes.place([[told] * len(group) for group in groups], cluster)) == len(groups):
-            return [f"{section}.accelerator_type={kind}"]
+    for gpu in dict.fromkeys(suitable):
+        typed_bundle = {**bundle, **resources.process_bundle("gpu", gpu)}
+        typed_groups = [[typed_bundle] * len(group) for group in groups]
+        if len(nodes.place(typed_groups, cluster)) == len(groups):
+            return [f"{section}.accelerator_type={gpu}"]
     return None
 
 
 def has_pipeline_core(groups: Sequence[Sequence[nodes.Bundle]], cluster: ClusterSpec) -> bool:
-    """Whether a core is left beside an engine, without which the pipeline that feeds it would wait for ever."""
+    """Return whether a CPU core is left beside an engine, for the Ray Data pipeline that feeds it."""
     return len(nodes.place([*groups, ({"CPU": 1.0},)], cluster)) > len(groups)
 
 
 def suggest_training(student: Shape, arm: Arm, cluster: ClusterSpec | None) -> str:
-    """The overrides of the nearest way of training that fits; empty where none does, or it fits as it is.
+    """Return the overrides of the closest way to train that fits; empty where none fits, or no change is needed.
 
     Args:
-        student: the model's shape.
-        arm: whose workers.
-        cluster: what there is; None for any GPU.
+        student: the student's shape.
+        arm: the arm.
+        cluster: nodes of the cluster; None for any GPU.
     """
-    gpus = {gpu.kind: gpu for each in cluster.nodes if (gpu := each.gpu)} if cluster else GPUS
+    gpus = _gpus_of(cluster)
     group = resources.trial_bundles(arm.train, "gpu")[: arm.train.min_workers or arm.train.num_workers]
-    best, least = "", math.inf
-    for cost, told, train in _training_options(arm.train):
-        if cost >= least:
+    best, least_penalty = "", math.inf
+    for option in _training_options(arm.train):
+        if option.penalty >= least_penalty:
             continue
-        needs = worker_bytes(student, arm.model_copy(update={"train": train}), True)
-        holding = [kind for kind, gpu in gpus.items() if memory.holds_worker(gpu, needs, train)]
-        if not holding or (cluster and not nodes.place([group], cluster, holding)):
+        required_bytes = worker_bytes(student, arm.model_copy(update={"train": option.train}), on_gpu=True)
+        feasible = [name for name, gpu in gpus.items() if memory.holds_worker(gpu, required_bytes, option.train)]
+        if not feasible or (cluster and not nodes.place([group], cluster, feasible)):
             continue
-        named = accelerator_type_override("train", [group], cluster, holding) if cluster else []
-        if named is not None:
-            best, least = " ".join([told, *named]).strip(), cost
+        gpu_override = accelerator_type_override("train", [group], cluster, feasible) if cluster else []
+        if gpu_override is not None:
+            best, least_penalty = " ".join([option.overrides, *gpu_override]).strip(), option.penalty
     return best
 
 
 def suggest_num_workers(student: Shape, arm: Arm, cluster: ClusterSpec) -> str:
-    """The most workers that there is room for and the batch can be divided by; empty where none fit."""
+    """Return overrides with the most workers that fit and divide the batch; empty where none fits."""
     train = arm.train
-    for number in range(train.num_workers - 1, 0, -1):
-        fewer = train.model_copy(update={"num_workers": number, "min_workers": None})
-        changed = arm.model_copy(update={"train": fewer})
+    for num_workers in range(train.num_workers - 1, 0, -1):
+        fewer = train.model_copy(update={"num_workers": num_workers, "min_workers": None})
         group = resources.trial_bundles(fewer, "gpu")
-        if train.batch_size % number or not nodes.place([group], cluster):
+        if train.batch_size % num_workers or not nodes.place([group], cluster):
             continue
-        told = [f"train.num_workers={number}", *["train.min_workers=null"] * (train.min_workers is not None)]
-        if further := suggest_training(student, changed, cluster):
-            return " ".join([*told, further])
-        needs = worker_bytes(student, changed, True)
-        gpus = [gpu for each in cluster.nodes if (gpu := each.gpu)]
-        holding = [gpu.kind for gpu in gpus if memory.holds_worker(gpu, needs, fewer)]
-        if nodes.place([group], cluster, holding):
-            return " ".join(told)
+        changed_arm = arm.model_copy(update={"train": fewer})
+        overrides = [f"train.num_workers={num_workers}"]
+        if train.min_workers is not None:
+            overrides.append("train.min_workers=null")
+        if further := suggest_training(student, changed_arm, cluster):
+            return " ".join([*overrides, further])
+        required_bytes = worker_bytes(student, changed_arm, on_gpu=True)
+        gpus = _gpus_of(cluster).values()
+        feasible = [gpu.kind for gpu in gpus if memory.holds_worker(gpu, required_bytes, fewer)]
+        if nodes.place([group], cluster, feasible):
+            return " ".join(overrides)
     return ""
 
 
-def _training_options(train: Train) -> Iterator[tuple[float, str, Train]]:
-    """Other ways of training: what each counts, its overrides, and what it is."""
+def _training_options(train: Train) -> Iterator[_TrainingOption]:
     rows = math.ceil(train.batch_size / train.num_workers)
-    halved = [size for power in range(8) if (size := min(train.micro_batch_size, rows) >> power) and not rows % size]
+    largest = min(train.micro_batch_size, rows)
+    micro_batches = [size for power in range(8) if (size := largest >> power) and not rows % size]
     lengths = [train.max_length >> power for power in range(8) if train.max_length >> power >= MIN_LENGTH]
-    stages = [train.zero_stage, *[3] * (train.num_workers > 1 and train.zero_stage < 3 and not train.min_workers)]
-    checkpointing = [train.gradient_checkpointing, *[True] * (not train.gradient_checkpointing)]
-    for stage, again, micro, length in itertools.product(stages, checkpointing, halved, lengths or [train.max_length]):
-        told = {
-            "gradient_checkpointing": again,
-            "micro_batch_size": micro,
+    stages = [train.zero_stage]
+    if train.num_workers > 1 and train.zero_stage < 3 and not train.min_workers:
+        stages.append(3)
+    checkpointing = [train.gradient_checkpointing]
+    if not train.gradient_checkpointing:
+        checkpointing.append(True)
+    for stage, is_checkpointing, micro_batch, length in itertools.product(
+        stages, checkpointing, micro_batches, lengths or [train.max_length]
+    ):
+        values: dict[str, Any] = {
+            "gradient_checkpointing": is_checkpointing,
+            "micro_batch_size": micro_batch,
             "zero_stage": stage,
             "max_length": length,
         }
-        changed = {name: value for name, value in told.items() if value != getattr(train, name)}
-        cost = _CHECKPOINTING * ("gradient_checkpointing" in changed) + _STAGE * ("zero_stage" in changed)
-        cost += _MICRO_BATCH * math.log2(halved[0] / micro) + _LENGTH * math.log2(train.max_length / length)
-        shown = " ".join(f"train.{name}={str(value).lower()}" for name, value in changed.items())
-        yield cost, shown, train.model_copy(update=changed)
+        changes = {name: value for name, value in values.items() if value != getattr(train, name)}
+        penalty = _SMALLER_MICRO_BATCH * math.log2(micro_batches[0] / micro_batch)
+        penalty += _SHORTER_SEQUENCES * math.log2(train.max_length / length)
+        if "gradient_checkpointing" in changes:
+            penalty += _CHECKPOINTING
+        if "zero_stage" in changes:
+            penalty += _ZERO3
+        overrides = " ".join(f"train.{name}={str(value).lower()}" for name, value in changes.items())
+        yield _TrainingOption(penalty, overrides, train.model_copy(update=changes))

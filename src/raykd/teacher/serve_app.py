@@ -50,7 +50,7 @@ def app(args: TeacherService) -> Any:
     if not ray.is_initialized():
         # `serve run` connects later, but the accelerator is resolved here.
         ray.init(namespace="serve")
-    kind = resources.resolve_accelerator(teacher.engine.accelerator, capacity(joined=True))
+    kind = resources.resolve_accelerator(teacher.engine.accelerator, capacity(is_existing=True))
     return build_openai_app({"llm_configs": [llm_config(one_prompt_per_call(teacher), 0, kind)]})
 
 

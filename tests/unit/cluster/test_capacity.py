@@ -1,4 +1,4 @@
-"""Cluster: what it has and may come to have; and what is set in Ray without being part of its public interface."""
+"""Capacity of a cluster, now and after autoscaling, and node requests of trials."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from raykd.cluster import capacity, connection, nodes
 from raykd.tuning import tuner
 
 
-def test_gpus_are_counted_by_their_kind_too():
+def test_gpus_are_counted_by_type_too():
     head, h100 = {"CPU": 8.0}, {"CPU": 96.0, "GPU": 8.0, "accelerator_type:H100": 1.0}
     a10g = {"CPU": 16.0, "GPU": 4.0, "accelerator_type:A10G": 1.0}
     found = nodes.from_ray(
@@ -24,7 +24,7 @@ def test_gpus_are_counted_by_their_kind_too():
     }
 
 
-def test_what_may_come_counts_before_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_capacity_includes_nodes_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "cluster.yaml"
     node = {"resources": {"CPU": 192, "GPU": 8, "accelerator_type:H100": 1}, "max_workers": 2}
     types = {"head": {"resources": {"CPU": 8}}, "teacher": node}
@@ -49,7 +49,7 @@ def grown(file: Path) -> None:
     file.write_text(yaml.safe_dump({"head_node_type": "head", "max_workers": 6, "available_node_types": types}))
 
 
-def test_no_more_is_asked_for_than_may_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_requests_stay_within_the_autoscalers_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     grown(tmp_path / "cluster.yaml")
     monkeypatch.setenv("RAYKD_CLUSTER", str(tmp_path / "cluster.yaml"))
     asked: list[list[nodes.Bundle]] = []
@@ -65,9 +65,7 @@ def test_no_more_is_asked_for_than_may_come(tmp_path: Path, monkeypatch: pytest.
     assert asked.pop() == [*teacher, *anywhere * 3]
 
 
-def test_a_trial_that_may_do_with_fewer_workers_is_asked_for_with_as_many_as_may_come(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_elastic_trial_requests_as_many_workers_as_the_limits_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     grown(tmp_path / "cluster.yaml")
     monkeypatch.setenv("RAYKD_CLUSTER", str(tmp_path / "cluster.yaml"))
     asked: list[list[nodes.Bundle]] = []
@@ -78,7 +76,7 @@ def test_a_trial_that_may_do_with_fewer_workers_is_asked_for_with_as_many_as_may
         assert asked.pop() == of_a_kind[:expected]
 
 
-def test_where_it_is_not_known_what_may_come_one_more_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+def test_without_limits_one_more_trial_is_requested(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("RAYKD_CLUSTER", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     asked: list[int] = []
@@ -99,7 +97,7 @@ def test_where_it_is_not_known_what_may_come_one_more_is_asked_for(monkeypatch: 
     assert asked == [2, 4, 6, 6, 2]
 
 
-def test_whether_a_group_is_on_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_group_fits_on_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     grown(tmp_path / "cluster.yaml")
     monkeypatch.setattr(connection.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}])
     assert capacity.fits_on_one_node([{"GPU": 1.0}] * 2)
@@ -111,12 +109,12 @@ def test_whether_a_group_is_on_one_node(tmp_path: Path, monkeypatch: pytest.Monk
     assert not capacity.fits_on_one_node([{"GPU": 1.0}] * 9)
 
 
-def test_on_machines_of_ones_own_what_is_there_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_on_premise_capacity_is_what_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What Ray's launcher leaves on the head then names a node type without a word of what it has."""
     told = yaml.safe_load((Path(__file__).parents[3] / "cluster/local.yaml").read_text())
     file = tmp_path / "ray_bootstrap_config.yaml"
     file.write_text(yaml.safe_dump(prepare_config(told)))
-    with pytest.raises(ValueError, match="does not say what it has"):
+    with pytest.raises(ValueError, match="has no resources"):
         nodes.read_cluster_file(file)
     monkeypatch.setattr(capacity, "current_resources", lambda: {"CPU": 16.0})
     monkeypatch.setattr(capacity, "RAY_UP_FILE", file)

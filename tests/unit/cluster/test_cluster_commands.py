@@ -67,7 +67,7 @@ def test_the_command_names_the_first_clouds_kind():
 def test_a_student_of_8b_needs_checkpointing_on_22_gib_only():
     told = on_kind("A10G", "train.gradient_checkpointing=false")
     (train,) = [fit for fit in fits(told, "aws.yaml") if fit.stage == "train"]
-    assert "A10G has 22.0" in train.problem and train.remedy == "train.gradient_checkpointing=true"
+    assert "A10G has 22.0" in train.problem and train.suggestion == "train.gradient_checkpointing=true"
     assert_all_fits(on_kind("A100", "train.gradient_checkpointing=false"), "azure.yaml")
 
 

@@ -1,4 +1,4 @@
-"""Nodes: what a cluster may have, by its file or by Ray, and where placement groups lie on it."""
+"""Node groups from a file or from Ray, and placement on them."""
 
 from pathlib import Path
 
@@ -34,10 +34,10 @@ def test_groups_are_packed(sizes: list[int], nodes_of: tuple[int, int], expected
     count, gpus = nodes_of
     there = ClusterSpec("a test", (NodeGroup("n", count, {"CPU": 32.0, "GPU": float(gpus)}),))
     placed = nodes.place([({"CPU": 1.0, "GPU": 1.0},) * size for size in sizes], there)
-    assert [list(each.on) for each in placed] == expected
+    assert [list(each.bundles_per_node) for each in placed] == expected
 
 
-def test_a_bundle_that_asks_for_a_kind_lies_there():
+def test_typed_bundle_is_placed_on_its_gpu_type():
     told = (("H100", 1, 8.0), ("A10G", 2, 4.0))
     kinds = [
         NodeGroup(name, count, {"CPU": 96.0, "GPU": gpus, f"accelerator_type:{name}": 1.0})
@@ -46,11 +46,11 @@ def test_a_bundle_that_asks_for_a_kind_lies_there():
     mixed = ClusterSpec("mixed", tuple(kinds))
     bundle = {"CPU": 1.0, "GPU": 1.0, "accelerator_type:A10G": 0.001}
     (placed,) = nodes.place([(bundle,) * 6], mixed)
-    assert placed.on == (("A10G", 4), ("A10G", 2))
+    assert placed.bundles_per_node == (("A10G", 4), ("A10G", 2))
     assert nodes.place([({**bundle, "accelerator_type:L4": 0.001},)], mixed) == []
 
 
-def test_a_ray_up_file_tells_what_there_may_be(tmp_path: Path):
+def test_ray_up_file_is_read(tmp_path: Path):
     (tmp_path / "up.yaml").write_text(UP)
     found = nodes.read_cluster_file(tmp_path / "up.yaml")
     # The cluster's own limit holds for each type, and for all together.
@@ -60,25 +60,27 @@ def test_a_ray_up_file_tells_what_there_may_be(tmp_path: Path):
     assert [each.gpu and each.gpu.kind for each in found.nodes] == [None, "H100", "A10G"]
 
 
-def test_no_more_nodes_are_laid_on_than_the_cluster_may_have_of_all_kinds(tmp_path: Path):
+def test_placement_respects_the_clusters_max_workers(tmp_path: Path):
     (tmp_path / "up.yaml").write_text(UP)
     found = nodes.read_cluster_file(tmp_path / "up.yaml")
     of_four = ({"CPU": 1.0, "GPU": 1.0},) * 4
     # Two nodes of eight and one of four hold five, but there may be three nodes only, and the fullest come first.
-    assert [each.on for each in nodes.place([of_four] * 9, found)] == [(("a10g", 4),)] * 3
+    assert [each.bundles_per_node for each in nodes.place([of_four] * 9, found)] == [(("a10g", 4),)] * 3
     of_sixteen = ({"CPU": 1.0, "GPU": 1.0},) * 16
-    assert [each.on for each in nodes.place([of_sixteen], found)] == [(("h100", 8), ("h100", 8))]
+    assert [each.bundles_per_node for each in nodes.place([of_sixteen], found)] == [(("h100", 8), ("h100", 8))]
     assert len(nodes.place([of_sixteen, of_four, of_four], found)) == 2
     # The head is there in any case.
     assert len(nodes.place([({"CPU": 8.0},)] * 9, found)) == 9
 
 
-def test_of_nodes_that_do_as_well_those_of_higher_priority_are_laid_on(tmp_path: Path):
+def test_placement_prefers_higher_priority(tmp_path: Path):
     eight = '{CPU: 96, GPU: 8, "accelerator_type:A10G": 1}, priority: 1'
     (tmp_path / "up.yaml").write_text(UP.replace('{CPU: 32, GPU: 4, "accelerator_type:A10G": 1}', eight))
     found = nodes.read_cluster_file(tmp_path / "up.yaml")
-    assert [each.on for each in nodes.place([({"GPU": 1.0},) * 8], found)] == [(("a10g", 8),)]
-    assert [each.on for each in nodes.place([({"GPU": 1.0},) * 12], found)] == [(("a10g", 8), ("a10g", 4))]
+    assert [each.bundles_per_node for each in nodes.place([({"GPU": 1.0},) * 8], found)] == [(("a10g", 8),)]
+    assert [each.bundles_per_node for each in nodes.place([({"GPU": 1.0},) * 12], found)] == [
+        (("a10g", 8), ("a10g", 4))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -89,12 +91,12 @@ def test_of_nodes_that_do_as_well_those_of_higher_priority_are_laid_on(tmp_path:
         ("available_node_types: {a: {priority: high, resources: {CPU: 1}}}", "should be numbers"),
         ("day: 2024-02-30", "not a `ray up` file: not YAML: day is out of range"),
         ("a: 1", "has no available_node_types"),
-        ("max_workers: 2\navailable_node_types: {a: {node_config: {}}}", "'a' does not say what it has"),
+        ("max_workers: 2\navailable_node_types: {a: {node_config: {}}}", "'a' has no resources"),
         ("available_node_types: {a: {max_workers: many, resources: {CPU: 1}}}", "should be numbers"),
         ("available_node_types: {a: 3}", "should be numbers"),
     ],
 )
-def test_a_file_that_tells_no_nodes_is_refused(text: str, words: str, tmp_path: Path):
+def test_file_without_nodes_is_refused(text: str, words: str, tmp_path: Path):
     (tmp_path / "up.yaml").write_text(text)
     with pytest.raises(ValueError, match=words):
         nodes.read_cluster_file(tmp_path / "up.yaml")
@@ -103,16 +105,16 @@ def test_a_file_that_tells_no_nodes_is_refused(text: str, words: str, tmp_path: 
 @pytest.mark.parametrize(
     ("resources", "words"),
     [
-        ({"GPU": 8.0}, "of a kind that is not told"),
-        ({"GPU": 8.0, "accelerator_type:H1000": 1.0}, "unknown kind 'H1000'.*did you mean 'H100'"),
+        ({"GPU": 8.0}, "without a type"),
+        ({"GPU": 8.0, "accelerator_type:H1000": 1.0}, "unknown type 'H1000'.*did you mean 'H100'"),
     ],
 )
-def test_gpus_of_no_known_kind_are_refused(resources: dict, words: str):
+def test_unknown_gpu_types_are_refused(resources: dict, words: str):
     with pytest.raises(ValueError, match=words):
         _ = NodeGroup("a", 1, resources).gpu
 
 
-def test_the_running_cluster_is_what_ray_tells():
+def test_running_cluster_is_read_from_ray():
     # As `ray.nodes()` of Ray 2.60 has it.
     gpu = {"CPU": 96.0, "GPU": 8.0, "accelerator_type:A100": 1.0, "node:10.0.0.2": 1.0, "memory": 1e12}
     records = [

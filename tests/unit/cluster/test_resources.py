@@ -1,4 +1,4 @@
-"""Placement: what fits on a cluster, and the words for what does not."""
+"""Resources and placement bundles of stages, and the messages where they do not fit."""
 
 import pytest
 
@@ -9,13 +9,13 @@ from raykd.config.experiment import Experiment
 from raykd.config.sections import Attention, Teacher, Train
 
 
-def test_auto_takes_gpus_where_there_are_any():
+def test_auto_is_gpu_where_the_cluster_has_gpus():
     assert resources.resolve_accelerator("auto", {"CPU": 8}) == "cpu"
     assert resources.resolve_accelerator("auto", {"CPU": 8, "GPU": 1}) == "gpu"
     assert resources.resolve_accelerator("cpu", {"CPU": 8, "GPU": 1}) == "cpu"
 
 
-def test_a_sharded_engine_has_a_bundle_for_each_shard():
+def test_sharded_engine_has_a_bundle_for_each_shard():
     engine = Engine(tensor_parallel_size=8, pipeline_parallel_size=2)
     assert resources.engine_bundles(engine, "gpu") == [{"CPU": 1, "GPU": 1}] * 16
     assert resources.engine_bundles(engine, "cpu") == [{"CPU": 1}] * 16
@@ -30,23 +30,23 @@ def test_a_sharded_engine_has_a_bundle_for_each_shard():
         (4, "gpu", {"CPU": 8, "GPU": 16}, 2),
     ],
 )
-def test_trials_at_a_time_are_as_many_as_have_workers(workers: int, kind, cluster: dict, trials: int):
+def test_max_concurrent_trials(workers: int, kind, cluster: dict, trials: int):
     train = Train(num_workers=workers, batch_size=8 * workers)
     assert resources.max_concurrent_trials(train, kind, cluster) == trials
 
 
 @pytest.mark.parametrize(("cores", "trials"), [(9, 2), (8, 2), (7, 1), (3, 1), (2, 1), (1, 0)])
-def test_a_trial_that_can_do_with_fewer_workers_has_room_where_these_fit(cores: int, trials: int):
+def test_elastic_trial_fits_with_min_workers(cores: int, trials: int):
     train = Train(num_workers=4, min_workers=2, batch_size=8, zero_stage=0, dtype="float32")
     assert resources.max_concurrent_trials(train, "cpu", {"CPU": cores}) == trials
 
 
-def test_a_trial_that_never_fits_is_refused_with_what_is_missing():
+def test_trial_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"4 GPU.*num_workers=4.*has 2"):
         resources.check_trial(Train(num_workers=4, batch_size=8), "gpu", {"CPU": 64, "GPU": 2})
 
 
-def test_an_engine_that_never_fits_is_refused_with_what_is_missing():
+def test_engine_that_does_not_fit_is_refused():
     resources.check_engine("teacher.engine", Engine(), "cpu", {"CPU": 2})
     with pytest.raises(ValueError, match=r"teacher\.engine.*2 CPU"):
         resources.check_engine("teacher.engine", Engine(), "cpu", {"CPU": 1})
@@ -59,7 +59,7 @@ def test_an_engine_that_never_fits_is_refused_with_what_is_missing():
         resources.check_engine("teacher.engine", Engine(), "cpu", {"CPU": 2}, 2)
 
 
-def test_the_users_engine_arguments_come_before_ours():
+def test_engine_kwargs_override_the_defaults():
     kwargs, env = engine_settings(
         Engine(engine_kwargs={"enforce_eager": False, "dtype": "float32"}, env={"VLLM_CPU_KVCACHE_SPACE": "9"}), "cpu"
     )
@@ -69,7 +69,7 @@ def test_the_users_engine_arguments_come_before_ours():
     assert env["VLLM_CPU_KVCACHE_SPACE"] == "9"
 
 
-def test_a_large_engine_is_given_the_time_it_may_take_to_load():
+def test_start_timeout_is_passed_to_vllm_and_serve():
     """vLLM 0.29 gives up after 600 s, Serve LLM of Ray 2.60 after 3,600 s, whatever else waits longer."""
     for timeout_s, told in ((5400, "5400"), (0.5, "1")):
         _, env = engine_settings(Engine(), "gpu", timeout_s)
@@ -88,7 +88,7 @@ def test_a_large_engine_is_given_the_time_it_may_take_to_load():
         ({"CPU": 64, "GPU": 10}, True),
     ],
 )
-def test_the_teacher_stays_up_where_students_have_room_beside_it(cluster: dict, together: bool):
+def test_teacher_stays_up_where_students_fit_beside_it(cluster: dict, together: bool):
     gpus = int(cluster.get("GPU", 0)) > 0
     tree = {
         "name": "room",
@@ -99,7 +99,7 @@ def test_the_teacher_stays_up_where_students_have_room_beside_it(cluster: dict, 
     assert resources.fits_alongside_teacher(experiment, [Train(num_workers=1)], cluster) == together
 
 
-def test_a_kind_of_gpu_is_asked_for_with_every_process_and_counted_apart():
+def test_accelerator_type_is_requested_by_every_process():
     engine = Engine(tensor_parallel_size=8, pipeline_parallel_size=2, accelerator_type="H100")
     assert resources.engine_bundles(engine, "gpu") == [{"CPU": 1, "GPU": 1, "accelerator_type:H100": 0.001}] * 16
     assert resources.engine_bundles(engine, "cpu") == [{"CPU": 1}] * 16
@@ -109,7 +109,7 @@ def test_a_kind_of_gpu_is_asked_for_with_every_process_and_counted_apart():
     resources.check_engine("teacher.engine", engine, "gpu", cluster | {"GPU:H100": 16})
 
 
-def test_trials_have_room_on_nodes_of_their_kind_only():
+def test_trials_fit_only_on_their_accelerator_type():
     cluster = {"CPU": 400, "GPU": 24, "GPU:H100": 8, "GPU:A10G": 16}
     train = Train(num_workers=4, batch_size=32, accelerator_type="A10G")
     assert resources.trial_bundles(train, "gpu") == [{"CPU": 1, "GPU": 1, "accelerator_type:A10G": 0.001}] * 4
@@ -119,17 +119,17 @@ def test_trials_have_room_on_nodes_of_their_kind_only():
     assert resources.max_concurrent_trials(train, "gpu", {"CPU": -3}) == 0
     with pytest.raises(ValueError, match=r"4 GPU:L4.*has 0 \(8 GPU:H100, 16 GPU:A10G\)"):
         resources.check_trial(Train(num_workers=4, batch_size=32, accelerator_type="L4"), "gpu", cluster)
-    with pytest.raises(ValueError, match=r"1 GPU:L4.*no GPU whose kind is known"):
+    with pytest.raises(ValueError, match=r"1 GPU:L4.*no GPU of a known type"):
         resources.attention_workers(Attention(accelerator_type="L4"), "gpu", {"CPU": 8, "GPU": 1})
 
 
 @pytest.mark.parametrize("section", [Engine, Train, Attention])
-def test_a_kind_of_gpu_for_what_runs_on_the_cpu_is_refused(section: type):
+def test_accelerator_type_on_cpu_is_refused(section: type):
     with pytest.raises(ValueError, match=r"'H100' is a kind of GPU, and accelerator is cpu"):
         section(accelerator="cpu", accelerator_type="H100")
 
 
-def test_beside_the_teacher_is_what_its_replicas_leave():
+def test_resources_beside_the_teacher():
     teacher = Teacher(model="a", engine=Engine(tensor_parallel_size=4), replicas=Replicas(min=1, max=2))
     assert resources.resources_beside_teacher(teacher, {"CPU": 32, "GPU": 16}) == {"CPU": 24, "GPU": 8}
 
@@ -145,10 +145,10 @@ def test_beside_the_teacher_is_what_its_replicas_leave():
         (16, "gpu", {"CPU": 4, "GPU": 8}, 3),
     ],
 )
-def test_as_many_students_are_read_with_at_a_time_as_there_is_room_for(asked: int, kind, cluster: dict, workers: int):
+def test_number_of_attention_workers(asked: int, kind, cluster: dict, workers: int):
     assert resources.attention_workers(Attention(num_workers=asked), kind, cluster) == workers
 
 
-def test_students_that_cannot_be_read_with_are_refused_with_the_way_out():
+def test_attention_worker_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"1 GPU.*has 8 CPU and 0 GPU.*attention=null"):
         resources.attention_workers(Attention(), "gpu", {"CPU": 8})

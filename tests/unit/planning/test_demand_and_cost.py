@@ -1,4 +1,4 @@
-"""Budget: what stages ask a cluster for, and what they write, take and cost."""
+"""Resource demand of the stages, and their tokens, hours and cost."""
 
 import json
 from pathlib import Path
@@ -18,46 +18,46 @@ ROOT = Path(__file__).parents[3]
 GSM8K = ROOT / "configs" / "gsm8k"
 
 
-def test_demand_is_a_placement_group_for_each_replica_trial_and_engine():
+def test_demand_has_a_placement_group_for_each_replica_trial_and_engine():
     experiment = load_experiment(
         GSM8K / "405b-awq-to-8b.yaml",
         ["teacher.engine.pipeline_parallel_size=2", "teacher.replicas={min: 1, max: 3}", "max_concurrent_trials=2"],
     )
-    asked = demand.resource_demand(experiment)
-    assert [len(group) for group in asked.generation] == [8, 8, 8]
-    assert [len(group) for group in asked.training] == [4, 4]
-    assert [len(group) for group in asked.evaluation] == [1]
-    assert [len(group) for group in asked.attention] == [1]
-    every = [bundle for groups in asked.stages().values() for group in groups for bundle in group]
+    stage_demand = demand.resource_demand(experiment)
+    assert [len(group) for group in stage_demand.generation] == [8, 8, 8]
+    assert [len(group) for group in stage_demand.training] == [4, 4]
+    assert [len(group) for group in stage_demand.evaluation] == [1]
+    assert [len(group) for group in stage_demand.attention] == [1]
+    every = [bundle for groups in stage_demand.stages().values() for group in groups for bundle in group]
     assert all(bundle == {"CPU": 1, "GPU": 1} for bundle in every)
-    # What the stages really ask for.
-    assert list(asked.generation[0]) == resources.engine_bundles(experiment.teacher.engine, "gpu")
-    assert list(asked.training[0]) == resources.trial_bundles(experiment.train, "gpu")
+    # The bundles that the stages themselves create.
+    assert list(stage_demand.generation[0]) == resources.engine_bundles(experiment.teacher.engine, "gpu")
+    assert list(stage_demand.training[0]) == resources.trial_bundles(experiment.train, "gpu")
 
 
-def test_demand_asks_for_the_kind_of_gpu_that_is_named():
+def test_demand_requests_the_configured_gpu_type():
     kinds = ["teacher.engine.accelerator_type=H100", "train.accelerator_type=L4", "attention.accelerator_type=A10G"]
-    asked = demand.resource_demand(load_experiment(GSM8K / "8b-to-1b.yaml", kinds))
-    assert asked.generation == (({"CPU": 1, "GPU": 1, "accelerator_type:H100": 0.001},),)
-    assert asked.training[0] == ({"CPU": 1, "GPU": 1, "accelerator_type:L4": 0.001},)
-    assert asked.evaluation == (({"CPU": 1, "GPU": 1},),)
-    assert asked.attention == (({"CPU": 1, "GPU": 1, "accelerator_type:A10G": 0.001},),)
+    stage_demand = demand.resource_demand(load_experiment(GSM8K / "8b-to-1b.yaml", kinds))
+    assert stage_demand.generation == (({"CPU": 1, "GPU": 1, "accelerator_type:H100": 0.001},),)
+    assert stage_demand.training[0] == ({"CPU": 1, "GPU": 1, "accelerator_type:L4": 0.001},)
+    assert stage_demand.evaluation == (({"CPU": 1, "GPU": 1},),)
+    assert stage_demand.attention == (({"CPU": 1, "GPU": 1, "accelerator_type:A10G": 0.001},),)
 
 
-def test_demand_without_gpus_is_of_cores():
+def test_demand_without_gpus_requests_cores():
     experiment = load_experiment(ROOT / "configs" / "quickstart.yaml")
-    asked = demand.resource_demand(experiment, {"CPU": 2})
-    assert asked.generation == (({"CPU": 1},),)
-    assert asked.training == (({"CPU": 1}, {"CPU": 1}),) * 7
-    assert asked.evaluation == asked.attention == (({"CPU": 1},),)
+    stage_demand = demand.resource_demand(experiment, {"CPU": 2})
+    assert stage_demand.generation == (({"CPU": 1},),)
+    assert stage_demand.training == (({"CPU": 1}, {"CPU": 1}),) * 7
+    assert stage_demand.evaluation == stage_demand.attention == (({"CPU": 1},),)
 
 
-def test_what_is_not_asked_for_is_not_in_demand():
+def test_demand_omits_unused_stages():
     experiment = load_experiment(
         ROOT / "configs" / "quickstart.yaml", ["arms={reference: {targets.source: reference}}", "attention=null"]
     )
-    asked = demand.resource_demand(experiment)
-    assert asked.generation == asked.attention == ()
+    stage_demand = demand.resource_demand(experiment)
+    assert stage_demand.generation == stage_demand.attention == ()
 
 
 @pytest.mark.parametrize(
@@ -68,21 +68,21 @@ def test_what_is_not_asked_for_is_not_in_demand():
         (["sweep.space={train.learning_rate: {grid: [0.01, 0.1]}, student.lora.r: {grid: [4, 8, 16]}}"], 3 * 5 * 6),
     ],
 )
-def test_trials_are_arms_by_points_by_seeds(overrides: list[str], number: int):
+def test_number_of_trials_is_arms_by_points_by_seeds(overrides: list[str], number: int):
     experiment = load_experiment(ROOT / "configs" / "sweeps" / "demo.yaml", overrides)
     assert demand.num_trials(experiment) == number
 
 
-def test_tokens_of_gsm8k_are_counted_once_for_what_is_asked_once():
+def test_shared_completion_sets_are_counted_once():
     experiment = load_experiment(GSM8K / "405b-awq-to-8b.yaml")
-    told = {each.what: each for each in cost.stage_costs(experiment, Rates())}
-    # Six strategies, each asked for 7,473 - 500 problems; the reference solutions are nobody's work.
-    assert told["the teacher writes"].rows == 6 * 6973
-    assert told["the teacher writes"].tokens == 6 * 6973 * 512
-    assert told["the teacher writes"].is_bound
-    # Seven arms, three seeds, two epochs; and as many students, and the base one.
-    assert told["students are trained"].rows == 7 * 3 * 2 * 6973
-    assert told["students answer the test"].rows == (7 * 3 + 1) * 1319
+    stages = {stage.stage: stage for stage in cost.stage_costs(experiment, Rates())}
+    # Six strategies with 7,473 - 500 problems each; reference solutions are not generated.
+    assert stages["Teacher generation"].rows == 6 * 6973
+    assert stages["Teacher generation"].tokens == 6 * 6973 * 512
+    assert stages["Teacher generation"].is_bound
+    # Seven arms, three seeds, two epochs; all students and the base student are tested.
+    assert stages["Training"].rows == 7 * 3 * 2 * 6973
+    assert stages["Test evaluation"].rows == (7 * 3 + 1) * 1319
     soft = load_experiment(
         GSM8K / "405b-awq-to-8b.yaml", ["arms={a: {}, b: {targets.kind: top_k}, c: {loss.missing_mass: renormalize}}"]
     )
@@ -93,57 +93,61 @@ def test_tokens_of_gsm8k_are_counted_once_for_what_is_asked_once():
     assert next(each.rows for each in cost.stage_costs(sampled, Rates())) == 4 * 6973
 
 
-def test_own_answers_scores_and_validation_are_told():
+def test_rollouts_scoring_and_validation_are_counted():
     arms = "arms={own: {targets: {source: student, kind: top_k}}, scored: {targets: {source: reference, kind: top_k}}}"
     experiment = load_experiment(ROOT / "configs" / "quickstart.yaml", [arms])
-    told = {each.what: each for each in cost.stage_costs(experiment, Rates())}
-    assert told["the teacher scores solutions"].rows == 800
-    assert told["students answer, to learn from it"].rows == 2 * 800
-    assert told["students answer, to learn from it"].tokens == 2 * 800 * 512
+    stages = {stage.stage: stage for stage in cost.stage_costs(experiment, Rates())}
+    assert stages["Teacher scoring"].rows == 800
+    assert stages["Student rollouts"].rows == 2 * 800
+    assert stages["Student rollouts"].tokens == 2 * 800 * 512
     swept = load_experiment(ROOT / "configs" / "sweeps" / "demo.yaml", ["sweep.test_top_n=2"])
-    told = {each.what: each for each in cost.stage_costs(swept, Rates())}
-    validated = told["students are validated"].rows
+    stages = {stage.stage: stage for stage in cost.stage_costs(swept, Rates())}
+    validated = stages["Validation"].rows
     assert validated == 15 * swept.sweep.num_validations * swept.dataset.num_validation  # type: ignore[union-attr]
-    assert told["students answer the test"].rows == (3 * 2 + 1) * swept.dataset.num_test  # type: ignore[operator]
+    assert stages["Test evaluation"].rows == (3 * 2 + 1) * swept.dataset.num_test  # type: ignore[operator]
 
 
-def test_hours_and_money_follow_from_rates_and_prices():
+def test_hours_and_cost_follow_from_rates_and_prices():
     prices = "prices={gpu_hour: 2.0, teacher_gpu_hour: 3.0}"
     experiment = load_experiment(
         GSM8K / "405b-awq-to-8b.yaml", [prices, "teacher.replicas={min: 1, max: 2}", "seeds=[0]"]
     )
     known = Rates(generation=1000, training=500, evaluation=2000, completion_tokens=200, answer_tokens=100)
-    told = {each.what: each for each in cost.stage_costs(experiment, known, at_a_time=2)}
-    writes = told["the teacher writes"]
+    stages = {stage.stage: stage for stage in cost.stage_costs(experiment, known, concurrent_trials=2)}
+    writes = stages["Teacher generation"]
     assert writes.tokens == 6 * 6973 * 200
     assert not writes.is_bound
     # Two replicas of four GPUs.
     assert writes.hours == pytest.approx(6 * 6973 * 200 / 2000 / 3600)
     assert writes.processor_hours == pytest.approx(8 * 6 * 6973 * 200 / 2000 / 3600)
     assert writes.cost == pytest.approx(3.0 * 8 * 6 * 6973 * 200 / 2000 / 3600)
-    trained = told["students are trained"]
-    # Whatever is trained at a time, a worker's hour is one: only the hours on the clock are fewer.
+    trained = stages["Training"]
+    # Concurrent trials shorten the wall-clock time, not the processor hours.
     assert trained.processor_hours == pytest.approx(7 * 2 * 6973 * 200 / 500 / 3600)
     assert trained.processor_hours is not None
     assert trained.hours == pytest.approx(trained.processor_hours / 8)
     assert trained.cost == pytest.approx(2.0 * trained.processor_hours)
-    alone = {each.what: each for each in cost.stage_costs(experiment, known)}["students are trained"]
+    alone = {stage.stage: stage for stage in cost.stage_costs(experiment, known)}["Training"]
     assert alone.processor_hours == pytest.approx(trained.processor_hours)
 
 
-def test_files_are_counted(tmp_path: Path):
+def test_problems_of_files_are_counted(tmp_path: Path):
     for name, lines in (("train", 5), ("test", 3)):
         (tmp_path / f"{name}.jsonl").write_text('{"question": "?", "answer": "#### 1"}\n' * lines + "\n")
-    told = {"source": "jsonl", "train_file": str(tmp_path / "train.jsonl"), "test_file": str(tmp_path / "test.jsonl")}
+    files_config = {
+        "source": "jsonl",
+        "train_file": str(tmp_path / "train.jsonl"),
+        "test_file": str(tmp_path / "test.jsonl"),
+    }
     tree = {"name": "a", "teacher": {"model": "b"}, "student": {"model": "c"}}
-    experiment = Experiment.model_validate({**tree, "dataset": {**told, "num_validation": 2, "num_test": 2}})
+    experiment = Experiment.model_validate({**tree, "dataset": {**files_config, "num_validation": 2, "num_test": 2}})
     assert demand.num_problems(experiment.dataset) == (3, 2)
-    nowhere = Experiment.model_validate({**tree, "dataset": {**told, "train_file": "nowhere.jsonl"}})
+    nowhere = Experiment.model_validate({**tree, "dataset": {**files_config, "train_file": "nowhere.jsonl"}})
     assert demand.num_problems(nowhere.dataset) == (None, 3)
     assert cost.stage_costs(nowhere, Rates(generation=1))[0].hours is None
 
 
-def test_rates_are_read_from_an_earlier_run(place: Path, capsys: pytest.CaptureFixture[str]):
+def test_rates_are_measured_from_an_earlier_run(place: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(ValueError, match=r"has no run\.json"):
         cost.measured_rates(place)
     experiment = load_experiment(
@@ -167,21 +171,21 @@ def test_rates_are_read_from_an_earlier_run(place: Path, capsys: pytest.CaptureF
     assert found.completion_tokens == 100
     assert found.training == 1000 / (2 * 2 + 2)
     assert (found.evaluation, found.answer_tokens) == (10, 20)
-    # So `auto` is the CPU, of which the rates are, where nothing is told of a cluster.
+    # Without a cluster, `auto` is the accelerator of the rates.
     assert found.accelerator == "cpu"
     stages = tables.plan_tables(experiment, None, found)[0][-2]
-    assert set(stages.columns[-1].cells) == {"a CPU"}
+    assert set(stages.columns[-1].cells) == {"CPU"}
     priced = {
         each.price
         for each in cost.stage_costs(experiment, found, demand.UNKNOWN_CLUSTER[found.accelerator])
         if each.hours
     }
     assert priced == {0.05}
-    # As it is typed.
+    # The same from the command line.
     assert cli.main(["plan", str(ROOT / "configs" / "quickstart.yaml"), "--rates-from", str(place)]) == 0
     assert "".join(f"measured in {place}".split()) in "".join(capsys.readouterr().out.split())
 
 
-def test_a_run_that_was_broken_off_has_the_rates_that_it_has(tmp_path: Path):
+def test_interrupted_run_has_no_rates(tmp_path: Path):
     (tmp_path / "run.json").write_text("{}")
     assert cost.measured_rates(tmp_path) == Rates(source=f"measured in {tmp_path}")

@@ -1,4 +1,4 @@
-"""Fitting: what a cluster holds, where it lies, and the nearest layout of what it does not hold."""
+"""Fit of stages on a cluster, and the suggestions for those that do not fit."""
 
 import re
 from pathlib import Path
@@ -34,7 +34,7 @@ def refused(experiment: Experiment, there: ClusterSpec | None) -> str:
 
 
 @pytest.mark.parametrize("file", [*sorted(GSM8K.glob("*.yaml")), *sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))])
-def test_what_is_shipped_fits_what_it_was_made_for(file: Path):
+def test_shipped_configurations_fit_their_target_clusters(file: Path):
     made_for = {
         "405b-awq-to-8b": cluster(1, 4, "A100-80G"),
         "405b-fp8-to-8b": cluster(1, 8, "H100"),
@@ -50,11 +50,11 @@ def test_what_is_shipped_fits_what_it_was_made_for(file: Path):
 
 
 @pytest.mark.parametrize("cores", [2, 1])
-def test_the_quickstart_fits_two_cores_and_not_one(cores: int):
+def test_quickstart_fits_two_cores_and_not_one(cores: int):
     there = ClusterSpec("this machine", (NodeGroup("head", 1, {"CPU": float(cores)}),))
-    told = refused(load_experiment(ROOT / "configs" / "quickstart.yaml"), there)
-    assert (told == "") == (cores == 2)
-    assert "train: needs 2 CPU, there are 1" in told or cores == 2
+    message = refused(load_experiment(ROOT / "configs" / "quickstart.yaml"), there)
+    assert (message == "") == (cores == 2)
+    assert "train: needs 2 CPU, the cluster has 1" in message or cores == 2
 
 
 @pytest.mark.parametrize(
@@ -64,25 +64,27 @@ def test_the_quickstart_fits_two_cores_and_not_one(cores: int):
         (FP8, 8, 1, cluster(1, 8, "H100"), ""),
         # As the configuration says for nodes of four.
         (FP8, 4, 2, cluster(2, 4, "H100"), ""),
-        (FP8, 4, 1, cluster(2, 4, "H100"), "nearest that fits: teacher.engine.pipeline_parallel_size=2"),
+        (FP8, 4, 1, cluster(2, 4, "H100"), "closest fit: teacher.engine.pipeline_parallel_size=2"),
         (BF16, 8, 2, cluster(2, 8, "A100-80G"), ""),
-        (BF16, 8, 1, cluster(2, 8, "A100-80G"), "nearest that fits: teacher.engine.pipeline_parallel_size=2"),
+        (BF16, 8, 1, cluster(2, 8, "A100-80G"), "closest fit: teacher.engine.pipeline_parallel_size=2"),
         (BF16, 8, 1, cluster(1, 8, "A100-80G"), "no other layout"),
         (BF16, 8, 1, cluster(1, 8, "H200"), ""),
-        (BF16, 16, 1, cluster(1, 8, "H200"), "nearest that fits: teacher.engine.tensor_parallel_size=8"),
+        (BF16, 16, 1, cluster(1, 8, "H200"), "closest fit: teacher.engine.tensor_parallel_size=8"),
         (
             INT4,
             2,
             1,
             cluster(1, 8, "H100"),
-            "a process needs 1.*nearest that fits: teacher.engine.tensor_parallel_size=4",
+            "a process needs 1.*closest fit: teacher.engine.tensor_parallel_size=4",
         ),
     ],
 )
-def test_teachers_fit_where_they_are_known_to(model: str, tensor: int, pipeline: int, there: ClusterSpec, words: str):
-    told = f"teacher={{model: {model}, engine: {{tensor_parallel_size: {tensor}, pipeline_parallel_size: {pipeline}, "
+def test_teachers_fit_published_clusters(model: str, tensor: int, pipeline: int, there: ClusterSpec, words: str):
+    overrides = (
+        f"teacher={{model: {model}, engine: {{tensor_parallel_size: {tensor}, pipeline_parallel_size: {pipeline}, "
+    )
     experiment = experiment_of(
-        "405b-fp8-to-8b.yaml", told + "engine_kwargs: {max_model_len: 4096}}}", "train.num_workers=4"
+        "405b-fp8-to-8b.yaml", overrides + "engine_kwargs: {max_model_len: 4096}}}", "train.num_workers=4"
     )
     found = [each for each in refused(experiment, there).split(". ") if each.startswith("teacher")]
     if words:
@@ -97,35 +99,33 @@ def test_teachers_fit_where_they_are_known_to(model: str, tensor: int, pipeline:
     [
         ("meta-llama/Llama-3.1-8B", 5, 1, "32 attention heads cannot be divided by tensor_parallel_size=5"),
         ("meta-llama/Llama-3.2-3B", 16, 1, "24 attention heads cannot be divided"),
-        ("meta-llama/Llama-3.2-3B", 12, 1, "8 heads of keys and values and tensor_parallel_size=12"),
+        ("meta-llama/Llama-3.2-3B", 12, 1, "8 KV heads and tensor_parallel_size=12"),
         ("meta-llama/Llama-3.2-1B", 1, 17, "16 layers cannot be divided by pipeline_parallel_size=17"),
-        ("hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4", 32, 1, "groups of 128 weights"),
+        ("hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4", 32, 1, "quantization groups of 128 weights"),
         ("meta-llama/Llama-3.1-405B", 16, 5, ""),
         ("meta-llama/Llama-3.1-8B", 16, 3, ""),
         ("raykd/demo-teacher", 4, 1, "6 attention heads cannot be divided"),
     ],
 )
-def test_what_vllm_cannot_divide_is_refused(model: str, tensor: int, pipeline: int, words: str):
+def test_invalid_sharding_is_refused(model: str, tensor: int, pipeline: int, words: str):
     shape = architecture.find_shape(model)
     assert shape is not None
-    told = Engine(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
-    found = suggest.sharding_error(shape, told)
+    engine = Engine(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
+    found = suggest.sharding_error(shape, engine)
     assert found.startswith(words) if words else found == ""
 
 
-def test_a_length_that_the_model_was_not_made_for_is_refused_with_one_that_it_was():
-    told = refused(experiment_of("one-24gb-gpu.yaml", "teacher.engine.engine_kwargs={max_model_len: 200000}"), None)
-    assert "max_model_len=200000 is above the 131072" in told
-    assert "teacher.engine.engine_kwargs.max_model_len=131072" in told
+def test_length_above_the_models_maximum_is_refused():
+    message = refused(experiment_of("one-24gb-gpu.yaml", "teacher.engine.engine_kwargs={max_model_len: 200000}"), None)
+    assert "max_model_len=200000 is above the model's maximum of 131072" in message
+    assert "teacher.engine.engine_kwargs.max_model_len=131072" in message
 
 
-def test_a_long_context_is_made_shorter_where_nothing_else_helps():
+def test_shorter_context_is_suggested_last():
     experiment = experiment_of("8b-to-1b.yaml", "teacher.engine.engine_kwargs={}")
-    assert "nearest that fits: teacher.engine.engine_kwargs.max_model_len=16384" in refused(
-        experiment, cluster(1, 1, "L4")
-    )
-    # More GPUs are the smaller change, where there are.
-    assert "nearest that fits: teacher.engine.tensor_parallel_size=2" in refused(experiment, cluster(1, 4, "L4"))
+    assert "closest fit: teacher.engine.engine_kwargs.max_model_len=16384" in refused(experiment, cluster(1, 1, "L4"))
+    # With more GPUs, tensor parallelism is the smaller change.
+    assert "closest fit: teacher.engine.tensor_parallel_size=2" in refused(experiment, cluster(1, 4, "L4"))
 
 
 @pytest.mark.parametrize(
@@ -150,27 +150,25 @@ def test_a_long_context_is_made_shorter_where_nothing_else_helps():
         (["train.num_workers=8"], cluster(1, 4, "H100"), "train.num_workers=4"),
     ],
 )
-def test_training_that_does_not_fit_is_refused_with_the_nearest_that_does(
-    overrides: list[str], there: ClusterSpec, nearest_that_fits: str
-):
+def test_training_that_does_not_fit_gets_a_suggestion(overrides: list[str], there: ClusterSpec, nearest_that_fits: str):
     experiment = experiment_of("70b-to-8b.yaml", "train.num_workers=1", *overrides)
-    (told,) = [each for each in refused(experiment, there).split(". ") if each.startswith("train")]
-    way = told.split("nearest that fits: ")[1]
-    assert nearest_that_fits in way.split()
-    # Which it really is: with it, nothing is said any more.
+    (message,) = [each for each in refused(experiment, there).split(". ") if each.startswith("train")]
+    suggestion = message.split("closest fit: ")[1]
+    assert nearest_that_fits in suggestion.split()
+    # Training fits with the suggestion applied.
     assert "train: " not in refused(
-        experiment_of("70b-to-8b.yaml", "train.num_workers=1", *overrides, *way.split()), there
+        experiment_of("70b-to-8b.yaml", "train.num_workers=1", *overrides, *suggestion.split()), there
     )
 
 
-def test_bfloat16_wants_a_gpu_that_computes_in_it():
-    told = refused(experiment_of("one-24gb-gpu.yaml"), cluster(1, 1, "T4"))
-    assert "train: T4 does not compute in bfloat16" in told
-    # What is between weights of 4 bits is float16.
-    assert "teacher: " not in told
+def test_bfloat16_needs_a_gpu_that_supports_it():
+    message = refused(experiment_of("one-24gb-gpu.yaml"), cluster(1, 1, "T4"))
+    assert "train: T4 does not support bfloat16" in message
+    # Engines with 4-bit weights compute in float16.
+    assert "teacher: " not in message
 
 
-def test_a_stage_may_not_lie_on_every_kind_of_gpu():
+def test_mixed_cluster_needs_an_accelerator_type():
     mixed = ClusterSpec("mixed", (*cluster(1, 8, "H100").nodes, *cluster(1, 4, "A10G").nodes))
     experiment = experiment_of("405b-awq-to-8b.yaml")
     teacher, student = (
@@ -178,45 +176,48 @@ def test_a_stage_may_not_lie_on_every_kind_of_gpu():
         architecture.find_shape(experiment.student.model),
     )
     fits = {each.stage: each for each in fit_stages(experiment, teacher, student, mixed)}
-    assert fits["teacher"].problem == "may be placed on A10G, too small for it"
-    assert fits["teacher"].remedy == "teacher.engine.accelerator_type=H100"
-    assert fits["teacher"].placed[0].on == (("H100", 4),)
-    assert fits["train"].remedy == "train.accelerator_type=H100"
+    assert fits["teacher"].problem == "may be placed on A10G, which cannot hold it"
+    assert fits["teacher"].suggestion == "teacher.engine.accelerator_type=H100"
+    assert fits["teacher"].placements[0].bundles_per_node == (("H100", 4),)
+    assert fits["train"].suggestion == "train.accelerator_type=H100"
     assert fits["evaluate"].problem == ""
     named = experiment_of("405b-awq-to-8b.yaml", "teacher.engine.accelerator_type=H100", "train.accelerator_type=A10G")
     fits = {each.stage: each for each in fit_stages(named, teacher, student, mixed)}
     assert (fits["teacher"].notes, fits["teacher"].problem) == ((), "")
     assert fits["train"].problem == "a process needs 35.4 GiB, A10G has 22.0"
-    assert fits["train"].remedy == "train.gradient_checkpointing=true"
+    assert fits["train"].suggestion == "train.gradient_checkpointing=true"
     absent = experiment_of("405b-awq-to-8b.yaml", "teacher.engine.accelerator_type=H200")
     assert fit_stages(absent, teacher, student, mixed)[0].problem == "no node has accelerator_type:H200"
 
 
-def test_a_tensor_parallel_group_over_nodes_is_told():
+def test_tensor_parallel_group_across_nodes_gets_a_note():
     experiment = experiment_of("405b-fp8-to-8b.yaml", "train.num_workers=4")
     shape = architecture.find_shape(experiment.teacher.model)
     (teacher, *_) = fit_stages(experiment, shape, None, cluster(2, 4, "H200"))
     assert not teacher.problem
-    assert teacher.placed[0].on == (("H200", 4), ("H200", 4))
-    assert "lie across nodes" in teacher.notes[0]
+    assert teacher.placements[0].bundles_per_node == (("H200", 4), ("H200", 4))
+    assert "span nodes" in teacher.notes[0]
 
 
-def test_a_model_of_unknown_shape_is_planned_by_its_processors_alone():
+def test_model_of_unknown_shape_is_planned_without_memory():
     experiment = experiment_of("8b-to-1b.yaml", "teacher.model=someone/of-another-build", "train.num_workers=4")
     fits = fit_stages(experiment, None, None, cluster(1, 4, "L4"))
     assert refusal_message(fits) == ""
-    assert {each.needs for each in fits} == {None}
-    assert "train: needs 4 GPU, there are 2" in refusal_message(fit_stages(experiment, None, None, cluster(1, 2, "L4")))
+    assert {each.required_bytes for each in fits} == {None}
+    two_gpus = fit_stages(experiment, None, None, cluster(1, 2, "L4"))
+    assert "train: needs 4 GPU, the cluster has 2" in refusal_message(two_gpus)
 
 
-def followed(experiment: Experiment, there: ClusterSpec, *overrides: str) -> str:
-    """What is refused of training after its remedy was taken; empty where nothing is."""
+def problem_after_suggestion(experiment: Experiment, there: ClusterSpec, *overrides: str) -> str:
+    """Return the problem of training with its suggestion applied; empty where it fits."""
     student = architecture.find_shape(experiment.student.model)
     (fit,) = (each for each in fit_stages(experiment, None, student, there) if each.stage == "train")
-    assert fit.problem and fit.remedy
+    assert fit.problem and fit.suggestion
     (again,) = (
         each
-        for each in fit_stages(experiment_of("8b-to-1b.yaml", *overrides, *fit.remedy.split()), None, student, there)
+        for each in fit_stages(
+            experiment_of("8b-to-1b.yaml", *overrides, *fit.suggestion.split()), None, student, there
+        )
         if each.stage == "train"
     )
     return again.problem
@@ -234,11 +235,11 @@ MIXED = ClusterSpec("mixed", (*cluster(4, 1, "T4").nodes, *cluster(1, 2, "A10G")
         (["train.num_workers=8", "student.model=meta-llama/Llama-3.1-8B"], cluster(2, 2, "L4")),
     ],
 )
-def test_what_is_proposed_for_training_fits(overrides: list[str], there: ClusterSpec):
-    assert followed(experiment_of("8b-to-1b.yaml", *overrides), there, *overrides) == ""
+def test_suggestion_for_training_fits(overrides: list[str], there: ClusterSpec):
+    assert problem_after_suggestion(experiment_of("8b-to-1b.yaml", *overrides), there, *overrides) == ""
 
 
-def test_a_kind_is_proposed_that_holds_all_of_a_stage():
+def test_suggested_accelerator_type_holds_the_whole_stage():
     one = cluster(1, 1, "A100-80G").nodes
     there = ClusterSpec("mixed", (*cluster(4, 1, "T4").nodes, *one, *cluster(2, 8, "H100").nodes))
     experiment = experiment_of("70b-to-8b.yaml")
@@ -247,49 +248,51 @@ def test_a_kind_is_proposed_that_holds_all_of_a_stage():
         architecture.find_shape(experiment.student.model),
     )
     fits = {each.stage: each for each in fit_stages(experiment, teacher, student, there)}
-    assert fits["teacher"].problem == "may be placed on T4, too small for it"
-    assert fits["teacher"].remedy == "teacher.engine.accelerator_type=H100"
-    assert fits["train"].remedy == "train.accelerator_type=H100"
-    # Four of them lie on two kinds together, but there is no asking for both.
+    assert fits["teacher"].problem == "may be placed on T4, which cannot hold it"
+    assert fits["teacher"].suggestion == "teacher.engine.accelerator_type=H100"
+    assert fits["train"].suggestion == "train.accelerator_type=H100"
+    # Two types together have four GPUs, but a stage can request only one type.
     kinds = (cluster(1, 2, "A100-80G"), cluster(1, 2, "H100"), cluster(1, 4, "T4"))
     there = ClusterSpec("mixed", tuple(node for each in kinds for node in each.nodes))
     (fit, *_) = fit_stages(experiment, teacher, student, there)
-    assert fit.problem == "may be placed on T4, too small for it"
-    assert "tensor_parallel_size=2" in fit.remedy
-    (fit, *_) = fit_stages(experiment_of("70b-to-8b.yaml", *fit.remedy.split()), teacher, student, there)
+    assert fit.problem == "may be placed on T4, which cannot hold it"
+    assert "tensor_parallel_size=2" in fit.suggestion
+    (fit, *_) = fit_stages(experiment_of("70b-to-8b.yaml", *fit.suggestion.split()), teacher, student, there)
     assert not fit.problem
 
 
-def test_arms_may_differ_in_workers_and_in_how_they_train():
+def test_arms_may_differ_in_workers_and_training_options():
     of_arms = "arms={small: {}, large: {train.num_workers: 4, train.gradient_checkpointing: false}}"
     overrides = ("train.num_workers=2", "student.model=meta-llama/Llama-3.1-8B", of_arms)
     experiment = experiment_of("8b-to-1b.yaml", *overrides)
     student = architecture.find_shape(experiment.student.model)
     fits = {each.stage: each for each in fit_stages(experiment, None, student, cluster(1, 2, "H100"))}
-    assert fits["train"].problem == "needs 4 GPU, there are 2"
+    assert fits["train"].problem == "needs 4 GPU, the cluster has 2"
     fits = {each.stage: each for each in fit_stages(experiment, None, student, cluster(1, 4, "L4"))}
-    assert fits["train"].remedy.startswith(
+    assert fits["train"].suggestion.startswith(
         "train.gradient_checkpointing=true arms.large.train.gradient_checkpointing=true"
     )
-    assert followed(experiment, cluster(1, 4, "L4"), *overrides) == ""
+    assert problem_after_suggestion(experiment, cluster(1, 4, "L4"), *overrides) == ""
 
 
-def test_a_core_is_left_for_what_feeds_an_engine():
+def test_engine_leaves_a_core_for_the_pipeline():
     worker = {"CPU": 8.0, "GPU": 8.0, "accelerator_type:H100": 1.0}
     experiment = experiment_of("70b-to-8b.yaml", "teacher.engine.tensor_parallel_size=8")
     teacher = architecture.find_shape(experiment.teacher.model)
     alone = ClusterSpec("a node", (NodeGroup("node", 1, worker),))
     (fit, *_) = fit_stages(experiment, teacher, None, alone)
-    assert fit.problem == "needs 9 CPU with the pipeline's, there are 8"
-    assert fit.remedy == "teacher.engine.tensor_parallel_size=4"
-    # Another node's cores are of no use where only one of the two may be there.
-    either = ClusterSpec("one of two", (NodeGroup("node", 1, worker), NodeGroup("cores", 1, {"CPU": 32.0})), most=1)
+    assert fit.problem == "needs 9 CPU (one for the pipeline), the cluster has 8"
+    assert fit.suggestion == "teacher.engine.tensor_parallel_size=4"
+    # Another node's cores do not count where the cluster may have only one of the two nodes.
+    either = ClusterSpec(
+        "one of two", (NodeGroup("node", 1, worker), NodeGroup("cores", 1, {"CPU": 32.0})), max_workers=1
+    )
     assert fit_stages(experiment, teacher, None, either)[0].problem
     both = ClusterSpec("both", either.nodes)
     assert not fit_stages(experiment, teacher, None, both)[0].problem
 
 
-def test_nothing_is_proposed_for_gpus_that_do_not_compute_in_it():
+def test_no_suggestion_for_gpus_without_bfloat16():
     experiment = experiment_of("8b-to-1b.yaml", "student.model=meta-llama/Llama-3.1-8B")
     student = architecture.find_shape(experiment.student.model)
     assert student and suggest.suggest_training(student, experiment.arm("none"), cluster(4, 1, "T4")) == ""

@@ -1,4 +1,4 @@
-"""Memory: published sizes of models, and what a forward pass really keeps."""
+"""Memory estimates against published sizes and measured forward passes."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_weights_are_as_large_as_published(model: str, unit: float, published: f
     assert memory.weight_bytes(shape_of(model)) / unit == pytest.approx(published, rel=0.01)
 
 
-def test_the_makers_fp8_keeps_attention_and_the_first_and_last_layer():
+def test_meta_fp8_keeps_attention_and_outer_layers_in_16_bits():
     # Of 405.85 billion parameters those of 124 layers' feed-forward are in FP8 (arXiv 2407.21783, section 6.2).
     quantized = 124 * 3 * 16384 * 53248
     expected = quantized + 2 * (405_853_388_800 - quantized)
@@ -63,7 +63,7 @@ def test_the_makers_fp8_keeps_attention_and_the_first_and_last_layer():
         ("meta-llama/Llama-3.2-1B", 32_768, 0.49),
     ],
 )
-def test_keys_and_values_take_as_much_as_published(model: str, token: int, gib_of_16k: float):
+def test_kv_cache_is_as_large_as_published(model: str, token: int, gib_of_16k: float):
     assert memory.kv_bytes_per_token(shape_of(model)) == token
     assert token * 16_000 / GIB == pytest.approx(gib_of_16k, abs=0.01)
 
@@ -95,19 +95,19 @@ def test_keys_and_values_take_as_much_as_published(model: str, token: int, gib_o
         ("hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4", 1, 1, "L4", True),
     ],
 )
-def test_what_holds_an_engine(model: str, tensor: int, pipeline: int, kind: str, holds: bool):
-    told = Engine(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, engine_kwargs={"max_model_len": 4096})
-    needs = memory.engine_memory(shape_of(model), told, GPUS[kind])
-    assert (needs.least <= GPUS[kind].bytes) == holds
+def test_engines_fit_published_gpus(model: str, tensor: int, pipeline: int, kind: str, holds: bool):
+    engine = Engine(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, engine_kwargs={"max_model_len": 4096})
+    needs = memory.engine_memory(shape_of(model), engine, GPUS[kind])
+    assert (needs.min_gpu_bytes <= GPUS[kind].bytes) == holds
     assert (needs.sequences(GPUS[kind].bytes) >= 1) == holds
 
 
-def test_shards_hold_all_of_it_and_what_is_there_more_than_once():
+def test_shards_sum_to_the_model_and_its_replicated_kv_heads():
     shape = shape_of(BF16)
 
     def fullest(tensor: int, pipeline: int) -> int:
-        told = Engine(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
-        return memory.engine_memory(shape, told, GPUS["H100"]).weights
+        engine = Engine(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
+        return memory.engine_memory(shape, engine, GPUS["H100"]).weights
 
     whole = memory.weight_bytes(shape)
     assert fullest(1, 1) == whole
@@ -118,7 +118,7 @@ def test_shards_hold_all_of_it_and_what_is_there_more_than_once():
     assert fullest(8, 2) == pytest.approx(whole / 16, rel=1e-3)
 
 
-def test_stages_are_divided_as_vllm_divides_them():
+def test_pipeline_stages_equal_vllms():
     from vllm.distributed.utils import get_pp_indices
 
     for layers in (2, 16, 28, 126):
@@ -133,15 +133,15 @@ def test_stages_are_divided_as_vllm_divides_them():
     # `EngineArgs.get_batch_defaults` of vLLM 0.29, twice, as performance_mode=throughput has it.
     [("L4", 4096, 512), ("A100-80G", 4096, 512), ("H100", 16384, 2048), ("B200", 32768, 2048)],
 )
-def test_an_engine_that_serves_takes_as_much_in_a_step_as_vllm_lets_it(kind: str, tokens: int, sequences: int):
+def test_server_defaults_equal_vllms(kind: str, tokens: int, sequences: int):
     shape = shape_of("meta-llama/Llama-3.1-8B")
-    told = {"max_num_batched_tokens": tokens, "max_num_seqs": sequences}
+    engine_kwargs = {"max_num_batched_tokens": tokens, "max_num_seqs": sequences}
     assert memory.engine_memory(shape, Engine(), GPUS[kind]) == memory.engine_memory(
-        shape, Engine(engine_kwargs=told), GPUS[kind]
+        shape, Engine(engine_kwargs=engine_kwargs), GPUS[kind]
     )
 
 
-def test_a_float8_cache_and_a_shorter_length_make_room():
+def test_fp8_kv_cache_and_shorter_length_save_memory():
     shape, gpu = shape_of("meta-llama/Llama-3.1-8B"), GPUS["A10G"]
     plain = memory.engine_memory(shape, Engine(engine_kwargs={"max_model_len": 4096}), gpu)
     small = memory.engine_memory(shape, Engine(engine_kwargs={"max_model_len": 4096, "kv_cache_dtype": "fp8"}), gpu)
@@ -157,7 +157,9 @@ def test_a_float8_cache_and_a_shorter_length_make_room():
 @pytest.mark.parametrize("modules", [("q_proj", "k_proj", "v_proj", "o_proj"), ("v_proj",), ALL])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_layer_keeps_what_a_forward_pass_keeps(dtype: str, modules: tuple, dropout: float, checkpointing: bool):
+def test_layer_activations_equal_a_measured_forward_pass(
+    dtype: str, modules: tuple, dropout: float, checkpointing: bool
+):
     lora = Lora(r=4, target_modules=modules, lora_dropout=dropout)
     # Padded rows: packed ones are gathered by copying where there is no kernel for them, on a CPU.
     train = Train(dtype=dtype, gradient_checkpointing=checkpointing, packing=False)  # type: ignore[arg-type]
@@ -168,7 +170,7 @@ def test_a_layer_keeps_what_a_forward_pass_keeps(dtype: str, modules: tuple, dro
     assert kept[3] <= 2 * 48 * memory.activation_bytes(_shape(3), lora, train) + 16 * (64 * 4 + 3 * 4 * 256)
 
 
-def test_checkpointing_keeps_a_layers_input_alone():
+def test_checkpointing_keeps_only_layer_inputs():
     shape = shape_of("meta-llama/Llama-3.1-8B")
     with_it, without = Train(gradient_checkpointing=True), Train()
     assert memory.activation_bytes(shape, Lora(), with_it) == 32 * 2 * 4096 + 6 * 4096 + 4
@@ -195,7 +197,7 @@ def test_llama_8b_trains_on_24_gb_with_checkpointing_and_short_rows(
     assert memory.fits(needs.total, GPUS[kind].bytes) == holds
 
 
-def test_zero_divides_what_it_says():
+def test_zero_stages_shard_as_published():
     # Rajbhandari et al., arXiv 1910.02054, figure 1, for what is trained: stage 1 divides the optimizer, 2 gradients,
     # 3 the weights, of which DeepSpeed gathers a billion at a time.
     shape, lora, workers = shape_of("meta-llama/Llama-3.1-70B"), Lora(r=64), 8
@@ -214,7 +216,7 @@ def test_zero_divides_what_it_says():
     assert needs[3].base == shape.parameters * 2 // workers + 2 * 10**9
 
 
-def test_what_is_said_of_the_loss_is_what_it_does():
+def test_loss_chunk_equals_the_students():
     assert memory.CHUNK_ELEMENTS == student.CHUNK_ELEMENTS
     needs = memory.worker_memory(shape_of("meta-llama/Llama-3.1-8B"), Lora(), Train(micro_batch_size=8), targets=512)
     assert needs.loss <= 1.2 * GIB
@@ -233,9 +235,11 @@ def _kept(shape: Shape, lora: Lora, train: Train, rows: list[Target]) -> int:
     base = LlamaForCausalLM(config).to(dtype)
     tree = {"name": "kept", "teacher": {"model": "a"}, "student": {"model": "b"}}
     arm = Experiment.model_validate(tree).arm("default")
-    told = arm.student.model_copy(update={"lora": lora})
+    student_config = arm.student.model_copy(update={"lora": lora})
     # DeepSpeed brings the adapter to the type of the base.
-    learner = student.wrap_student(base, arm.model_copy(update={"student": told, "train": train}), seed=0).to(dtype)
+    learner = student.wrap_student(base, arm.model_copy(update={"student": student_config, "train": train}), seed=0).to(
+        dtype
+    )
     parameters = {each.untyped_storage().data_ptr() for each in learner.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
