@@ -13,7 +13,6 @@ from typing import Self, TextIO
 from raykd.storage import filesystem
 
 # In an experiment's folder: what libraries have to say, and what faults were. In a bucket the name also tells whose.
-LOG_FILE = "driver.log"
 _stream: TextIO | None = None
 
 

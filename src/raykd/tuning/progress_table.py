@@ -15,6 +15,7 @@ from raykd.config.sections import Sweep
 from raykd.runtime import console as runtime_console
 from raykd.runtime import metrics
 from raykd.runtime.console import ProgressBar
+from raykd.storage.paths import TrialPaths
 from raykd.storage.schemas import FAILED
 from raykd.training.trial import TrialSpec, read_loss_curve, trial_status
 
@@ -107,7 +108,7 @@ class TrialProgressTable(tune.Callback):
         if job is None:
             return
         self._be(trial_id, trial_status(job))
-        if self._meter is not None and (curve := read_loss_curve(job.folder / "metrics.jsonl")):
+        if self._meter is not None and (curve := read_loss_curve(TrialPaths(job.folder).metrics)):
             # Of a trial whose workers were lost Tune is not told the last.
             self._count(trial_id, curve[-1])
         if job.sweep and self._live is None and self._meter is not None:
