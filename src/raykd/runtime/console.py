@@ -18,10 +18,10 @@ _stream: TextIO | None = None
 
 def print_status(message: str) -> None:
     """Shows a line to the user."""
-    print(message, file=stream(), flush=True)
+    print(message, file=output_stream(), flush=True)
 
 
-def stream() -> TextIO:
+def output_stream() -> TextIO:
     """Where the user looks."""
     return _stream or sys.stderr
 
@@ -125,7 +125,7 @@ class ProgressBar:
         self._label, self.total, self._unit = label, total, unit
         self._done = done
         self._tokens = 0
-        self._stream = stream or stream()
+        self._stream = stream or output_stream()
         self._terminal = self._stream.isatty()
         self._every_s = 0.2 if self._terminal else log_every_s
         self._start = time.monotonic()

@@ -45,7 +45,7 @@ class TrialProgressTable(tune.Callback):
 
     def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
         # Not before Tune has pickled what it was given.
-        stream = runtime_console.stream()
+        stream = runtime_console.output_stream()
         if self._is_sweep and stream.isatty():
             # The table shows the meter's line beneath it; by itself it writes to nobody.
             self._meter = ProgressBar("training", None, unit="steps", stream=io.StringIO())
