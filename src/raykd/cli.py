@@ -17,8 +17,9 @@ from raykd.config.errors import one_line
 from raykd.config.experiment import Experiment
 from raykd.config.loading import load_experiment
 from raykd.errors import UserError
-from raykd.runtime.console import LOG_FILE, append_to_log, print_status
+from raykd.runtime.console import append_to_log, print_status
 from raykd.storage import filesystem, lock
+from raykd.storage.paths import ExperimentPaths, StoragePaths
 
 LOG_WIDTH = 160
 _EPILOG = """\
@@ -120,7 +121,7 @@ def _tell(fault: Exception, folder: Path | None) -> int:
         line = f"unexpected error: {type(fault).__name__}: {fault}"
     text, kept = "".join(traceback.format_exception(fault)), ""
     if folder:
-        log = append_to_log(folder / LOG_FILE, text)
+        log = append_to_log(ExperimentPaths(folder).log, text)
         kept = f". All that is there is kept; the same command goes on. Log: {log}"
     elif not refused and not stated:
         print(text, end="", file=sys.stderr)
@@ -305,7 +306,7 @@ def _finished(file: str, overrides: Sequence[str]) -> Path:
 
 
 def _folder(experiment: Experiment) -> Path:
-    return filesystem.resolve(experiment.storage) / "experiments" / experiment.name
+    return StoragePaths(filesystem.resolve(experiment.storage)).experiment(experiment.name)
 
 
 def _show_results(folder: Path) -> int:
@@ -320,7 +321,7 @@ def _show_results(folder: Path) -> int:
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     for table in result_tables(results):
         console.print(table)
-    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+    console.print(f"report: {ExperimentPaths(folder).report_html}", soft_wrap=True)
     return 1 if any(trial.status == "failed" for trial in results.trials) else 0
 
 

@@ -136,7 +136,7 @@ def test_plan_tells_hours_and_money_where_rates_are_given(capsys, monkeypatch):
         (["--training-rate", "0"], "--training-rate 0: should be above 0"),
         (
             ["teacher.engine.engine_kwargs={max_model_len: long}"],
-            "teacher.engine: engine_kwargs.max_model_len: should be a whole number",
+            "teacher.engine: engine_kwargs.max_model_len: should be an integer",
         ),
     ],
 )

@@ -18,6 +18,7 @@ from raykd.evaluation.student_batch import StudentModel
 from raykd.pipeline import run_record
 from raykd.runtime.console import print_status
 from raykd.storage import row_store
+from raykd.storage.paths import RoundPaths
 from raykd.teacher import generate, server
 from raykd.teacher.completion_set import CompletionSet
 from raykd.training.trial import TrialSpec, has_adapter, problem_ids_of_round
@@ -104,7 +105,7 @@ def _adapter_exists(part: TrialSpec) -> bool:
 
 
 def _answers_folder(part: TrialSpec) -> Path:
-    return part.round_folder(part.round or 0) / "answers"
+    return RoundPaths(part.round_folder(part.round or 0)).answers
 
 
 def _scoring_set(part: TrialSpec, request: CompletionSet) -> CompletionSet:
@@ -112,7 +113,7 @@ def _scoring_set(part: TrialSpec, request: CompletionSet) -> CompletionSet:
 
 
 def _scores_folder(job: TrialSpec, number: int) -> Path:
-    return job.round_folder(number) / "completions"
+    return RoundPaths(job.round_folder(number)).completions
 
 
 def scored_folders(job: TrialSpec) -> list[Path]:
@@ -151,6 +152,6 @@ def _answer_rounds(
 
 def _student_model(part: TrialSpec) -> StudentModel:
     number = part.round or 0
-    adapter = part.round_folder(number - 1) / "adapter" if number else None
+    adapter = RoundPaths(part.round_folder(number - 1)).adapter if number else None
     rank = part.arm.student.lora.r if adapter else 0
     return StudentModel(part.trial_id, part.arm_name, part.seed, adapter, rank, problem_ids_of_round(part, number))

@@ -14,8 +14,9 @@ from raykd.evaluation import evaluate, student_batch
 from raykd.evaluation.attention import attention_folder_name
 from raykd.models import loading
 from raykd.pipeline import on_policy, run_record
-from raykd.runtime.console import LOG_FILE, print_status
+from raykd.runtime.console import print_status
 from raykd.storage import filesystem, row_store
+from raykd.storage.paths import ExperimentPaths, StoragePaths, TrialPaths
 from raykd.teacher import completion_set
 from raykd.teacher.completion_set import CompletionSet
 from raykd.training.trial import TrialSpec
@@ -61,13 +62,15 @@ class Plan:
     @property
     def predictions(self) -> Path:
         """Where the students' answers to the test problems are: other folders for other ways of asking."""
-        return self.folder / "predictions" / evaluate.folder_name(self.experiment.evaluate)
+        return ExperimentPaths(self.folder).predictions / evaluate.folder_name(self.experiment.evaluate)
 
     @property
     def attention(self) -> Path | None:
         """Where it is what the students' attention heads did; None where that is not measured."""
         told = self.experiment.attention
-        return self.folder / "attention" / attention_folder_name(told, self.attention_dtype) if told else None
+        return (
+            ExperimentPaths(self.folder).attention / attention_folder_name(told, self.attention_dtype) if told else None
+        )
 
     @property
     def attention_dtype(self) -> str:
@@ -78,7 +81,7 @@ class Plan:
     @property
     def log(self) -> Path:
         """Where libraries write what they have to say."""
-        return self.folder / LOG_FILE
+        return ExperimentPaths(self.folder).log
 
     @property
     def requests(self) -> list[CompletionSet]:
@@ -121,7 +124,7 @@ class Plan:
         """Who answers the test problems: the base student, and every adapter that is there and goes so far."""
         adapters = [
             student_batch.StudentModel(
-                job.trial_id, job.arm_name, job.seed, job.folder / "adapter", job.arm.student.lora.r
+                job.trial_id, job.arm_name, job.seed, TrialPaths(job.folder).adapter, job.arm.student.lora.r
             )
             for job in selection.selected_trials(self.jobs, self.experiment.sweep)
         ]
@@ -163,7 +166,7 @@ def resolve(experiment: Experiment, retry_failed: bool = False) -> Plan:
         UserError: where something that the experiment names is not there or does not fit together.
     """
     root = filesystem.resolve(experiment.storage)
-    folder = root / "experiments" / experiment.name
+    folder = StoragePaths(root).experiment(experiment.name)
     trackers.check_tracker(experiment.tracking, folder)
     run_record.check_compatible(experiment, folder)
     for named in (experiment.teacher, experiment.student):

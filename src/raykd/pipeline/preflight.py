@@ -8,6 +8,7 @@ from raykd.errors import UserError
 from raykd.evaluation import evaluate
 from raykd.pipeline.plan import Plan
 from raykd.storage import filesystem
+from raykd.storage.paths import split_file
 from raykd.teacher import build_prompts, completion_set
 
 # What is done on a cluster, in this order.
@@ -69,6 +70,4 @@ def preflight(plan: Plan, resources: dict[str, float], stages: Sequence[str] = S
     if will_predict:
         answering.append(("students", "test", told))
     for whose, split, asked in answering:
-        evaluate.check_student_lengths(
-            plan.problems / f"{split}.parquet", experiment.student, asked, instruction, whose
-        )
+        evaluate.check_student_lengths(split_file(plan.problems, split), experiment.student, asked, instruction, whose)

@@ -20,6 +20,7 @@ from raykd.pipeline.preflight import preflight
 from raykd.runtime import metrics
 from raykd.runtime.console import print_status
 from raykd.storage import files, lock
+from raykd.storage.paths import ExperimentPaths
 from raykd.teacher import completion_set, generate, server
 from raykd.teacher.completion_set import CompletionSet
 from raykd.training.trial import trial_status
@@ -77,7 +78,7 @@ def start(plan: Plan, command: str) -> None:
         trials=[job.trial_id for job in plan.jobs],
         command=command,
     )
-    files.write_text(plan.folder / "experiment.yaml", dump_experiment(plan.experiment))
+    files.write_text(ExperimentPaths(plan.folder).config, dump_experiment(plan.experiment))
 
 
 def generate_completions(plan: Plan, resources: dict[str, float]) -> None:
@@ -176,8 +177,8 @@ def record_results(plan: Plan) -> None:
     After it a report is written from the experiment's folder alone.
     """
     run_record.record_completions(plan.folder, plan.experiment.teacher.model, plan.teacher_usages)
-    evaluate.collect_predictions(plan.predictions.parent, plan.folder / "predictions.parquet")
-    tasks = plan.folder / lm_eval_task.TASK_DIR
+    evaluate.collect_predictions(plan.predictions.parent, ExperimentPaths(plan.folder).all_predictions)
+    tasks = ExperimentPaths(plan.folder).lm_eval
     lm_eval_task.write_task(plan.experiment, plan.problems, tasks)
     # Of the student that was asked last; the others' differ in the adapter.
     adapter = plan.eval_models[-1].adapter

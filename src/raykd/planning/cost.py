@@ -17,6 +17,7 @@ from raykd.config.run_file import read_run
 from raykd.config.sections import Prices
 from raykd.planning.demand import UNKNOWN_CLUSTER, max_points, num_problems
 from raykd.storage import files, filesystem, hashing
+from raykd.storage.paths import METRICS_FILE, ExperimentPaths
 from raykd.training.trial import read_loss_curve
 
 
@@ -53,18 +54,20 @@ def measured_rates(folder: Path) -> Rates:
         UserError: where it is not the folder of a run, or its files are damaged.
     """
     run = read_run(folder)
-    file = folder / "experiment.yaml"
+    file = ExperimentPaths(folder).config
     replicas = load_experiment(file).teacher.replicas.max if file.is_file() else 1
     # Reference solutions are scored in the same Ray Data stream, which splits its seconds equally among the sets.
     teacher_sets = [entry for entry in run.completions if entry.get("source") != "student"]
     generated_sets = [entry for entry in teacher_sets if entry.get("source") != "reference"]
     tokens, seconds = _sum_field(generated_sets, "completion_tokens"), _sum_field(teacher_sets, "seconds")
     rows = _sum_field(generated_sets, "rows") - _sum_field(generated_sets, "errors")
-    curves = [read_loss_curve(path) for path in filesystem.find_in_subdirs(folder / "trials", "metrics.jsonl")]
+    curves = [
+        read_loss_curve(path) for path in filesystem.find_in_subdirs(ExperimentPaths(folder).trials, METRICS_FILE)
+    ]
     last_steps = [curve[-1] for curve in curves if curve]
     target_tokens = _sum_field(last_steps, "target_tokens")
     worker_seconds = sum(float(step.get("seconds") or 0) * float(step.get("num_workers") or 1) for step in last_steps)
-    num_answers, answer_tokens = _count_answers(folder / "predictions.parquet")
+    num_answers, answer_tokens = _count_answers(ExperimentPaths(folder).all_predictions)
     accelerators = {accelerator for seconds_by in run.processor_seconds.values() for accelerator in seconds_by}
     return Rates(
         generation=_ratio(tokens, seconds * replicas),

@@ -12,6 +12,7 @@ from raykd.config.sections import Teacher
 from raykd.data import prompts
 from raykd.models import loading, tokenization
 from raykd.storage import files, row_store, schemas
+from raykd.storage.paths import split_file
 from raykd.teacher.completion_set import CompletionSet, completion_id
 
 # The input of `TeacherClient`: a row for each completion.
@@ -79,7 +80,7 @@ class BuildScoringPrompts:
             str(answers_dir): (answers_dir, completion_set) for answers_dir, completion_set in completion_sets.items()
         }
         self._instruction, self._done = instruction, done
-        problems = files.read_table(problems_dir / "train.parquet").to_pylist()
+        problems = files.read_table(split_file(problems_dir, "train")).to_pylist()
         self._problems = {problem["problem_id"]: problem for problem in problems}
 
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
@@ -158,7 +159,7 @@ def check_teacher_lengths(
     if limit is None:
         return
     tokenizer = loading.load_tokenizer(teacher)
-    total = files.num_rows(problems_dir / "train.parquet")
+    total = files.num_rows(split_file(problems_dir, "train"))
     for completion_set in completion_sets:
         lengths = _lengths(completion_set, problems_dir, tokenizer, instruction, max_tokens)
         remedy = "the strategy's text"
@@ -179,7 +180,7 @@ def _lengths(
     completion_set: CompletionSet, problems_dir: Path, tokenizer: Any, instruction: str, max_tokens: int
 ) -> Iterator[tuple[str, int]]:
     """Yield each problem's id, and the most tokens that its prompt and its answer take together."""
-    for batch in files.read_batches(problems_dir / "train.parquet"):
+    for batch in files.read_batches(split_file(problems_dir, "train")):
         for problem in batch.to_pylist():
             row = question_row(tokenizer, problem, completion_set, instruction, 0)
             answer_tokens = len(row["given_token_ids"]) or max_tokens

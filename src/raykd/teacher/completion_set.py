@@ -11,6 +11,7 @@ from raykd.config.experiment import Arm, Experiment
 from raykd.config.strategies import Strategy
 from raykd.errors import UserError
 from raykd.storage import files, filesystem, hashing, row_store
+from raykd.storage.paths import StoragePaths
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def completion_sets_for(
         sufficient = [other for other in stored.get(key, []) if other["top_k"] >= content["top_k"]]
         chosen = min(sufficient, key=_top_k) if sufficient else max(needed[key], key=_top_k)
         strategy = arms[name].prompt.strategy
-        folder = root / "completions" / hashing.content_key(chosen)
+        folder = StoragePaths(root).completions / hashing.content_key(chosen)
         completion_sets[name] = CompletionSet(strategy, experiment.strategies[strategy], folder, chosen)
     return completion_sets
 
@@ -87,7 +88,7 @@ def completion_sets_for(
 def _stored_contents(root: Path) -> list[dict[str, Any]]:
     """Return the settings of each complete set in the storage folder."""
     contents = []
-    for manifest in filesystem.find_in_subdirs(root / "completions", row_store.MANIFEST):
+    for manifest in filesystem.find_in_subdirs(StoragePaths(root).completions, row_store.MANIFEST):
         try:
             contents.append(files.read_json(manifest)["content"])
         except (UserError, KeyError):

@@ -19,6 +19,7 @@ from raykd.data import grading
 from raykd.errors import StageError, reported_error
 from raykd.runtime.console import ProgressBar
 from raykd.storage import files, filesystem, row_store, schemas
+from raykd.storage.paths import split_file
 from raykd.teacher.build_prompts import BuildScoringPrompts, BuildTeacherPrompts
 from raykd.teacher.client import CallHook, TeacherClient
 from raykd.teacher.completion_set import CompletionSet, completion_id
@@ -59,7 +60,7 @@ def generate_completions(completion_sets: list[CompletionSet], context: Generati
         StageError: more rows of a strategy failed than `teacher.max_error_rate`; the message names some.
     """
     timer = StageTimer(each.folder for each in completion_sets)
-    train_file = context.problems_dir / "train.parquet"
+    train_file = split_file(context.problems_dir, "train")
     num_problems = files.num_rows(train_file)
     totals = {each.folder: num_problems * each.num_samples for each in completion_sets}
     done = _done_ids(completion_sets)

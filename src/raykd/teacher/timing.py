@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from raykd.storage import files
+from raykd.storage.paths import STAGE_TIME_FILE
 
-FILE = "spent.json"
 WRITE_INTERVAL_S = 30
 
 
@@ -23,7 +23,7 @@ class StageTimer:
         self._started = self._last_save = time.monotonic()
         self._earlier_seconds: dict[Path, float] = {}
         for folder in folders:
-            file = folder / FILE
+            file = folder / STAGE_TIME_FILE
             self._earlier_seconds[folder] = float(files.read_json(file)["seconds"]) if file.exists() else 0.0
 
     def save(self) -> None:
@@ -32,7 +32,7 @@ class StageTimer:
             return
         self._last_save = time.monotonic()
         for folder in self._earlier_seconds:
-            files.write_json(folder / FILE, {"seconds": self.seconds(folder)})
+            files.write_json(folder / STAGE_TIME_FILE, {"seconds": self.seconds(folder)})
 
     def seconds(self, folder: Path) -> float:
         """Return the seconds of a set up to now, rounded to tenths."""

@@ -12,6 +12,7 @@ from raykd import errors
 from raykd.errors import StageError
 from raykd.runtime.console import print_status
 from raykd.storage import filesystem
+from raykd.storage.paths import ExperimentPaths
 from raykd.storage.schemas import COMPLETE, FAILED, STOPPED
 from raykd.training.trial import TrialSpec, has_adapter, last_validation_metric, trial_status, write_trial_status
 
@@ -63,4 +64,4 @@ def _trial_error(trial: Any) -> Exception | None:
 def remove_checkpoints(job: TrialSpec, folder: Path) -> None:
     """Removes the optimizer's state of a trial that has come to its end, but for a round to come."""
     if job.output_dir == job.folder and trial_status(job) in (COMPLETE, STOPPED):
-        filesystem.remove(folder / "checkpoints" / job.trial_id, ignore_errors=True)
+        filesystem.remove(ExperimentPaths(folder).checkpoints / job.trial_id, ignore_errors=True)

@@ -15,6 +15,7 @@ from raykd.config.sections import Sweep
 from raykd.runtime import console as runtime_console
 from raykd.runtime import metrics
 from raykd.runtime.console import ProgressBar
+from raykd.storage.paths import TrialPaths
 from raykd.storage.schemas import FAILED
 from raykd.training.trial import TrialSpec, read_loss_curve, trial_status
 
@@ -44,7 +45,7 @@ class TrialProgressTable(tune.Callback):
 
     def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
         # Not before Tune has pickled what it was given.
-        stream = runtime_console.stream()
+        stream = runtime_console.output_stream()
         if self._is_sweep and stream.isatty():
             # The table shows the meter's line beneath it; by itself it writes to nobody.
             self._meter = ProgressBar("training", None, unit="steps", stream=io.StringIO())
@@ -107,7 +108,7 @@ class TrialProgressTable(tune.Callback):
         if job is None:
             return
         self._be(trial_id, trial_status(job))
-        if self._meter is not None and (curve := read_loss_curve(job.folder / "metrics.jsonl")):
+        if self._meter is not None and (curve := read_loss_curve(TrialPaths(job.folder).metrics)):
             # Of a trial whose workers were lost Tune is not told the last.
             self._count(trial_id, curve[-1])
         if job.sweep and self._live is None and self._meter is not None:

@@ -17,6 +17,7 @@ from raykd.cluster.nodes import Bundle
 from raykd.config.experiment import Experiment
 from raykd.config.sections import Teacher, Train
 from raykd.storage import filesystem
+from raykd.storage.paths import ExperimentPaths, TrialPaths
 from raykd.storage.schemas import FAILED
 from raykd.training.trainer import train_trial
 from raykd.training.trial import TrialSpec, read_loss_curve, trial_status, validations
@@ -82,11 +83,11 @@ def run_trials(
     def train_student(config: dict[str, Any]) -> None:
         job = known.get(config["trial_id"]) or _find_suggested(config, make)
         # So that others are compared with it, and it with them, as if nothing had been broken off.
-        for measured in validations(read_loss_curve(job.folder / "metrics.jsonl")) if sweep else []:
+        for measured in validations(read_loss_curve(TrialPaths(job.folder).metrics)) if sweep else []:
             tune.report({"validation": measured})
         if job.trial_id not in replayed:
             kind = resources.resolve_accelerator(job.arm.train.accelerator, cluster)
-            train_trial(job, kind, [TuneReportCallback()], folder / "checkpoints")
+            train_trial(job, kind, [TuneReportCallback()], ExperimentPaths(folder).checkpoints)
 
     def room_as_asked(left: float) -> int:
         there = room()
@@ -107,7 +108,7 @@ def run_trials(
             trial_dirname_creator=lambda trial: trial.config["trial_id"],
         ),
         run_config=tune.RunConfig(
-            name="tune",
+            name=ExperimentPaths(folder).tune.name,
             storage_path=path,
             storage_filesystem=system,
             verbose=0,
@@ -121,7 +122,7 @@ def run_trials(
     for job in pending:
         if trial_status(job):
             # It is under way again; should it be broken off, it goes on.
-            (job.folder / "trial.json").unlink()
+            TrialPaths(job.folder).record.unlink()
     try:
         with node_requests() as ask:
             ask_for = request_trial_nodes(ask, group, least, others, at_a_time)

@@ -124,8 +124,8 @@ def test_trials_fit_only_on_their_accelerator_type():
 
 
 @pytest.mark.parametrize("section", [Engine, Train, Attention])
-def test_accelerator_type_on_cpu_is_refused(section: type):
-    with pytest.raises(ValueError, match=r"'H100' is a kind of GPU, and accelerator is cpu"):
+def test_a_kind_of_gpu_for_what_runs_on_the_cpu_is_refused(section: type):
+    with pytest.raises(ValueError, match=r"'H100' is a GPU model, but accelerator=cpu"):
         section(accelerator="cpu", accelerator_type="H100")
 
 

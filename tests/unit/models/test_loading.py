@@ -49,8 +49,8 @@ def test_remote_code_runs_with_trust_remote_code(folder: Path, tmp_path: Path):
     assert (tmp_path / "was run").exists()
 
 
-def test_engine_kwargs_cannot_trust_remote_code():
-    with pytest.raises(ValueError, match="set beside the model's name"):
+def test_an_engines_arguments_are_no_way_around_it():
+    with pytest.raises(ValueError, match="set trust_remote_code beside the model's name"):
         experiment.Experiment.model_validate(
             {
                 "name": "x",

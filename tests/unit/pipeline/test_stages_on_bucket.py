@@ -144,7 +144,7 @@ def test_the_harness_command_copies_what_it_reads(adapter: Path, bucket: str, tm
 def test_what_libraries_say_is_copied_at_the_end_and_nobody_elses_is_replaced(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ):
-    log = filesystem.resolve(f"{bucket}/logged/experiments/mine") / console.LOG_FILE
+    log = filesystem.resolve(f"{bucket}/logged/experiments/mine") / "driver.log"
     for host in ("one", "another"):
         monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
         with console.redirect_library_output(log) as written:
@@ -160,7 +160,7 @@ def test_a_fault_of_a_run_is_in_the_log_that_is_named(
     storage_of_run = f"{bucket}/faulty"
 
     def fail(*_: object) -> None:
-        log = filesystem.resolve(storage_of_run) / "experiments" / "quickstart" / console.LOG_FILE
+        log = filesystem.resolve(storage_of_run) / "experiments" / "quickstart" / "driver.log"
         with console.redirect_library_output(log):
             os.write(2, b"said by a library")
         raise RuntimeError("3 of 4 rows failed")
@@ -180,7 +180,7 @@ def test_a_log_that_the_bucket_does_not_take_is_named_where_it_is(bucket: str, m
 
     monkeypatch.setattr(filesystem, "put", refuse)
     # Nothing was written to it before.
-    log = filesystem.resolve(f"{bucket}/refused/{os.getpid()}/experiments/mine") / console.LOG_FILE
+    log = filesystem.resolve(f"{bucket}/refused/{os.getpid()}/experiments/mine") / "driver.log"
     told = console.append_to_log(log, "Traceback\n")
     assert not filesystem.is_remote(told) and told.read_text().endswith("Traceback\n")
 

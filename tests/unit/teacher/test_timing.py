@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from raykd.storage.paths import STAGE_TIME_FILE
 from raykd.teacher import timing
 from raykd.teacher.timing import StageTimer
 
@@ -14,8 +15,8 @@ def test_attempts_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     first, second = tmp_path / "first", tmp_path / "second"
     killed = StageTimer([first, second])
     now[0] += 10
-    killed.save()
-    assert not list(tmp_path.rglob(timing.FILE)), "saved at intervals only"
+    killed.note()
+    assert not list(tmp_path.rglob(STAGE_TIME_FILE)), "only now and then"
     now[0] += 30
     killed.save()
     # The attempt is killed ten seconds later; a later one continues one of the two.

@@ -223,5 +223,5 @@ def test_the_teacher_is_asked_beforehand_for_whatever_may_be_drawn(tmp_path: Pat
 
 def test_an_arm_in_rounds_cannot_be_searched_by_results(tmp_path: Path):
     tree = TREE | {"arms": {"own": {"targets.source": "student"}}}
-    with pytest.raises(ValueError, match=r"arm 'own' learns from its own answers.*sweep\.search=random"):
+    with pytest.raises(ValueError, match=r"arm 'own' has targets\.source=student.*sweep\.search=random"):
         Experiment.model_validate(tree | {"sweep": {"search": "optuna", "scheduler": "none", "space": RATES}})
