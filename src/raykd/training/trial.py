@@ -35,7 +35,7 @@ class TrialSpec:
     """The trial's folder."""
     config_id: str
     """What it learns: the arm, and the point of the sweep where there is one (`raykd.tuning.variants`)."""
-    values: dict[str, Any] = field(default_factory=dict)
+    hparams: dict[str, Any] = field(default_factory=dict)
     """The searched fields by dotted path, those that bear on the arm."""
     sweep: Sweep | None = None
     """How it is measured on the validation problems while it learns; None where it is not."""
@@ -105,7 +105,7 @@ def write_trial_status(job: TrialSpec, status: str, error: str = "", **more: Any
             "arm": job.arm_name,
             "seed": job.seed,
             "overrides": job.overrides,
-            "values": job.values,
+            "hparams": job.hparams,
             "strategy": job.arm.prompt.strategy if job.arm.needs_teacher else "",
             "status": status,
             "error": error,

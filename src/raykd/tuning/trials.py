@@ -57,7 +57,7 @@ def trial_specs(
                     experiment=experiment.name,
                     folder=folder / "trials" / trial_id,
                     config_id=variant.config_id,
-                    values=variant.values,
+                    hparams=variant.hparams,
                     sweep=experiment.sweep,
                     max_tokens=experiment.evaluate.sampling.max_tokens,
                 )
