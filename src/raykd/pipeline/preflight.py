@@ -70,5 +70,9 @@ def preflight(plan: Plan, resources: dict[str, float], stages: Sequence[str] = S
         answering.append(("students", "test", told))
     for whose, split, asked in answering:
         evaluate.check_student_lengths(
-            plan.problems / f"{split}.parquet", experiment.student, asked, instruction, whose
+            plan.problems / f"{split}.parquet",
+            student=experiment.student,
+            evaluation=asked,
+            instruction=instruction,
+            role=whose,
         )

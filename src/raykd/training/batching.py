@@ -8,10 +8,10 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from raykd.training.examples import Target
+from raykd.training.examples import Example
 
 
-def collate(rows: list[Target], pad_token_id: int, packing: bool) -> dict[str, Tensor]:
+def collate(rows: list[Example], pad_token_id: int, packing: bool) -> dict[str, Tensor]:
     """A micro-batch: rows beneath each other, padded on the right, or one behind the other in a single sequence.
 
     Returns:

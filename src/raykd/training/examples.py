@@ -67,7 +67,7 @@ def _content(row: Row) -> tuple[int, ...] | str:
 
 
 @dataclass(frozen=True)
-class Target:
+class Example:
     """One row to train on. Target t belongs to the student's logit that predicts completion token t."""
 
     problem_id: str
@@ -129,7 +129,7 @@ def build_examples(
     tokenizer: Any,
     same_as_teacher: bool,
     wanted: frozenset[str] | None = None,
-) -> tuple[list[Target], dict[str, int]]:
+) -> tuple[list[Example], dict[str, int]]:
     """The rows that an arm trains on, in the order of the problems and their samples, and what was dropped and why.
 
     Args:
@@ -152,14 +152,14 @@ def build_examples(
             prompt = tokenization.prompt_token_ids(tokenizer, prompts.student_messages(problem, arm.prompt.instruction))
             kept, reasons = select_completions(by_problem.get(problem["problem_id"], []), arm.targets)
             dropped += reasons
-            found = [_build_target(arm, prompt, row, tokenizer, same_as_teacher) for row in kept]
+            found = [_completion_example(arm, prompt, row, tokenizer, same_as_teacher) for row in kept]
         fitting = [target for target in found if len(target) <= arm.train.max_length]
         dropped["too_long"] += len(found) - len(fitting)
         targets += fitting
     return targets, {reason: count for reason, count in dropped.items() if count}
 
 
-def reference_example(problem: Mapping[str, Any], tokenizer: Any, instruction: str) -> Target:
+def reference_example(problem: Mapping[str, Any], tokenizer: Any, instruction: str) -> Example:
     """The tokens of a problem's reference solution as targets.
 
     Args:
@@ -169,7 +169,7 @@ def reference_example(problem: Mapping[str, Any], tokenizer: Any, instruction: s
     """
     prompt = tokenization.prompt_token_ids(tokenizer, prompts.student_messages(problem, instruction))
     tokens = tokenization.answer_token_ids(tokenizer, problem["reference_solution"], is_whole=True)
-    return Target(problem["problem_id"], prompt, tokens)
+    return Example(problem["problem_id"], prompt, tokens)
 
 
 def _completions_by_problem(arm: Arm, completions: Path) -> dict[str, list[dict[str, Any]]]:
@@ -188,12 +188,14 @@ def _completions_by_problem(arm: Arm, completions: Path) -> dict[str, list[dict[
     return found
 
 
-def _build_target(arm: Arm, prompt: list[int], completion: Mapping[str, Any], tokenizer: Any, same: bool) -> Target:
+def _completion_example(
+    arm: Arm, prompt: list[int], completion: Mapping[str, Any], tokenizer: Any, same: bool
+) -> Example:
     problem_id, tokens = completion["problem_id"], completion["completion_token_ids"]
     if arm.targets.kind == "top_k":
         whole = {**completion, **{name: completion[name].to_pylist() for name in _TOPK_COLUMNS}}
-        return Target(problem_id, prompt, tokens, *soft_targets(whole, arm.targets.top_k, len(tokenizer)))
+        return Example(problem_id, prompt, tokens, *soft_targets(whole, arm.targets.top_k, len(tokenizer)))
     if not same:
         is_whole = completion["finish_reason"] == "stop"
         tokens = tokenization.answer_token_ids(tokenizer, completion["completion"], is_whole)
-    return Target(problem_id, prompt, tokens)
+    return Example(problem_id, prompt, tokens)

@@ -22,7 +22,7 @@ from raykd.runtime.metrics import show_training
 from raykd.storage import files
 from raykd.storage.schemas import COMPLETE
 from raykd.training import checkpoints, schedule
-from raykd.training.examples import Target
+from raykd.training.examples import Example
 from raykd.training.trial import TrialSpec, problem_ids, problem_ids_of_round, read_loss_curve, write_trial_status
 
 Report = Callable[[dict[str, Any], Path | None], None]
@@ -197,12 +197,12 @@ def train_loop(job: TrialSpec, report: Report, resume: Path | None) -> None:
 class _TrainingData:
     """The rows of a part of the training, and the order in which all of it goes through them."""
 
-    rows: list[Target | None]
+    rows: list[Example | None]
     """None for a problem that has no answer to learn from in this round."""
     dropped: dict[str, int]
     steps: list[tuple[int, list[int]]]
 
-    def rows_of(self, numbers: list[int]) -> list[Target]:
+    def rows_of(self, numbers: list[int]) -> list[Example]:
         return [row for number in numbers if (row := self.rows[number]) is not None]
 
     def tokens(self, numbers: list[int]) -> int:
@@ -217,7 +217,7 @@ def _load_training_data(job: TrialSpec, tokenizer: Any) -> _TrainingData:
     # A round may bring nothing; the training as a whole may not.
     if not found and job.round is None:
         raise UserError(f"trial {job.trial_id}: no row is left to train on; dropped: {dropped}")
-    rows: list[Target | None] = list(found)
+    rows: list[Example | None] = list(found)
     if job.round is not None:
         # The order is that of all problems, whichever of them are this round's.
         by_problem = {row.problem_id: row for row in found}

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from raykd.config.experiment import Arm
 from raykd.config.sections import Lora, Loss, Prompt, Student, Targets, Teacher, Train
 from raykd.training import batching, student
-from raykd.training.examples import Target
+from raykd.training.examples import Example
 from raykd.training.packing import ATTENTION_NAME
 
 V, K = 61, 5
@@ -48,7 +48,7 @@ def model() -> Any:
     return adapted.double().eval()
 
 
-def rows(soft: bool) -> list[Target]:
+def rows(soft: bool) -> list[Example]:
     generator = np.random.default_rng(0)
     made = []
     for prompt, answer in ((7, 5), (3, 9), (11, 1)):
@@ -56,11 +56,11 @@ def rows(soft: bool) -> list[Target]:
         log_p = np.log(generator.dirichlet(np.ones(V), answer))
         ids = np.argsort(-log_p, axis=-1)[:, :K].copy()
         best = np.take_along_axis(log_p, ids, -1).astype(np.float32)
-        made.append(Target("p", tokens[:prompt], tokens[prompt:], *((ids, best) if soft else ())))
+        made.append(Example("p", tokens[:prompt], tokens[prompt:], *((ids, best) if soft else ())))
     return made
 
 
-def by_row(model: Any, row: Target, chosen: Arm) -> torch.Tensor:
+def by_row(model: Any, row: Example, chosen: Arm) -> torch.Tensor:
     """The loss of one row alone, from the model's own logits: each completion token by the logit before it."""
     tokens = row.prompt_token_ids + row.completion_token_ids
     first = len(row.prompt_token_ids)
@@ -139,7 +139,7 @@ def test_packed_rows_do_not_see_each_other(model):
     first, second, _ = rows(soft=False)
     distillation = student.Distillation(model, arm())
 
-    def loss_of(*made: Target) -> float:
+    def loss_of(*made: Example) -> float:
         return float(distillation(batching.collate(list(made), 0, packing=True)).detach())
 
     assert loss_of(first, second) == pytest.approx(loss_of(first) + loss_of(second), rel=1e-5)
@@ -170,7 +170,7 @@ def test_activation_checkpointing_keeps_less_and_changes_nothing():
         )
         learner = student.build_student(chosen, seed=0)
         assert all(module.training for module in learner.modules())
-        batch = batching.collate([Target("p", [5] * 60, list(range(5, 65)))], pad_token_id=0, packing=False)
+        batch = batching.collate([Example("p", [5] * 60, list(range(5, 65)))], pad_token_id=0, packing=False)
         kept, loss = _saved_elements(learner, batch)
         loss.backward()
         made[checkpointing] = kept, float(loss.detach()), gradients(learner)
@@ -189,6 +189,6 @@ def test_dropout_is_on_while_it_learns():
     for name, parameter in learner.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    batch = batching.collate([Target("p", [5] * 6, list(range(5, 15)))], pad_token_id=0, packing=False)
+    batch = batching.collate([Example("p", [5] * 6, list(range(5, 15)))], pad_token_id=0, packing=False)
     losses = {float(learner(batch).detach()) for _ in range(3)}
     assert len(losses) == 3
