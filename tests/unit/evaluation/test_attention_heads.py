@@ -301,8 +301,8 @@ _BART: dict[str, Any] = {
         (GptOssConfig(**SIZES, head_dim=8, num_local_experts=2, num_experts_per_tok=1), GptOssForCausalLM, "s_aux"),
         (BartConfig(**_BART), BartForConditionalGeneration, "encoder"),
         (BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4), BloomForCausalLM, "0 of 2 layers"),
-        (DogeConfig(**SIZES), DogeForCausalLM, "a mask of its own making"),
-        (StableLmConfig(**SIZES), StableLmForCausalLM, "not handed"),
+        (DogeConfig(**SIZES), DogeForCausalLM, "a mask of its own"),
+        (StableLmConfig(**SIZES), StableLmForCausalLM, "does not receive"),
     ],
     ids=["softcap", "sinks", "encoder and decoder", "attention of its own", "dynamic mask", "arguments not passed on"],
 )
