@@ -166,7 +166,7 @@ def last_validation_metric(trial: TrialSpec) -> float | None:
 def rank_by_validation(scores: Mapping[str, Iterable[float]], metric: str) -> list[str]:
     """Return configurations by the mean score of their seeds, the best first; more seeds rank before fewer.
 
-    A configuration with fewer seeds was stopped early in one, because it was worse.
+    A missing seed was stopped early by the sweep's scheduler, because the configuration was worse.
 
     Args:
         scores: by configuration, the last validation score of each seed.

@@ -67,10 +67,10 @@ def test_half_a_list_gives_way_to_the_newest_whole_checkpoint(run: Path, left: s
 @pytest.mark.parametrize("lost", ["checkpoint/rank_1.pt", "worker-1.json"])
 def test_a_checkpoint_without_one_workers_part_is_not_whole(run: Path, lost: str):
     folder = checkpoint(run, "checkpoint_1")
-    assert checkpoints.is_whole(folder)
+    assert checkpoints.is_complete(folder)
     (folder / lost).unlink()
     listed(run, "checkpoint_1")
-    assert not checkpoints.is_whole(folder)
+    assert not checkpoints.is_complete(folder)
     assert checkpoints.repair(run) is None
     assert not folder.exists()
 
@@ -88,4 +88,4 @@ def test_one_that_was_altered_is_not_whole(run: Path):
     folder = checkpoint(run, "checkpoint_1")
     file = folder / "checkpoint" / "rank_0.pt"
     file.write_bytes(b"\x02" * 100)
-    assert not checkpoints.is_whole(folder)
+    assert not checkpoints.is_complete(folder)
