@@ -45,7 +45,7 @@ def test_of_more_than_k_the_k_best_are_taken_and_fewer_are_refused():
 def test_an_id_that_is_no_token_is_refused():
     best = max(max(row) for row in completion()["topk_ids"])
     examples.soft_targets(completion(), 2, best + 1)
-    with pytest.raises(ValueError, match=rf"completion c1: .* token {best}, and the tokenizer has {best};"):
+    with pytest.raises(ValueError, match=rf"completion c1: .* token {best}, but the tokenizer has {best} tokens;"):
         examples.soft_targets(completion(), 2, best)
 
 
