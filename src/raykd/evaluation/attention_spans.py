@@ -41,10 +41,12 @@ def step_results(text: str) -> list[tuple[int, int, list[Span]]]:
     """
     steps = []
     for line in _LINE.finditer(text):
-        *_, last = [None, *_RESULT.finditer(text, *line.span())]
-        if last:
+        start, end = line.span()
+        matches = list(_RESULT.finditer(text, start, end))
+        if matches:
+            last = matches[-1]
             results = [last.span(name) for name in ("first", "second") if last[name] is not None]
-            steps.append((*line.span(), results))
+            steps.append((start, end, results))
     return steps
 
 

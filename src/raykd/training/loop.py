@@ -251,7 +251,7 @@ class _LossCurve:
     def add(self, point: dict[str, Any]) -> None:
         self._points.append(point)
         if self._write:
-            files.write_text(self._path, "".join(json.dumps(each) + "\n" for each in self._points))
+            files.write_text(self._path, "".join(json.dumps(point) + "\n" for point in self._points))
 
 
 def _mark_complete(trial: TrialSpec, data: TrainingData) -> None:

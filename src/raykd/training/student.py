@@ -160,7 +160,7 @@ class Distillation(nn.Module):
 def save_adapter(model: PeftModel, folder: Path, student: Student, write: bool, is_trained: bool = True) -> None:
     """Save the adapter in peft's format, atomically, and check the saved weights.
 
-    Every worker calls it: under ZeRO stage 3 each holds only a shard of the weights.
+    All workers must call it: under ZeRO stage 3 each has only a shard of the weights.
 
     Args:
         model: the student.

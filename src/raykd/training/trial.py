@@ -81,7 +81,7 @@ def problem_ids_of_round(trial: TrialSpec, number: int) -> frozenset[str]:
 
 
 def trial_status(trial: TrialSpec) -> str:
-    """Return the final status of a trial, one of those in `schemas`; "" if it has none yet."""
+    """Return the final status of a trial, such as `schemas.COMPLETE`; "" if it has none yet."""
     record = trial.folder / "trial.json"
     return files.read_json(record)["status"] if record.exists() else ""
 
@@ -112,7 +112,7 @@ def write_trial_status(trial: TrialSpec, status: str, error: str = "", **entries
 
     Args:
         trial: the trial.
-        status: one of those in `schemas`.
+        status: the final status, such as `schemas.COMPLETE`.
         error: why it failed; "" if it did not.
         entries: further entries of the file.
     """

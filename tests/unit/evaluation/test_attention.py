@@ -94,10 +94,10 @@ def test_each_student_is_measured_with_its_own_adapter(problems: Path, adapter: 
         assert measure(part) == {"rows": [5], "tokens": [sum_of_tokens()]}
     measured = values(problems)
     tokenizer = loading.load_tokenizer(Student(model="raykd/demo-student"))
-    base = load_base_model(STUDENT, torch.float32).eval()
+    model = load_base_model(STUDENT, torch.float32).eval()
     texts = [attention.attention_text(row, tokenizer, "", None) for row in PROBLEMS]
-    base = attention_heads.attention_statistics(base, texts, 0)
-    adapted = attention_heads.attention_statistics(PeftModel.from_pretrained(base, str(adapter)).eval(), texts, 0)
+    base = attention_heads.attention_statistics(model, texts, 0)
+    adapted = attention_heads.attention_statistics(PeftModel.from_pretrained(model, str(adapter)).eval(), texts, 0)
     assert np.nanmax(np.abs(base - adapted)) > 1e-3
     for trial, expected in (("t0", base), ("t1", adapted), ("t2", base), ("t3", adapted)):
         for problem_id, each in zip(ids, expected, strict=True):
