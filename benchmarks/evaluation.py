@@ -88,8 +88,15 @@ def one_engine(
     began = time.monotonic()
     with connected(folder / "log", "evaluation", "benchmark") as resources:
         kind = resolve_accelerator(experiment.evaluate.engine.accelerator, resources)
-        told = (splits, experiment.student, experiment.evaluate, experiment.prompt.instruction)
-        evaluate.evaluate_students(eval_models, *told, kind, Path(tempfile.mkdtemp(dir=folder)))
+        evaluate.evaluate_students(
+            eval_models,
+            problems=splits,
+            student=experiment.student,
+            evaluation=experiment.evaluate,
+            instruction=experiment.prompt.instruction,
+            accelerator=kind,
+            folder=Path(tempfile.mkdtemp(dir=folder)),
+        )
     return {"seconds": time.monotonic() - began}
 
 

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from raykd.config.experiment import Arm, Experiment
 from raykd.training import batching, student
-from raykd.training.examples import Target
+from raykd.training.examples import Example
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOP_K = 16
@@ -101,7 +101,7 @@ def measure(
     return told
 
 
-def drawn(tokens: int, vocabulary: int, soft: bool) -> Iterator[Target]:
+def drawn(tokens: int, vocabulary: int, soft: bool) -> Iterator[Example]:
     """Rows that are as many tokens together."""
     draw = np.random.default_rng(0)
     while tokens > 0:
@@ -114,11 +114,11 @@ def drawn(tokens: int, vocabulary: int, soft: bool) -> Iterator[Target]:
             shares = draw.dirichlet(np.ones(TOP_K + 1), completion)[:, :TOP_K]
             best["topk_logprobs_TK"] = np.log(shares).astype(np.float32)
         ids = (draw.integers(vocabulary, size=length).tolist() for length in (prompt, completion))
-        yield Target("drawn", *ids, **best)
+        yield Example("drawn", *ids, **best)
 
 
 def made(
-    side: str, rows: list[Target], checkpointing: bool, device: torch.device, options: Any
+    side: str, rows: list[Example], checkpointing: bool, device: torch.device, options: Any
 ) -> tuple[torch.nn.Module, Step]:
     """A model, and what makes a step's loss with it."""
     base = random_base(device, options)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from raykd.training.examples import Target
+from raykd.training.examples import Example
 
 
 def product_rate(device: torch.device) -> float:
@@ -30,7 +30,7 @@ def finished(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def count_operations(model: Any, rows: Collection[Target]) -> float:
+def count_operations(model: Any, rows: Collection[Example]) -> float:
     """What training on rows takes at least.
 
     4 operations for each frozen weight and token (forward, and backward to the activations; of the output layer for

@@ -171,7 +171,7 @@ def _trl(made: TrialSpec, packing: bool) -> list[dict[str, Any]]:
     return points
 
 
-def _rows(made: TrialSpec) -> tuple[Any, list[examples.Target]]:
+def _rows(made: TrialSpec) -> tuple[Any, list[examples.Example]]:
     """The tokenizer, and the rows of all steps in our order."""
     from raykd.models import loading
 
@@ -181,7 +181,7 @@ def _rows(made: TrialSpec) -> tuple[Any, list[examples.Target]]:
     return tokenizer, [rows[number] for _, batch in order for number in batch]
 
 
-def _examples(rows: list[examples.Target]) -> Iterator[dict[str, Any]]:
+def _examples(rows: list[examples.Example]) -> Iterator[dict[str, Any]]:
     for row in rows:
         yield {
             "input_ids": [*row.prompt_token_ids, *row.completion_token_ids],

@@ -1,10 +1,10 @@
-"""What transformers alone gives, for the pipeline to be compared with."""
+"""Answers and log-probabilities computed by transformers alone, as reference values."""
 
 import torch
 
 
 def greedy(model, prompt: list[int], eos: int, max_tokens: int) -> list[int]:
-    """What a model answers, by transformers alone."""
+    """Return a model's greedy answer, by transformers alone."""
     with torch.no_grad():
         out = model.generate(
             torch.tensor([prompt]),
@@ -18,7 +18,7 @@ def greedy(model, prompt: list[int], eos: int, max_tokens: int) -> list[int]:
 
 
 def log_likelihoods(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    """The model's own distribution at each token of an answer (T, V), float64, at temperature 1."""
+    """Return the model's log-probabilities at each token of an answer: (T, V) float64, at temperature 1."""
     with torch.no_grad():
         logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
     return torch.log_softmax(logits.double(), -1)

@@ -1,10 +1,9 @@
-"""Trains one student for each variant, without Ray: `torchrun plain_loop.py FOLDER VARIANT...`.
+"""Train one student for each variant, without Ray: `torchrun plain_loop.py FOLDER VARIANT...`.
 
-A variant is words such as `zero2-micro4-packed-killed`: the ZeRO stage, the rows of a forward pass, whether targets are
-soft, whether computed with in bfloat16, whether rows are packed, whether activations are checkpointed, whether the loss
-is made in many chunks, whether the student is measured on validation problems on the way (by its loss, or by what it
-answers), and whether the loop is broken off after its first checkpoint (`killed`): the whole process ends there, and
-goes on when it is started for the same variant again; or it goes on with other workers than its two (`elastic`).
+A variant is a list of words such as `zero2-micro4-packed-killed`: the ZeRO stage and the rows of a forward pass, then
+any of `soft` (targets), `bf16`, `packed`, `checkpointed` (activations), `chunked` (many chunks in the loss), `loss` or
+`answers` (validation by loss or by accuracy), `killed` and `elastic`. The last two end the process after its first
+checkpoint. Another run of the same variant resumes from it; for `elastic` with a number of workers other than two.
 """
 
 import os
@@ -29,8 +28,8 @@ from raykd.training.trial import TrialSpec
 FOLDER = Path(sys.argv[1])
 
 
-def job(variant: str, workers: int) -> TrialSpec:
-    """A trial on reference solutions, with the targets of a teacher that is drawn from a seed where they are soft."""
+def trial_spec(variant: str, workers: int) -> TrialSpec:
+    """Return a trial on reference solutions; soft targets are random."""
     words = variant.split("-")
     is_elastic = "elastic" in words
     workers = 2 if is_elastic else workers
@@ -62,9 +61,9 @@ def job(variant: str, workers: int) -> TrialSpec:
     splits = FOLDER / "splits"
     if not splits.exists():
         shutil.copytree(datasets.write_splits(experiment.dataset, FOLDER), splits)
-        # Any problems that are not trained on will do.
+        # Any problems that are not trained on serve as validation split.
         shutil.copyfile(splits / "test.parquet", splits / "validation.parquet")
-    measured = Sweep(metric="loss" if "loss" in words else "accuracy", num_validations=2, validation_batch_size=2)
+    sweep = Sweep(metric="loss" if "loss" in words else "accuracy", num_validations=2, validation_batch_size=2)
     return TrialSpec(
         trial_id=name,
         arm_name="default",
@@ -72,18 +71,18 @@ def job(variant: str, workers: int) -> TrialSpec:
         seed=0,
         overrides={},
         problems=splits,
-        completions=scored(splits) if "soft" in words else None,
+        completions=write_scored_solutions(splits) if "soft" in words else None,
         same_tokens=True,
         experiment=experiment.name,
         folder=FOLDER / name,
         config_id="default",
-        sweep=measured if {"loss", "answers"} & set(words) else None,
+        sweep=sweep if {"loss", "answers"} & set(words) else None,
         max_tokens=16,
     )
 
 
-def scored(splits: Path) -> Path:
-    """The reference solutions with six log-probabilities for each of their tokens."""
+def write_scored_solutions(splits: Path) -> Path:
+    """Write the reference solutions with six random log-probabilities for each token, and return their folder."""
     draw, tokenizer = np.random.default_rng(0), loading.load_tokenizer(Student(model="raykd/demo-student"))
     rows = []
     for problem in pyarrow.parquet.read_table(splits / "train.parquet").to_pylist():
@@ -107,19 +106,27 @@ def scored(splits: Path) -> Path:
 
 
 def run(variant: str, workers: int) -> None:
-    made = job(variant, workers)
+    trial = trial_spec(variant, workers)
     student.CHUNK_ELEMENTS = 1 << (13 if "chunked" in variant else 26)
-    kept = FOLDER / f"checkpoint-of-{made.trial_id}"
+    checkpoint_copy = FOLDER / f"checkpoint-of-{trial.trial_id}"
 
-    def break_off(metrics: dict[str, Any], checkpoint: Path | None) -> None:
+    def exit_at_checkpoint(metrics: dict[str, Any], checkpoint: Path | None) -> None:
         if checkpoint:
-            # As Ray Train does it, every worker's part goes into one folder.
-            shutil.copytree(checkpoint, kept, dirs_exist_ok=True)
+            # Like Ray Train, merges the parts of all workers into one folder.
+            shutil.copytree(checkpoint, checkpoint_copy, dirs_exist_ok=True)
             torch.distributed.barrier()
             os._exit(0)
 
-    is_first = {"killed", "elastic"} & set(variant.split("-")) and not kept.exists()
-    loop.train_loop(made, break_off if is_first else lambda metrics, checkpoint: None, kept if kept.exists() else None)
+    if checkpoint_copy.exists():
+        loop.train_loop(trial, ignore, checkpoint_copy)
+    elif {"killed", "elastic"} & set(variant.split("-")):
+        loop.train_loop(trial, exit_at_checkpoint, None)
+    else:
+        loop.train_loop(trial, ignore, None)
+
+
+def ignore(metrics: dict[str, Any], checkpoint: Path | None) -> None:
+    """A report that goes nowhere."""
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def adapter(job: TrialSpec) -> Path:
 
 def by_arm(swept: Swept, arm: str) -> dict[float, TrialSpec]:
     """An arm's trials by their learning rate."""
-    return {job.values["train.learning_rate"]: job for job in swept.plan.jobs if job.arm_name == arm}
+    return {job.hparams["train.learning_rate"]: job for job in swept.plan.jobs if job.arm_name == arm}
 
 
 def told(job: TrialSpec) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def test_the_table_has_every_trial(swept: Swept):
     assert rows.keys() == {job.trial_id for job in swept.plan.jobs} | {"base"}
     for job in swept.plan.jobs:
         row, record = rows[job.trial_id], told(job)
-        assert float(row["train.learning_rate"]) == job.values["train.learning_rate"]
+        assert float(row["train.learning_rate"]) == job.hparams["train.learning_rate"]
         assert row["status"] == record["status"]
         if record["status"] != FAILED:
             assert float(row["validation_loss"]) == record["validation"]["loss"]

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import ray.data
 
 from raykd import compat, identity
-from raykd.cluster import resources
+from raykd.cluster.data_stage import run_stage
+from raykd.cluster.resources import Accelerator
 from raykd.config.sections import Evaluate, Student
 from raykd.data import grading, prompts
 from raykd.evaluation.student_batch import (
@@ -32,57 +32,59 @@ from raykd.storage.paths import split_file
 
 def evaluate_students(
     eval_models: list[StudentModel],
+    *,
     problems: Path,
     student: Student,
     evaluation: Evaluate,
     instruction: str,
-    kind: resources.Accelerator,
+    accelerator: Accelerator,
     folder: Path,
 ) -> None:
-    """Has every eval_model answer every test problem, and seals the folder of predictions.
+    """Answer every test problem with every student, score the answers, and finalize the folder of predictions.
 
     Args:
         eval_models: adapters of the same base model, and that model itself.
-        problems: the folder of the splits; `test` is asked.
+        problems: the folder of the splits; the `test` split is read.
         student: the base model.
-        evaluation: the configuration's section.
-        instruction: what is said about the form of the answer, as in training.
-        kind: what the engine runs on.
-        folder: where `schemas.PREDICTION` rows go.
+        evaluation: the section `evaluate`.
+        instruction: the sentence about the answer's form, as in training.
+        accelerator: the device of the engine.
+        folder: the output folder of `schemas.PREDICTION` rows.
 
     Raises:
-        StageError: where more than `evaluation.max_error_rate` of the rows failed, naming some.
-        UserError: where an adapter is damaged, naming it.
+        StageError: more than `evaluation.max_error_rate` of the rows failed; the message lists some.
+        UserError: an adapter is damaged; the message names its file.
     """
     check_adapters(eval_models)
-    ids = test_problem_ids(problems)
-    wanted = {
-        prediction_id(each, problem_id, sample)
-        for each in eval_models
-        for problem_id in ids
+    problem_ids = test_problem_ids(problems)
+    expected_ids = {
+        prediction_id(model, problem_id, sample)
+        for model in eval_models
+        for problem_id in problem_ids
         for sample in range(evaluation.num_samples)
     }
-    total = len(wanted)
-    done = row_store.done_ids(folder, schemas.PREDICTION, "prediction_id") & wanted
+    done = row_store.done_ids(folder, schemas.PREDICTION, "prediction_id") & expected_ids
     eval_models = with_null_adapter(eval_models, folder / "null_adapter")
-    with ProgressBar("students", total, done=len(done), unit="answers") as meter:
-        if len(done) < total:
-            scored = student_answers(
-                split_file(problems, "test"), eval_models, done, student, evaluation, instruction, kind
-            ).map_batches(
-                ScoreAnswers,
-                batch_size=evaluation.batch_size,
-                fn_constructor_kwargs={
-                    "folder": folder,
-                    "ends": tokenization.end_token_ids(student),
-                    "evaluation": evaluation,
-                },
-                compute=ray.data.ActorPoolStrategy(size=1),
-                num_cpus=0,
+    with ProgressBar("students", len(expected_ids), done=len(done), unit="answers") as meter:
+        if len(done) < len(expected_ids):
+            answers = student_answers(
+                split_file(problems, "test"),
+                eval_models,
+                done,
+                student=student,
+                evaluation=evaluation,
+                instruction=instruction,
+                accelerator=accelerator,
             )
-            scored.set_name("student-answers")
-            for row in scored.iter_rows():
-                meter.add(row["rows"], row["tokens"])
+            scoring = {
+                "folder": folder,
+                "end_token_ids": tokenization.end_token_ids(student),
+                "evaluation": evaluation,
+            }
+            for counts in run_stage(
+                answers, ScoreAnswers, scoring, "student-answers", batch_size=evaluation.batch_size
+            ):
+                meter.add(counts["rows"], counts["tokens"])
     option = "evaluate.max_error_rate"
     row_store.check_failures(folder, schemas.PREDICTION, "prediction_id", "students", option, evaluation.max_error_rate)
     row_store.finalize(
@@ -90,7 +92,7 @@ def evaluate_students(
         schemas.PREDICTION,
         "prediction_id",
         {
-            "trials": [each.trial_id for each in eval_models],
+            "trials": [model.trial_id for model in eval_models],
             "asked": identity.evaluation_settings(evaluation),
             "problems": problems.name,
         },
@@ -98,29 +100,31 @@ def evaluate_students(
 
 
 def check_adapters(eval_models: Sequence[StudentModel]) -> None:
-    """Raises UserError where an adapter is not as raykd writes it, naming the file."""
-    for each in eval_models:
-        if each.adapter:
-            check_adapter(each.adapter, each.rank)
+    """Raise UserError if an adapter is not as raykd writes it; the message names the file."""
+    for model in eval_models:
+        if model.adapter:
+            check_adapter(model.adapter, model.rank)
 
 
 def folder_name(evaluation: Evaluate) -> str:
-    """What the folder of answers is called: other for each way of asking."""
+    """Return the name of the predictions folder: a different one for all settings that change an answer."""
     return f"{evaluation.protocol}-{hashing.content_key(identity.evaluation_settings(evaluation))[:8]}"
 
 
 def collect_predictions(folder: Path, file: Path) -> None:
-    """Writes all complete answers of an experiment into one file, in however many ways they were asked.
+    """Write the complete predictions of an experiment, of all evaluation settings, into one Parquet file.
 
-    To the columns of `schemas.PREDICTION` comes `evaluation`, the name of the folder of answers, by which ways of
-    asking are told apart. Nothing is written where the file is newer than all of them.
+    The file has the columns of `schemas.PREDICTION` and `evaluation`: the name of the predictions folder, which
+    identifies the settings. A file newer than all manifests is left unchanged.
 
     Args:
-        folder: of the folders of answers.
+        folder: the parent of the predictions folders.
         file: the Parquet file.
     """
     manifests = filesystem.find_in_subdirs(folder, row_store.MANIFEST)
-    if not manifests or (file.exists() and file.stat().st_mtime > max(each.stat().st_mtime for each in manifests)):
+    if not manifests:
+        return
+    if file.exists() and file.stat().st_mtime > max(manifest.stat().st_mtime for manifest in manifests):
         return
     tables = []
     for manifest in manifests:
@@ -131,45 +135,51 @@ def collect_predictions(folder: Path, file: Path) -> None:
     files.write_table(file, pa.concat_tables(tables))
 
 
-def check_student_lengths(split: Path, student: Student, evaluation: Evaluate, instruction: str, whose: str) -> None:
-    """Raises UserError where more prompts than may fail leave the student no room to answer, naming some.
+def check_student_lengths(split: Path, *, student: Student, evaluation: Evaluate, instruction: str, role: str) -> None:
+    """Raise UserError if too many prompts leave the student no room to answer; the message lists some.
 
     Args:
         split: the Parquet file of the problems.
         student: the base model.
-        evaluation: how they are asked.
-        instruction: what is said about the form of the answer.
-        whose: who answers what, for the message.
+        evaluation: protocol, sampling and engine; `max_error_rate` is the share of prompts that may be too long.
+        instruction: the sentence about the answer's form.
+        role: the subject of the message, such as "students".
     """
     limit = tokenization.context_length(student, evaluation.engine.engine_kwargs)
     if limit is None:
         return
     tokenizer = load_tokenizer(student)
     rows = files.read_table(split, ["problem_id", "question"]).to_pylist()
-    room = evaluation.sampling.max_tokens
-    needs = (
+    needed_tokens = (
         (
             row["problem_id"],
-            room + len(tokenization.question_token_ids(tokenizer, row, instruction, evaluation.protocol)),
+            evaluation.sampling.max_tokens
+            + len(tokenization.question_token_ids(tokenizer, row, instruction, evaluation.protocol)),
         )
         for row in rows
     )
     tokenization.check_lengths(
-        needs, len(rows), limit, evaluation.max_error_rate, whose, "evaluate.engine", "max_tokens"
+        needed_tokens, len(rows), limit, evaluation.max_error_rate, role, "evaluate.engine", "max_tokens"
     )
 
 
 def test_problem_ids(problems: Path) -> list[str]:
-    """The test problems, in their order."""
+    """Return the ids of the test problems, in their order."""
     return files.read_table(split_file(problems, "test"), ["problem_id"])["problem_id"].to_pylist()
 
 
 class ScoreAnswers:
-    """Scores answers, writes them, and passes on the counts."""
+    """Stage that scores answers, writes them, and returns counts for the progress bar.
 
-    def __init__(self, folder: Path, ends: set[int], evaluation: Evaluate) -> None:
-        self._folder, self._ends = folder, ends
-        self._stop = prompts.stop_strings(evaluation)
+    Args:
+        folder: the output folder of `schemas.PREDICTION` rows.
+        end_token_ids: tokens that end an answer.
+        evaluation: the section `evaluate`, for the protocol's stop strings.
+    """
+
+    def __init__(self, folder: Path, end_token_ids: set[int], evaluation: Evaluate) -> None:
+        self._folder, self._end_token_ids = folder, end_token_ids
+        self._stop_strings = prompts.stop_strings(evaluation)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[int]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -180,9 +190,11 @@ class ScoreAnswers:
     def _score(self, row: Mapping[str, Any]) -> dict[str, Any]:
         text, error = row["generated_text"], row[compat.INFERENCE_ERROR]
         tokens = row["generated_tokens"]
-        ended = finish_reason(tokens, self._ends, error)
-        if at := next((each for each in self._stop if text.endswith(each)), None):
-            text, ended = text.removesuffix(at), "stop"
+        reason = finish_reason(tokens, self._end_token_ids, error)
+        # The engine leaves the stop string at the end of the text (`sampling_params`).
+        stop_string = next((stop for stop in self._stop_strings if text.endswith(stop)), None)
+        if stop_string:
+            text, reason = text.removesuffix(stop_string), "stop"
         strict, flexible = grading.strict_match(text), grading.flexible_extract(text)
         return {
             **{name: row[name] for name in PROMPT_COLUMNS},
@@ -190,7 +202,7 @@ class ScoreAnswers:
             "sample_index": int(row["sample_index"]),
             "completion": text,
             "num_tokens": len(tokens),
-            "finish_reason": ended,
+            "finish_reason": reason,
             "answer_strict": strict,
             "answer_flexible": flexible,
             "is_correct_strict": grading.is_correct(strict, row["reference_answer"]),

@@ -1,6 +1,6 @@
-"""Harness: an experiment's test as a task of lm-evaluation-harness, so that anyone can score its students by that.
+"""Export an experiment's test as a task of lm-evaluation-harness, to score its students independently of raykd.
 
-The task asks what `raykd evaluate` asks, by the same protocol, and extracts answers as the harness' own `gsm8k` does.
+The task has the prompts of `raykd evaluate`, by the same protocol, and the answer filters of the harness's `gsm8k`.
 """
 
 import json
@@ -17,47 +17,49 @@ from raykd.models.builtin import resolve_model
 from raykd.storage import files, filesystem
 from raykd.storage.paths import split_file
 
-_COPIED_FIELDS = "import fsspec, sys; fsspec.url_to_fs(sys.argv[1])[0].get(*sys.argv[1:], recursive=True)"
+TASK_DIR = "lm_eval"
+# Copies a folder of a bucket: its arguments are the source and the destination.
+_COPY_SCRIPT = "import fsspec, sys; fsspec.url_to_fs(sys.argv[1])[0].get(*sys.argv[1:], recursive=True)"
 
 
 def task_name(experiment: Experiment) -> str:
-    """What the task is called."""
+    """Return the name of the task."""
     return f"raykd_{experiment.name}"
 
 
 def write_task(experiment: Experiment, problems: Path, folder: Path) -> None:
-    """Writes the task: `<name>.yaml`, and the problems beside it.
+    """Write the task: `<name>.yaml`, and the prompts as JSON lines beside it.
 
     Args:
         experiment: the experiment.
-        problems: the folder of the splits; `test` is read.
-        folder: where the task goes.
+        problems: the folder of the splits; the `test` split is read.
+        folder: the output folder.
     """
     rows = files.read_table(split_file(problems, "test")).to_pylist()
-    # The harness asks for a blank after the mark, which not every data set has.
-    asked = [_document(experiment, row["question"], f"#### {row['reference_answer']}") for row in rows]
+    # The harness's filter requires a blank after "####", which not every data set has.
+    documents = [_document(experiment, row["question"], f"#### {row['reference_answer']}") for row in rows]
     file = folder / f"{experiment.evaluate.protocol}.jsonl"
-    files.write_text(file, "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in asked))
+    files.write_text(file, "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents))
     files.write_text(folder / f"{task_name(experiment)}.yaml", yaml.safe_dump(_task(experiment, file), width=1000))
 
 
 def lm_eval_command(experiment: Experiment, folder: Path, adapter: str) -> str:
-    """What is typed to have the harness score one student.
+    """Return the shell command that scores one student with the harness.
 
     Args:
         experiment: the experiment.
-        folder: of the task.
+        folder: the folder of the task.
         adapter: the folder of the student's adapter; empty for the base student.
 
     Returns:
-        the command, after those that copy what lies in a bucket, for the harness reads folders only.
+        The command. Commands that copy task and adapter from a bucket precede it: the harness reads local folders only.
     """
     copies = []
     if filesystem.is_remote(folder):
-        copies = [["python", "-c", _COPIED_FIELDS, f"{folder}/", folder.name]]
+        copies = [["python", "-c", _COPY_SCRIPT, f"{folder}/", folder.name]]
         folder = Path(folder.name)
         if adapter:
-            copies.append(["python", "-c", _COPIED_FIELDS, f"{adapter}/", "adapter"])
+            copies.append(["python", "-c", _COPY_SCRIPT, f"{adapter}/", "adapter"])
             adapter = "adapter"
     sampling = experiment.evaluate.sampling
     model = {
@@ -65,18 +67,18 @@ def lm_eval_command(experiment: Experiment, folder: Path, adapter: str) -> str:
         **({"revision": experiment.student.revision} if experiment.student.revision else {}),
         **({"peft": adapter} if adapter else {}),
         "dtype": experiment.evaluate.engine.engine_kwargs.get("dtype", "auto"),
-        # Some templates tell the model the date.
+        # Fixed, because some chat templates insert the current date.
         "chat_template_args": {"date_string": tokenization.DATE_STRING},
     }
-    words = ["lm_eval", "--model", "hf", "--model_args", json.dumps(model)]
-    words += ["--include_path", str(folder), "--tasks", task_name(experiment), "--batch_size", "16"]
+    command = ["lm_eval", "--model", "hf", "--model_args", json.dumps(model)]
+    command += ["--include_path", str(folder), "--tasks", task_name(experiment), "--batch_size", "16"]
     if experiment.evaluate.protocol != "zero_shot_raw":
-        words += ["--apply_chat_template"]
+        command += ["--apply_chat_template"]
     if prompts.protocol_exemplars(experiment.evaluate.protocol):
-        words += ["--fewshot_as_multiturn", "true"]
+        command += ["--fewshot_as_multiturn", "true"]
     if sampling.temperature:
-        words += ["--seed", str(sampling.seed)]
-    return " && ".join(map(shlex.join, [*copies, words]))
+        command += ["--seed", str(sampling.seed)]
+    return " && ".join(map(shlex.join, [*copies, command]))
 
 
 def _document(experiment: Experiment, question: str, solution: str) -> dict[str, str]:
@@ -87,9 +89,9 @@ def _document(experiment: Experiment, question: str, solution: str) -> dict[str,
 
 def _task(experiment: Experiment, file: Path) -> dict[str, Any]:
     evaluation = experiment.evaluate
-    sampling, shots = evaluation.sampling, prompts.protocol_exemplars(evaluation.protocol)
-    shown = [_document(experiment, each.question, each.answer) for each in shots]
-    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature else {}
+    sampling, exemplars = evaluation.sampling, prompts.protocol_exemplars(evaluation.protocol)
+    samples = [_document(experiment, exemplar.question, exemplar.answer) for exemplar in exemplars]
+    random_sampling = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature else {}
     return {
         "task": task_name(experiment),
         "dataset_path": "json",
@@ -98,13 +100,13 @@ def _task(experiment: Experiment, file: Path) -> dict[str, Any]:
         "test_split": "test",
         "doc_to_text": "{{prompt}}",
         "doc_to_target": "{{solution}}",
-        "num_fewshot": len(shown),
-        **({"fewshot_config": {"sampler": "first_n", "samples": shown}} if shown else {}),
+        "num_fewshot": len(samples),
+        **({"fewshot_config": {"sampler": "first_n", "samples": samples}} if samples else {}),
         "generation_kwargs": {
             "until": prompts.stop_strings(evaluation),
-            "do_sample": bool(drawn),
+            "do_sample": bool(random_sampling),
             "max_gen_toks": sampling.max_tokens,
-            **drawn,
+            **random_sampling,
         },
         "repeats": 1,
         "filter_list": [

@@ -1,14 +1,14 @@
-"""Rollout: students answer training problems with their adapters as they are now, all in one engine."""
+"""Rollouts: students answer training problems with their current adapters, all in one engine."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import ray.data
 
 from raykd import compat
-from raykd.cluster import resources
+from raykd.cluster.data_stage import run_stage
+from raykd.cluster.resources import Accelerator
 from raykd.config.engine import Sampling
 from raykd.config.sections import Evaluate, Student
 from raykd.data import grading
@@ -22,73 +22,88 @@ from raykd.storage.paths import split_file
 
 def write_rollouts(
     folders: Mapping[StudentModel, Path],
+    *,
     problems: Path,
     student: Student,
     evaluation: Evaluate,
     sampling: Sampling,
     instruction: str,
-    kind: resources.Accelerator,
+    accelerator: Accelerator,
 ) -> None:
-    """Has students answer the training problems that each is given, and seals a folder for each.
+    """Answer training problems with every student, and finalize a folder of completions for each.
 
     Args:
-        folders: who answers, and where the answers go, as rows of `schemas.COMPLETION` without log-probabilities.
-        problems: the folder of the splits; `train` is asked.
+        folders: by student (`StudentModel.problem_ids` selects the problems), the output folder of
+            `schemas.COMPLETION` rows, which have no log-probabilities.
+        problems: the folder of the splits; the `train` split is read.
         student: the base model.
-        evaluation: the engine's configuration.
-        sampling: how they answer.
-        instruction: what is said about the form of the answer.
-        kind: what the engine runs on.
+        evaluation: the section `evaluate`, for the engine.
+        sampling: sampling of the answers.
+        instruction: the sentence about the answer's form.
+        accelerator: the device of the engine.
 
     Raises:
-        StageError: where more than `evaluation.max_error_rate` of a student's answers failed, naming some.
-        UserError: where an adapter is damaged, naming it.
+        StageError: more than `evaluation.max_error_rate` of a student's answers failed; the message lists some.
+        UserError: an adapter is damaged; the message names its file.
     """
-    check_adapters(list(folders))
+    eval_models = list(folders)
+    check_adapters(eval_models)
     done = {
-        id_ for folder in folders.values() for id_ in row_store.done_ids(folder, schemas.COMPLETION, "completion_id")
+        completion_id
+        for folder in folders.values()
+        for completion_id in row_store.done_ids(folder, schemas.COMPLETION, "completion_id")
     }
-    total = sum(len(each.problem_ids or ()) for each in folders)
+    total = sum(len(model.problem_ids or ()) for model in eval_models)
     with ProgressBar("rollouts", total, done=len(done), unit="answers") as meter:
         if len(done) < total:
-            asked = evaluation.as_in_training(sampling)
-            kept = student_answers(
-                split_file(problems, "train"), list(folders), done, student, asked, instruction, kind
-            ).map_batches(
-                WriteRollouts,
-                batch_size=evaluation.batch_size,
-                fn_constructor_kwargs={
-                    "folders": {each.trial_id: folder for each, folder in folders.items()},
-                    "ends": tokenization.end_token_ids(student),
-                },
-                compute=ray.data.ActorPoolStrategy(size=1),
-                num_cpus=0,
+            answers = student_answers(
+                split_file(problems, "train"),
+                eval_models,
+                done,
+                student=student,
+                evaluation=evaluation.as_in_training(sampling),
+                instruction=instruction,
+                accelerator=accelerator,
             )
-            kept.set_name("student-rollouts")
-            for row in kept.iter_rows():
-                meter.add(row["rows"], row["tokens"])
+            writing = {
+                "folders": {model.trial_id: folder for model, folder in folders.items()},
+                "end_token_ids": tokenization.end_token_ids(student),
+            }
+            for counts in run_stage(
+                answers, WriteRollouts, writing, "student-rollouts", batch_size=evaluation.batch_size
+            ):
+                meter.add(counts["rows"], counts["tokens"])
     for eval_model, folder in folders.items():
-        whose, option = f"trial {eval_model.trial_id}, its own answers", "evaluate.max_error_rate"
-        row_store.check_failures(folder, schemas.COMPLETION, "completion_id", whose, option, evaluation.max_error_rate)
-        told = {
-            "trial": eval_model.trial_id,
-            "sampling": sampling.model_dump(),
-            "adapter": str(eval_model.adapter or ""),
-        }
-        row_store.finalize(folder, schemas.COMPLETION, "completion_id", told)
+        role, option = f"trial {eval_model.trial_id}, its own answers", "evaluate.max_error_rate"
+        row_store.check_failures(folder, schemas.COMPLETION, "completion_id", role, option, evaluation.max_error_rate)
+        row_store.finalize(
+            folder,
+            schemas.COMPLETION,
+            "completion_id",
+            {
+                "trial": eval_model.trial_id,
+                "sampling": sampling.model_dump(),
+                "adapter": str(eval_model.adapter or ""),
+            },
+        )
 
 
 class WriteRollouts:
-    """Writes answers as completions, each student's in its own folder, and passes on the counts."""
+    """Stage that writes answers as completions, by student, and returns counts for the progress bar.
 
-    def __init__(self, folders: Mapping[str, Path], ends: set[int]) -> None:
-        self._folders, self._ends = folders, ends
+    Args:
+        folders: the output folder by trial id.
+        end_token_ids: tokens that end an answer.
+    """
+
+    def __init__(self, folders: Mapping[str, Path], end_token_ids: set[int]) -> None:
+        self._folders, self._end_token_ids = folders, end_token_ids
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[int]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         for trial_id in dict.fromkeys(row["trial_id"] for row in rows):
-            made = [self._completion(row) for row in rows if row["trial_id"] == trial_id]
-            table = pa.Table.from_pylist(made, schema=schemas.COMPLETION)
+            completions = [self._completion(row) for row in rows if row["trial_id"] == trial_id]
+            table = pa.Table.from_pylist(completions, schema=schemas.COMPLETION)
             row_store.write_part(self._folders[trial_id], table)
         return {"rows": [len(rows)], "tokens": [sum(len(row["generated_tokens"]) for row in rows)]}
 
@@ -100,11 +115,11 @@ class WriteRollouts:
             "problem_id": row["problem_id"],
             "strategy": "",
             "sample_index": 0,
-            # An answer that failed has no tokens, of its prompt neither.
+            # A failed row comes without tokens, even those of its prompt.
             "prompt_token_ids": [] if error else [int(token) for token in row["prompt_token_ids"]],
             "completion": text,
             "completion_token_ids": tokens,
-            "finish_reason": finish_reason(tokens, self._ends, error),
+            "finish_reason": finish_reason(tokens, self._end_token_ids, error),
             **grading.grade_completion(text, row["reference_answer"]),
             "topk_ids": [],
             "topk_logprobs": [],

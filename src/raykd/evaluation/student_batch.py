@@ -12,12 +12,13 @@ import safetensors.numpy
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
 from raykd.cluster import engine, resources
+from raykd.cluster.data_stage import map_with_actors
 from raykd.config.experiment import BASE
 from raykd.config.sections import Evaluate, Student
 from raykd.data import prompts
 from raykd.errors import as_user_error
 from raykd.models import tokenization
-from raykd.models.adapters import padded_rank
+from raykd.models.adapters import CONFIG_FILE, WEIGHTS_FILE, padded_rank
 from raykd.models.builtin import resolve_model
 from raykd.models.loading import load_tokenizer
 from raykd.storage import filesystem, hashing, schemas
@@ -25,7 +26,7 @@ from raykd.storage import filesystem, hashing, schemas
 
 @dataclasses.dataclass(frozen=True)
 class StudentModel:
-    """A student that answers the test problems."""
+    """A student to evaluate: the base model, or an adapter of it."""
 
     trial_id: str
     arm: str
@@ -35,7 +36,7 @@ class StudentModel:
     rank: int = 0
     """Rank of the adapter; 0 for the base student."""
     problem_ids: frozenset[str] | None = None
-    """The problems that it answers; None for all."""
+    """Ids of the problems that the student answers; None for all."""
 
 
 BASE_STUDENT = StudentModel(BASE, BASE, 0, None)
@@ -45,81 +46,88 @@ def student_answers(
     split: Path,
     eval_models: list[StudentModel],
     done: set[str],
+    *,
     student: Student,
     evaluation: Evaluate,
     instruction: str,
-    kind: resources.Accelerator,
+    accelerator: resources.Accelerator,
 ) -> ray.data.Dataset:
-    """The stream of all eval_models' answers to a split's problems, from one engine.
+    """Return the dataset of all students' answers to the problems of a split, from one engine. Nothing runs yet.
+
+    The seed of a sampled answer depends on the sampling seed, the student, the problem and the sample number only,
+    so that it is the same whatever else the engine answers.
 
     Args:
         split: the Parquet file of the problems.
-        eval_models: who answers what; either all have an adapter or none has.
-        done: ids of answers that are there.
+        eval_models: the students; either all have an adapter or none has one.
+        done: ids of answers that exist and are skipped.
         student: the base model.
-        evaluation: how they are asked; where it is random, the seed of an answer is that of sampling, eval_model,
-            problem and sample, whatever else is asked beside it.
-        instruction: what is said about the form of the answer, as in training.
-        kind: what the engine runs on.
+        evaluation: protocol, sampling and engine.
+        instruction: the sentence about the answer's form, as in training.
+        accelerator: the device of the engine.
     """
     path, system = filesystem.for_arrow(split)
-    questions = ray.data.read_parquet(path, filesystem=system).map_batches(
+    questions = map_with_actors(
+        ray.data.read_parquet(path, filesystem=system),
         BuildEvalPrompts,
-        batch_size=256,
-        batch_format="pyarrow",
-        fn_constructor_kwargs={
+        {
             "eval_models": eval_models,
             "student": student,
             "evaluation": evaluation,
             "instruction": instruction,
             "done": done,
         },
-        compute=ray.data.ActorPoolStrategy(size=1),
-        num_cpus=0,
-    )
-    questions = questions.repartition(target_num_rows_per_block=evaluation.batch_size)
-    return _processor(eval_models, student, evaluation, kind)(questions)
+        batch_size=256,
+        batch_format="pyarrow",
+    ).repartition(target_num_rows_per_block=evaluation.batch_size)
+    return _processor(eval_models, student, evaluation, accelerator)(questions)
 
 
 def with_null_adapter(eval_models: list[StudentModel], folder: Path) -> list[StudentModel]:
-    """Gives the base student an adapter that adds nothing, where others in the same engine have one.
+    """Return the students, with an adapter of zeros for the base student if any other has an adapter.
 
-    vLLM marks a row without an adapter by the index -1, which its kernels for the CPU take for the last adapter:
-    in one batch with others, the base student would answer as one of them (`vllm.lora.ops.torch_ops`).
+    vLLM marks a row without an adapter by the index -1. Its CPU kernels take that for the last adapter
+    (`vllm.lora.ops.torch_ops`): in one batch with adapters, the base student would answer as one of them.
+
+    Args:
+        eval_models: the students.
+        folder: where the adapter of zeros is written.
     """
-    adapted = next((each for each in eval_models if each.adapter), None)
+    adapted = next((model for model in eval_models if model.adapter), None)
     if adapted is None or adapted.adapter is None:
         return eval_models
-    with filesystem.local_copy(adapted.adapter / "adapter_model.safetensors") as file:
+    with filesystem.local_copy(adapted.adapter / WEIGHTS_FILE) as file:
         weights = safetensors.numpy.load_file(file)
-    nothing = {name: np.zeros_like(value) if "lora_B" in name else value for name, value in weights.items()}
+    # LoRA adds B @ A: zeros in B suffice.
+    null_weights = {name: np.zeros_like(value) if "lora_B" in name else value for name, value in weights.items()}
     with filesystem.atomic_write_dir(folder) as local:
-        safetensors.numpy.save_file(nothing, local / "adapter_model.safetensors", metadata={"format": "pt"})
-        (local / "adapter_config.json").write_bytes(filesystem.read_bytes(adapted.adapter / "adapter_config.json"))
-    null = dataclasses.replace(BASE_STUDENT, adapter=folder, rank=adapted.rank)
-    return [null if each == BASE_STUDENT else each for each in eval_models]
+        safetensors.numpy.save_file(null_weights, local / WEIGHTS_FILE, metadata={"format": "pt"})
+        (local / CONFIG_FILE).write_bytes(filesystem.read_bytes(adapted.adapter / CONFIG_FILE))
+    null_student = dataclasses.replace(BASE_STUDENT, adapter=folder, rank=adapted.rank)
+    return [null_student if model == BASE_STUDENT else model for model in eval_models]
 
 
 def prediction_id(eval_model: StudentModel, problem_id: str, sample: int) -> str:
-    """The name of an answer."""
+    """Return the id of an answer."""
     return f"{eval_model.trial_id}/{problem_id}" + (f"/{sample}" if sample else "")
 
 
 def _processor(
-    eval_models: list[StudentModel], student: Student, evaluation: Evaluate, kind: resources.Accelerator
+    eval_models: list[StudentModel], student: Student, evaluation: Evaluate, accelerator: resources.Accelerator
 ) -> Any:
-    """Ray Data's vLLM stage, with an adapter for each row."""
-    kwargs, env = engine.engine_settings(evaluation.engine, kind)
-    adapters = [each for each in eval_models if each.adapter is not None]
-    if adapters:
+    """Return Ray Data's vLLM stage, which selects the adapter by row."""
+    kwargs, env = engine.engine_settings(evaluation.engine, accelerator)
+    adapted = [model for model in eval_models if model.adapter is not None]
+    lora_path = None
+    if adapted:
         kwargs |= {
             "enable_lora": True,
-            "max_loras": min(evaluation.max_loras, len(adapters)),
-            # An adapter may be smaller than the one it is told.
-            "max_lora_rank": padded_rank(max(each.rank for each in adapters)),
+            "max_loras": min(evaluation.max_loras, len(adapted)),
+            # vLLM accepts adapters of a lower rank than the one it allocates for.
+            "max_lora_rank": padded_rank(max(model.rank for model in adapted)),
         }
-    # Of a bucket Ray copies an adapter to the engine's node.
-    loading = next((filesystem.for_engine(each.adapter)[0] for each in adapters if each.adapter), None)
+        # Set for a bucket only, from which Ray copies an adapter to the engine's node.
+        lora_path = next(filesystem.for_engine(model.adapter)[0] for model in adapted if model.adapter)
     if student.revision:
         kwargs["revision"] = student.revision
     kwargs["trust_remote_code"] = student.trust_remote_code
@@ -130,13 +138,13 @@ def _processor(
             runtime_env={"env_vars": env},
             batch_size=evaluation.batch_size,
             concurrency=1,
-            dynamic_lora_loading_path=loading,
+            dynamic_lora_loading_path=lora_path,
             should_continue_on_error=True,
-            # Prompts come as tokens, and answers are detokenised by the engine.
+            # Prompts are tokenized already, and the engine detokenizes answers.
             chat_template_stage=False,
             tokenize_stage=False,
             detokenize_stage=False,
-            placement_group_config={"bundles": resources.engine_bundles(evaluation.engine, kind)},
+            placement_group_config={"bundles": resources.engine_bundles(evaluation.engine, accelerator)},
             log_engine_metrics=not kwargs.get("disable_log_stats", False),
         )
     return build_processor(
@@ -146,66 +154,84 @@ def _processor(
 
 
 def sampling_params(evaluation: Evaluate, seed: int) -> dict[str, Any]:
-    """vLLM's sampling parameters."""
+    """Return vLLM's sampling parameters of one answer.
+
+    Args:
+        evaluation: sampling, and the stop strings or the protocol that defines them.
+        seed: of the answer; left out for greedy answers.
+    """
     sampling, stop = evaluation.sampling, prompts.stop_strings(evaluation)
     params = {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens, "top_p": sampling.top_p}
     if sampling.temperature:
         params["seed"] = seed
     if stop:
-        # Kept at first: whether an answer ended there is told by its end.
+        # The stop string stays in the text, as the only sign that the answer ended there; `ScoreAnswers` removes it.
         params |= {"stop": stop, "include_stop_str_in_output": True}
     return params
 
 
 class BuildEvalPrompts:
-    """Turns problems into a row for each eval_model and sample, leaving out what was answered before."""
+    """Stage that turns problems into one prompt row for each student and sample, without those answered before.
+
+    Args:
+        eval_models: the students.
+        student: the base model.
+        evaluation: protocol, sampling and number of samples.
+        instruction: the sentence about the answer's form.
+        done: ids of answers that exist.
+    """
 
     def __init__(
         self, eval_models: list[StudentModel], student: Student, evaluation: Evaluate, instruction: str, done: set[str]
     ) -> None:
         self._tokenizer = load_tokenizer(student)
-        self._contestants, self._model = eval_models, resolve_model(student.model)
+        self._eval_models, self._base_model = eval_models, resolve_model(student.model)
         self._evaluation, self._instruction, self._done = evaluation, instruction, done
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         problems = batch.to_pylist()
-        protocol, seed = self._evaluation.protocol, self._evaluation.sampling.seed
-        tokens = [
-            tokenization.question_token_ids(self._tokenizer, each, self._instruction, protocol) for each in problems
+        protocol = self._evaluation.protocol
+        prompts_by_problem = [
+            tokenization.question_token_ids(self._tokenizer, problem, self._instruction, protocol)
+            for problem in problems
         ]
-        # One after the other: the engine then changes adapters now and then only, and an answer's neighbours, with
-        # which it is written, are its student's.
+        # Ordered by student: the engine then seldom changes adapters, and the rows that are written together are of
+        # one student.
         rows = [
-            {
-                "prediction_id": prediction_id,
-                "trial_id": each.trial_id,
-                "arm": each.arm,
-                "seed": each.seed,
-                "protocol": protocol,
-                "problem_id": problem["problem_id"],
-                "sample_index": sample,
-                "question": problem["question"],
-                "reference_answer": problem["reference_answer"],
-                "model": filesystem.for_engine(each.adapter)[1] if each.adapter else self._model,
-                "tokenized_prompt": prompt,
-                "answer_seed": _answer_seed(seed, each, problem["problem_id"], sample),
-            }
-            for each in self._contestants
-            for problem, prompt in zip(problems, tokens, strict=True)
+            self._row(model, problem, prompt, sample)
+            for model in self._eval_models
+            for problem, prompt in zip(problems, prompts_by_problem, strict=True)
             for sample in range(self._evaluation.num_samples)
-            if (each.problem_ids is None or problem["problem_id"] in each.problem_ids)
-            and (prediction_id := prediction_id(each, problem["problem_id"], sample)) not in self._done
+            if (model.problem_ids is None or problem["problem_id"] in model.problem_ids)
+            and prediction_id(model, problem["problem_id"], sample) not in self._done
         ]
         return pa.Table.from_pylist(rows, schema=_PROMPT_SCHEMA)
 
+    def _row(self, model: StudentModel, problem: dict[str, Any], prompt: list[int], sample: int) -> dict[str, Any]:
+        problem_id, seed = problem["problem_id"], self._evaluation.sampling.seed
+        return {
+            "prediction_id": prediction_id(model, problem_id, sample),
+            "trial_id": model.trial_id,
+            "arm": model.arm,
+            "seed": model.seed,
+            "protocol": self._evaluation.protocol,
+            "problem_id": problem_id,
+            "sample_index": sample,
+            "question": problem["question"],
+            "reference_answer": problem["reference_answer"],
+            "model": filesystem.for_engine(model.adapter)[1] if model.adapter else self._base_model,
+            "tokenized_prompt": prompt,
+            "answer_seed": _answer_seed(seed, model, problem_id, sample),
+        }
 
-# What of an answer is known before it is given.
+
+# The columns of a prediction that are known before the engine answers.
 PROMPT_COLUMNS = ("prediction_id", "trial_id", "arm", "seed", "protocol", "problem_id", "sample_index", "question")
 PROMPT_COLUMNS += ("reference_answer",)
 _PROMPT_SCHEMA = pa.schema(
     [
         *(schemas.PREDICTION.field(name) for name in PROMPT_COLUMNS),
-        # Which adapter answers; the base model's own name stands for none.
+        # The adapter; the base model's own name for none.
         pa.field("model", pa.string()),
         pa.field("tokenized_prompt", pa.list_(pa.int32())),
         pa.field("answer_seed", pa.int64()),
@@ -214,15 +240,17 @@ _PROMPT_SCHEMA = pa.schema(
 
 
 def _answer_seed(seed: int, eval_model: StudentModel, problem_id: str, sample: int) -> int:
-    # Of no key: another version of a key must not draw other answers.
-    drawn = f"{seed}/{eval_model.arm}/{eval_model.seed}/{problem_id}/{sample}"
-    # 28 bits: small enough for whatever takes it as an integer on the way to the engine.
-    return int(hashing.text_digest(drawn)[:7], 16)
+    # The trial id is left out: it holds a content key, and a new version of the key must not change the answers.
+    text = f"{seed}/{eval_model.arm}/{eval_model.seed}/{problem_id}/{sample}"
+    # 28 bits fit a signed 32-bit integer, the narrowest type on the way to the engine.
+    return int(hashing.text_digest(text)[:7], 16)
 
 
-def finish_reason(tokens: Sequence[int], ends: set[int], error: str) -> str:
-    """How an answer ended: `stop` by itself, `length` where it was cut, or `error`."""
+def finish_reason(tokens: Sequence[int], end_token_ids: set[int], error: str) -> str:
+    """Return why an answer ended: `stop` at an end token, `length` if it was truncated, or `error`."""
     if error:
         return "error"
-    # Whatever does not end in an end token was cut: at `max_tokens`, or where the engine's context ended.
-    return "stop" if len(tokens) and int(tokens[-1]) in ends else "length"
+    # Without an end token it was truncated: at `max_tokens`, or at the engine's context length.
+    if len(tokens) and int(tokens[-1]) in end_token_ids:
+        return "stop"
+    return "length"

@@ -145,9 +145,16 @@ def _answer_rounds(
             _student_model(part): _answers_folder(part) for part in missing if part.arm.targets.rollout == sampling
         }
         held = resources.engine_processors(experiment.evaluate.engine, cluster)
-        given = (problems, experiment.student, experiment.evaluate, sampling, experiment.prompt.instruction)
         with run_record.track_processors(folder, run_record.ANSWERS_ROLE, *held):
-            write_rollouts(folders, *given, kind)
+            write_rollouts(
+                folders,
+                problems=problems,
+                student=experiment.student,
+                evaluation=experiment.evaluate,
+                sampling=sampling,
+                instruction=experiment.prompt.instruction,
+                accelerator=kind,
+            )
 
 
 def _student_model(part: TrialSpec) -> StudentModel:

@@ -70,4 +70,10 @@ def preflight(plan: Plan, resources: dict[str, float], stages: Sequence[str] = S
     if will_predict:
         answering.append(("students", "test", told))
     for whose, split, asked in answering:
-        evaluate.check_student_lengths(split_file(plan.problems, split), experiment.student, asked, instruction, whose)
+        evaluate.check_student_lengths(
+            split_file(plan.problems, split),
+            student=experiment.student,
+            evaluation=asked,
+            instruction=instruction,
+            role=whose,
+        )

@@ -144,12 +144,19 @@ def make_predictions(plan: Plan, resources: dict[str, float]) -> None:
     kind = resolve_accelerator(experiment.evaluate.engine.accelerator, resources)
     print_status(f"starting the engine for {len(plan.eval_models)} students ({kind})")
     held = engine_processors(experiment.evaluate.engine, resources)
-    given = (plan.problems, experiment.student, experiment.evaluate, experiment.prompt.instruction)
     with (
         run_record.track_time(plan.folder, "predictions"),
         run_record.track_processors(plan.folder, run_record.ANSWERS_ROLE, *held),
     ):
-        evaluate.evaluate_students(plan.eval_models, *given, kind, plan.predictions)
+        evaluate.evaluate_students(
+            plan.eval_models,
+            problems=plan.problems,
+            student=experiment.student,
+            evaluation=experiment.evaluate,
+            instruction=experiment.prompt.instruction,
+            accelerator=kind,
+            folder=plan.predictions,
+        )
 
 
 def measure_attention(plan: Plan, resources: dict[str, float]) -> None:
@@ -161,12 +168,21 @@ def measure_attention(plan: Plan, resources: dict[str, float]) -> None:
     kind = resolve_accelerator(told.accelerator, resources)
     workers = attention_workers(told, kind, resources)
     print_status(f"reading the same solutions with {len(plan.eval_models)} students ({kind})")
-    given = (plan.problems, experiment.student, told, plan.attention_dtype, experiment.prompt.instruction)
     with (
         run_record.track_time(plan.folder, "attention"),
         run_record.track_processors(plan.folder, run_record.ATTENTION_ROLE, kind, workers),
     ):
-        errors = attention.measure_attention(plan.eval_models, *given, kind, workers, folder)
+        errors = attention.measure_attention(
+            plan.eval_models,
+            problems=plan.problems,
+            student=experiment.student,
+            attention=told,
+            dtype=plan.attention_dtype,
+            instruction=experiment.prompt.instruction,
+            accelerator=kind,
+            num_workers=workers,
+            folder=folder,
+        )
     if errors:
         print_status(f"attention: {errors} texts could not be read; the report says why")
 

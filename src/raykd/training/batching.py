@@ -8,18 +8,23 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from raykd.training.examples import Target
+from raykd.training.examples import Example
 
 
-def collate(rows: list[Target], pad_token_id: int, packing: bool) -> dict[str, Tensor]:
-    """A micro-batch: rows beneath each other, padded on the right, or one behind the other in a single sequence.
+def collate(rows: list[Example], pad_token_id: int, packing: bool) -> dict[str, Tensor]:
+    """Return a micro-batch of examples.
+
+    Args:
+        rows: examples; either all have soft targets or none has.
+        pad_token_id: pads rows on the right.
+        packing: concatenate the rows to a single sequence instead of padding them.
 
     Returns:
-        `input_ids` (B, T), with `attention_mask` (B, T) or, when packed, `position_ids` (1, T), which begin anew with
-        each row, and `row_starts` (B + 1) int32; `positions` (N): where in the flattened B x T the logits that predict
-        target tokens are; `token_ids` (N); for soft targets `topk_ids`, `topk_logprobs` (N, K).
+        `input_ids` (B, T) with `attention_mask` (B, T), or packed (1, T) with `position_ids` (1, T), which restart at
+        0 in each row, and `row_starts` (B + 1) int32. `positions` (N): indices of the logits that predict target
+        tokens, in the flattened B x T. `token_ids` (N). For soft targets `topk_ids` and `topk_logprobs` (N, K).
     """
-    # A worker whose share of the last step is empty runs a row without targets, to keep pace with the others.
+    # A worker without rows in a short step runs one token without targets: all workers must take part in the step.
     sequences = [row.prompt_token_ids + row.completion_token_ids for row in rows] or [[pad_token_id]]
     lengths = [len(sequence) for sequence in sequences]
     if packing:
@@ -37,7 +42,7 @@ def collate(rows: list[Target], pad_token_id: int, packing: bool) -> dict[str, T
         starts = np.arange(len(sequences)) * longest
     empty = torch.zeros(0, dtype=torch.long)
     first = [int(start) + len(row.prompt_token_ids) - 1 for start, row in zip(starts, rows, strict=False)]
-    spans = [torch.arange(at, at + len(row.completion_token_ids)) for at, row in zip(first, rows, strict=True)]
+    spans = [torch.arange(start, start + len(row.completion_token_ids)) for start, row in zip(first, rows, strict=True)]
     batch["positions"] = torch.cat([empty, *spans])
     batch["token_ids"] = torch.tensor([token for row in rows for token in row.completion_token_ids], dtype=torch.long)
     if rows and rows[0].topk_ids_TK is not None:

@@ -23,31 +23,31 @@ Row = Mapping[str, Any]
 
 
 def select_completions(completions: Sequence[Row], targets: Targets) -> tuple[list[Row], Counter[str]]:
-    """Picks among the completions of one problem.
+    """Select the completions of one problem to train on.
 
     Args:
         completions: rows of `schemas.COMPLETION`, in the order of their samples.
-        targets: what is kept.
+        targets: the section `targets`, for `filter` and `deduplicate`.
 
     Returns:
-        The rows to train on, in the same order, and how many were dropped for which reason: `error`, `empty`,
-        `duplicate`, `incorrect`, `not_best`.
+        The selected rows, in the same order, and the number of dropped rows by reason: `error`, `empty`, `duplicate`,
+        `incorrect` or `not_best`.
     """
     dropped: Counter[str] = Counter()
     kept: list[Row] = []
     seen: set[tuple[int, ...] | str] = set()
     for row in completions:
-        words = _content(row)
+        content = _content(row)
         reason = ""
         if row["error"]:
             reason = "error"
-        elif not words:
+        elif not content:
             reason = "empty"
-        elif targets.deduplicate and words in seen:
+        elif targets.deduplicate and content in seen:
             reason = "duplicate"
         elif targets.filter == "correct" and not row["is_correct"]:
             reason = "incorrect"
-        seen.add(words)
+        seen.add(content)
         if reason:
             dropped[reason] += 1
         else:
@@ -59,65 +59,65 @@ def select_completions(completions: Sequence[Row], targets: Targets) -> tuple[li
 
 
 def _preference(row: Row) -> tuple[bool, bool, int]:
+    """Return the sort key of `targets.filter: best`: correct, then not truncated, then shortest."""
     return not row["is_correct"], row["finish_reason"] != "stop", len(_content(row))
 
 
 def _content(row: Row) -> tuple[int, ...] | str:
-    """What a completion says: its tokens, or the text where that is all that the teacher gave."""
+    """Return the token ids of a completion; its text if the teacher's endpoint returned no token ids."""
     return tuple(row["completion_token_ids"]) or row["completion"]
 
 
 @dataclass(frozen=True)
-class Target:
-    """One row to train on. Target t belongs to the student's logit that predicts completion token t."""
+class Example:
+    """One example. Target t belongs to the student's logit that predicts completion token t."""
 
     problem_id: str
     prompt_token_ids: list[int]
-    """The student's prompt, which never holds a prime."""
+    """The student's prompt, which has no prime."""
     completion_token_ids: list[int]
     topk_ids_TK: np.ndarray | None = None
-    """int64; None where the targets are the tokens themselves."""
+    """int64; None for hard targets."""
     topk_logprobs_TK: np.ndarray | None = None
-    """float32, the teacher's log-probabilities at temperature 1."""
+    """float32, the teacher's log-probabilities at temperature 1; None for hard targets."""
 
     def __len__(self) -> int:
         return len(self.prompt_token_ids) + len(self.completion_token_ids)
 
 
-def soft_targets(completion: Mapping[str, Any], top_k: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    """The teacher's top-k of one completion as arrays.
+def soft_targets(completion: Mapping[str, Any], top_k: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the teacher's top-k of one completion as arrays.
 
     Args:
-        completion: a row of `schemas.COMPLETION`, with K log-probabilities for each token or more.
+        completion: a row of `schemas.COMPLETION`, with at least K log-probabilities for each token.
         top_k: K.
-        vocabulary: how many tokens there are.
+        vocab_size: number of tokens of the tokenizer.
 
     Returns:
-        ids (T, K) int64 and log-probabilities (T, K) float32.
+        Token ids (T, K) int64 and log-probabilities (T, K) float32.
 
     Raises:
-        UserError: where tokens, ids and log-probabilities are not aligned, or an id is none of the tokens'.
+        UserError: tokens, ids and log-probabilities are not aligned, or an id exceeds the vocabulary.
     """
     tokens = completion["completion_token_ids"]
     ids, logprobs = completion["topk_ids"], completion["topk_logprobs"]
     lengths = {len(tokens), len(ids), len(logprobs)}
     if len(lengths) > 1 or any(len(row) < top_k for row in [*ids, *logprobs]):
         raise UserError(
-            f"completion {completion['completion_id']}: {len(tokens)} tokens, {len(ids)} and {len(logprobs)} rows "
-            f"of targets, which should be as many, of {top_k} or more each; delete its folder, and it is asked again"
+            f"completion {completion['completion_id']}: {len(tokens)} tokens, but {len(ids)} rows of top-k ids and "
+            f"{len(logprobs)} of log-probabilities, which must be as many, with {top_k} or more each; delete its "
+            "folder to generate it again"
         )
     shape = (len(tokens), top_k)
     ids_TK = np.asarray([row[:top_k] for row in ids], dtype=np.int64).reshape(shape)
-    # A teacher may have more outputs than there are tokens, for padding, and a student fewer of those.
-    if ids_TK.size and ids_TK.max() >= vocabulary:
+    # A teacher's output layer may be padded beyond the tokenizer's vocabulary, and a student's less so.
+    if ids_TK.size and ids_TK.max() >= vocab_size:
         raise UserError(
-            f"completion {completion['completion_id']}: among the teacher's {top_k} best is token {ids_TK.max()}, and "
-            f"the tokenizer has {vocabulary}; lower targets.top_k, or set targets.kind=hard"
+            f"completion {completion['completion_id']}: the teacher's top {top_k} include token {ids_TK.max()}, but "
+            f"the tokenizer has {vocab_size} tokens; lower targets.top_k, or set targets.kind=hard"
         )
-    return (
-        ids_TK,
-        np.asarray([row[:top_k] for row in logprobs], dtype=np.float32).reshape(shape),
-    )
+    logprobs_TK = np.asarray([row[:top_k] for row in logprobs], dtype=np.float32).reshape(shape)
+    return ids_TK, logprobs_TK
 
 
 _TOPK_COLUMNS = ("topk_ids", "topk_logprobs")
@@ -128,73 +128,79 @@ def build_examples(
     problems: Path,
     completions: Path | None,
     tokenizer: Any,
-    same_as_teacher: bool,
-    wanted: frozenset[str] | None = None,
-) -> tuple[list[Target], dict[str, int]]:
-    """The rows that an arm trains on, in the order of the problems and their samples, and what was dropped and why.
+    same_tokens: bool,
+    problem_ids: frozenset[str] | None = None,
+) -> tuple[list[Example], dict[str, int]]:
+    """Build the examples of an arm, ordered by problem and sample.
 
     Args:
         arm: the arm.
-        problems: the folder of the splits; only `train` is read.
-        completions: the folder of the completions; None where targets are the reference solutions.
+        problems: the folder of the splits; the `train` split is read.
+        completions: the folder of the completions; None for reference solutions as hard targets.
         tokenizer: the student's.
-        same_as_teacher: whether the teacher's token ids are the student's.
-        wanted: ids of the problems whose rows are wanted; None for all.
+        same_tokens: whether teacher and student have the same tokenizer.
+        problem_ids: ids of the problems to use; None for all.
+
+    Returns:
+        The examples, and the number of dropped completions by reason.
     """
     dropped: Counter[str] = Counter()
     by_problem = _completions_by_problem(arm, completions) if completions else {}
-    targets = []
+    kept_examples = []
     for problem in files.read_table(split_file(problems, "train")).to_pylist():
-        if wanted is not None and problem["problem_id"] not in wanted:
+        if problem_ids is not None and problem["problem_id"] not in problem_ids:
             continue
         if completions is None:
-            found = [reference_example(problem, tokenizer, arm.prompt.instruction)]
+            examples = [reference_example(problem, tokenizer, arm.prompt.instruction)]
         else:
             prompt = tokenization.prompt_token_ids(tokenizer, prompts.student_messages(problem, arm.prompt.instruction))
-            kept, reasons = select_completions(by_problem.get(problem["problem_id"], []), arm.targets)
+            selected, reasons = select_completions(by_problem.get(problem["problem_id"], []), arm.targets)
             dropped += reasons
-            found = [_build_target(arm, prompt, row, tokenizer, same_as_teacher) for row in kept]
-        fitting = [target for target in found if len(target) <= arm.train.max_length]
-        dropped["too_long"] += len(found) - len(fitting)
-        targets += fitting
-    return targets, {reason: count for reason, count in dropped.items() if count}
+            examples = [_completion_example(arm, prompt, row, tokenizer, same_tokens) for row in selected]
+        fitting = [example for example in examples if len(example) <= arm.train.max_length]
+        dropped["too_long"] += len(examples) - len(fitting)
+        kept_examples += fitting
+    return kept_examples, {reason: count for reason, count in dropped.items() if count}
 
 
-def reference_example(problem: Mapping[str, Any], tokenizer: Any, instruction: str) -> Target:
-    """The tokens of a problem's reference solution as targets.
+def reference_example(problem: Mapping[str, Any], tokenizer: Any, instruction: str) -> Example:
+    """Return an example with a problem's reference solution as hard targets.
 
     Args:
         problem: a row of `schemas.PROBLEM`.
         tokenizer: the student's.
-        instruction: what is said about the form of the answer.
+        instruction: the sentence about the answer's form.
     """
     prompt = tokenization.prompt_token_ids(tokenizer, prompts.student_messages(problem, instruction))
     tokens = tokenization.answer_token_ids(tokenizer, problem["reference_solution"], is_whole=True)
-    return Target(problem["problem_id"], prompt, tokens)
+    return Example(problem["problem_id"], prompt, tokens)
 
 
 def _completions_by_problem(arm: Arm, completions: Path) -> dict[str, list[dict[str, Any]]]:
     columns = ["problem_id", "completion_id", "sample_index", "completion", "completion_token_ids", "finish_reason"]
     columns += ["is_correct", "error"]
-    soft = _TOPK_COLUMNS if arm.targets.kind == "top_k" else ()
-    found: dict[str, list[dict[str, Any]]] = {}
-    for part in row_store.stream_rows(completions, schemas.COMPLETION, [*columns, *soft]):
-        # As Python's objects log-probabilities take ten times the room; only those of chosen rows become some.
-        arrays = {name: part[name].combine_chunks() for name in soft}
+    topk_columns = _TOPK_COLUMNS if arm.targets.kind == "top_k" else ()
+    by_problem: dict[str, list[dict[str, Any]]] = {}
+    for part in row_store.stream_rows(completions, schemas.COMPLETION, [*columns, *topk_columns]):
+        # Kept as Arrow arrays until a row is selected: Python objects take ten times the memory.
+        arrays = {name: part[name].combine_chunks() for name in topk_columns}
         for number, row in enumerate(part.select(columns).to_pylist()):
             row |= {name: array[number].values for name, array in arrays.items()}
-            found.setdefault(row["problem_id"], []).append(row)
-    for rows in found.values():
+            by_problem.setdefault(row["problem_id"], []).append(row)
+    for rows in by_problem.values():
         rows.sort(key=lambda row: row["sample_index"])
-    return found
+    return by_problem
 
 
-def _build_target(arm: Arm, prompt: list[int], completion: Mapping[str, Any], tokenizer: Any, same: bool) -> Target:
+def _completion_example(
+    arm: Arm, prompt: list[int], completion: Mapping[str, Any], tokenizer: Any, same_tokens: bool
+) -> Example:
     problem_id, tokens = completion["problem_id"], completion["completion_token_ids"]
     if arm.targets.kind == "top_k":
-        whole = {**completion, **{name: completion[name].to_pylist() for name in _TOPK_COLUMNS}}
-        return Target(problem_id, prompt, tokens, *soft_targets(whole, arm.targets.top_k, len(tokenizer)))
-    if not same:
+        converted = {**completion, **{name: completion[name].to_pylist() for name in _TOPK_COLUMNS}}
+        ids_TK, logprobs_TK = soft_targets(converted, arm.targets.top_k, len(tokenizer))
+        return Example(problem_id, prompt, tokens, topk_ids_TK=ids_TK, topk_logprobs_TK=logprobs_TK)
+    if not same_tokens:
         is_whole = completion["finish_reason"] == "stop"
         tokens = tokenization.answer_token_ids(tokenizer, completion["completion"], is_whole)
-    return Target(problem_id, prompt, tokens)
+    return Example(problem_id, prompt, tokens)

@@ -1,290 +1,270 @@
-"""Train: the loop that makes an adapter, under DeepSpeed ZeRO, on its own or as Ray Train workers.
+"""The training loop of one worker, under Ray Train, `torchrun` or alone.
 
-What a step computes depends on the rows, the seed and the step alone: the loss is a sum over target tokens,
-divided once by their number in the whole step, so worker count, micro-batches and ZeRO stage change nothing
-but rounding.
+A step depends on the rows, the seed and the step number only. The loss is a sum over target tokens, divided once by
+their number in the whole step, so that worker count, micro-batches and ZeRO stage change nothing but rounding.
 """
 
 import json
-import math
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raykd import compat
-from raykd.config.sections import Train
+import torch
+import torch.distributed
+
 from raykd.errors import StageError, UserError
+from raykd.models import loading
 from raykd.runtime.metrics import show_training
 from raykd.storage import files
 from raykd.storage.paths import RoundPaths, TrialPaths
 from raykd.storage.schemas import COMPLETE
-from raykd.training import checkpoints, schedule
-from raykd.training.examples import Target
-from raykd.training.trial import TrialSpec, problem_ids, problem_ids_of_round, read_loss_curve, write_trial_status
+from raykd.training import batching, schedule
+from raykd.training.engine import deepspeed_config, initialize_engine, load_checkpoint, saved_checkpoint
+from raykd.training.student import save_adapter
+from raykd.training.training_data import TrainingData, load_training_data
+from raykd.training.trial import TrialSpec, read_loss_curve, write_trial_status
+from raykd.training.validation import validate, validation_steps
 
 Report = Callable[[dict[str, Any], Path | None], None]
-# About how many points a loss curve has, and how many times a trial tells Ray how far it is: a report waits for
-# Ray Train's controller to look, which it does now and then only.
+# The approximate number of points of a loss curve, and the maximum number of reports to Ray Train without a
+# checkpoint: each report blocks until Ray Train's controller polls its workers.
 CURVE_POINTS = 60
 MAX_REPORTS = 20
 
 
-def deepspeed_config(train: Train, num_workers: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for a trial (https://www.deepspeed.ai/docs/config-json/).
+def train_loop(trial: TrialSpec, report: Report, checkpoint: Path | None) -> None:
+    """Train one worker's share of a trial, or of its current round, and save the adapter.
 
     Args:
-        train: the configuration's section.
-        num_workers: how many workers there are: as many as were asked for, or those that are left.
-    """
-    rows = math.ceil(train.batch_size / num_workers)
-    micro = min(train.micro_batch_size, rows)
-    accumulation = math.ceil(rows / micro)
-    return {
-        # Where workers do not divide a step's rows, some of their last forward passes are short or empty.
-        "train_batch_size": micro * accumulation * num_workers,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": train.max_grad_norm,
-        "bf16": {"enabled": train.dtype == "bfloat16"},
-        # Gradients of many micro-batches are summed in float32, whatever the weights are.
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": train.zero_stage},
-        # LoRA's few weights need no fused kernel, and PyTorch's runs on every device.
-        "optimizer": {
-            "type": "AdamW",
-            "params": {"lr": train.learning_rate, "weight_decay": train.weight_decay, "torch_adam": True},
-        },
-        "steps_per_print": 1_000_000_000,
-        "wall_clock_breakdown": False,
-    }
-
-
-def train_loop(job: TrialSpec, report: Report, resume: Path | None) -> None:
-    """Trains one worker's share of a trial, from the start or from a checkpoint, and saves the adapter.
-
-    Runs wherever the process group of `torch.distributed` can be had: under Ray Train, `torchrun`, or alone.
-
-    Args:
-        job: the trial.
-        report: called by every worker with the metrics so far and, now and then, a checkpoint's folder.
-        resume: folder of the checkpoint to go on from.
+        trial: the trial.
+        report: called by every worker with the metrics so far and, at some steps, the folder of a checkpoint.
+        checkpoint: folder of the checkpoint to resume from; None to start at the first step.
 
     Raises:
-        UserError: where no row is left to train on.
+        StageError: the checkpoint at the start of the round is missing.
+        UserError: there is no example to train on.
     """
     import deepspeed
-    import torch
-    import torch.distributed
-    from transformers import get_cosine_schedule_with_warmup
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    from raykd.models import loading
-    from raykd.training import batching
-    from raykd.training.student import build_student, save_adapter
-    from raykd.training.validation import validate, validation_steps
-
-    train = job.arm.train
     deepspeed.init_distributed()
-    worker, num_workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    config = deepspeed_config(train, num_workers)
-    micro, accumulation = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
-    # Must exist before the model is loaded: under ZeRO stage 3 each worker then loads its own part only.
-    zero3_marker = HfDeepSpeedConfig(config)
-    tokenizer = loading.load_tokenizer(job.arm.student)
-    lesson = _load_training_data(job, tokenizer)
-    steps, mine = lesson.steps, schedule.steps_of_round(len(lesson.steps), job.round or 0, job.rounds)
-    model = build_student(job.arm, job.seed)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # The buffer in which gradients are gathered is as long as it is told, a gigabyte by default, whatever their number.
-    config["zero_optimization"]["reduce_bucket_size"] = sum(map(compat.num_elements, trained))
-    # DeepSpeed's annotations name the types that it documents for other arguments.
-    initialize: Any = deepspeed.initialize
-    engine, _, _, _ = initialize(
-        model=model,
-        model_parameters=trained,
-        config=config,
-        lr_scheduler=lambda optimizer: get_cosine_schedule_with_warmup(
-            optimizer, round(train.warmup_fraction * len(steps)), len(steps)
-        ),
-    )
-    del zero3_marker
-    first, tokens, seconds_before = 0, 0, 0.0
-    if resume is not None:
-        _, state = engine.load_checkpoint(
-            str(resume), tag="checkpoint", load_module_strict=False, load_module_only=False
+    run = _TrainingRun(trial, report)
+    run.start(checkpoint)
+    for step in run.remaining_steps():
+        run.take_step(step)
+        run.record(step + 1)
+    run.save()
+
+
+class _TrainingRun:
+    """One worker's part of a trial: the engine, its data and its progress.
+
+    All workers create it together and call its methods in the same order, since these communicate.
+    """
+
+    def __init__(self, trial: TrialSpec, report: Report) -> None:
+        self._trial, self._report = trial, report
+        self._worker, self._num_workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        config = deepspeed_config(trial.arm.train, self._num_workers)
+        self._micro_batch_size = config["train_micro_batch_size_per_gpu"]
+        self._accumulation_steps = config["gradient_accumulation_steps"]
+        self._tokenizer = loading.load_tokenizer(trial.arm.student)
+        self._data = load_training_data(trial, self._tokenizer)
+        self._num_steps = len(self._data.steps)
+        self._round_steps = schedule.steps_of_round(self._num_steps, trial.round or 0, trial.rounds)
+        self._engine, self._student = initialize_engine(trial, config, self._num_steps)
+        self._validations = validation_steps(self._num_steps, trial.sweep.num_validations) if trial.sweep else {}
+        # Summed loss (nats) of this worker and target tokens of all workers, since the last point of the loss curve.
+        self._loss_and_tokens = torch.zeros(2, dtype=torch.float64, device=self._engine.device)
+        self._throughput = _Throughput()
+        self._final_metrics: dict[str, Any] = {}
+        self._first_step, self._target_tokens, self._seconds_before = 0, 0, 0.0
+
+    def start(self, checkpoint: Path | None) -> None:
+        """Load a checkpoint if there is one, and start the clock.
+
+        Raises:
+            StageError: the checkpoint at the start of the round is missing.
+        """
+        if checkpoint is not None:
+            state = load_checkpoint(self._engine, checkpoint)
+            self._first_step, self._target_tokens = state["step"], state["target_tokens"]
+            self._seconds_before = state["seconds"]
+        trial = self._trial
+        if self._first_step < self._round_steps.start:
+            raise StageError(
+                f"trial {trial.trial_id}: the checkpoint of step {self._round_steps.start}, at which round "
+                f"{trial.round} starts, is missing; delete {trial.folder} to train the trial again"
+            )
+        self._curve = _LossCurve(TrialPaths(trial.folder).metrics, self._first_step, write=self._worker == 0)
+        self._last_reported, self._started = self._first_step, time.monotonic()
+
+    def remaining_steps(self) -> range:
+        """Return the optimizer steps to take, counted from 0."""
+        return range(self._first_step, self._round_steps.stop)
+
+    def take_step(self, step: int) -> None:
+        """Train on this worker's share of an optimizer step."""
+        self._throughput.begin_step()
+        _, batch = self._data.steps[step]
+        num_target_tokens = self._data.num_target_tokens(batch)
+        # A step that is repeated after a failure has the same dropout masks.
+        torch.manual_seed(((self._trial.seed << 40) + (step << 16) + self._worker) % 2**63)
+        if num_target_tokens:
+            for row_numbers in schedule.shard_micro_batches(
+                batch, self._worker, self._num_workers, self._micro_batch_size, self._accumulation_steps
+            ):
+                self._backward(row_numbers, num_target_tokens)
+        else:
+            # No optimizer step: without a gradient, momentum alone would change the weights.
+            self._engine.lr_scheduler.step()
+        self._loss_and_tokens[1] += num_target_tokens
+        self._target_tokens += num_target_tokens
+        self._throughput.tokens += num_target_tokens
+
+    def _backward(self, row_numbers: list[int], num_target_tokens: int) -> None:
+        """Accumulate the gradients of a micro-batch; the last of a step updates the weights."""
+        batch = batching.collate(
+            self._data.examples(row_numbers), self._tokenizer.pad_token_id or 0, self._trial.arm.train.packing
         )
-        first, tokens, seconds_before = state["step"], state["target_tokens"], state["seconds"]
-    if first < mine.start:
-        raise StageError(
-            f"trial {job.trial_id}: the checkpoint of step {mine.start}, which round {job.round} begins with, is gone; "
-            f"delete {job.folder} to train it anew"
+        loss_sum = self._engine({key: tensor.to(self._engine.device) for key, tensor in batch.items()})
+        # DeepSpeed averages over workers and accumulation steps. The scale turns its mean into the sum over all of
+        # the step's tokens, divided by their number.
+        scale = self._num_workers * self._accumulation_steps / num_target_tokens
+        self._engine.backward(loss_sum * scale)
+        self._engine.step()
+        self._loss_and_tokens[0] += loss_sum.detach().double()
+        self._throughput.own_tokens += self._data.num_target_tokens(row_numbers)
+
+    def record(self, steps_done: int) -> None:
+        """Add a point to the loss curve, with a validation, a checkpoint or a report, if one is due."""
+        is_checkpoint = self._is_checkpoint_due(steps_done)
+        is_validation = steps_done in self._validations
+        is_last_of_round = steps_done == self._round_steps.stop
+        is_point = steps_done % max(1, self._num_steps // CURVE_POINTS) == 0
+        if not (is_point or is_last_of_round or is_checkpoint or is_validation):
+            return
+        metrics = self._point(steps_done)
+        self._curve.add(metrics)
+        if is_checkpoint:
+            state = {name: metrics[name] for name in ("step", "target_tokens", "seconds")}
+            with saved_checkpoint(self._engine, state) as folder:
+                self._report(metrics, folder)
+        elif steps_done == self._num_steps:
+            # Reported after the adapter is saved, since Ray Tune may stop the trial at a report.
+            self._final_metrics = metrics
+        elif is_validation or self._is_report_due(steps_done):
+            self._report(metrics, None)
+        else:
+            return
+        self._last_reported = steps_done
+
+    def _is_checkpoint_due(self, steps_done: int) -> bool:
+        if steps_done == self._num_steps:
+            return False
+        every_steps = self._trial.arm.train.checkpoint_every_steps
+        return steps_done % every_steps == 0 or steps_done == self._round_steps.stop
+
+    def _is_report_due(self, steps_done: int) -> bool:
+        every_steps = max(1, self._num_steps // MAX_REPORTS)
+        return steps_done // every_steps > self._last_reported // every_steps
+
+    def _point(self, steps_done: int) -> dict[str, Any]:
+        """Return the metrics since the last point of the loss curve, validation included, and start the next."""
+        torch.distributed.all_reduce(self._loss_and_tokens[:1])
+        loss_sum, num_tokens = self._loss_and_tokens
+        loss = float(loss_sum / num_tokens) if num_tokens else None
+        trial = self._trial
+        tokens_per_second, own_tokens_per_second = self._throughput.end()
+        show_training(trial.experiment, trial.trial_id, self._worker, loss, tokens_per_second, own_tokens_per_second)
+        validation = None
+        if steps_done in self._validations:
+            number = self._validations[steps_done]
+            validation = validate(self._engine, self._student.model, self._tokenizer, trial, number)
+        epoch, _ = self._data.steps[steps_done - 1]
+        metrics = {
+            "step": steps_done,
+            "epoch": epoch,
+            "loss": loss,
+            "learning_rate": self._engine.get_lr()[0],
+            "target_tokens": self._target_tokens,
+            "seconds": round(self._seconds_before + time.monotonic() - self._started, 3),
+            "steps": self._num_steps,
+            "num_workers": self._num_workers,
+            "accelerator": "gpu" if self._engine.device.type == "cuda" else self._engine.device.type,
+        }
+        if validation is not None:
+            metrics["validation"] = validation
+        self._loss_and_tokens.zero_()
+        return metrics
+
+    def save(self) -> None:
+        """Save the adapter, mark the trial or its round as complete, and report the final metrics.
+
+        Raises:
+            UserError: no round had an example.
+        """
+        trial, student = self._trial, self._trial.arm.student
+        if not self._target_tokens and self._round_steps.stop == self._num_steps:
+            raise UserError(
+                f"trial {trial.trial_id}: every example was filtered out in every round; dropped in the last: "
+                f"{self._data.dropped}; change targets.filter, train.max_length or the sampling"
+            )
+        is_writer, is_trained = self._worker == 0, self._target_tokens > 0
+        save_adapter(
+            self._student.model, TrialPaths(trial.output_dir).adapter, student, write=is_writer, is_trained=is_trained
         )
-    curve = _LossCurve(TrialPaths(job.folder).metrics, first, write=worker == 0)
-    every, told_every, told = max(1, len(steps) // CURVE_POINTS), max(1, len(steps) // MAX_REPORTS), first
-    totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    marks = validation_steps(len(steps), job.sweep.num_validations) if job.sweep else {}
-    last: dict[str, Any] = {}
-    started, pace = time.monotonic(), _Throughput()
-    for step in range(first, mine.stop):
-        pace.begin()
-        epoch, batch = steps[step]
-        count = lesson.tokens(batch)
-        # Dropout repeats itself when a step is done again after a failure.
-        torch.manual_seed(((job.seed << 40) + (step << 16) + worker) % 2**63)
-        shares = schedule.shard_micro_batches(batch, worker, num_workers, micro, accumulation)
-        if not count:
-            # Nothing to learn from: no step, for the optimizer's momentum alone would move the weights.
-            engine.lr_scheduler.step()
-            shares = []
-        for part in shares:
-            inputs = batching.collate(lesson.rows_of(part), tokenizer.pad_token_id or 0, train.packing)
-            loss_sum = engine({key: tensor.to(engine.device) for key, tensor in inputs.items()})
-            # DeepSpeed averages over workers and accumulation steps; this turns its mean into the sum over
-            # all of the step's tokens, divided by their number.
-            scale = num_workers * accumulation / count
-            engine.backward(loss_sum * scale)
-            engine.step()
-            totals[0] += loss_sum.detach().double()
-            pace.own += lesson.tokens(part)
-        totals[1] += count
-        tokens += count
-        pace.tokens += count
-        done = step + 1
-        is_checkpoint = done < len(steps) and (done % train.checkpoint_every_steps == 0 or done == mine.stop)
-        if done % every == 0 or done == mine.stop or is_checkpoint or done in marks:
-            torch.distributed.all_reduce(totals[:1])
-            loss = float(totals[0] / totals[1]) if totals[1] else None
-            show_training(job.experiment, job.trial_id, worker, loss, *pace.end())
-            measured = validate(engine, model.model, tokenizer, job, marks[done]) if done in marks else None
-            metrics = {
-                "step": done,
-                "epoch": epoch,
-                "loss": loss,
-                "learning_rate": engine.get_lr()[0],
-                "target_tokens": tokens,
-                "seconds": round(seconds_before + time.monotonic() - started, 3),
-                "steps": len(steps),
-                "num_workers": num_workers,
-                "accelerator": "gpu" if engine.device.type == "cuda" else engine.device.type,
-                **({"validation": measured} if measured else {}),
-            }
-            totals.zero_()
-            curve.add(metrics)
-            if is_checkpoint:
-                _save_checkpoint(engine, metrics, report)
-            elif done == len(steps):
-                # Not before the adapter is there: whoever is told may end the trial.
-                last = metrics
-            elif done in marks or done // told_every > told // told_every:
-                report(metrics, None)
-            else:
-                continue
-            told = done
-    if not tokens and mine.stop == len(steps):
-        raise UserError(f"trial {job.trial_id}: no round left a row to train on; in the last: {lesson.dropped}")
-    save_adapter(model.model, TrialPaths(job.output_dir).adapter, job.arm.student, write=worker == 0, moved=tokens > 0)
-    if worker == 0:
-        _mark_complete(job, lesson)
-    torch.distributed.barrier()
-    if last:
-        report(last, None)
-
-
-@dataclass(frozen=True)
-class _TrainingData:
-    """The rows of a part of the training, and the order in which all of it goes through them."""
-
-    rows: list[Target | None]
-    """None for a problem that has no answer to learn from in this round."""
-    dropped: dict[str, int]
-    steps: list[tuple[int, list[int]]]
-
-    def rows_of(self, numbers: list[int]) -> list[Target]:
-        return [row for number in numbers if (row := self.rows[number]) is not None]
-
-    def tokens(self, numbers: list[int]) -> int:
-        return sum(len(row.completion_token_ids) for row in self.rows_of(numbers))
-
-
-def _load_training_data(job: TrialSpec, tokenizer: Any) -> _TrainingData:
-    from raykd.training import examples
-
-    mine = None if job.round is None else problem_ids_of_round(job, job.round)
-    found, dropped = examples.build_examples(job.arm, job.problems, job.completions, tokenizer, job.same_tokens, mine)
-    # A round may bring nothing; the training as a whole may not.
-    if not found and job.round is None:
-        raise UserError(f"trial {job.trial_id}: no row is left to train on; dropped: {dropped}")
-    rows: list[Target | None] = list(found)
-    if job.round is not None:
-        # The order is that of all problems, whichever of them are this round's.
-        by_problem = {row.problem_id: row for row in found}
-        rows = [by_problem.get(problem_id) for problem_id in problem_ids(job)]
-    train = job.arm.train
-    return _TrainingData(
-        rows, dropped, list(schedule.training_order(len(rows), train.batch_size, train.epochs, job.seed))
-    )
+        if is_writer:
+            _mark_complete(trial, self._data)
+        torch.distributed.barrier()
+        if self._final_metrics:
+            self._report(self._final_metrics, None)
 
 
 class _Throughput:
-    """How fast it goes, from one look to the next, without what is done at a look."""
+    """Target tokens per second between two points of the loss curve, without the time that a point takes."""
 
     def __init__(self) -> None:
-        # Target tokens since the last look, of all workers and of this one.
-        self.tokens, self.own = 0, 0
-        self._since: float | None = None
+        # Target tokens since the last point, of all workers and of this worker.
+        self.tokens, self.own_tokens = 0, 0
+        self._started: float | None = None
 
-    def begin(self) -> None:
-        """A step begins."""
-        if self._since is None:
-            self._since = time.monotonic()
+    def begin_step(self) -> None:
+        """Start the clock at the first step after a point."""
+        if self._started is None:
+            self._started = time.monotonic()
 
     def end(self) -> tuple[float, float]:
-        """Target tokens per second of all workers, and of this one."""
-        assert self._since is not None, "a step was begun"
-        seconds = max(time.monotonic() - self._since, 1e-9)
-        speeds = self.tokens / seconds, self.own / seconds
-        self.tokens, self.own, self._since = 0, 0, None
+        """Return target tokens per second of all workers and of this worker, and reset both."""
+        assert self._started is not None, "a step precedes every point"
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        speeds = self.tokens / seconds, self.own_tokens / seconds
+        self.tokens, self.own_tokens, self._started = 0, 0, None
         return speeds
 
 
-def _save_checkpoint(engine: Any, metrics: dict[str, Any], report: Report) -> None:
-    """Saves every worker's part of the optimizer and the adapter, and hands it to `report`."""
-    with tempfile.TemporaryDirectory() as folder:
-        engine.save_checkpoint(
-            folder,
-            tag="checkpoint",
-            client_state={name: metrics[name] for name in ("step", "target_tokens", "seconds")},
-            exclude_frozen_parameters=True,
-        )
-        checkpoints.write_checksums(Path(folder), engine.global_rank, engine.world_size)
-        report(metrics, Path(folder))
-
-
 class _LossCurve:
-    """The loss curve on disk, without the points that a resumed run makes again."""
+    """The loss curve on disk, without the points that a resumed run repeats."""
 
-    def __init__(self, path: Path, first: int, write: bool) -> None:
+    def __init__(self, path: Path, first_step: int, write: bool) -> None:
         self._path, self._write = path, write
-        self._points = [point for point in read_loss_curve(path) if point["step"] <= first]
+        self._points = [point for point in read_loss_curve(path) if point["step"] <= first_step]
 
     def add(self, point: dict[str, Any]) -> None:
         self._points.append(point)
         if self._write:
-            files.write_text(self._path, "".join(json.dumps(each) + "\n" for each in self._points))
+            files.write_text(self._path, "".join(json.dumps(point) + "\n" for point in self._points))
 
 
-def _mark_complete(job: TrialSpec, lesson: _TrainingData) -> None:
-    """Declares the trial, or its round, complete."""
-    counts = {"rows": len(lesson.rows) - lesson.rows.count(None), "dropped": lesson.dropped}
-    if job.output_dir != job.folder:
-        files.write_json(RoundPaths(job.output_dir).record, counts)
+def _mark_complete(trial: TrialSpec, data: TrainingData) -> None:
+    """Write the status of a completed trial, or of a completed round before the last."""
+    num_rows, dropped = data.num_examples, Counter(data.dropped)
+    if trial.output_dir != trial.folder:
+        files.write_json(RoundPaths(trial.output_dir).record, {"rows": num_rows, "dropped": data.dropped})
         return
-    for number in range(job.round or 0):
-        earlier = files.read_json(RoundPaths(job.round_folder(number)).record)
-        dropped = dict(Counter(counts["dropped"]) + Counter(earlier["dropped"]))
-        counts = {"rows": counts["rows"] + earlier["rows"], "dropped": dropped}
-    write_trial_status(job, COMPLETE, **counts)
+    for number in range(trial.round or 0):
+        earlier = files.read_json(RoundPaths(trial.round_folder(number)).record)
+        num_rows += earlier["rows"]
+        dropped += Counter(earlier["dropped"])
+    write_trial_status(trial, COMPLETE, rows=num_rows, dropped=dict(dropped))

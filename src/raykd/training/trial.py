@@ -1,4 +1,4 @@
-"""A trial: its specification, its folder and its status."""
+"""A trial: its specification, its folder, its status and its loss curve."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from raykd.training import schedule
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """One trial."""
+    """One trial: an arm with values for the searched fields, and a seed."""
 
     trial_id: str
     arm_name: str
@@ -26,137 +26,158 @@ class TrialSpec:
     overrides: dict[str, Any]
     problems: Path
     completions: Path | None
-    """Folder of the completions to train on, for a student that learns from its own answers those that it begins with;
-    None where targets are the tokens of the reference solutions."""
+    """Folder of the completions to train on, or of the warm-up rounds for a student that learns from its own answers;
+    None for reference solutions as hard targets."""
     same_tokens: bool
-    """Whether the teacher's token ids mean the same to the student."""
+    """Whether teacher and student have the same tokenizer."""
     experiment: str
     """The experiment's name."""
     folder: Path
     """The trial's folder."""
     config_id: str
-    """What it learns: the arm, and the point of the sweep where there is one (`raykd.tuning.variants`)."""
-    values: dict[str, Any] = field(default_factory=dict)
-    """The searched fields by dotted path, those that bear on the arm."""
+    """Id of the arm with its searched values, shared by all seeds (`raykd.tuning.variants`)."""
+    hparams: dict[str, Any] = field(default_factory=dict)
+    """Values of the searched fields by dotted path, without those that have no effect on the arm."""
     sweep: Sweep | None = None
-    """How it is measured on the validation problems while it learns; None where it is not."""
+    """The section `sweep`, for validation during training; None for no validation."""
     max_tokens: int = 0
-    """How long an answer to a validation problem may be."""
+    """Maximum number of tokens of an answer to a validation problem."""
     round: int | None = None
-    """Which round of a student that learns from its own answers; None for training in one go."""
+    """The current round, from 0, of a student that learns from its own answers; None for training without rounds."""
 
     @property
     def rounds(self) -> int:
-        """In how many parts the training is done."""
+        """Number of rounds; 1 for training without rounds."""
         return self.arm.targets.rounds if self.arm.targets.source == "student" else 1
 
     @property
     def output_dir(self) -> Path:
-        """The folder of what this part of the training makes: the trial's own for the last part."""
-        is_last = self.round is None or self.round == self.rounds - 1
-        return self.folder if is_last else self.round_folder(self.round or 0)
+        """Folder of the adapter and status: of the current round, or of the trial for its last round."""
+        if self.round is None or self.round == self.rounds - 1:
+            return self.folder
+        return self.round_folder(self.round)
 
     def round_folder(self, number: int) -> Path:
-        """Where a round's answers, their scores and, but for the last round, its adapter are."""
+        """Return the folder of a round's answers, their scores and, except for the last round, its adapter."""
         return TrialPaths(self.folder).round(number)
 
 
-def problem_ids(job: TrialSpec) -> list[str]:
-    """The training problems, in their order."""
-    return files.read_table(split_file(job.problems, "train"), ["problem_id"])["problem_id"].to_pylist()
+def problem_ids(trial: TrialSpec) -> list[str]:
+    """Return the ids of the training problems, in their order."""
+    return files.read_table(split_file(trial.problems, "train"), ["problem_id"])["problem_id"].to_pylist()
 
 
-def problem_ids_of_round(job: TrialSpec, number: int) -> frozenset[str]:
-    """The problems that the steps of a round go through, which a student answers at its beginning."""
-    ids, train = problem_ids(job), job.arm.train
-    steps = list(schedule.training_order(len(ids), train.batch_size, train.epochs, job.seed))
+def problem_ids_of_round(trial: TrialSpec, number: int) -> frozenset[str]:
+    """Return the ids of the problems in the steps of a round, which the student answers before it.
+
+    Args:
+        trial: the trial.
+        number: the round, from 0.
+    """
+    ids, train = problem_ids(trial), trial.arm.train
+    steps = list(schedule.training_order(len(ids), train.batch_size, train.epochs, trial.seed))
     return frozenset(
-        ids[row] for step in schedule.steps_of_round(len(steps), number, job.rounds) for row in steps[step][1]
+        ids[row] for step in schedule.steps_of_round(len(steps), number, trial.rounds) for row in steps[step][1]
     )
 
 
-def trial_status(job: TrialSpec) -> str:
-    """What a trial has come to; empty where it goes on."""
-    record = TrialPaths(job.folder).record
+def trial_status(trial: TrialSpec) -> str:
+    """Return the final status of a trial, such as `schemas.COMPLETE`; "" if it has none yet."""
+    record = TrialPaths(trial.folder).record
     return files.read_json(record)["status"] if record.exists() else ""
 
 
-def has_adapter(job: TrialSpec) -> bool:
-    """Whether a trial's adapter is there, or that of its round."""
-    if job.output_dir != job.folder:
-        return RoundPaths(job.output_dir).record.exists()
-    return trial_status(job) == COMPLETE
+def has_adapter(trial: TrialSpec) -> bool:
+    """Return whether the adapter of a trial, or of its current round, is complete."""
+    if trial.output_dir != trial.folder:
+        return RoundPaths(trial.output_dir).record.exists()
+    return trial_status(trial) == COMPLETE
 
 
-def filter_parallel(jobs: Sequence[TrialSpec], is_so: Callable[[TrialSpec], bool]) -> list[TrialSpec]:
-    """The jobs of which something is so; several are looked at a time, for a bucket takes its time to answer."""
+def filter_parallel(trials: Sequence[TrialSpec], predicate: Callable[[TrialSpec], bool]) -> list[TrialSpec]:
+    """Return the trials for which a predicate is true.
+
+    Threads evaluate it, because it reads files and a bucket answers slowly.
+
+    Args:
+        trials: the trials.
+        predicate: a function of one trial.
+    """
     with ThreadPoolExecutor(filesystem.MAX_PARALLEL_REQUESTS) as pool:
-        return [job for job, so in zip(jobs, pool.map(is_so, jobs), strict=True) if so]
+        results = pool.map(predicate, trials)
+        return [trial for trial, is_kept in zip(trials, results, strict=True) if is_kept]
 
 
-def write_trial_status(job: TrialSpec, status: str, error: str = "", **more: Any) -> None:
-    """Writes what a trial has come to, with how far its loss curve goes."""
-    curve = read_loss_curve(TrialPaths(job.folder).metrics)
-    measured = validations(curve)
+def write_trial_status(trial: TrialSpec, status: str, error: str = "", **entries: Any) -> None:
+    """Write a trial's final status and a summary of its loss curve to its trial.json.
+
+    Args:
+        trial: the trial.
+        status: the final status, such as `schemas.COMPLETE`.
+        error: why it failed; "" if it did not.
+        entries: further entries of the file.
+    """
+    curve = read_loss_curve(TrialPaths(trial.folder).metrics)
+    measurements = validations(curve)
     last = curve[-1] if curve else {}
     files.write_json(
-        TrialPaths(job.folder).record,
+        TrialPaths(trial.folder).record,
         {
-            "trial_id": job.trial_id,
-            "arm": job.arm_name,
-            "seed": job.seed,
-            "overrides": job.overrides,
-            "values": job.values,
-            "strategy": job.arm.prompt.strategy if job.arm.needs_teacher else "",
+            "trial_id": trial.trial_id,
+            "arm": trial.arm_name,
+            "seed": trial.seed,
+            "overrides": trial.overrides,
+            "hparams": trial.hparams,
+            "strategy": trial.arm.prompt.strategy if trial.arm.needs_teacher else "",
             "status": status,
             "error": error,
-            **more,
-            "num_workers": last.get("num_workers", job.arm.train.num_workers),
+            **entries,
+            "num_workers": last.get("num_workers", trial.arm.train.num_workers),
             "accelerator": last.get("accelerator", ""),
             **{name: last.get(name, 0) for name in ("target_tokens", "seconds")},
             "steps": last.get("step", 0),
             "loss_first": curve[0]["loss"] if curve else None,
             "loss_last": last.get("loss"),
-            "validation": measured[-1] if measured else None,
-            "adapter": str(TrialPaths(job.folder).adapter) if status == COMPLETE else None,
+            "validation": measurements[-1] if measurements else None,
+            "adapter": str(TrialPaths(trial.folder).adapter) if status == COMPLETE else None,
         },
     )
 
 
 def read_loss_curve(file: Path) -> list[dict[str, Any]]:
-    """The points of a trial's loss curve, as far as it has come.
+    """Return the points of a trial's loss curve so far.
 
     Raises:
-        UserError: where a line is no point.
+        UserError: a line is not valid JSON.
     """
     return files.read_json_lines(file) if file.exists() else []
 
 
 def validations(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was measured on the validation problems, from the first time to the last."""
+    """Return the validation results in a loss curve, in order of step."""
     return [point["validation"] for point in curve if point.get("validation")]
 
 
-def last_validation_metric(job: TrialSpec) -> float | None:
-    """What a trial of a sweep had when it was last measured; None where it was not."""
-    measured = validations(read_loss_curve(TrialPaths(job.folder).metrics))
-    return measured[-1][job.sweep.metric] if measured and job.sweep else None
+def last_validation_metric(trial: TrialSpec) -> float | None:
+    """Return the sweep's metric at a trial's last validation; None if there was none."""
+    measurements = validations(read_loss_curve(TrialPaths(trial.folder).metrics))
+    return measurements[-1][trial.sweep.metric] if measurements and trial.sweep else None
 
 
-def rank_by_validation(found: Mapping[str, Iterable[float]], metric: str) -> list[str]:
-    """Points by what their seeds reached in the mean, the best first; those of more seeds before those of fewer.
+def rank_by_validation(scores: Mapping[str, Iterable[float]], metric: str) -> list[str]:
+    """Return configurations by the mean score of their seeds, the best first; more seeds rank before fewer.
 
-    A point that lost a seed on the way was stopped there for being worse.
+    A missing seed was stopped early by the sweep's scheduler, because the configuration was worse.
 
     Args:
-        found: what each seed reached when it was last measured.
+        scores: by configuration, the last validation score of each seed.
         metric: `accuracy` or `loss`.
     """
     sign = -1 if metric == "accuracy" else 1
 
-    def key(point: str) -> tuple[Any, ...]:
-        values = list(found[point])
+    def key(config: str) -> tuple[Any, ...]:
+        values = list(scores[config])
         mean = sum(values) / len(values)
-        return -len(values), math.inf if math.isnan(mean) else sign * mean, point
+        return -len(values), math.inf if math.isnan(mean) else sign * mean, config
 
-    return sorted(found, key=key)
+    return sorted(scores, key=key)

@@ -113,7 +113,7 @@ class TrialProgressTable(tune.Callback):
             self._count(trial_id, curve[-1])
         if job.sweep and self._live is None and self._meter is not None:
             over = sum(state not in ("", metrics.TRAINING) for state in self._states.values())
-            at = f" at {format_hparams(job.values)}" if job.values else ""
+            at = f" at {format_hparams(job.hparams)}" if job.hparams else ""
             reached = format_score(job.sweep, self._measured.get(trial_id))
             self._meter.note(
                 f"{over}/{self._num_trials} {job.arm_name}, seed {job.seed}{at}: {self._states[trial_id]}, {reached}"
@@ -142,7 +142,7 @@ class TrialProgressTable(tune.Callback):
             steps = f"{seen['step']}/{seen['steps']}" if seen else ""
             reached = format_score(job.sweep, self._measured.get(trial_id)) if job.sweep else ""
             state = self._states.get(trial_id, "") or metrics.WAITING
-            cells = (job.arm_name, str(job.seed), format_hparams(job.values), state, steps, reached)
+            cells = (job.arm_name, str(job.seed), format_hparams(job.hparams), state, steps, reached)
             table.add_row(*(Text(cell) for cell in cells))
         rest = [Text(f"and {len(ids) - room} more")] if len(ids) > room else []
         return Group(table, *rest, Text(self._meter.text()))

@@ -265,7 +265,7 @@ class TrialSearcher(Searcher):
                 self._jobs[job.trial_id] = job
                 self._queue.append(job)
         job = self._under_way[trial_id] = self._queue.popleft()
-        return {"trial_id": job.trial_id, "arm": job.arm_name, "seed": job.seed, **job.values}
+        return {"trial_id": job.trial_id, "arm": job.arm_name, "seed": job.seed, **job.hparams}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tells the arm's study what a trial reached."""

@@ -58,7 +58,7 @@ def trial_specs(
                     experiment=experiment.name,
                     folder=ExperimentPaths(folder).trial(trial_id),
                     config_id=variant.config_id,
-                    values=variant.values,
+                    hparams=variant.hparams,
                     sweep=experiment.sweep,
                     max_tokens=experiment.evaluate.sampling.max_tokens,
                 )

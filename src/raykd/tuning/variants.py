@@ -26,13 +26,13 @@ class Variant:
 
     arm_name: str
     arm: Arm
-    values: Hparams = field(default_factory=dict)
+    hparams: Hparams = field(default_factory=dict)
     """The searched fields by dotted path, without those that play no part in the arm."""
 
     @property
     def config_id(self) -> str:
         """What it is called."""
-        return self.arm_name + (f"{POINT_SEPARATOR}{hparams_key(self.values)}" if self.values else "")
+        return self.arm_name + (f"{POINT_SEPARATOR}{hparams_key(self.hparams)}" if self.hparams else "")
 
 
 def variants(experiment: Experiment, drawn: Mapping[str, Sequence[Hparams]]) -> list[Variant]:
@@ -83,8 +83,8 @@ def variant_at(experiment: Experiment, name: str, point: Hparams) -> Variant:
     arm = experiment.arm(name, point)
     bearing = dict(overrides.flatten(identity.effective_config(arm), ""))
     # As they bear on it: two ways of saying one thing are one point.
-    values = {path: bearing[path] for path, _ in overrides.flatten(point, "") if path in bearing}
-    return Variant(name, arm, values)
+    hparams = {path: bearing[path] for path, _ in overrides.flatten(point, "") if path in bearing}
+    return Variant(name, arm, hparams)
 
 
 def arms_by_config_id(variants: Iterable[Variant]) -> dict[str, Arm]:

@@ -1,4 +1,4 @@
-"""Attention: what a student reads, and the rows that come of it."""
+"""The texts of the attention stage, and the rows that it writes."""
 
 from pathlib import Path
 
@@ -42,21 +42,28 @@ def problems(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    """An adapter that does something."""
+    """An adapter with random, non-zero weights."""
     torch.manual_seed(3)
     lora = LoraConfig(r=2, target_modules=["q_proj", "k_proj"], init_lora_weights=False)
     get_peft_model(load_base_model(STUDENT, torch.float32), lora).save_pretrained(str(tmp_path / "adapter"))
     return tmp_path / "adapter"
 
 
-def read(problems: Path, **told) -> attention.MeasureAttention:
-    folder = problems / "rows"
-    return attention.MeasureAttention(STUDENT, Attention(batch_size=2, **told), "float32", problems, "", "cpu", folder)
+def stage(problems: Path) -> attention.MeasureAttention:
+    return attention.MeasureAttention(
+        student=STUDENT,
+        attention=Attention(batch_size=2),
+        dtype="float32",
+        problems=problems,
+        instruction="",
+        accelerator="cpu",
+        folder=problems / "rows",
+    )
 
 
-def items(adapters: list[str], ids: list[str]) -> list[pa.Table]:
-    told = [{"trial_id": f"t{n}", "arm": "a", "seed": n, "adapter": each} for n, each in enumerate(adapters)]
-    return [pa.Table.from_pylist([each | {"problem_ids": ids}]) for each in told]
+def parts(adapters: list[str], ids: list[str]) -> list[pa.Table]:
+    students = [{"trial_id": f"t{n}", "arm": "a", "seed": n, "adapter": adapter} for n, adapter in enumerate(adapters)]
+    return [pa.Table.from_pylist([student | {"problem_ids": ids}]) for student in students]
 
 
 def values(problems: Path) -> dict[str, np.ndarray]:
@@ -64,7 +71,7 @@ def values(problems: Path) -> dict[str, np.ndarray]:
     return {row["attention_id"]: np.array(row["values"]) for row in rows}
 
 
-def test_what_is_looked_for_is_where_it_stands_in_the_prompt_and_the_solution(tokenizer):
+def test_positions_of_numbers_and_results_in_prompt_and_solution(tokenizer):
     text = attention.attention_text(PROBLEMS[0], tokenizer, "End with a number like 99.", None)
     whole = text.prompt_token_ids + text.completion_token_ids
     assert text.prompt_token_ids == tokenization.prompt_token_ids(
@@ -73,28 +80,28 @@ def test_what_is_looked_for_is_where_it_stands_in_the_prompt_and_the_solution(to
     assert tokenizer.decode([whole[at] for at in text.question_numbers]).replace(" ", "") == "3012"
     assert tokenizer.decode(text.completion_token_ids[:-1]) == PROBLEMS[0]["reference_solution"]
     assert text.completion_token_ids[-1] == tokenizer.eos_token_id
-    # From the second line on the result of the first, 42, and so after the second.
-    seen = {tokenizer.decode([whole[at] for at in found]).replace(" ", "") for found in text.previous_results}
-    assert seen == {"", "42"}
+    # The result of the first line, 42, from the second line on; the second has the same result.
+    results = {tokenizer.decode([whole[at] for at in found]).replace(" ", "") for found in text.previous_results}
+    assert results == {"", "42"}
     assert not text.previous_results[0] and text.previous_results[-1]
     assert max(text.previous_results[-1]) < len(text) - 1
 
 
-def test_each_student_is_read_with_its_own_adapter_and_the_untouched_one_with_none(problems: Path, adapter: Path):
-    reader = read(problems)
+def test_each_student_is_measured_with_its_own_adapter(problems: Path, adapter: Path):
+    measure = stage(problems)
     ids = [row["problem_id"] for row in PROBLEMS]
-    for item in items(["", str(adapter), "", str(adapter)], ids):
-        assert reader(item) == {"rows": [5], "tokens": [sum_of_tokens()]}
-    found = values(problems)
+    for part in parts(["", str(adapter), "", str(adapter)], ids):
+        assert measure(part) == {"rows": [5], "tokens": [sum_of_tokens()]}
+    measured = values(problems)
     tokenizer = loading.load_tokenizer(Student(model="raykd/demo-student"))
-    base = load_base_model(STUDENT, torch.float32).eval()
+    model = load_base_model(STUDENT, torch.float32).eval()
     texts = [attention.attention_text(row, tokenizer, "", None) for row in PROBLEMS]
-    base = attention_heads.attention_statistics(base, texts, 0)
-    adapted = attention_heads.attention_statistics(PeftModel.from_pretrained(base, str(adapter)).eval(), texts, 0)
+    base = attention_heads.attention_statistics(model, texts, 0)
+    adapted = attention_heads.attention_statistics(PeftModel.from_pretrained(model, str(adapter)).eval(), texts, 0)
     assert np.nanmax(np.abs(base - adapted)) > 1e-3
     for trial, expected in (("t0", base), ("t1", adapted), ("t2", base), ("t3", adapted)):
         for problem_id, each in zip(ids, expected, strict=True):
-            np.testing.assert_allclose(found[f"{trial}/{problem_id}"], each.ravel(), rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(measured[f"{trial}/{problem_id}"], each.ravel(), rtol=1e-4, atol=1e-6)
 
 
 def sum_of_tokens() -> int:
@@ -102,22 +109,26 @@ def sum_of_tokens() -> int:
     return sum(len(tokenizer(row["reference_solution"])["input_ids"]) + 1 for row in PROBLEMS)
 
 
-def test_a_text_that_cannot_be_read_carries_why_and_the_others_are_there(problems: Path):
+def test_failed_text_has_an_error_and_the_others_values(problems: Path):
     long = PROBLEMS[1] | {"reference_solution": "1 + 1 = 2\n" * 300 + "#### 2"}
     rows = [PROBLEMS[0], long, *PROBLEMS[2:]]
     files.write_table(problems / "test.parquet", pa.Table.from_pylist(rows, schema=schemas.PROBLEM))
-    read(problems)(items([""], [row["problem_id"] for row in rows])[0])
-    found = row_store.read_rows(problems / "rows", schemas.ATTENTION).to_pylist()
-    errors = {row["problem_id"]: row["error"] for row in found}
+    stage(problems)(parts([""], [row["problem_id"] for row in rows])[0])
+    written = row_store.read_rows(problems / "rows", schemas.ATTENTION).to_pylist()
+    errors = {row["problem_id"]: row["error"] for row in written}
     assert "more than the model's" in errors.pop("p31")
     assert set(errors.values()) == {""}
-    assert all(bool(row["values"]) == (row["problem_id"] != "p31") for row in found)
+    assert all(bool(row["values"]) == (row["problem_id"] != "p31") for row in written)
 
 
-def test_another_way_of_measuring_has_another_folder():
+def test_settings_that_change_statistics_change_the_folder():
     names = {
-        attention.attention_folder_name(told, dtype)
-        for told, dtype in ((Attention(), "float32"), (Attention(num_problems=9), "float32"), (Attention(), "bfloat16"))
+        attention.attention_folder_name(settings, dtype)
+        for settings, dtype in (
+            (Attention(), "float32"),
+            (Attention(num_problems=9), "float32"),
+            (Attention(), "bfloat16"),
+        )
     }
     assert len(names) == 3
     assert attention.attention_folder_name(Attention(batch_size=3, num_workers=4), "float32") in names

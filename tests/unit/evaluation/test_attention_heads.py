@@ -1,4 +1,4 @@
-"""Heads against an oracle in plain Python floats, query by query, from what transformers' eager attention returns."""
+"""Attention statistics against an oracle in Python floats, computed from transformers' eager attention."""
 
 import math
 from typing import Any
@@ -36,7 +36,7 @@ from raykd.evaluation.attention_heads import STATISTICS, Text
 from raykd.training import student
 
 V, L, H = 61, 3, 4
-# Weights large enough for heads to be sure of something.
+# Initial weights large enough for peaked attention.
 SIZES: dict[str, Any] = {
     "vocab_size": V,
     "hidden_size": 32,
@@ -48,9 +48,9 @@ SIZES: dict[str, Any] = {
 }
 
 
-def build(config: Any, kind: Any) -> Any:
+def build(config: Any, model_class: Any) -> Any:
     torch.manual_seed(0)
-    return kind(config).eval()
+    return model_class(config).eval()
 
 
 @pytest.fixture
@@ -58,8 +58,8 @@ def llama() -> Any:
     return build(LlamaConfig(**SIZES), LlamaForCausalLM)
 
 
-def made_texts() -> list[Text]:
-    """Of different lengths; one has no number in its question, another no step before."""
+def example_texts() -> list[Text]:
+    """Return texts of different lengths; one has no number in its question, another no earlier step."""
     generator = np.random.default_rng(0)
 
     def text(prompt: int, answer: int, numbers: list[int], results: list[list[int]]) -> Text:
@@ -74,15 +74,15 @@ def made_texts() -> list[Text]:
 
 
 def attention_of(model: Any, text: Text) -> np.ndarray:
-    """The weights of one text alone, without padding: (L, H, T, T)."""
+    """Return the attention weights of one text without padding: (L, H, T, T)."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    before = base.config._attn_implementation
+    original = base.config._attn_implementation
     base.set_attn_implementation("eager")
     with torch.no_grad():
         tokens = torch.tensor([text.prompt_token_ids + text.completion_token_ids])
-        found = base(input_ids=tokens, output_attentions=True).attentions
-    base.set_attn_implementation(before)
-    return torch.cat(found).double().numpy()
+        attentions = base(input_ids=tokens, output_attentions=True).attentions
+    base.set_attn_implementation(original)
+    return torch.cat(attentions).double().numpy()
 
 
 def entropy_of(weights: list[float]) -> float:
@@ -95,52 +95,52 @@ def cosine_of(one: list[float], other: list[float]) -> float:
 
 
 def oracle(weights_LHTT: np.ndarray, text: Text, window: int = 10**6) -> np.ndarray:
-    """By the definitions, one query at a time: (S, L, H)."""
+    """Compute the statistics by their definitions, one query at a time: (S, L, H)."""
     first, length = len(text.prompt_token_ids), len(text.prompt_token_ids) + len(text.completion_token_ids)
     result = np.full((len(STATISTICS), *weights_LHTT.shape[:2]), np.nan)
     for layer, head in np.ndindex(*weights_LHTT.shape[:2]):
-        found: dict[str, list[float]] = {name: [] for name in STATISTICS}
+        values: dict[str, list[float]] = {name: [] for name in STATISTICS}
         for query in range(first, length):
             row = weights_LHTT[layer, head, query].tolist()
             visible = range(max(0, query - window + 1), query + 1)
             assert sum(row[key] for key in visible) == pytest.approx(1, abs=1e-2)
-            found["entropy"].append(entropy_of(row))
+            values["entropy"].append(entropy_of(row))
             others = row[1:]
             if sum(others) > 0:
-                found["entropy_without_first"].append(entropy_of([weight / sum(others) for weight in others]))
-            found["first"].append(row[0])
-            found["diagonal"].append(row[query])
+                values["entropy_without_first"].append(entropy_of([weight / sum(others) for weight in others]))
+            values["first"].append(row[0])
+            values["diagonal"].append(row[query])
             if text.question_numbers:
-                found["question_numbers"].append(sum(row[key] for key in text.question_numbers))
-            if seen := text.previous_results[query - first]:
-                found["previous_result"].append(sum(row[key] for key in seen))
-            found["above_tenth"].append(sum(row[key] > 0.1 for key in visible) / len(visible))
+                values["question_numbers"].append(sum(row[key] for key in text.question_numbers))
+            if result_keys := text.previous_results[query - first]:
+                values["previous_result"].append(sum(row[key] for key in result_keys))
+            values["above_tenth"].append(sum(row[key] > 0.1 for key in visible) / len(visible))
             if layer:
                 below = [weights_LHTT[layer - 1, :, query, key].mean() for key in range(length)]
-                found["cosine"].append(cosine_of(row, below))
+                values["cosine"].append(cosine_of(row, below))
         for number, name in enumerate(STATISTICS):
-            if found[name]:
-                result[number, layer, head] = sum(found[name]) / len(found[name])
+            if values[name]:
+                result[number, layer, head] = sum(values[name]) / len(values[name])
     return result
 
 
 def expected(model: Any, window: int = 10**6) -> np.ndarray:
-    return np.stack([oracle(attention_of(model, text), text, window) for text in made_texts()])
+    return np.stack([oracle(attention_of(model, text), text, window) for text in example_texts()])
 
 
-def agree(measured: np.ndarray, wanted: np.ndarray, tolerance: float = 2e-6) -> None:
+def assert_close(measured: np.ndarray, expected_values: np.ndarray, tolerance: float = 2e-6) -> None:
     assert measured.dtype == np.float32
-    assert measured.shape == wanted.shape == (len(made_texts()), len(STATISTICS), L, H)
+    assert measured.shape == expected_values.shape == (len(example_texts()), len(STATISTICS), L, H)
     for number, name in enumerate(STATISTICS):
-        np.testing.assert_allclose(measured[:, number], wanted[:, number], atol=tolerance, err_msg=name)
+        np.testing.assert_allclose(measured[:, number], expected_values[:, number], atol=tolerance, err_msg=name)
 
 
 @pytest.mark.parametrize("block_elements", [None, 1, 3 * H * 21 * 4, 3 * H * 21 * 5])
-def test_each_statistic_is_what_its_definition_says_whatever_the_block(llama, block_elements):
-    agree(attention_heads.attention_statistics(llama, made_texts(), 0, block_elements), expected(llama))
+def test_statistics_match_definitions_for_any_block_size(llama, block_elements):
+    assert_close(attention_heads.attention_statistics(llama, example_texts(), 0, block_elements), expected(llama))
 
 
-def test_heads_and_texts_differ_so_that_agreeing_means_something(llama):
+def test_expected_statistics_are_diverse(llama):
     wanted = expected(llama)
     defined = wanted[np.isfinite(wanted)].reshape(-1)
     assert len(np.unique(defined.round(4))) > 0.8 * len(defined)
@@ -148,9 +148,13 @@ def test_heads_and_texts_differ_so_that_agreeing_means_something(llama):
     assert 0.1 < above.min() < above.max() < 0.9
 
 
-def test_what_is_not_defined_is_nan(llama):
+def test_undefined_statistics_are_nan(llama):
     values = dict(
-        zip(STATISTICS, attention_heads.attention_statistics(llama, made_texts(), 0).transpose(1, 0, 2, 3), strict=True)
+        zip(
+            STATISTICS,
+            attention_heads.attention_statistics(llama, example_texts(), 0).transpose(1, 0, 2, 3),
+            strict=True,
+        )
     )
     assert np.isnan(values["cosine"][:, 0]).all()
     assert np.isfinite(values["cosine"][:, 1:]).all()
@@ -160,42 +164,42 @@ def test_what_is_not_defined_is_nan(llama):
         assert np.isfinite(values[name]).all(), name
 
 
-def test_the_first_token_alone_has_no_entropy_without_itself(llama):
+def test_entropy_without_first_is_undefined_for_a_single_key(llama):
     single = Text([], [7, 8, 9], [], [[], [], []])
     measured = attention_heads.attention_statistics(llama, [single, Text([3], [], [], []), Text([], [5], [], [[]])], 0)
     np.testing.assert_allclose(measured[0], oracle(attention_of(llama, single), single), atol=2e-6)
     assert np.isnan(measured[1]).all()
-    # A lone token looks at itself, in every layer.
+    # A single token attends to itself in every layer.
     lone = {"entropy": 0, "first": 1, "diagonal": 1, "above_tenth": 1, "cosine": 1}
     for number, name in enumerate(STATISTICS):
         np.testing.assert_allclose(measured[2, number, 1:], lone.get(name, np.nan), atol=1e-6, err_msg=name)
 
 
-def test_it_depends_neither_on_the_batch_nor_on_what_fills_it_up(llama):
-    together = attention_heads.attention_statistics(llama, made_texts(), pad_token_id=0)
+def test_statistics_do_not_depend_on_batch_or_padding(llama):
+    together = attention_heads.attention_statistics(llama, example_texts(), pad_token_id=0)
     np.testing.assert_allclose(
-        attention_heads.attention_statistics(llama, made_texts(), pad_token_id=17), together, atol=2e-6
+        attention_heads.attention_statistics(llama, example_texts(), pad_token_id=17), together, atol=2e-6
     )
-    alone = [attention_heads.attention_statistics(llama, [text], pad_token_id=0) for text in made_texts()]
+    alone = [attention_heads.attention_statistics(llama, [text], pad_token_id=0) for text in example_texts()]
     np.testing.assert_allclose(np.concatenate(alone), together, atol=2e-6)
 
 
-def test_an_adapter_is_measured_with_its_base(llama):
-    before = attention_heads.attention_statistics(llama, made_texts(), 0)
+def test_adapter_is_measured_with_its_base_model(llama):
+    before = attention_heads.attention_statistics(llama, example_texts(), 0)
     adapted: Any = student.add_lora(llama, Student(model="none"), seed=0).eval()
-    np.testing.assert_array_equal(attention_heads.attention_statistics(adapted, made_texts(), 0), before)
+    np.testing.assert_array_equal(attention_heads.attention_statistics(adapted, example_texts(), 0), before)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    measured = attention_heads.attention_statistics(adapted, made_texts(), 0)
-    agree(measured, expected(adapted))
+    measured = attention_heads.attention_statistics(adapted, example_texts(), 0)
+    assert_close(measured, expected(adapted))
     assert np.nanmax(np.abs(measured - before)) > 0.05
     with adapted.disable_adapter():
-        np.testing.assert_array_equal(attention_heads.attention_statistics(adapted, made_texts(), 0), before)
+        np.testing.assert_array_equal(attention_heads.attention_statistics(adapted, example_texts(), 0), before)
 
 
 @pytest.mark.parametrize(
-    ("config", "kind"),
+    ("config", "model_class"),
     [
         (Qwen2Config(**SIZES), Qwen2ForCausalLM),
         (Qwen3Config(**SIZES, head_dim=16), Qwen3ForCausalLM),
@@ -204,23 +208,23 @@ def test_an_adapter_is_measured_with_its_base(llama):
     ],
     ids=["qwen2", "qwen3", "as many key heads", "one key head"],
 )
-def test_other_architectures_agree_with_their_own_attention(config, kind):
-    model = build(config, kind)
-    agree(attention_heads.attention_statistics(model, made_texts(), 0), expected(model))
+def test_other_architectures_match_their_eager_attention(config, model_class):
+    model = build(config, model_class)
+    assert_close(attention_heads.attention_statistics(model, example_texts(), 0), expected(model))
 
 
 @pytest.mark.parametrize("window", [3, 64])
-def test_a_sliding_window_hides_keys(window: int):
+def test_sliding_window_hides_keys(window: int):
     model = build(MistralConfig(**SIZES, sliding_window=window), MistralForCausalLM)
-    agree(attention_heads.attention_statistics(model, made_texts(), 0), expected(model, window))
+    assert_close(attention_heads.attention_statistics(model, example_texts(), 0), expected(model, window))
 
 
-def test_bfloat16_costs_no_more_than_its_rounding(llama):
-    wanted = attention_heads.attention_statistics(llama, made_texts(), 0)
+def test_bfloat16_differs_by_rounding_only(llama):
+    wanted = attention_heads.attention_statistics(llama, example_texts(), 0)
     rounded = llama.bfloat16()
-    # Rounding alone takes a key across a tenth.
+    # Rounding can move a weight across the threshold of a tenth.
     smooth = [number for number, name in enumerate(STATISTICS) if name != "above_tenth"]
-    measured = attention_heads.attention_statistics(rounded, made_texts(), 0)
+    measured = attention_heads.attention_statistics(rounded, example_texts(), 0)
     np.testing.assert_allclose(measured[:, smooth], expected(rounded)[:, smooth], atol=0.03)
     np.testing.assert_allclose(measured[:, smooth], wanted[:, smooth], atol=0.15)
     above = STATISTICS.index("above_tenth")
@@ -228,58 +232,58 @@ def test_bfloat16_costs_no_more_than_its_rounding(llama):
 
 
 @pytest.mark.parametrize("before", ["eager", "sdpa"])
-def test_the_model_is_left_as_it_was(llama, before: str):
+def test_model_is_left_unchanged(llama, before: str):
     llama.set_attn_implementation(before)
-    tokens = torch.tensor([made_texts()[0].prompt_token_ids])
+    tokens = torch.tensor([example_texts()[0].prompt_token_ids])
     logits = llama(input_ids=tokens).logits
-    attention_heads.attention_statistics(llama, made_texts(), 0)
+    attention_heads.attention_statistics(llama, example_texts(), 0)
     assert llama.config._attn_implementation == llama.model.config._attn_implementation == before
     assert torch.equal(llama(input_ids=tokens).logits, logits)
     assert not any(parameter.grad is not None for parameter in llama.parameters())
 
 
-def test_the_model_reads_on_as_with_eager_attention_and_makes_no_logits(llama):
-    seen: list[torch.Tensor] = []
-    llama.model.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    asked: list[int] = []
-    llama.lm_head.register_forward_hook(lambda module, inputs, output: asked.append(1))
-    attention_heads.attention_statistics(llama, made_texts(), 0, block_elements=3 * H * 21 * 4)
-    assert not asked
+def test_hidden_states_match_eager_attention_without_logits(llama):
+    hidden_states: list[torch.Tensor] = []
+    llama.model.norm.register_forward_hook(lambda module, inputs, output: hidden_states.append(output))
+    logits_calls: list[int] = []
+    llama.lm_head.register_forward_hook(lambda module, inputs, output: logits_calls.append(1))
+    attention_heads.attention_statistics(llama, example_texts(), 0, block_elements=3 * H * 21 * 4)
+    assert not logits_calls
     llama.set_attn_implementation("eager")
-    for row, text in enumerate(made_texts()):
+    for row, text in enumerate(example_texts()):
         tokens = torch.tensor([text.prompt_token_ids + text.completion_token_ids])
         with torch.no_grad():
             alone = llama.model(input_ids=tokens).last_hidden_state[0]
-        assert torch.allclose(seen[0][row, : len(alone)], alone, atol=1e-5)
-    assert not seen[0].requires_grad
+        assert torch.allclose(hidden_states[0][row, : len(alone)], alone, atol=1e-5)
+    assert not hidden_states[0].requires_grad
 
 
 class _Largest(TorchDispatchMode):
-    """The most float32 elements over so many keys that any operation gives back."""
+    """Records the largest float32 tensor over a number of keys that any operation returns."""
 
     def __init__(self, keys: int) -> None:
         super().__init__()
         self.keys, self.elements = keys, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for each in made if isinstance(made, (tuple, list)) else [made]:
+        output = func(*args, **(kwargs or {}))
+        for each in output if isinstance(output, (tuple, list)) else [output]:
             if isinstance(each, torch.Tensor) and each.dtype == torch.float32 and each.shape[-1:] == (self.keys,):
                 self.elements = max(self.elements, each.numel())
-        return made
+        return output
 
 
-def test_attention_never_outgrows_a_block(llama):
-    # As many keys as nothing else has.
+def test_attention_weights_never_exceed_a_block(llama):
+    # A number of keys that no other dimension has.
     texts = [Text([1] * 10, [2] * 43, [0], [[]] * 43) for _ in range(3)]
     with _Largest(keys=53) as largest:
         attention_heads.attention_statistics(llama, texts, 0, block_elements=3 * H * 53 * 12)
     assert largest.elements == 3 * H * 53 * 12
 
 
-def test_a_model_that_learns_is_not_measured(llama):
+def test_model_in_training_mode_is_refused(llama):
     with pytest.raises(AssertionError, match="dropout"):
-        attention_heads.attention_statistics(llama.train(), made_texts(), 0)
+        attention_heads.attention_statistics(llama.train(), example_texts(), 0)
 
 
 _BART: dict[str, Any] = {
@@ -295,20 +299,20 @@ _BART: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("config", "kind", "named"),
+    ("config", "model_class", "named"),
     [
         (Gemma2Config(**SIZES, head_dim=8), Gemma2ForCausalLM, "softcap"),
         (GptOssConfig(**SIZES, head_dim=8, num_local_experts=2, num_experts_per_tok=1), GptOssForCausalLM, "s_aux"),
         (BartConfig(**_BART), BartForConditionalGeneration, "encoder"),
         (BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4), BloomForCausalLM, "0 of 2 layers"),
-        (DogeConfig(**SIZES), DogeForCausalLM, "a mask of its own making"),
-        (StableLmConfig(**SIZES), StableLmForCausalLM, "not handed"),
+        (DogeConfig(**SIZES), DogeForCausalLM, "a mask of its own"),
+        (StableLmConfig(**SIZES), StableLmForCausalLM, "does not receive"),
     ],
     ids=["softcap", "sinks", "encoder and decoder", "attention of its own", "dynamic mask", "arguments not passed on"],
 )
-def test_attention_that_is_more_than_a_softmax_is_refused_by_name(config, kind, named: str):
-    model = build(config, kind)
+def test_unsupported_attention_is_refused_by_name(config, model_class, named: str):
+    model = build(config, model_class)
     before = model.config._attn_implementation
     with pytest.raises(ValueError, match=named):
-        attention_heads.attention_statistics(model, made_texts(), 0)
+        attention_heads.attention_statistics(model, example_texts(), 0)
     assert model.config._attn_implementation == before

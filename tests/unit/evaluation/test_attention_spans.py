@@ -1,4 +1,4 @@
-"""Spans: numbers and results found in awkward texts, in GSM8K's way of writing, and in every built-in solution."""
+"""Spans of numbers and results in awkward texts, in GSM8K's notation, and in built-in solutions."""
 
 import random
 import re
@@ -22,7 +22,7 @@ def results(text: str) -> list[list[str]]:
 
 
 def words(text: str) -> list[tuple[int, int]]:
-    """Offsets of a tokenizer that takes words, single digits, signs and line breaks apart."""
+    """Return the offsets of a tokenizer that splits into words, single digits, signs and line breaks."""
     return [match.span() for match in re.finditer(r"[^\W\d]+|[0-9]|\n|[^\w\s]", text)]
 
 
@@ -45,7 +45,7 @@ def words(text: str) -> list[tuple[int, int]]:
         ("", []),
     ],
 )
-def test_numbers_are_digits_with_commas_and_decimals(text: str, expected: list[str]):
+def test_number_spans(text: str, expected: list[str]):
     assert numbers(text) == expected
 
 
@@ -81,13 +81,13 @@ def test_numbers_are_digits_with_commas_and_decimals(text: str, expected: list[s
         ("= ", []),
     ],
 )
-def test_a_steps_result_is_the_number_after_its_last_equals_sign(line: str, expected: list[str]):
+def test_result_of_a_step_is_the_number_after_its_last_equals_sign(line: str, expected: list[str]):
     assert results(line) == ([expected] if expected else [])
-    # Whatever stands around it.
+    # With other lines around it.
     assert results(f"Take 5 of them.\n\n{line}\n#### 24") == ([expected] if expected else [])
 
 
-def test_steps_are_lines_with_their_breaks_and_results_are_where_they_stand():
+def test_spans_of_steps_and_results():
     text = "Tim has 3*4=<<3*4=12>>12 pens.\nHe waits.\r\n\n12 - 5 = 7 pens\n#### 7"
     steps = step_results(text)
     assert [text[start:end] for start, end, _ in steps] == ["Tim has 3*4=<<3*4=12>>12 pens.\n", "12 - 5 = 7 pens\n"]
@@ -98,7 +98,7 @@ def test_steps_are_lines_with_their_breaks_and_results_are_where_they_stand():
     assert text[: steps[1][2][0][0]].endswith("12 - 5 = ")
 
 
-def test_tokens_are_those_that_share_a_character():
+def test_tokens_in_overlap_spans():
     offsets = [(0, 0), (0, 3), (3, 5), (5, 6), (6, 9), (9, 9)]
     assert tokens_in([(3, 5)], offsets) == [2]
     assert tokens_in([(4, 6)], offsets) == [2, 3]
@@ -108,26 +108,27 @@ def test_tokens_are_those_that_share_a_character():
     assert tokens_in([], offsets) == []
 
 
-def test_each_token_gets_the_result_of_the_nearest_earlier_step():
+def test_previous_result_is_of_the_nearest_earlier_step():
     text = "Tim has 3*4=<<3*4=12>>12 pens.\nHe waits.\n12-5=7 pens\n\n#### 7"
     offsets = [*words(text), (len(text), len(text))]
-    seen = previous_results(text, offsets)
-    assert len(seen) == len(offsets)
+    previous = previous_results(text, offsets)
+    assert len(previous) == len(offsets)
     line_of = [text[:start].count("\n") for start, _ in offsets]
-    # The line of which each token's result is, and what is written there.
-    found = [
-        ({line_of[token] for token in tokens}, [text[slice(*offsets[token])] for token in tokens]) for tokens in seen
+    # The line of each token's previous result, and its text.
+    lines_and_texts = [
+        ({line_of[token] for token in tokens}, [text[slice(*offsets[token])] for token in tokens])
+        for tokens in previous
     ]
     nothing, first, second = (set(), []), ({0}, ["1", "2", "1", "2"]), ({2}, ["7"])
     by_line = {0: nothing, 1: first, 2: first, 3: second, 4: second}
-    assert found == [by_line[line] for line in line_of]
-    assert all(token < index for index, tokens in enumerate(seen) for token in tokens)
+    assert lines_and_texts == [by_line[line] for line in line_of]
+    assert all(token < index for index, tokens in enumerate(previous) for token in tokens)
 
 
-def test_a_token_is_of_the_line_in_which_it_begins():
+def test_token_belongs_to_the_line_in_which_it_begins():
     text = "1+1=2.\n2+2=4"
-    seen = previous_results(text, [(0, 4), (4, 5), (5, 7), (7, 11), (11, 12), (12, 12)])
-    assert seen == [[], [], [], [1], [1], [4]]
+    previous = previous_results(text, [(0, 4), (4, 5), (5, 7), (7, 11), (11, 12), (12, 12)])
+    assert previous == [[], [], [], [1], [1], [4]]
 
 
 def test_texts_without_steps_have_no_results():
@@ -137,7 +138,7 @@ def test_texts_without_steps_have_no_results():
 
 
 @pytest.mark.parametrize("name", sorted(COMPLETIONS))
-def test_every_line_with_a_calculation_of_a_built_in_solution_is_a_step(name: str):
+def test_each_calculation_in_a_built_in_solution_is_a_step(name: str):
     for problem in generate_problems("train", 200, seed=5):
         text = COMPLETIONS[name](problem)
         by_line = [re.findall(r"\d+ [-+*/] \d+ = (\d+)", line) for line in text.split("\n")]
@@ -145,7 +146,7 @@ def test_every_line_with_a_calculation_of_a_built_in_solution_is_a_step(name: st
         assert bool(results(text)) == (name != "guess")
 
 
-def test_every_step_of_a_reference_is_one_and_the_next_line_looks_back_at_it():
+def test_each_reference_step_is_the_previous_result_of_the_next_line():
     tokenizer: Any = AutoTokenizer.from_pretrained(resolve_model("raykd/demo-student"))
     for problem in generate_problems("test", 100, seed=6):
         text = problem.row()["answer"]
@@ -159,18 +160,18 @@ def test_every_step_of_a_reference_is_one_and_the_next_line_looks_back_at_it():
             assert covered.strip() == ("" if line == 0 else str(problem.steps[line - 1].result))
 
 
-def test_the_numbers_of_a_built_in_question_are_its_digits():
+def test_numbers_of_a_built_in_question_are_its_digits():
     tokenizer: Any = AutoTokenizer.from_pretrained(resolve_model("raykd/demo-student"))
     for problem in generate_problems("test", 100, seed=7):
         question = problem.question
         assert numbers(question) == re.findall(r"\d+", question)
         offsets = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        wanted = tokens_in(number_spans(question), offsets)
+        indices = tokens_in(number_spans(question), offsets)
         covered = [any(c.isdigit() for c in question[start:end]) for start, end in offsets]
-        assert wanted == [index for index, has_digit in enumerate(covered) if has_digit]
+        assert indices == [index for index, has_digit in enumerate(covered) if has_digit]
 
 
-def test_equations_are_found_in_every_sort_of_document():
+def test_results_are_found_in_every_kind_of_document():
     rng = random.Random(0)
     for problem in generate_problems("train", 100, seed=8):
         _, worked = document(problem, rng)

@@ -1,4 +1,4 @@
-"""Harness: answers are extracted and scored as lm-evaluation-harness does, and the exported task is its `gsm8k`."""
+"""Answers are scored as by lm-evaluation-harness, and the exported task matches its `gsm8k`."""
 
 import itertools
 import json
@@ -39,7 +39,7 @@ PROBLEMS = [
 
 
 def exported(folder: Path, *overrides: str) -> tuple[Experiment, dict]:
-    """An experiment's task, and its file as it was written."""
+    """Export the task of an experiment, and return the experiment and the task's YAML."""
     file = folder / "experiment.yaml"
     file.write_text(EXPERIMENT)
     experiment = load_experiment(file, ["prompt.instruction=End with a number.", *overrides])
@@ -49,13 +49,13 @@ def exported(folder: Path, *overrides: str) -> tuple[Experiment, dict]:
 
 
 def loaded(folder: Path):
-    """The task as the harness makes it."""
+    """Return the task as the harness loads it."""
     manager = TaskManager(include_path=str(folder / "lm_eval"), include_defaults=False)
     return manager.load("raykd_asked")["tasks"]["raykd_asked"]
 
 
 def awkward_outputs(num_random: int) -> list[str]:
-    """Outputs that are hard to read: many forms of many numbers, and texts drawn from a seed."""
+    """Return outputs that are hard to parse: many forms of many numbers, and random texts."""
     numbers = ["18", "1,800", "-3", "-1,234,567.50", "0.5", ".5", "5.", "18.00", "$18", "-$18", "$-18", "18%", "1e3"]
     numbers += ["٣", "１８", "½", "−7", "007", "1 800", "3/4", "..", "$.", ",", "-", "--5", "5-3", "1,2,3", "12.5.7"]
     stated = ["#### {}", "####{}", "#### {}.", "####  {}", "##### {}", "#### ${}", "#### {} apples", "#### **{}**"]
@@ -64,7 +64,7 @@ def awkward_outputs(num_random: int) -> list[str]:
     stated += ["It is {}... or so", "#### \n{}", "####\u00a0{}", "#### {}\x00", "#### {}\r\n", "𝟙 {}", "é {} Ω"]
     outputs = [form.format(number) for form, number in itertools.product(stated, numbers)]
     outputs += ["", " ", "\n", "no number at all", "####", "#### ", "#### eighteen", "####.", "#### ,", "#### -"]
-    # Answers that were cut, at every place.
+    # An answer truncated at every position.
     whole = "She bakes 2 * 1,200 = <<2*1200=2400>>2,400 rolls, at $1.50 each: $3,600.00.\n#### 3,600"
     outputs += [whole[:end] for end in range(len(whole) + 1)]
     draw = random.Random(11)
@@ -74,7 +74,7 @@ def awkward_outputs(num_random: int) -> list[str]:
 
 
 @pytest.mark.parametrize("num_random", [500, pytest.param(5000, marks=pytest.mark.slow)])
-def test_answers_are_extracted_and_scored_as_the_harness_does(tmp_path: Path, num_random: int):
+def test_grading_matches_the_harness(tmp_path: Path, num_random: int):
     exported(tmp_path)
     task = loaded(tmp_path)
     outputs = awkward_outputs(num_random)
@@ -95,26 +95,26 @@ def test_answers_are_extracted_and_scored_as_the_harness_does(tmp_path: Path, nu
                 theirs, ours = instance.filtered_resps[name], extract(output)
                 score = task.process_results(doc, [theirs])["exact_match"]
                 assert bool(score) == grading.is_correct(ours, solution), (name, output, theirs, ours)
-                # The one difference: where a filter finds dots and signs without a digit, there is no answer here.
+                # The one difference: a match of dots and signs without a digit is not an answer here.
                 is_none = theirs == "[invalid]" or not any(character.isdigit() for character in theirs)
                 assert (ours is None) == is_none, (name, output, theirs, ours)
                 assert is_none or ours == grading._normalized(theirs), (name, output, theirs, ours)
                 counts["right"] += bool(score)
                 counts["none"] += is_none
-        # Not a test of outputs that all come to the same.
+        # The outputs must be diverse.
         assert counts["right"] > 20 and counts["none"] > num_random // 5
 
 
-def test_the_task_extracts_and_compares_as_the_harness_own_gsm8k(tmp_path: Path):
-    _, told = exported(tmp_path)
+def test_filters_and_metrics_match_the_harness_gsm8k_task(tmp_path: Path):
+    _, task = exported(tmp_path)
     theirs = yaml.safe_load((Path(lm_eval.__file__).parent / "tasks/gsm8k/gsm8k.yaml").read_text())
-    assert told["filter_list"] == theirs["filter_list"]
-    assert told["metric_list"] == theirs["metric_list"]
-    assert told["output_type"] == theirs["output_type"]
+    assert task["filter_list"] == theirs["filter_list"]
+    assert task["metric_list"] == theirs["metric_list"]
+    assert task["output_type"] == theirs["output_type"]
 
 
 @pytest.mark.parametrize("protocol", ["zero_shot_chat", "eight_shot_cot", "zero_shot_raw"])
-def test_the_harness_asks_what_a_student_is_asked(tmp_path: Path, protocol: str):
+def test_harness_prompts_match_student_prompts(tmp_path: Path, protocol: str):
     experiment, _ = exported(tmp_path, f"evaluate.protocol={protocol}", "evaluate.sampling.max_tokens=77")
     task = loaded(tmp_path)
     is_chat = protocol != "zero_shot_raw"
@@ -123,37 +123,37 @@ def test_the_harness_asks_what_a_student_is_asked(tmp_path: Path, protocol: str)
         world_size=1,
         apply_chat_template=is_chat,
         fewshot_as_multiturn=is_chat,
-        # What a model's template makes of it is the model's affair: here the turns are compared.
+        # Compares the turns, without a model's template.
         chat_template=(lambda turns, add_generation_prompt=True: json.dumps(turns)) if is_chat else None,
         tokenizer_name="asked",
     )
     assert len(task.instances) == len(PROBLEMS)
     for problem, instance in zip(PROBLEMS, task.instances, strict=True):
-        asked, settings = instance.args[:2]
+        prompt, settings = instance.args[:2]
         messages = prompts.student_messages(problem, "End with a number.", prompts.protocol_exemplars(protocol))
         expected = messages if is_chat else prompts.raw_prompt(messages)
-        assert (json.loads(asked) if is_chat else asked) == expected
+        assert (json.loads(prompt) if is_chat else prompt) == expected
         assert settings["max_gen_toks"] == 77 and not settings["do_sample"]
         assert settings["until"] == prompts.stop_strings(experiment.evaluate)
 
 
-def test_the_command_names_the_adapter_the_task_and_the_form_of_the_question(tmp_path: Path):
+def test_command_has_adapter_task_and_chat_template(tmp_path: Path):
     experiment, _ = exported(tmp_path, "evaluate.engine.engine_kwargs.dtype=float32")
-    told = lm_eval_task.lm_eval_command(experiment, tmp_path / "lm_eval", "trials/none-s0/adapter")
-    words = shlex.split(told)
+    command = lm_eval_task.lm_eval_command(experiment, tmp_path / "lm_eval", "trials/none-s0/adapter")
+    words = shlex.split(command)
     model = json.loads(words[words.index("--model_args") + 1])
     assert model["peft"] == "trials/none-s0/adapter" and model["dtype"] == "float32"
-    # As raykd tells models whose templates ask for it.
+    # The date of raykd's own prompts.
     assert model["chat_template_args"] == {"date_string": tokenization.DATE_STRING}
     assert "--apply_chat_template" in words
-    assert "--tasks raykd_asked" in told and "fewshot" not in told
+    assert "--tasks raykd_asked" in command and "fewshot" not in command
     raw = load_experiment(tmp_path / "experiment.yaml", ["evaluate.protocol=zero_shot_raw"])
     assert "--apply_chat_template" not in lm_eval_task.lm_eval_command(
         raw, tmp_path, ""
     ) and "peft" not in lm_eval_task.lm_eval_command(raw, tmp_path, "")
 
 
-def test_the_answer_is_in_the_form_that_the_harness_finds(tmp_path: Path):
+def test_reference_answer_matches_the_harness_filter(tmp_path: Path):
     file = tmp_path / "experiment.yaml"
     file.write_text(EXPERIMENT)
     rows = [PROBLEMS[0] | {"reference_solution": "0 + 1 = 1\n####1"}]

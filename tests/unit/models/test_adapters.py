@@ -20,7 +20,7 @@ def folder(tmp_path: Path) -> Path:
     named = Student(model="raykd/demo-student", lora=Lora(r=4))
     model = student.add_lora(loading.load_base_model(named, torch.float32), named, seed=0)
     made = tmp_path / "trial" / "adapter"
-    student.save_adapter(model, made, named, write=True, moved=False)
+    student.save_adapter(model, made, named, write=True, is_trained=False)
     return made
 
 

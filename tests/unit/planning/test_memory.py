@@ -12,7 +12,7 @@ from raykd.models import architecture
 from raykd.models.architecture import Shape
 from raykd.planning import memory
 from raykd.training import batching, student
-from raykd.training.examples import Target
+from raykd.training.examples import Example
 from tiny_llamas import llama_of
 
 BF16, FP8 = "meta-llama/Llama-3.1-405B-Instruct", "meta-llama/Llama-3.1-405B-Instruct-FP8"
@@ -163,7 +163,7 @@ def test_layer_activations_equal_a_measured_forward_pass(
     lora = Lora(r=4, target_modules=modules, lora_dropout=dropout)
     # Padded rows: packed ones are gathered by copying where there is no kernel for them, on a CPU.
     train = Train(dtype=dtype, gradient_checkpointing=checkpointing, packing=False)  # type: ignore[arg-type]
-    rows = [Target(str(number), [1] * 40, [2] * 8) for number in range(2)]
+    rows = [Example(str(number), [1] * 40, [2] * 8) for number in range(2)]
     kept = {layers: _kept(_shape(layers), lora, train, rows) for layers in (2, 3)}
     expected = memory.activation_bytes(_shape(3), lora, train) - memory.activation_bytes(_shape(2), lora, train)
     assert (kept[3] - kept[2]) / (2 * 48) == expected
@@ -228,7 +228,7 @@ def _shape(layers: int) -> Shape:
     return Shape(layers, 64, 4, 2, 176, 256, False, 16)
 
 
-def _kept(shape: Shape, lora: Lora, train: Train, rows: list[Target]) -> int:
+def _kept(shape: Shape, lora: Lora, train: Train, rows: list[Example]) -> int:
     """Bytes that autograd keeps of a forward pass, without the parameters."""
     config = llama_of(shape)
     dtype = getattr(torch, train.dtype)

@@ -44,7 +44,7 @@ def add(experiment: Experiment, arm: str, point: int, rate: float, seed: int) ->
     ]
     more = {
         "trial_id": trial_id,
-        "values": {"train.learning_rate": rate, "student.lora.r": 16},
+        "hparams": {"train.learning_rate": rate, "student.lora.r": 16},
         "overrides": {"prompt.strategy": arm},
         "status": "stopped" if was_stopped else "complete",
         "num_workers": 2,

@@ -1,4 +1,4 @@
-"""Targets: aligned or refused, and an order of training that depends on nothing but rows, seed and size."""
+"""Soft targets as arrays, and the order of training."""
 
 import math
 
@@ -27,14 +27,14 @@ def test_soft_targets_become_arrays():
 
 
 @pytest.mark.parametrize("field", ["completion_token_ids", "topk_ids", "topk_logprobs"])
-def test_what_is_not_aligned_is_refused(field: str):
+def test_misaligned_targets_raise(field: str):
     broken = completion()
     broken[field] = broken[field][:-1]
     with pytest.raises(ValueError, match="completion c1"):
         examples.soft_targets(broken, 2, 100)
 
 
-def test_of_more_than_k_the_k_best_are_taken_and_fewer_are_refused():
+def test_top_k_is_cut_to_k_and_fewer_raise():
     ids, logprobs = examples.soft_targets(completion(k=2), 1, 100)
     assert ids.tolist() == [[7]] * 3
     assert logprobs.shape == (3, 1)
@@ -42,14 +42,14 @@ def test_of_more_than_k_the_k_best_are_taken_and_fewer_are_refused():
         examples.soft_targets(completion(k=1), 2, 100)
 
 
-def test_an_id_that_is_no_token_is_refused():
+def test_token_id_beyond_vocabulary_raises():
     best = max(max(row) for row in completion()["topk_ids"])
     examples.soft_targets(completion(), 2, best + 1)
-    with pytest.raises(ValueError, match=rf"completion c1: .* token {best}, and the tokenizer has {best};"):
+    with pytest.raises(ValueError, match=rf"completion c1: .* token {best}, but the tokenizer has {best} tokens;"):
         examples.soft_targets(completion(), 2, best)
 
 
-def test_every_epoch_sees_every_row_once_in_an_order_of_its_own():
+def test_each_epoch_uses_every_row_once_in_another_order():
     steps = list(schedule.training_order(num_rows=10, batch_size=4, epochs=2, seed=3))
     assert [epoch for epoch, _ in steps] == [0, 0, 0, 1, 1, 1]
     first, second = ([row for epoch, batch in steps for row in batch if epoch == e] for e in (0, 1))
@@ -65,17 +65,21 @@ def test_every_epoch_sees_every_row_once_in_an_order_of_its_own():
     rows_per_worker=st.integers(1, 12),
     micro=st.integers(1, 12),
 )
-def test_workers_share_a_step_without_loss_and_keep_pace(rows: int, workers: int, rows_per_worker: int, micro: int):
-    number = math.ceil(rows_per_worker / micro)
+def test_workers_share_all_rows_of_a_step_in_equal_numbers_of_micro_batches(
+    rows: int, workers: int, rows_per_worker: int, micro: int
+):
+    num_micro_batches = math.ceil(rows_per_worker / micro)
     batch = list(range(min(rows, workers * rows_per_worker)))
-    shares = [schedule.shard_micro_batches(batch, worker, workers, micro, number) for worker in range(workers)]
+    shares = [
+        schedule.shard_micro_batches(batch, worker, workers, micro, num_micro_batches) for worker in range(workers)
+    ]
     assert sorted(row for share in shares for part in share for row in part) == batch
-    assert {len(share) for share in shares} == {number}
+    assert {len(share) for share in shares} == {num_micro_batches}
     assert all(len(part) <= micro for share in shares for part in share)
 
 
 @given(steps=st.integers(0, 200), rounds=st.integers(1, 12))
-def test_rounds_share_out_the_steps_in_order_and_evenly(steps: int, rounds: int):
-    segments = [schedule.steps_of_round(steps, number, rounds) for number in range(rounds)]
-    assert [step for segment in segments for step in segment] == list(range(steps))
-    assert max(map(len, segments)) - min(map(len, segments)) <= 1
+def test_rounds_divide_the_steps_evenly_in_order(steps: int, rounds: int):
+    rounds_steps = [schedule.steps_of_round(steps, number, rounds) for number in range(rounds)]
+    assert [step for round_steps in rounds_steps for step in round_steps] == list(range(steps))
+    assert max(map(len, rounds_steps)) - min(map(len, rounds_steps)) <= 1

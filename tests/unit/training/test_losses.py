@@ -1,4 +1,4 @@
-"""Losses against an oracle in float64 numpy that knows nothing of torch's functions."""
+"""Losses against a float64 numpy oracle that is independent of torch."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def top_k(teacher: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def kl(p: np.ndarray, q: np.ndarray) -> float:
-    """By its definition, outcome by outcome."""
+    """Sum the definition over outcomes."""
     return sum(a * np.log(a / b) for a, b in zip(p, q, strict=True) if a > 1e-12)
 
 
@@ -45,7 +45,7 @@ def by_definition(kind: str, p: np.ndarray, q: np.ndarray) -> float:
 def oracle(
     kind: str, student: np.ndarray, ids: np.ndarray, log_p: np.ndarray, missing_mass: str, temperature: float = 1.0
 ) -> float:
-    """From the student's whole distribution: merge what is not among the k, or leave it out; row by row."""
+    """Compute a divergence row by row from the student's whole distribution: merge or drop all but the k tokens."""
     total = 0.0
     for row in range(len(student)):
         p = np.exp(log_p[row]) ** (1 / temperature)
@@ -62,7 +62,7 @@ def oracle(
 def ours(
     kind: str, student: np.ndarray, ids: np.ndarray, log_p: np.ndarray, missing_mass: str, temperature: float = 1.0
 ) -> tuple[float, np.ndarray]:
-    """The value, and its gradient to the logits."""
+    """Return the value of `losses.divergence`, and its gradient with respect to the logits."""
     logits = torch.tensor(student, dtype=torch.float32, requires_grad=True)
     log_p32 = torch.tensor(log_p, dtype=torch.float32)
     value = losses.divergence(kind, logits, torch.tensor(ids), log_p32, missing_mass, temperature)  # type: ignore[arg-type]
@@ -74,7 +74,7 @@ def ours(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("missing_mass", MISSING_MASS)
 @pytest.mark.parametrize("k", [2, 4, 16, V])
-def test_a_divergence_is_what_its_definition_says(student_and_teacher, kind: str, missing_mass: str, k: int):
+def test_divergence_matches_definition(student_and_teacher, kind: str, missing_mass: str, k: int):
     student, teacher = student_and_teacher
     ids, log_p = top_k(teacher, k)
     assert ours(kind, student, ids, log_p, missing_mass)[0] == pytest.approx(
@@ -85,7 +85,7 @@ def test_a_divergence_is_what_its_definition_says(student_and_teacher, kind: str
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("missing_mass", MISSING_MASS)
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.9])
-def test_with_every_token_it_is_the_dense_divergence(
+def test_divergence_over_the_whole_vocabulary_is_dense(
     student_and_teacher, kind: str, missing_mass: str, temperature: float
 ):
     student, teacher = student_and_teacher
@@ -95,7 +95,7 @@ def test_with_every_token_it_is_the_dense_divergence(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_temperature_flattens_the_k_tokens(student_and_teacher, kind: str):
+def test_temperature_applies_to_the_top_k(student_and_teacher, kind: str):
     student, teacher = student_and_teacher
     ids, log_p = top_k(teacher, 6)
     value, _ = ours(kind, student, ids, log_p, "renormalize", 3.0)
@@ -103,7 +103,7 @@ def test_temperature_flattens_the_k_tokens(student_and_teacher, kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_telling_fewer_tokens_apart_never_raises_it(student_and_teacher, kind: str):
+def test_smaller_k_never_raises_the_divergence(student_and_teacher, kind: str):
     student, teacher = student_and_teacher
     values = [ours(kind, student, *top_k(teacher, k), "bucket")[0] for k in (1, 4, 16, V)]
     assert values == sorted(values)
@@ -112,7 +112,7 @@ def test_telling_fewer_tokens_apart_never_raises_it(student_and_teacher, kind: s
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("missing_mass", MISSING_MASS)
 @pytest.mark.parametrize("k", [1, 4, V])
-def test_it_is_zero_and_at_its_minimum_where_student_and_teacher_agree(student_and_teacher, kind, missing_mass, k):
+def test_divergence_of_equal_distributions_is_zero_and_minimal(student_and_teacher, kind, missing_mass, k):
     _, teacher = student_and_teacher
     value, gradient = ours(kind, teacher, *top_k(teacher, k), missing_mass)
     assert value == pytest.approx(0, abs=1e-4)
@@ -121,9 +121,7 @@ def test_it_is_zero_and_at_its_minimum_where_student_and_teacher_agree(student_a
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("missing_mass", "temperature"), [("bucket", 1.0), ("renormalize", 1.0), ("renormalize", 2.5)])
-def test_its_gradient_agrees_with_finite_differences(
-    student_and_teacher, kind: str, missing_mass: str, temperature: float
-):
+def test_gradient_matches_finite_differences(student_and_teacher, kind: str, missing_mass: str, temperature: float):
     student, teacher = student_and_teacher
     ids, log_p = top_k(teacher, 4)
     _, gradient = ours(kind, student, ids, log_p, missing_mass, temperature)
@@ -139,8 +137,8 @@ def test_its_gradient_agrees_with_finite_differences(
 
 
 @pytest.mark.parametrize("rest", [1e-4, 1e-6, 1e-8, 1e-12])
-def test_a_student_that_is_too_sure_is_still_told(rest: float):
-    """Forward KL's gradient to the bucket is the student's share of it minus the teacher's, however small the first."""
+def test_overconfident_student_gets_a_gradient(rest: float):
+    """The gradient of forward KL to the bucket's logits is q - p, however small q is."""
     ids = np.arange(3)[None]
     q = np.concatenate([np.full(3, (1 - rest) / 3), np.full(V - 3, rest / (V - 3))])
     p = np.array([0.5, 0.3, 0.199])
@@ -159,7 +157,7 @@ def test_jensen_shannon_is_bounded_and_symmetric(student_and_teacher):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("missing_mass", MISSING_MASS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_stays_finite_at_the_edges(student_and_teacher, kind: str, missing_mass: str, dtype: torch.dtype):
+def test_divergence_is_finite_for_extreme_logits(student_and_teacher, kind: str, missing_mass: str, dtype: torch.dtype):
     student, teacher = student_and_teacher
     ids, log_p = top_k(teacher, 4)
     log_p[0, 1:] = -np.inf
@@ -167,7 +165,7 @@ def test_it_stays_finite_at_the_edges(student_and_teacher, kind: str, missing_ma
     # All of the student's mass on the teacher's tokens, none left for the rest.
     student[1, :] = -1e4
     student[1, ids[1]] = 0
-    # None of it on the teacher's tokens, and tokens that it cannot say.
+    # None of it on the teacher's tokens, and tokens with a logit of -inf.
     student[2, ids[2]] = -np.inf
     student[3, :] = -np.inf
     student[3, ids[3, 0]] = 0
@@ -180,7 +178,7 @@ def test_it_stays_finite_at_the_edges(student_and_teacher, kind: str, missing_ma
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_logits_cost_no_more_than_their_own_rounding(student_and_teacher, kind: str):
+def test_bfloat16_logits_are_computed_in_float32(student_and_teacher, kind: str):
     student, teacher = student_and_teacher
     rounded = torch.tensor(student, dtype=torch.bfloat16)
     ids, log_p = top_k(teacher, 4)
@@ -189,13 +187,13 @@ def test_bfloat16_logits_cost_no_more_than_their_own_rounding(student_and_teache
     assert float(value) == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_bucket_is_never_flattened(student_and_teacher):
+def test_bucket_with_temperature_is_refused(student_and_teacher):
     student, teacher = student_and_teacher
     with pytest.raises(AssertionError, match="bucket"):
         ours("forward_kl", student, *top_k(teacher, 4), "bucket", 2.0)
 
 
-def test_cross_entropy_is_the_sum_of_minus_log_probability(student_and_teacher):
+def test_cross_entropy_is_the_sum_of_negative_log_probabilities(student_and_teacher):
     student, _ = student_and_teacher
     tokens = np.arange(N) % V
     expected = -log_softmax(student)[np.arange(N), tokens].sum()
@@ -205,7 +203,7 @@ def test_cross_entropy_is_the_sum_of_minus_log_probability(student_and_teacher):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("missing_mass", MISSING_MASS)
-def test_nothing_to_train_on_is_worth_nothing(kind: str, missing_mass: str):
+def test_losses_of_no_tokens_are_zero(kind: str, missing_mass: str):
     assert ours(kind, np.zeros((0, V)), np.zeros((0, 4), dtype=int), np.zeros((0, 4)), missing_mass)[0] == 0
     logits = torch.zeros((0, V), requires_grad=True)
     assert float(losses.cross_entropy(logits, torch.zeros(0, dtype=torch.long)).detach()) == 0

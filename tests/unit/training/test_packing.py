@@ -1,4 +1,4 @@
-"""Packed: attention within rows against dense softmax in float64, row by row."""
+"""Attention of packed rows against a dense float64 softmax of each row."""
 
 import math
 from typing import Any
@@ -22,79 +22,81 @@ SHAPE: dict[str, Any] = {
 
 
 def dense(query: np.ndarray, key: np.ndarray, value: np.ndarray, scaling: float, window: int | None) -> np.ndarray:
-    """One row of one head."""
-    made = np.zeros_like(query)
+    """Return the attention output of one row and head."""
+    output = np.zeros_like(query)
     for at in range(len(query)):
         first = 0 if window is None else max(0, at + 1 - window)
         scores = np.array([query[at] @ key[each] * scaling for each in range(first, at + 1)])
         weights = np.exp(scores - scores.max())
-        made[at] = (weights[:, None] * value[first : at + 1]).sum(0) / weights.sum()
-    return made
+        output[at] = (weights[:, None] * value[first : at + 1]).sum(0) / weights.sum()
+    return output
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
 @pytest.mark.parametrize("scaling", [None, 0.3])
-def test_each_row_attends_to_itself_alone(window: int | None, scaling: float | None):
+def test_each_row_attends_only_to_itself(window: int | None, scaling: float | None):
     draw = torch.Generator().manual_seed(0)
     query = torch.randn(1, 4, sum(LENGTHS), 8, generator=draw, dtype=torch.float64)
     key, value = torch.randn(2, 1, 2, sum(LENGTHS), 8, generator=draw, dtype=torch.float64)
     starts = torch.tensor(np.cumsum([0, *LENGTHS]), dtype=torch.int32)
-    told = packing.packed_inputs(starts)
-    mask = told.pop("attention_mask")
-    made, _ = packing.attend(torch.nn.Module(), query, key, value, mask, scaling=scaling, sliding_window=window, **told)
-    assert made.shape == (1, sum(LENGTHS), 4, 8)
+    kwargs = packing.packed_inputs(starts)
+    mask = kwargs.pop("attention_mask")
+    output, _ = packing.attend(
+        torch.nn.Module(), query, key, value, mask, scaling=scaling, sliding_window=window, **kwargs
+    )
+    assert output.shape == (1, sum(LENGTHS), 4, 8)
     for head in range(4):
         for at, length in zip(starts.tolist(), LENGTHS, strict=False):
             row = slice(at, at + length)
-            # Two heads share a key.
+            # Two query heads share a key head.
             parts = (query[0, head, row], key[0, head // 2, row], value[0, head // 2, row])
-            wanted = dense(*(part.numpy() for part in parts), scaling or 1 / math.sqrt(8), window)
-            assert np.allclose(made[0, row, head].numpy(), wanted, atol=1e-12)
+            expected = dense(*(part.numpy() for part in parts), scaling or 1 / math.sqrt(8), window)
+            assert np.allclose(output[0, row, head].numpy(), expected, atol=1e-12)
 
 
-def llama(**more: Any) -> Any:
+def llama(**kwargs: Any) -> Any:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE, **more)).double().eval()
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, **kwargs)).double().eval()
 
 
-def mistral(**more: Any) -> Any:
+def mistral(**kwargs: Any) -> Any:
     torch.manual_seed(0)
-    return MistralForCausalLM(MistralConfig(sliding_window=3, **SHAPE, **more)).double().eval()
+    return MistralForCausalLM(MistralConfig(sliding_window=3, **SHAPE, **kwargs)).double().eval()
 
 
 @pytest.mark.parametrize("make", [llama, mistral])
-def test_a_model_says_of_packed_rows_what_it_says_of_each(make: Any):
+def test_packed_logits_equal_those_of_separate_rows(make: Any):
     rows = [torch.randint(50, (length,), generator=torch.Generator().manual_seed(length)) for length in LENGTHS]
-    wanted = torch.cat([make()(input_ids=row[None]).logits[0] for row in rows])
+    expected = torch.cat([make()(input_ids=row[None]).logits[0] for row in rows])
     model = make()
     packing.enable_packing(model)
     starts = torch.tensor(np.cumsum([0, *LENGTHS]), dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
-    made = model(
+    logits = model(
         input_ids=torch.cat(rows)[None], position_ids=positions, use_cache=False, **packing.packed_inputs(starts)
     ).logits[0]
-    assert torch.allclose(made, wanted, atol=1e-10)
-    # Without rows it is as it was.
-    assert torch.allclose(model(input_ids=rows[2][None]).logits[0], wanted[8:20], atol=1e-10)
+    assert torch.allclose(logits, expected, atol=1e-10)
+    # Without row arguments the model attends as before.
+    assert torch.allclose(model(input_ids=rows[2][None]).logits[0], expected[8:20], atol=1e-10)
 
 
-def test_what_does_not_pass_on_the_rows_fails():
-    """Else tokens would attend to other rows, and nobody would know."""
+def test_model_without_row_arguments_fails():
+    """Otherwise tokens would silently attend to other rows."""
     model = llama()
-    told = packing.packed_inputs(torch.tensor([0, 3, 5], dtype=torch.int32))
+    kwargs = packing.packed_inputs(torch.tensor([0, 3, 5], dtype=torch.int32))
     with pytest.raises(RuntimeError):
-        model(input_ids=torch.arange(5)[None], attention_mask=told["attention_mask"], use_cache=False)
+        model(input_ids=torch.arange(5)[None], attention_mask=kwargs["attention_mask"], use_cache=False)
 
 
-def test_a_model_that_carries_a_state_from_row_to_row_is_refused():
+def test_stateful_model_is_refused():
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "vocab_size": 50}
     with pytest.raises(ValueError, match=r"MambaForCausalLM.*train\.packing=false"):
         packing.enable_packing(MambaForCausalLM(MambaConfig(**shape)))
 
 
-def test_attention_of_another_kind_is_refused():
-    told = packing.packed_inputs(torch.tensor([0, 3, 5], dtype=torch.int32))
-    told["softcap"] = 50.0
+def test_unsupported_attention_is_refused():
+    kwargs = packing.packed_inputs(torch.tensor([0, 3, 5], dtype=torch.int32))
+    kwargs["softcap"] = 50.0
     query = torch.zeros(1, 1, 5, 8)
-    with pytest.raises(ValueError, match=r"softcap: set train\.packing=false"):
-        packing.attend(torch.nn.Module(), query, query, query, told.pop("attention_mask"), **told)
+    with pytest.raises(ValueError, match=r"softcap; set train\.packing=false"):
+        packing.attend(torch.nn.Module(), query, query, query, kwargs.pop("attention_mask"), **kwargs)

@@ -1,4 +1,4 @@
-"""Selection: what is kept of a problem's completions, and what is counted of the rest."""
+"""Selection of a problem's completions, and the reasons that are counted for the others."""
 
 import pytest
 
@@ -7,8 +7,8 @@ from raykd.training.examples import select_completions
 
 
 def row(tokens: list[int], correct: bool = True, finish: str = "stop", error: str = "", text: str = "") -> dict:
-    said = {"completion_token_ids": tokens, "completion": text or "".join(map(chr, tokens))}
-    return {**said, "is_correct": correct, "finish_reason": finish, "error": error}
+    content = {"completion_token_ids": tokens, "completion": text or "".join(map(chr, tokens))}
+    return {**content, "is_correct": correct, "finish_reason": finish, "error": error}
 
 
 ROWS = [
@@ -36,24 +36,24 @@ ROWS = [
         ({"filter": "best"}, [5], {"empty": 1, "error": 1, "not_best": 4}),
     ],
 )
-def test_what_is_kept_and_why_the_rest_is_not(settings: dict, kept: list[int], dropped: dict[str, int]):
-    found, reasons = select_completions(ROWS, Targets(**settings))
-    assert [ROWS.index(each) if each is not ROWS[3] else 3 for each in found] == kept
+def test_selected_rows_and_reasons_for_the_dropped(settings: dict, kept: list[int], dropped: dict[str, int]):
+    selected, reasons = select_completions(ROWS, Targets(**settings))
+    assert [ROWS.index(each) if each is not ROWS[3] else 3 for each in selected] == kept
     assert dict(reasons) == dropped
-    assert len(found) + sum(reasons.values()) == len(ROWS), "every row is accounted for"
+    assert len(selected) + sum(reasons.values()) == len(ROWS), "every row is accounted for"
 
 
-def test_the_best_of_wrong_ones_is_the_shortest_that_ended():
+def test_best_of_incorrect_rows_is_the_shortest_untruncated():
     rows = [row([1], False, "length"), row([1, 2, 3], False), row([1, 2], False)]
     assert select_completions(rows, Targets(filter="best"))[0] == [rows[2]]
 
 
-def test_where_a_teacher_gives_text_alone_that_counts():
+def test_rows_without_token_ids_are_compared_by_text():
     rows = [row([], text="It is 4."), row([], text="It is 4."), row([], text="4"), row([], text="")]
-    found, reasons = select_completions(rows, Targets(deduplicate=True))
-    assert (found, dict(reasons)) == ([rows[0], rows[2]], {"duplicate": 1, "empty": 1})
+    selected, reasons = select_completions(rows, Targets(deduplicate=True))
+    assert (selected, dict(reasons)) == ([rows[0], rows[2]], {"duplicate": 1, "empty": 1})
     assert select_completions(rows, Targets(filter="best"))[0] == [rows[2]]
 
 
-def test_a_problem_without_completions_gives_none():
+def test_problem_without_completions_has_no_rows():
     assert select_completions([], Targets(filter="best")) == ([], {})

@@ -1,5 +1,6 @@
-"""Student: rows, batches and the loss over a micro-batch, on a Llama of random weights."""
+"""The loss of a micro-batch and its gradients, on a Llama with random weights."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from raykd.config.experiment import Arm
 from raykd.config.sections import Lora, Loss, Student, Targets, Teacher, Train
 from raykd.config.strategies import Prompt
 from raykd.training import batching, student
-from raykd.training.examples import Target
+from raykd.training.examples import Example
 from raykd.training.packing import ATTENTION_NAME
 
 V, K = 61, 5
@@ -49,20 +50,23 @@ def model() -> Any:
     return adapted.double().eval()
 
 
-def rows(soft: bool) -> list[Target]:
+def rows(soft: bool) -> list[Example]:
     generator = np.random.default_rng(0)
-    made = []
+    examples = []
     for prompt, answer in ((7, 5), (3, 9), (11, 1)):
         tokens = generator.integers(0, V, prompt + answer).tolist()
         log_p = np.log(generator.dirichlet(np.ones(V), answer))
         ids = np.argsort(-log_p, axis=-1)[:, :K].copy()
         best = np.take_along_axis(log_p, ids, -1).astype(np.float32)
-        made.append(Target("p", tokens[:prompt], tokens[prompt:], *((ids, best) if soft else ())))
-    return made
+        example = Example("p", tokens[:prompt], tokens[prompt:])
+        if soft:
+            example = replace(example, topk_ids_TK=ids, topk_logprobs_TK=best)
+        examples.append(example)
+    return examples
 
 
-def by_row(model: Any, row: Target, chosen: Arm) -> torch.Tensor:
-    """The loss of one row alone, from the model's own logits: each completion token by the logit before it."""
+def by_row(model: Any, row: Example, chosen: Arm) -> torch.Tensor:
+    """Return the loss of one row from the model's logits: each completion token by the logit before it."""
     tokens = row.prompt_token_ids + row.completion_token_ids
     first = len(row.prompt_token_ids)
     log_q = torch.log_softmax(model(input_ids=torch.tensor([tokens])).logits[0, first - 1 : -1], -1)
@@ -78,9 +82,9 @@ def by_row(model: Any, row: Target, chosen: Arm) -> torch.Tensor:
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    by_name = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return found
+    return by_name
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -90,21 +94,21 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     [arm(), arm(targets=Targets(kind="top_k", top_k=K), loss=Loss(cross_entropy_weight=0.3))],
     ids=["hard", "top_k"],
 )
-def test_a_micro_batch_is_the_sum_of_its_rows_however_it_is_laid_out(model, packing, chunk_elements, chosen):
-    made = rows(soft=chosen.targets.kind == "top_k")
-    expected = sum(by_row(model, row, chosen) for row in made)
+def test_micro_batch_loss_is_the_sum_of_its_rows(model, packing, chunk_elements, chosen):
+    examples = rows(soft=chosen.targets.kind == "top_k")
+    expected = sum(by_row(model, row, chosen) for row in examples)
     expected.backward()
-    wanted = gradients(model)
+    expected_gradients = gradients(model)
     distillation = student.Distillation(model, chosen, chunk_elements)
-    total = distillation(batching.collate(made, pad_token_id=0, packing=packing))
+    total = distillation(batching.collate(examples, pad_token_id=0, packing=packing))
     total.backward()
     assert float(total.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
     for name, gradient in gradients(model).items():
-        assert torch.allclose(gradient, wanted[name], atol=1e-4), name
+        assert torch.allclose(gradient, expected_gradients[name], atol=1e-4), name
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_worker_without_rows_keeps_pace_and_adds_nothing(model, packing: bool):
+def test_worker_without_rows_has_zero_loss_and_gradients(model, packing: bool):
     total = student.Distillation(model, arm())(batching.collate([], pad_token_id=0, packing=packing))
     total.backward()
     assert float(total.detach()) == 0
@@ -112,21 +116,21 @@ def test_a_worker_without_rows_keeps_pace_and_adds_nothing(model, packing: bool)
 
 
 class _Largest(TorchDispatchMode):
-    """The most float32 elements that any operation gives back."""
+    """Records the largest float32 tensor over the vocabulary that any operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
         self.elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for each in made if isinstance(made, (tuple, list)) else [made]:
+        output = func(*args, **(kwargs or {}))
+        for each in output if isinstance(output, (tuple, list)) else [output]:
             if isinstance(each, torch.Tensor) and each.dtype == torch.float32 and each.shape[-1:] == (V,):
                 self.elements = max(self.elements, each.numel())
-        return made
+        return output
 
 
-def test_float32_logits_never_outgrow_a_chunk(model):
+def test_float32_logits_never_exceed_a_chunk(model):
     model = model.bfloat16()
     chosen = arm(targets=Targets(kind="top_k", top_k=K), loss=Loss(cross_entropy_weight=0.5))
     batch = batching.collate(rows(soft=True) * 4, pad_token_id=0, packing=False)
@@ -136,19 +140,19 @@ def test_float32_logits_never_outgrow_a_chunk(model):
     assert largest.elements == 8 * V
 
 
-def test_packed_rows_do_not_see_each_other(model):
+def test_packed_rows_are_independent(model):
     first, second, _ = rows(soft=False)
     distillation = student.Distillation(model, arm())
 
-    def loss_of(*made: Target) -> float:
-        return float(distillation(batching.collate(list(made), 0, packing=True)).detach())
+    def loss_of(*examples: Example) -> float:
+        return float(distillation(batching.collate(list(examples), 0, packing=True)).detach())
 
     assert loss_of(first, second) == pytest.approx(loss_of(first) + loss_of(second), rel=1e-5)
     assert loss_of(second, first) == pytest.approx(loss_of(first, second), rel=1e-5)
 
 
-def _saved_elements(learner: student.Distillation, batch: dict[str, torch.Tensor]) -> tuple[int, torch.Tensor]:
-    """How many elements a forward pass keeps for the backward pass, and the loss."""
+def _saved_elements(distillation: student.Distillation, batch: dict[str, torch.Tensor]) -> tuple[int, torch.Tensor]:
+    """Return the number of elements that a forward pass saves for the backward pass, and the loss."""
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -156,12 +160,12 @@ def _saved_elements(learner: student.Distillation, batch: dict[str, torch.Tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = learner(batch)
+        loss = distillation(batch)
     return sum(kept.values()), loss
 
 
-def test_activation_checkpointing_keeps_less_and_changes_nothing():
-    made = {}
+def test_activation_checkpointing_saves_memory_with_equal_gradients():
+    results = {}
     for checkpointing in (False, True):
         chosen = arm().model_copy(
             update={
@@ -169,27 +173,27 @@ def test_activation_checkpointing_keeps_less_and_changes_nothing():
                 "train": Train(dtype="float32", gradient_checkpointing=checkpointing),
             }
         )
-        learner = student.build_student(chosen, seed=0)
-        assert all(module.training for module in learner.modules())
-        batch = batching.collate([Target("p", [5] * 60, list(range(5, 65)))], pad_token_id=0, packing=False)
-        kept, loss = _saved_elements(learner, batch)
+        distillation = student.build_student(chosen, seed=0)
+        assert all(module.training for module in distillation.modules())
+        batch = batching.collate([Example("p", [5] * 60, list(range(5, 65)))], pad_token_id=0, packing=False)
+        kept, loss = _saved_elements(distillation, batch)
         loss.backward()
-        made[checkpointing] = kept, float(loss.detach()), gradients(learner)
-    weights = sum(parameter.numel() for parameter in learner.parameters())
-    assert made[True][0] - weights < 0.5 * (made[False][0] - weights)
-    assert made[True][1] == pytest.approx(made[False][1], rel=1e-6)
-    assert any(gradient.any() for gradient in made[True][2].values())
-    for name, gradient in made[True][2].items():
-        assert torch.allclose(gradient, made[False][2][name], atol=1e-5), name
+        results[checkpointing] = kept, float(loss.detach()), gradients(distillation)
+    weights = sum(parameter.numel() for parameter in distillation.parameters())
+    assert results[True][0] - weights < 0.5 * (results[False][0] - weights)
+    assert results[True][1] == pytest.approx(results[False][1], rel=1e-6)
+    assert any(gradient.any() for gradient in results[True][2].values())
+    for name, gradient in results[True][2].items():
+        assert torch.allclose(gradient, results[False][2][name], atol=1e-5), name
 
 
-def test_dropout_is_on_while_it_learns():
+def test_dropout_is_active_in_training():
     lora = Lora(lora_dropout=0.5)
     chosen = arm().model_copy(update={"student": Student(model="raykd/demo-student", lora=lora)})
-    learner = student.build_student(chosen.model_copy(update={"train": Train(dtype="float32")}), seed=0)
-    for name, parameter in learner.named_parameters():
+    distillation = student.build_student(chosen.model_copy(update={"train": Train(dtype="float32")}), seed=0)
+    for name, parameter in distillation.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    batch = batching.collate([Target("p", [5] * 6, list(range(5, 15)))], pad_token_id=0, packing=False)
-    losses = {float(learner(batch).detach()) for _ in range(3)}
+    batch = batching.collate([Example("p", [5] * 6, list(range(5, 15)))], pad_token_id=0, packing=False)
+    losses = {float(distillation(batch).detach()) for _ in range(3)}
     assert len(losses) == 3

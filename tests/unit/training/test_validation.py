@@ -1,4 +1,4 @@
-"""Validation in the midst of training, against transformers' own answers one by one."""
+"""Validation during training against transformers' answers, one at a time."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,8 +20,8 @@ from raykd.training.trial import TrialSpec
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> TrialSpec:
-    """The built-in teacher in the place of the student: told to reason, it is right most of the time."""
+def trial(tmp_path_factory: pytest.TempPathFactory) -> TrialSpec:
+    """A trial with the built-in teacher as student: with an instruction to reason it is mostly correct."""
     folder = tmp_path_factory.mktemp("storage")
     experiment = Experiment.model_validate(
         {
@@ -52,64 +52,68 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> TrialSpec:
 
 
 @pytest.fixture(scope="module")
-def engine(job: TrialSpec, tmp_path_factory: pytest.TempPathFactory) -> Iterator[student.Distillation]:
-    learner = student.build_student(job.arm, 0)
-    learner.device = torch.device("cpu")  # type: ignore[assignment]
+def engine(trial: TrialSpec, tmp_path_factory: pytest.TempPathFactory) -> Iterator[student.Distillation]:
+    distillation = student.build_student(trial.arm, 0)
+    distillation.device = torch.device("cpu")  # type: ignore[assignment]
     file = tmp_path_factory.mktemp("group") / "store"
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
     threads = torch.get_num_threads()
-    # For so small a model several threads wait for each other longer than they compute.
+    # For so small a model, several threads spend more time waiting than computing.
     torch.set_num_threads(1)
-    yield learner
+    yield distillation
     torch.set_num_threads(threads)
     torch.distributed.destroy_process_group()
 
 
-def one_by_one(job: TrialSpec, model, tokenizer, max_tokens: int) -> list[bool]:
-    found = []
-    for problem in pyarrow.parquet.read_table(job.problems / "validation.parquet").to_pylist():
-        prompt = tokenization.prompt_token_ids(tokenizer, prompts.student_messages(problem, job.arm.prompt.instruction))
+def one_by_one(trial: TrialSpec, model, tokenizer, max_tokens: int) -> list[bool]:
+    is_correct = []
+    for problem in pyarrow.parquet.read_table(trial.problems / "validation.parquet").to_pylist():
+        prompt = tokenization.prompt_token_ids(
+            tokenizer, prompts.student_messages(problem, trial.arm.prompt.instruction)
+        )
         tokens = torch.tensor([prompt])
-        written = model.generate(
+        sequences = model.generate(
             tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=max_tokens
         )
-        text = tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True)
-        found.append(grading.is_correct(grading.strict_match(text), problem["reference_answer"]))
-    return found
+        text = tokenizer.decode(sequences[0, len(prompt) :], skip_special_tokens=True)
+        is_correct.append(grading.is_correct(grading.strict_match(text), problem["reference_answer"]))
+    return is_correct
 
 
 @pytest.mark.parametrize("max_tokens", [160, 40])
-def test_accuracy_is_that_of_greedy_answers(job: TrialSpec, engine: student.Distillation, max_tokens: int):
+def test_accuracy_equals_that_of_greedy_answers(trial: TrialSpec, engine: student.Distillation, max_tokens: int):
     tokenizer = loading.load_tokenizer(Teacher(model="raykd/demo-teacher"))
     base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-teacher"), dtype=torch.float32).eval()
-    right = one_by_one(job, base, tokenizer, max_tokens)
-    assert sum(right) >= 7 or max_tokens < 160, "it is right most of the time, unless it is cut"
-    # What the model's own file says of sampling plays no part.
+    correct = one_by_one(trial, base, tokenizer, max_tokens)
+    assert sum(correct) >= 7 or max_tokens < 160, "mostly correct unless truncated"
+    # Sampling options of the model's generation_config.json have no effect.
     engine.model.get_base_model().generation_config.repetition_penalty = 5.0
-    found = validation.validate(engine, engine.model, tokenizer, replace(job, max_tokens=max_tokens), 3)
-    assert found == {"number": 3, "n": 10, "correct": sum(right), "accuracy": sum(right) / 10}
+    metrics = validation.validate(engine, engine.model, tokenizer, replace(trial, max_tokens=max_tokens), 3)
+    assert metrics == {"number": 3, "n": 10, "correct": sum(correct), "accuracy": sum(correct) / 10}
 
 
-def test_it_leaves_the_student_in_training(job: TrialSpec, engine: student.Distillation):
+def test_validation_leaves_the_student_in_training_mode(trial: TrialSpec, engine: student.Distillation):
     tokenizer = loading.load_tokenizer(Teacher(model="raykd/demo-teacher"))
     before = {name: parameter.clone() for name, parameter in engine.named_parameters()}
-    found = validation.validate(engine, engine.model, tokenizer, replace(job, sweep=Sweep(metric="loss")), 1)
-    assert found["n"] == 10
-    assert found["loss"] > 0
+    metrics = validation.validate(engine, engine.model, tokenizer, replace(trial, sweep=Sweep(metric="loss")), 1)
+    assert metrics["n"] == 10
+    assert metrics["loss"] > 0
     assert engine.training
     assert all(torch.equal(before[name], parameter) for name, parameter in engine.named_parameters())
     assert all(parameter.grad is None for parameter in engine.parameters())
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "times", "expected"),
+    ("num_steps", "num_validations", "expected"),
     [
         (100, 4, {25: 1, 50: 2, 75: 3, 100: 4}),
         (10, 4, {3: 1, 5: 2, 8: 3, 10: 4}),
         (7, 1, {7: 1}),
-        # With fewer steps than times, a step is the last of its times.
+        # With fewer steps than validations, the last of several at a step counts.
         (2, 4, {1: 2, 2: 4}),
     ],
 )
-def test_marks_are_evenly_spread_and_end_at_the_end(num_steps: int, times: int, expected: dict[int, int]):
-    assert validation.validation_steps(num_steps, times) == expected
+def test_validation_steps_are_evenly_spaced_up_to_the_last(
+    num_steps: int, num_validations: int, expected: dict[int, int]
+):
+    assert validation.validation_steps(num_steps, num_validations) == expected

@@ -50,7 +50,7 @@ def trained(job: TrialSpec, loss: float, status: str = COMPLETE) -> float:
 
 def away(job: TrialSpec) -> float:
     """A loss that is least at the best learning rate."""
-    return abs(math.log10(job.values["train.learning_rate"] / BEST))
+    return abs(math.log10(job.hparams["train.learning_rate"] / BEST))
 
 
 @pytest.mark.parametrize(("metric", "least", "most"), [("loss", 0.0, 0.8), ("accuracy", 1.6, 3.0)])
@@ -82,14 +82,14 @@ def test_a_search_goes_on_where_it_was_broken_off(tmp_path: Path):
     states = [(trial.state.name, trial.params, trial.value) for trial in study._optuna._ot_study.trials]
     # The point under way is told at its end, with what its other seed had reached before.
     assert sorted(states, key=str) == [
-        ("COMPLETE", first[0].values, pytest.approx(away(first[0]))),
-        ("RUNNING", second[0].values, None),
+        ("COMPLETE", first[0].hparams, pytest.approx(away(first[0]))),
+        ("RUNNING", second[0].hparams, None),
     ]
     study.tell(second[1], 7.0)
-    told = [trial.value for trial in study._optuna._ot_study.trials if trial.params == second[0].values]
+    told = [trial.value for trial in study._optuna._ot_study.trials if trial.params == second[0].hparams]
     assert told == [pytest.approx((7.0 + away(second[0])) / 2)]
     third = study.draw()
-    assert third[0].values not in (first[0].values, second[0].values)
+    assert third[0].hparams not in (first[0].hparams, second[0].hparams)
     assert [len(each) for each in (study.draw(), begun["soft"].draw())] == [2, 2]
     over = plan(tmp_path, num_samples=2)
     assert {job.trial_id for job in over.jobs if job.arm_name == "none"} == {job.trial_id for job in [*first, *second]}

@@ -103,7 +103,7 @@ def test_what_came_to_its_end_is_not_trained_again(tmp_path: Path):
     told = files.read_json(third.folder / "trial.json")
     assert (told["status"], told["error"], told["adapter"]) == (FAILED, "out of memory", None)
     assert told["validation"] == {"number": 1, "n": 10, "correct": 2.0, "accuracy": 0.2}
-    assert list(told["values"]) == ["train.learning_rate"]
+    assert list(told["hparams"]) == ["train.learning_rate"]
 
 
 def test_how_long_answers_may_be_makes_other_trials_only_where_they_are_measured(tmp_path: Path):
@@ -198,7 +198,7 @@ def test_where_primes_are_searched_no_arm_is_the_unprimed_one_by_chance(tmp_path
     some = plan(tmp_path, arms=arms, sweep={"space": space, "num_samples": 1})
     for number in range(3):
         for job in some.jobs:
-            good = job.values["prompt.strategy"] == ("none", "teacher", "confidence")[number]
+            good = job.hparams["prompt.strategy"] == ("none", "teacher", "confidence")[number]
             measured(job, 0.1, 0.9 if good else 0.2)
         kinds = {arm.name: arm.kind for arm in read_results(some.folder).arms}
         assert kinds["hard"] == "baseline" and kinds["soft"] != "baseline"

@@ -49,19 +49,19 @@ def of_arm(variants: list[Variant], arm: str) -> list[Variant]:
 
 def test_without_a_sweep_there_are_the_arms():
     both = variants(Experiment.model_validate(TREE), {})
-    assert [(each.config_id, each.values) for each in both] == [("hard", {}), ("soft", {})]
+    assert [(each.config_id, each.hparams) for each in both] == [("hard", {}), ("soft", {})]
 
 
 def test_every_arm_is_trained_at_the_same_points():
     drawn = found(SPACE, num_samples=5)
     hard, soft = of_arm(drawn, "hard"), of_arm(drawn, "soft")
     assert len(soft) == 10, "five points, each with both values of the grid"
-    shared = {json.dumps({k: v for k, v in each.values.items() if k != "loss.temperature"}) for each in soft}
-    assert {json.dumps(each.values) for each in hard} == shared
+    shared = {json.dumps({k: v for k, v in each.hparams.items() if k != "loss.temperature"}) for each in soft}
+    assert {json.dumps(each.hparams) for each in hard} == shared
     # The grid's values are tried at equal values of all else.
     by_strategy = [
         [
-            {k: v for k, v in each.values.items() if k != "prompt.strategy"}
+            {k: v for k, v in each.hparams.items() if k != "prompt.strategy"}
             for each in soft
             if each.arm.prompt.strategy == s
         ]
@@ -95,8 +95,8 @@ def test_the_same_sweep_draws_the_same_and_a_larger_one_adds_to_it():
 
 def test_a_field_that_plays_no_part_makes_no_trials():
     drawn = found({"loss.temperature": {"grid": [1, 2, 3]}})
-    assert [each.values for each in of_arm(drawn, "hard")] == [{}]
-    assert [each.values for each in of_arm(drawn, "soft")] == [{"loss.temperature": value} for value in (1, 2, 3)]
+    assert [each.hparams for each in of_arm(drawn, "hard")] == [{}]
+    assert [each.hparams for each in of_arm(drawn, "soft")] == [{"loss.temperature": value} for value in (1, 2, 3)]
 
 
 def test_lessons_are_found_back():
@@ -174,7 +174,7 @@ def test_what_does_not_go_together_at_a_point_is_told_with_the_point():
 
 def test_two_ways_of_saying_one_thing_are_one_point():
     drawn = found({"loss.divergence": {"grid": [None, "forward_kl"]}, "train.learning_rate": {"grid": [1, 1.0]}})
-    assert [each.values for each in of_arm(drawn, "soft")] == [
+    assert [each.hparams for each in of_arm(drawn, "soft")] == [
         {"loss.divergence": "forward_kl", "train.learning_rate": 1.0}
     ]
 
@@ -183,5 +183,5 @@ def test_how_the_teacher_answers_is_searched_where_it_answers():
     tree = TREE | {"arms": {"taught": {}, "reference": {"targets.source": "reference"}}}
     space = {"teacher.sampling.temperature": {"grid": [0.0, 0.7]}, "teacher.num_samples": {"grid": [1]}}
     found = everywhere(Experiment.model_validate(tree | {"sweep": {"space": space, "num_samples": 1}}))
-    assert [each.values.get("teacher.sampling.temperature") for each in of_arm(found, "taught")] == [0.0, 0.7]
-    assert [each.values for each in of_arm(found, "reference")] == [{}]
+    assert [each.hparams.get("teacher.sampling.temperature") for each in of_arm(found, "taught")] == [0.0, 0.7]
+    assert [each.hparams for each in of_arm(found, "reference")] == [{}]
