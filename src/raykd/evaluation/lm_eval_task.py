@@ -17,7 +17,6 @@ from raykd.models.builtin import resolve_model
 from raykd.storage import files, filesystem
 from raykd.storage.paths import split_file
 
-TASK_DIR = "lm_eval"
 # Copies a folder of a bucket: its arguments are the source and the destination.
 _COPY_SCRIPT = "import fsspec, sys; fsspec.url_to_fs(sys.argv[1])[0].get(*sys.argv[1:], recursive=True)"
 
