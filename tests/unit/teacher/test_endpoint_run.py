@@ -59,7 +59,7 @@ def at(elsewhere: Elsewhere, **endpoint: Any) -> dict[str, Any]:
 
 def prepared(told: Experiment) -> tuple[Plan, CompletionSet]:
     plan = started_plan(told)
-    (request,) = plan.requests
+    (request,) = plan.required_sets
     return plan, request
 
 
@@ -132,7 +132,7 @@ def test_a_teacher_that_is_sent_messages_need_not_be_here_and_teaches_by_its_tex
     assert sorted(map(str, messages)) == sorted(str(each["messages"]) for each in asked)
     assert {each["model"] for each in asked} == {"large-1"}
     tokenizer = loading.load_tokenizer(told.student)
-    (job,) = plan.jobs
+    (job,) = plan.trials
     found, dropped = examples.build_examples(job.arm, job.problems, request.folder, tokenizer, job.same_tokens)
     said = {row["problem_id"]: row["completion"] for row in rows}
     assert len(found) == len(problems) and not dropped
