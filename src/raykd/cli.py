@@ -17,8 +17,9 @@ from raykd.config.errors import one_line
 from raykd.config.experiment import Experiment
 from raykd.config.loading import load_experiment
 from raykd.errors import UserError
-from raykd.runtime.console import LOG_FILE, append_to_log, print_status
+from raykd.runtime.console import append_to_log, print_status
 from raykd.storage import filesystem, lock
+from raykd.storage.paths import ExperimentPaths, StoragePaths
 
 # Width of tables that are written to a file or a pipe.
 LOG_WIDTH = 160
@@ -128,7 +129,7 @@ def _report_error(error: Exception, folder: Path | None) -> int:
         line = f"unexpected error: {type(error).__name__}: {error}"
     text, hint = "".join(traceback.format_exception(error)), ""
     if folder:
-        log = append_to_log(folder / LOG_FILE, text)
+        log = append_to_log(ExperimentPaths(folder).log, text)
         hint = f". Completed work is saved; re-run to resume. Log: {log}"
     elif not os_error and not reported:
         print(text, end="", file=sys.stderr)
@@ -325,7 +326,7 @@ def _report_folder(file: str, overrides: Sequence[str]) -> Path:
 
 
 def _folder(experiment: Experiment) -> Path:
-    return filesystem.resolve(experiment.storage) / "experiments" / experiment.name
+    return StoragePaths(filesystem.resolve(experiment.storage)).experiment(experiment.name)
 
 
 def _show_results(folder: Path) -> int:
@@ -337,7 +338,7 @@ def _show_results(folder: Path) -> int:
     console = _console()
     for table in result_tables(results):
         console.print(table)
-    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+    console.print(f"report: {ExperimentPaths(folder).report_html}", soft_wrap=True)
     return 1 if any(trial.status == "failed" for trial in results.trials) else 0
 
 

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from raykd.config.sections import NAME_PATTERN
+from raykd.config.base import NAME_PATTERN
 from raykd.errors import UserError
 
 # Symbolic links to the repository's configs/ and cluster/; in a wheel, copies of the files.

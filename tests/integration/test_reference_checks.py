@@ -21,6 +21,7 @@ from raykd.evaluation import attention, attention_heads, lm_eval_task
 from raykd.models import loading, tokenization
 from raykd.models.builtin import resolve_model
 from raykd.storage import row_store, schemas
+from raykd.storage.paths import ExperimentPaths
 from reference_run import CONTEXT, MAX_TOKENS, NUM_TEST, STUDENTS, Reference
 from runs import finish
 
@@ -68,7 +69,7 @@ def test_lm_evaluation_harness_hears_the_same_answers(reference: Reference, tmp_
     plan = reference.plan
     job = next(job for job in plan.trials if job.arm_name == "scored")
     command = lm_eval_task.lm_eval_command(
-        plan.experiment, plan.folder / lm_eval_task.TASK_DIR, str(job.folder / "adapter")
+        plan.experiment, ExperimentPaths(plan.folder).lm_eval, str(job.folder / "adapter")
     )
     command = shlex.split(command)
     assert command[0] == "lm_eval"

@@ -8,25 +8,23 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from raykd.config.base import RUNTIME_ONLY, ConfigModel, is_runtime_only
+from raykd.config.base import NAME_PATTERN, RUNTIME_ONLY, ConfigModel, is_runtime_only
 from raykd.config.errors import did_you_mean, format_validation_error
 from raykd.config.overrides import all_paths, flatten, format_hparams, set_path
 from raykd.config.search_space import Axis
 from raykd.config.sections import (
-    NAME_PATTERN,
     Attention,
     Dataset,
     Evaluate,
     Loss,
     Prices,
-    Prompt,
     Student,
     Sweep,
     Targets,
     Teacher,
     Train,
 )
-from raykd.config.strategies import BUILT_IN, Strategy
+from raykd.config.strategies import BUILT_IN, Prompt, Strategy
 from raykd.errors import UserError
 from raykd.storage import filesystem
 

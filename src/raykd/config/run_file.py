@@ -12,8 +12,7 @@ from typing_extensions import TypedDict
 from raykd.config.errors import validated
 from raykd.errors import UserError
 from raykd.storage import files, filesystem
-
-FILE = "run.json"
+from raykd.storage.paths import ExperimentPaths
 
 
 class TeacherCounts(TypedDict, total=False):
@@ -90,7 +89,7 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         UserError: where it is not there, cannot be read or holds something else, with the field.
     """
-    file = folder / FILE
+    file = ExperimentPaths(folder).run_record
     try:
         is_there = file.is_file()
     except Exception as error:
@@ -99,6 +98,6 @@ def read_run(folder: Path) -> RunRecord:
         # Which errors a library has for a bucket's keys, names or networks is its own affair.
         raise UserError(f"{file} cannot be read ({' '.join(str(error).split())[:300]})") from error
     if not is_there:
-        raise UserError(f"{folder} has no {FILE}: give the folder of an experiment, as `raykd run` makes it")
+        raise UserError(f"{folder} has no {file.name}: give the folder of an experiment, as `raykd run` makes it")
     found: dict[str, Any] = files.read_json(file)
     return validated(RunRecord, {name: value for name, value in found.items() if value is not None}, str(file))

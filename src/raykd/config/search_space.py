@@ -1,4 +1,4 @@
-"""Space: how one field of a sweep is chosen."""
+"""Search space: the values that a sweep may choose for one field."""
 
 import math
 from collections.abc import Mapping
@@ -12,48 +12,51 @@ from raykd.storage import hashing
 
 
 class Axis(ConfigModel):
-    """The values that a field may take: exactly one of the ways below, by Ray Tune's names for them."""
+    """The values of one searched field. Set exactly one of these; the names are those of Ray Tune."""
 
     grid: tuple[Any, ...] = ()
-    """Every one of these, at every point that is drawn of the other fields."""
+    """List of values; every one is combined with every sampled point. Not with `search: optuna`."""
     choice: tuple[Any, ...] = ()
-    """One of these, drawn for each point."""
+    """List of values, from which one is sampled for each point."""
     uniform: tuple[float, float] | None = None
-    """A number from the first to the second."""
+    """Bounds [low, high] of a number with a uniform distribution."""
     loguniform: tuple[float, float] | None = None
-    """A number whose logarithm is uniform, from the first to the second, both above 0."""
+    """Bounds [low, high] of a number whose logarithm has a uniform distribution. Both are above 0."""
     randint: tuple[int, int] | None = None
-    """A whole number from the first up to, and without, the second."""
+    """Bounds [low, high) of an integer; high is excluded."""
 
     @model_validator(mode="after")
-    def _one_way(self) -> Self:
-        ways = [name for name in type(self).model_fields if getattr(self, name)]
-        if len(ways) != 1:
-            names = ", ".join(type(self).model_fields)
-            raise UserError(f"give exactly one of {names}, and values to it, not {', '.join(ways) or 'none'}")
+    def _check_bounds(self) -> Self:
+        names = list(type(self).model_fields)
+        given_names = [name for name in names if getattr(self, name)]
+        if len(given_names) != 1:
+            found = ", ".join(given_names) or "none"
+            raise UserError(f"has {found} with values: set exactly one of {', '.join(names)}")
         bounds = self.uniform or self.loguniform or self.randint
         if bounds and bounds[0] >= bounds[1]:
-            raise UserError(f"{ways[0]} [{bounds[0]:g}, {bounds[1]:g}]: the first must be below the second")
+            raise UserError(
+                f"{given_names[0]}=[{bounds[0]:g}, {bounds[1]:g}]: the first bound must be below the second"
+            )
         if self.loguniform and self.loguniform[0] <= 0:
-            raise UserError(f"loguniform [{self.loguniform[0]:g}, ...]: both must be above 0")
+            raise UserError(f"loguniform=[{self.loguniform[0]:g}, ...]: both bounds must be above 0")
         return self
 
     @property
     def extremes(self) -> tuple[Any, ...]:
-        """Values that must all be legal: those that are listed, or both ends of a range and one between them."""
+        """Values to validate: all listed values, or both ends of a range and one value between them."""
         if self.randint:
             return self.randint[0], self.randint[1] - 1
         if bounds := self.uniform or self.loguniform:
-            # No whole number, so that a field which takes nothing else is told apart.
+            # The value between them is not an integer, so that validation refuses a field that takes integers only.
             return *bounds, bounds[0] + (bounds[1] - bounds[0]) / math.e
         return self.grid or self.choice
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """All values, of a way that has finitely many."""
+        """All values of a finite axis; empty for a range of floats."""
         return tuple(range(*self.randint)) if self.randint else self.grid or self.choice
 
 
 def hparams_key(values: Mapping[str, Any]) -> str:
-    """The name of a point of a search: the same for equal values only, however alike they look."""
+    """Return the id of a point of a search: 8 hexadecimal digits, distinct for distinct values."""
     return hashing.content_key(dict(values))[:8]

@@ -4,54 +4,85 @@ The meanings follow "Enhancing Knowledge Distillation for LLMs with Response-Pri
 (arXiv 2412.17846); the wording is this project's own.
 """
 
+import re
 from string import Formatter
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from raykd.config.base import ConfigModel
+from raykd.config.base import NAME_PATTERN, ConfigModel
 from raykd.errors import UserError
 
 PLACEHOLDERS = {"reference_answer", "other_answer"}
 
 
 class Exemplar(ConfigModel):
-    """A worked problem that is shown to the teacher before the one it is asked."""
+    """A worked example for few-shot prompting."""
 
     question: str = Field(min_length=1)
+    """Text of the example's problem."""
     answer: str = Field(min_length=1)
-    """As the teacher should answer, in the form that `prompt.instruction` asks for."""
+    """Answer in the format that `prompt.instruction` requires."""
 
 
 class Strategy(ConfigModel):
-    """One way to prime the teacher. The student never sees any of it."""
+    """One way to prime the teacher. The student is never primed."""
 
     place: Literal["system", "before", "after"] = "before"
-    """Where the text goes: the system message, or before or after the question in the user's message."""
+    """Position of the text. `system`: the system message. `before`, `after`: before or after the question in the user
+    message."""
     text: str = ""
-    """The prime. `{reference_answer}` and `{other_answer}` (another problem's) are filled in."""
+    """Text of the prime. `{reference_answer}` is replaced by the problem's answer, `{other_answer}` by the answer of
+    another problem."""
     exemplars: tuple[Exemplar, ...] = ()
-    """Few-shot examples, each a turn of the user and one of the assistant before the question."""
+    """Few-shot examples: each adds a user and an assistant message before the question."""
     version: int = 1
-    """Raise it when the text changes its meaning; text and version are part of the content key."""
+    """Version of the strategy. Change it to generate new completions with an unchanged text."""
 
     @property
     def is_control(self) -> bool:
-        """Whether it tells the teacher another problem's answer: what it is worth is not the worth of a hint."""
+        """Whether the prime gives another problem's answer, as a control without a useful hint."""
         return "other_answer" in _placeholders(self.text)
 
     @field_validator("text")
     @classmethod
-    def _known_placeholders(cls, text: str) -> str:
+    def _check_placeholders(cls, text: str) -> str:
         if unknown := _placeholders(text) - PLACEHOLDERS:
             raise UserError(
-                f"unknown placeholder {sorted(unknown)} in a strategy's text; "
-                f"known: {sorted(PLACEHOLDERS)}; write {{{{ and }}}} for plain braces"
+                f"unknown placeholder {sorted(unknown)}: use {sorted(PLACEHOLDERS)}, or {{{{ and }}}} for plain braces"
             )
         return text
 
 
+class Prompt(ConfigModel):
+    """What the teacher and the student are prompted with."""
+
+    strategy: str = "none"
+    """How the teacher is primed: `none`, `teacher`, `ground_truth`, `confidence`, `gold_hint`, `shuffled_hint`, or a
+    name from `prompt.strategies`."""
+    instruction: str = "End with a line of the form '#### 42' that holds the final number alone."
+    """Text after the question, for teacher and student alike. Empty: no instruction."""
+    strategies: dict[str, Strategy] = Field(default_factory=dict)
+    """Your own strategies by name. A built-in name replaces the built-in strategy; `none` cannot be replaced."""
+
+    @model_validator(mode="after")
+    def _check_strategies(self) -> Self:
+        for name, strategy in self.strategies.items():
+            if not re.match(NAME_PATTERN, name):
+                raise UserError(f"strategies: name {name!r} is not valid: use letters, digits, '.', '_' and '-' only")
+            if name == "none" and (strategy.text.strip() or strategy.exemplars):
+                raise UserError(
+                    "strategies.none: 'none' is the unprimed baseline and cannot be redefined: choose another name"
+                )
+            if not strategy.text.strip() and not strategy.exemplars and name != "none":
+                raise UserError(
+                    f"strategies.{name}: has neither text nor exemplars: set one of them, or use strategy=none"
+                )
+        return self
+
+
 def _placeholders(text: str) -> set[str]:
+    """Return the names in braces of a text."""
     return {name for _, name, _, _ in Formatter().parse(text) if name is not None}
 
 

@@ -17,6 +17,7 @@ from raykd.data.grading import reference_answer
 from raykd.errors import UserError
 from raykd.storage import filesystem, hashing, row_store, schemas
 from raykd.storage.files import read_json, read_table
+from raykd.storage.paths import StoragePaths, split_file
 
 SPLITS = ("train", "validation", "test")
 Row = dict[str, Any]
@@ -64,7 +65,7 @@ def read_split(dataset: Dataset, root: Path, split: str) -> list[Row]:
     """
     splits = resolve_splits(dataset, root)
     if row_store.read_manifest(splits.folder):
-        return read_table(splits.folder / f"{split}.parquet").to_pylist()
+        return read_table(split_file(splits.folder, split)).to_pylist()
     return list(_with_other_answer(_splits(dataset)[split]()))
 
 
@@ -81,9 +82,9 @@ def write_splits(dataset: Dataset, root: Path) -> Path:
     content, folder = _locate(dataset, root)
     if row_store.read_manifest(folder):
         return folder
-    counts = {split: _write(folder / f"{split}.parquet", rows()) for split, rows in _splits(dataset).items()}
+    counts = {split: _write(split_file(folder, split), rows()) for split, rows in _splits(dataset).items()}
     _check_counts(dataset, counts)
-    files = [folder / f"{split}.parquet" for split in SPLITS]
+    files = [split_file(folder, split) for split in SPLITS]
     row_store.write_manifest(folder, {"content": content, **counts}, files)
     return folder
 
@@ -129,7 +130,7 @@ def _locate(dataset: Dataset, root: Path) -> tuple[dict[str, Any], Path]:
     """What determines the splits, and their folder."""
     _check_files(dataset)
     content = identity.problem_set(dataset)
-    return content, root / "problems" / hashing.content_key(content)
+    return content, StoragePaths(root).problems(hashing.content_key(content))
 
 
 def _check_files(dataset: Dataset) -> None:

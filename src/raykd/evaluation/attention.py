@@ -26,6 +26,7 @@ from raykd.models import loading, tokenization
 from raykd.models.loading import load_base_model
 from raykd.runtime.console import ProgressBar
 from raykd.storage import files, filesystem, hashing, row_store, schemas
+from raykd.storage.paths import split_file
 
 # Problems that one student reads before it is written what its heads did; fewer are lost with a worker.
 PART = 64
@@ -142,7 +143,7 @@ class MeasureAttention:
     ) -> None:
         self._base = load_base_model(student, getattr(torch, dtype)).to("cuda" if kind == "gpu" else "cpu").eval()
         self._tokenizer = loading.load_tokenizer(student)
-        self._problems = {row["problem_id"]: row for row in files.read_table(problems / "test.parquet").to_pylist()}
+        self._problems = {row["problem_id"]: row for row in files.read_table(split_file(problems, "test")).to_pylist()}
         self._limit = tokenization.context_length(student, {})
         self._attention, self._instruction, self._folder = attention, instruction, folder
         self._adapter, self._model = "", self._base

@@ -27,6 +27,7 @@ from raykd.models.adapters import check_adapter
 from raykd.models.loading import load_tokenizer
 from raykd.runtime.console import ProgressBar
 from raykd.storage import files, filesystem, hashing, row_store, schemas
+from raykd.storage.paths import split_file
 
 
 def evaluate_students(
@@ -67,7 +68,7 @@ def evaluate_students(
     with ProgressBar("students", total, done=len(done), unit="answers") as meter:
         if len(done) < total:
             scored = student_answers(
-                problems / "test.parquet", eval_models, done, student, evaluation, instruction, kind
+                split_file(problems, "test"), eval_models, done, student, evaluation, instruction, kind
             ).map_batches(
                 ScoreAnswers,
                 batch_size=evaluation.batch_size,
@@ -160,7 +161,7 @@ def check_student_lengths(split: Path, student: Student, evaluation: Evaluate, i
 
 def test_problem_ids(problems: Path) -> list[str]:
     """The test problems, in their order."""
-    return files.read_table(problems / "test.parquet", ["problem_id"])["problem_id"].to_pylist()
+    return files.read_table(split_file(problems, "test"), ["problem_id"])["problem_id"].to_pylist()
 
 
 class ScoreAnswers:

@@ -15,8 +15,8 @@ from raykd.data import prompts
 from raykd.models import tokenization
 from raykd.models.builtin import resolve_model
 from raykd.storage import files, filesystem
+from raykd.storage.paths import split_file
 
-TASK_DIR = "lm_eval"
 _COPIED_FIELDS = "import fsspec, sys; fsspec.url_to_fs(sys.argv[1])[0].get(*sys.argv[1:], recursive=True)"
 
 
@@ -33,7 +33,7 @@ def write_task(experiment: Experiment, problems: Path, folder: Path) -> None:
         problems: the folder of the splits; `test` is read.
         folder: where the task goes.
     """
-    rows = files.read_table(problems / "test.parquet").to_pylist()
+    rows = files.read_table(split_file(problems, "test")).to_pylist()
     # The harness asks for a blank after the mark, which not every data set has.
     asked = [_document(experiment, row["question"], f"#### {row['reference_answer']}") for row in rows]
     file = folder / f"{experiment.evaluate.protocol}.jsonl"

@@ -17,6 +17,7 @@ from raykd.evaluation.student_batch import StudentModel, finish_reason, student_
 from raykd.models import tokenization
 from raykd.runtime.console import ProgressBar
 from raykd.storage import row_store, schemas
+from raykd.storage.paths import split_file
 
 
 def write_rollouts(
@@ -52,7 +53,7 @@ def write_rollouts(
         if len(done) < total:
             asked = evaluation.as_in_training(sampling)
             kept = student_answers(
-                problems / "train.parquet", list(folders), done, student, asked, instruction, kind
+                split_file(problems, "train"), list(folders), done, student, asked, instruction, kind
             ).map_batches(
                 WriteRollouts,
                 batch_size=evaluation.batch_size,

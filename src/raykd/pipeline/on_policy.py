@@ -19,6 +19,7 @@ from raykd.evaluation.student_batch import StudentModel
 from raykd.pipeline import run_record
 from raykd.runtime.console import print_status
 from raykd.storage import row_store
+from raykd.storage.paths import RoundPaths
 from raykd.teacher import generate, server
 from raykd.teacher.completion_set import CompletionSet
 from raykd.training.trial import TrialSpec, has_adapter, problem_ids_of_round
@@ -154,17 +155,17 @@ def _write_answers(trials: Sequence[TrialSpec], context: StageContext) -> None:
 
 def _student_model(trial: TrialSpec) -> StudentModel:
     number = trial.round or 0
-    adapter = trial.round_folder(number - 1) / "adapter" if number else None
+    adapter = RoundPaths(trial.round_folder(number - 1)).adapter if number else None
     rank = trial.arm.student.lora.r if adapter else 0
     return StudentModel(trial.trial_id, trial.arm_name, trial.seed, adapter, rank, problem_ids_of_round(trial, number))
 
 
 def _answers_folder(trial: TrialSpec) -> Path:
-    return trial.round_folder(trial.round or 0) / "answers"
+    return RoundPaths(trial.round_folder(trial.round or 0)).answers
 
 
 def _scores_folder(trial: TrialSpec, number: int) -> Path:
-    return trial.round_folder(number) / "completions"
+    return RoundPaths(trial.round_folder(number)).completions
 
 
 def scored_folders(trial: TrialSpec) -> list[Path]:

@@ -13,8 +13,9 @@ from raykd.evaluation import evaluate, student_batch
 from raykd.evaluation.attention import attention_folder_name
 from raykd.models import loading
 from raykd.pipeline import on_policy, run_record
-from raykd.runtime.console import LOG_FILE, print_status
+from raykd.runtime.console import print_status
 from raykd.storage import filesystem, row_store
+from raykd.storage.paths import ExperimentPaths, StoragePaths, TrialPaths
 from raykd.teacher import completion_set
 from raykd.teacher.completion_set import CompletionSet
 from raykd.training.trial import TrialSpec
@@ -67,13 +68,15 @@ class Plan:
     @property
     def predictions(self) -> Path:
         """The folder of the students' test answers; it depends on the evaluation settings."""
-        return self.folder / "predictions" / evaluate.folder_name(self.experiment.evaluate)
+        return ExperimentPaths(self.folder).predictions / evaluate.folder_name(self.experiment.evaluate)
 
     @property
     def attention(self) -> Path | None:
         """The folder of the attention measurements; None if attention is not measured."""
         section = self.experiment.attention
-        return self.folder / "attention" / attention_folder_name(section, self.attention_dtype) if section else None
+        if section is None:
+            return None
+        return ExperimentPaths(self.folder).attention / attention_folder_name(section, self.attention_dtype)
 
     @property
     def attention_dtype(self) -> str:
@@ -84,7 +87,7 @@ class Plan:
     @property
     def log(self) -> Path:
         """The log file of the libraries."""
-        return self.folder / LOG_FILE
+        return ExperimentPaths(self.folder).log
 
     @property
     def required_sets(self) -> list[CompletionSet]:
@@ -121,7 +124,7 @@ class Plan:
         """Return the models to test: the base student, then every adapter that was selected."""
         adapters = [
             student_batch.StudentModel(
-                trial.trial_id, trial.arm_name, trial.seed, trial.folder / "adapter", trial.arm.student.lora.r
+                trial.trial_id, trial.arm_name, trial.seed, TrialPaths(trial.folder).adapter, trial.arm.student.lora.r
             )
             for trial in selection.selected_trials(self.trials, self.experiment.sweep)
         ]
@@ -166,7 +169,7 @@ def resolve(experiment: Experiment, retry_failed: bool = False) -> Plan:
         UserError: if something that the experiment names is missing, or if its settings conflict.
     """
     root = filesystem.resolve(experiment.storage)
-    folder = root / "experiments" / experiment.name
+    folder = StoragePaths(root).experiment(experiment.name)
     trackers.check_tracker(experiment.tracking, folder)
     run_record.check_compatible(experiment, folder)
     for section in (experiment.teacher, experiment.student):

@@ -12,6 +12,7 @@ from raykd.errors import UserError
 from raykd.evaluation import evaluate
 from raykd.pipeline.plan import Plan
 from raykd.storage import filesystem
+from raykd.storage.paths import split_file
 from raykd.teacher import completion_set, generate
 from raykd.teacher.completion_set import CompletionSet
 from raykd.training.trial import TrialSpec
@@ -186,7 +187,7 @@ def check_test_lengths(work: RemainingWork) -> None:
 
 def _check_student_lengths(work: RemainingWork, split: str, evaluation: Evaluate, role: str) -> None:
     evaluate.check_student_lengths(
-        work.plan.problems / f"{split}.parquet",
+        split_file(work.plan.problems, split),
         student=work.plan.experiment.student,
         evaluation=evaluation,
         instruction=work.plan.experiment.prompt.instruction,

@@ -19,6 +19,7 @@ from raykd.pipeline.preflight import preflight
 from raykd.runtime import metrics
 from raykd.runtime.console import print_status
 from raykd.storage import files, lock
+from raykd.storage.paths import ExperimentPaths
 from raykd.teacher import completion_set, generate, server
 from raykd.teacher.completion_set import CompletionSet
 from raykd.training.trial import TrialSpec, trial_status
@@ -76,7 +77,7 @@ def start(plan: Plan, command: str) -> None:
         trials=[trial.trial_id for trial in plan.trials],
         command=command,
     )
-    files.write_text(plan.folder / "experiment.yaml", dump_experiment(plan.experiment))
+    files.write_text(ExperimentPaths(plan.folder).config, dump_experiment(plan.experiment))
 
 
 def generate_completions(plan: Plan, resources: dict[str, float]) -> None:
@@ -212,8 +213,8 @@ def record_results(plan: Plan) -> None:
     Afterwards the experiment's folder holds everything that the report needs.
     """
     run_record.record_completions(plan.folder, plan.experiment.teacher.model, plan.teacher_usages)
-    evaluate.collect_predictions(plan.predictions.parent, plan.folder / "predictions.parquet")
-    tasks = plan.folder / lm_eval_task.TASK_DIR
+    evaluate.collect_predictions(plan.predictions.parent, ExperimentPaths(plan.folder).all_predictions)
+    tasks = ExperimentPaths(plan.folder).lm_eval
     lm_eval_task.write_task(plan.experiment, plan.problems, tasks)
     # The last student's command; those of the others differ in the adapter only.
     adapter = plan.eval_models()[-1].adapter

@@ -18,6 +18,7 @@ from raykd.data.datasets import SPLITS, split_size
 from raykd.errors import UserError
 from raykd.models.builtin import MODELS
 from raykd.storage import files, row_store
+from raykd.storage.paths import ExperimentPaths
 from raykd.teacher.completion_set import CompletionSet
 
 MANIFEST_COUNTS = ("rows", "errors", "correct", "completion_tokens", "truncated", "answer_first", "seconds")
@@ -36,7 +37,7 @@ def check_compatible(experiment: Experiment, folder: Path) -> None:
         experiment: the experiment.
         folder: its folder.
     """
-    file = folder / "experiment.yaml"
+    file = ExperimentPaths(folder).config
     if not file.exists():
         return
     try:
@@ -83,7 +84,7 @@ def check_contents(folder: Path, identities: Mapping[str, Mapping[str, str]], pr
         identities: the identities of the teacher's and the student's weights.
         problems: the folder of the splits.
     """
-    file = folder / "run.json"
+    file = ExperimentPaths(folder).run_record
     earlier = files.read_json(file) if file.exists() else {}
     models, key = earlier.get("models") or {}, (earlier.get("problems") or {}).get("key")
     contents = [(f"the {role}", models.get(role), dict(each)) for role, each in identities.items()]
@@ -118,7 +119,7 @@ def start(
         trials: the ids of the trials; other trials in the folder belong to an earlier configuration.
         command: the command line.
     """
-    file = folder / "run.json"
+    file = ExperimentPaths(folder).run_record
     earlier = files.read_json(file) if file.exists() else {}
     built_in = {experiment.teacher.model, experiment.student.model} & set(MODELS)
     files.write_json(
@@ -190,7 +191,7 @@ def record_completions(folder: Path, teacher: str, teacher_usages: list[TeacherU
 
 def set_entry(folder: Path, name: str, value: Any) -> None:
     """Set one entry of `run.json`."""
-    file = folder / "run.json"
+    file = ExperimentPaths(folder).run_record
     files.write_json(file, {**files.read_json(file), name: value})
 
 
@@ -211,7 +212,7 @@ def track_processors(folder: Path, role: str, accelerator: Accelerator, num_proc
     try:
         yield
     finally:
-        by_role = files.read_json(folder / "run.json").get("processor_seconds") or {}
+        by_role = files.read_json(ExperimentPaths(folder).run_record).get("processor_seconds") or {}
         by_accelerator = by_role.get(role, {})
         seconds = by_accelerator.get(accelerator, 0) + num_processors * (time.monotonic() - started)
         updated = {**by_accelerator, accelerator: round(seconds, 1)}
@@ -225,6 +226,6 @@ def track_time(folder: Path, stage: str) -> Iterator[None]:
     try:
         yield
     finally:
-        stages = files.read_json(folder / "run.json")["stages"]
+        stages = files.read_json(ExperimentPaths(folder).run_record)["stages"]
         seconds = stages.get(stage, 0) + time.monotonic() - started
         set_entry(folder, "stages", {**stages, stage: round(seconds, 1)})

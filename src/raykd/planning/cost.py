@@ -15,6 +15,7 @@ from raykd.config.loading import load_experiment
 from raykd.config.run_file import read_run
 from raykd.planning.demand import UNKNOWN_CLUSTER, max_points, num_problems
 from raykd.storage import files, filesystem, hashing
+from raykd.storage.paths import METRICS_FILE, ExperimentPaths
 from raykd.training.trial import read_loss_curve
 
 
@@ -47,18 +48,20 @@ def measured_rates(folder: Path) -> Rates:
         UserError: where it is not the folder of a run, or what it wrote is damaged.
     """
     run = read_run(folder)
-    file = folder / "experiment.yaml"
+    file = ExperimentPaths(folder).config
     replicas = load_experiment(file).teacher.replicas.max if file.is_file() else 1
     # Solutions are scored in the same stream, and each set's seconds are an equal share of all.
     together = [each for each in run.completions if each.get("source") != "student"]
     made = [each for each in together if each.get("source") != "reference"]
     tokens, seconds = _sum_field(made, "completion_tokens"), _sum_field(together, "seconds")
     rows = _sum_field(made, "rows") - _sum_field(made, "errors")
-    curves = [read_loss_curve(each) for each in filesystem.find_in_subdirs(folder / "trials", "metrics.jsonl")]
+    curves = [
+        read_loss_curve(each) for each in filesystem.find_in_subdirs(ExperimentPaths(folder).trials, METRICS_FILE)
+    ]
     ends = [curve[-1] for curve in curves if curve]
     trained = _sum_field(ends, "target_tokens")
     worked = sum(float(each.get("seconds") or 0) * float(each.get("num_workers") or 1) for each in ends)
-    answers, answered = _count_answers(folder / "predictions.parquet")
+    answers, answered = _count_answers(ExperimentPaths(folder).all_predictions)
     answering = run.stages.get("predictions", 0.0)
     held = {kind for kinds in run.processor_seconds.values() for kind in kinds}
     return Rates(

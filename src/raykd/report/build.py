@@ -22,9 +22,8 @@ from raykd.report.text import answer
 from raykd.report.trials import TrialResult
 from raykd.storage import filesystem
 from raykd.storage.files import write_text
+from raykd.storage.paths import ExperimentPaths
 
-FIGURES = "report"
-"""The folder of the Markdown report's figures, in the experiment's."""
 LONGEST_WORD = 14
 """Characters of a word that always fit into a column of a terminal's table."""
 CSV_COLUMNS = (
@@ -84,7 +83,7 @@ def write_report(folder: Path) -> Results:
     """Write results.csv, report.md with its figures, and report.html into an experiment's folder, each atomically.
 
     Args:
-        folder: an experiment's folder (layout: `raykd.storage.schemas`).
+        folder: an experiment's folder (layout: `raykd.storage.paths`).
 
     Returns:
         The numbers behind them.
@@ -93,14 +92,14 @@ def write_report(folder: Path) -> Results:
         UserError: the folder is not an experiment's, or holds nothing to report yet.
     """
     results = read_results(folder)
-    write_text(folder / "results.csv", _csv(results))
+    write_text(ExperimentPaths(folder).results_csv, _csv(results))
     if results.attention:
-        write_text(folder / "attention.csv", attention.heads_csv(results.attention))
-        write_text(folder / "attention_correctness.csv", attention.correctness_csv(results.attention))
+        write_text(ExperimentPaths(folder).attention_csv, attention.heads_csv(results.attention))
+        write_text(ExperimentPaths(folder).attention_correctness_csv, attention.correctness_csv(results.attention))
     drawn = figures(results)
-    _write_figures(drawn, folder / FIGURES)
-    write_text(folder / "report.md", _markdown(results, drawn))
-    write_text(folder / "report.html", _html(results, drawn))
+    _write_figures(drawn, ExperimentPaths(folder).figures)
+    write_text(ExperimentPaths(folder).report_md, _markdown(results, drawn))
+    write_text(ExperimentPaths(folder).report_html, _html(results, drawn))
     return results
 
 
@@ -223,7 +222,9 @@ def _markdown(results: Results, drawn: list[Figure]) -> str:
             blocks.append("\n".join(f"- {escape_markdown(line)}" for line in lines))
     captions = set()
     for figure in drawn:
-        blocks.append(f"![{escape_markdown(figure.title)}]({FIGURES}/{figure.name}.svg)")
+        blocks.append(
+            f"![{escape_markdown(figure.title)}]({ExperimentPaths(results.folder).figures.name}/{figure.name}.svg)"
+        )
         # The figures of single heads share one caption.
         caption = "" if figure.caption in captions else f" {escape_markdown(figure.caption)}"
         blocks.append(f"*{escape_markdown(figure.title)}.*{caption}")

@@ -19,6 +19,7 @@ from raykd.data.prompts import protocol_description
 from raykd.errors import UserError
 from raykd.report.trials import TrialResult, read_predictions, read_trials
 from raykd.storage import filesystem
+from raykd.storage.paths import ExperimentPaths, TrialPaths
 from raykd.storage.row_store import MANIFEST
 from raykd.storage.schemas import COMPLETE, FAILED
 from raykd.training.trial import rank_by_validation
@@ -92,13 +93,15 @@ class Results:
     @property
     def evaluation(self) -> str:
         """The evaluation settings of the students, in words."""
-        where = f"{self.folder / 'experiment.yaml'}: evaluate"
+        where = f"{ExperimentPaths(self.folder).config}: evaluate"
         return protocol_description(validated(Evaluate, self.tree.get("evaluate") or {}, where))
 
     @property
     def other_predictions(self) -> list[str]:
         """The folders of complete predictions with other evaluation settings."""
-        complete = [each.parent.name for each in filesystem.find_in_subdirs(self.folder / "predictions", MANIFEST)]
+        complete = [
+            each.parent.name for each in filesystem.find_in_subdirs(ExperimentPaths(self.folder).predictions, MANIFEST)
+        ]
         return [name for name in complete if f"predictions/{name}" != self.run.predictions]
 
     @property
@@ -112,7 +115,7 @@ class Results:
 
 
 def read_results(folder: Path, with_attention: bool = True) -> Results:
-    """Compute an experiment's numbers from its folder (layout: `raykd.storage.schemas`).
+    """Compute an experiment's numbers from its folder (layout: `raykd.storage.paths`).
 
     Args:
         folder: the experiment's.
@@ -123,13 +126,13 @@ def read_results(folder: Path, with_attention: bool = True) -> Results:
     """
     run = read_run(folder)
     try:
-        config = (folder / "experiment.yaml").read_text(encoding="utf-8")
+        config = ExperimentPaths(folder).config.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(
             f"{folder} has no experiment.yaml: give the folder of an experiment that `raykd run` made"
         ) from None
     rows = read_predictions(folder / run.predictions)
-    trials = read_trials(folder / "trials", rows)
+    trials = read_trials(ExperimentPaths(folder).trials, rows)
     # Trials of an earlier configuration, or of an arm that was removed, are not results of this experiment.
     current = {BASE, *run.trials} if run.trials is not None else {trial.trial_id for trial in trials}
     earlier = [trial.trial_id for trial in trials if trial.trial_id not in current]
@@ -276,7 +279,11 @@ def _notes(
             notes.append(f"{name} has {total} of {expected * samples} predictions: its evaluation is incomplete")
         if trial.measured.errors:
             notes.append(f"{name}: {trial.measured.errors} of {total} predictions are errors and are excluded from n")
-    begun = [path.name for path in filesystem.list_dirs(folder / "trials") if not (path / "trial.json").is_file()]
+    begun = [
+        path.name
+        for path in filesystem.list_dirs(ExperimentPaths(folder).trials)
+        if not TrialPaths(path).record.is_file()
+    ]
     unfinished = [name for name in begun if name in (run.trials or begun)]
     if unfinished:
         notes.append(f"Unfinished and therefore in no table: {_counted(unfinished)}")
@@ -294,7 +301,7 @@ def _tree(config: str) -> Mapping[str, Any]:
 def _controls(config: Mapping[str, Any], folder: Path) -> set[str]:
     """The strategies that give the teacher another problem's answer."""
     own = (config.get("prompt") or {}).get("strategies") or {}
-    where = f"{folder / 'experiment.yaml'}: prompt.strategies"
+    where = f"{ExperimentPaths(folder).config}: prompt.strategies"
     known = BUILT_IN | {name: validated(Strategy, each, f"{where}.{name}") for name, each in own.items()}
     return {name for name, strategy in known.items() if strategy.is_control}
 

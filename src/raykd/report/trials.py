@@ -10,6 +10,7 @@ from raykd.analysis.comparison import Answers
 from raykd.analysis.scores import Row, Scores, compute_scores
 from raykd.storage import filesystem
 from raykd.storage.files import read_json
+from raykd.storage.paths import TRIAL_FILE, TrialPaths
 from raykd.storage.row_store import read_rows
 from raykd.storage.schemas import COMPLETE, PREDICTION
 from raykd.training.trial import read_loss_curve
@@ -83,7 +84,7 @@ def read_trials(folder: Path, rows: Mapping[str, Answers]) -> list[TrialResult]:
     Raises:
         ValueError: a trial's record or loss curve is damaged.
     """
-    trials = [_trial(file.parent, rows) for file in filesystem.find_in_subdirs(folder, "trial.json")]
+    trials = [_trial(file.parent, rows) for file in filesystem.find_in_subdirs(folder, TRIAL_FILE)]
     with_folder = {trial.trial_id for trial in trials}
     for trial_id, of_trial in rows.items():
         if trial_id not in with_folder:
@@ -105,8 +106,8 @@ def read_trials(folder: Path, rows: Mapping[str, Answers]) -> list[TrialResult]:
 
 
 def _trial(folder: Path, rows: Mapping[str, Answers]) -> TrialResult:
-    record = read_json(folder / "trial.json")
-    curve = read_loss_curve(folder / "metrics.jsonl")
+    record = read_json(TrialPaths(folder).record)
+    curve = read_loss_curve(TrialPaths(folder).metrics)
     losses = [(point["step"], point["loss"]) for point in curve if finite(point.get("loss")) is not None]
     return TrialResult(
         trial_id=record["trial_id"],

@@ -13,16 +13,15 @@ from typing import Self, TextIO
 from raykd.storage import filesystem
 
 # In an experiment's folder: what libraries have to say, and what faults were. In a bucket the name also tells whose.
-LOG_FILE = "driver.log"
 _stream: TextIO | None = None
 
 
 def print_status(message: str) -> None:
     """Shows a line to the user."""
-    print(message, file=stream(), flush=True)
+    print(message, file=output_stream(), flush=True)
 
 
-def stream() -> TextIO:
+def output_stream() -> TextIO:
     """Where the user looks."""
     return _stream or sys.stderr
 
@@ -126,7 +125,7 @@ class ProgressBar:
         self._label, self.total, self._unit = label, total, unit
         self._done = done
         self._tokens = 0
-        self._stream = stream or stream()
+        self._stream = stream or output_stream()
         self._terminal = self._stream.isatty()
         self._every_s = 0.2 if self._terminal else log_every_s
         self._start = time.monotonic()

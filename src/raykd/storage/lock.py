@@ -12,8 +12,8 @@ from typing import TextIO
 
 from raykd.errors import UserError
 from raykd.storage import filesystem, lease
+from raykd.storage.paths import LOCK_FILE
 
-LOCK_FILE = "run.lock"
 RENAME_HINT = ", or give this experiment a name of its own (name=...)"
 # File systems without locks; there it is left to the user.
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)

@@ -1,14 +1,6 @@
-"""Records: the Arrow schemas of what is written, column by column, and the layout of an experiment's folder.
+"""Schemas: the Arrow schema of each kind of row, column by column, and the values of a trial's status.
 
-<storage>/problems/<key>/                 train.parquet, validation.parquet, test.parquet, manifest.json
-<storage>/completions/<key>/              part-*.parquet, manifest.json
-<storage>/experiments/<name>/             experiment.yaml, run.json (versions, seeds, keys)
-    trials/<trial_id>/                    adapter/, metrics.jsonl, trial.json (written last)
-    predictions/<protocol>-<key>/         part-*.parquet, manifest.json
-    attention/<key>/                      part-*.parquet, manifest.json
-    lm_eval/                              the test as a task of lm-evaluation-harness
-    predictions.parquet, results.csv, attention.csv, attention_correctness.csv, report.md, report.html
-    report/                               the figures of report.md
+The layout of the folders that hold the rows is in `raykd.storage.paths`.
 """
 
 import pyarrow as pa

@@ -11,6 +11,7 @@ from raykd.config.experiment import Arm, Experiment
 from raykd.config.strategies import Strategy
 from raykd.errors import UserError
 from raykd.storage import files, filesystem, hashing, row_store
+from raykd.storage.paths import StoragePaths
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def completion_sets_for(
         there = [each for each in stored.get(question, []) if each["top_k"] >= content["top_k"]]
         chosen = min(there, key=_top_k) if there else max(wanted[question], key=_top_k)
         strategy = arms[name].prompt.strategy
-        folder = root / "completions" / hashing.content_key(chosen)
+        folder = StoragePaths(root).completions / hashing.content_key(chosen)
         found[name] = CompletionSet(strategy, experiment.strategies[strategy], folder, chosen)
     return found
 
@@ -82,7 +83,7 @@ def completion_sets_for(
 def _stored_contents(root: Path) -> list[dict[str, Any]]:
     """What determines each complete set that is there."""
     found = []
-    for manifest in filesystem.find_in_subdirs(root / "completions", row_store.MANIFEST):
+    for manifest in filesystem.find_in_subdirs(StoragePaths(root).completions, row_store.MANIFEST):
         try:
             found.append(files.read_json(manifest)["content"])
         except (UserError, KeyError):

@@ -20,6 +20,7 @@ from raykd.errors import StageError, reported_error
 from raykd.models import loading, tokenization
 from raykd.runtime.console import ProgressBar
 from raykd.storage import files, filesystem, row_store, schemas
+from raykd.storage.paths import split_file
 from raykd.teacher.client import QUESTION_SCHEMA, TeacherClient
 from raykd.teacher.completion_set import CompletionSet, completion_id
 from raykd.teacher.server import start_failure
@@ -50,10 +51,10 @@ def generate_completions(
         StageError: where more than `teacher.max_error_rate` of a strategy's rows failed, naming some.
     """
     spent = StageTimer(request.folder for request in wanted)
-    num_problems = files.num_rows(problems / "train.parquet")
+    num_problems = files.num_rows(split_file(problems, "train"))
     totals = {request.folder: num_problems * request.num_samples for request in wanted}
     done = _done_ids(wanted)
-    path, system = filesystem.for_arrow(problems / "train.parquet")
+    path, system = filesystem.for_arrow(split_file(problems, "train"))
     questions = ray.data.read_parquet(path, filesystem=system).map_batches(
         BuildTeacherPrompts,
         batch_size=256,
@@ -240,7 +241,7 @@ class BuildScoringPrompts:
         self._tokenizer = loading.teacher_tokenizer(teacher)
         self._wanted = {str(folder): (folder, request) for folder, request in wanted.items()}
         self._instruction, self._done = instruction, done
-        rows = files.read_table(problems / "train.parquet").to_pylist()
+        rows = files.read_table(split_file(problems, "train")).to_pylist()
         self._problems = {row["problem_id"]: row for row in rows}
 
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
@@ -316,7 +317,7 @@ def check_teacher_lengths(
     if limit is None:
         return
     tokenizer = loading.load_tokenizer(teacher)
-    total = files.num_rows(problems / "train.parquet")
+    total = files.num_rows(split_file(problems, "train"))
     for request in wanted:
         whose = f"teacher, strategy {request.strategy_name!r}"
         needs = _lengths(request, problems, tokenizer, instruction, max_tokens)
@@ -328,7 +329,7 @@ def _lengths(
     request: CompletionSet, problems: Path, tokenizer: Any, instruction: str, max_tokens: int
 ) -> Iterator[tuple[str, int]]:
     """Each problem, with the tokens that its prompt and its answer may take."""
-    for batch in files.read_batches(problems / "train.parquet"):
+    for batch in files.read_batches(split_file(problems, "train")):
         for problem in batch.to_pylist():
             row = question_row(tokenizer, problem, request, instruction, 0)
             given = len(row["given_token_ids"])

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from raykd.storage import files
+from raykd.storage.paths import STAGE_TIME_FILE
 
-FILE = "spent.json"
 WRITE_INTERVAL_S = 30
 
 
@@ -23,7 +23,7 @@ class StageTimer:
         self._started = self._noted = time.monotonic()
         self._before: dict[Path, float] = {}
         for folder in folders:
-            file = folder / FILE
+            file = folder / STAGE_TIME_FILE
             self._before[folder] = float(files.read_json(file)["seconds"]) if file.exists() else 0.0
 
     def note(self) -> None:
@@ -32,7 +32,7 @@ class StageTimer:
             return
         self._noted = time.monotonic()
         for folder in self._before:
-            files.write_json(folder / FILE, {"seconds": self.of(folder)})
+            files.write_json(folder / STAGE_TIME_FILE, {"seconds": self.of(folder)})
 
     def of(self, folder: Path) -> float:
         """Those of a set, up to now."""

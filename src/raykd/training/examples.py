@@ -17,6 +17,7 @@ from raykd.data import prompts
 from raykd.errors import UserError
 from raykd.models import tokenization
 from raykd.storage import files, row_store, schemas
+from raykd.storage.paths import split_file
 
 Row = Mapping[str, Any]
 
@@ -143,7 +144,7 @@ def build_examples(
     dropped: Counter[str] = Counter()
     by_problem = _completions_by_problem(arm, completions) if completions else {}
     targets = []
-    for problem in files.read_table(problems / "train.parquet").to_pylist():
+    for problem in files.read_table(split_file(problems, "train")).to_pylist():
         if wanted is not None and problem["problem_id"] not in wanted:
             continue
         if completions is None:

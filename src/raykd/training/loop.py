@@ -20,6 +20,7 @@ from raykd.config.sections import Train
 from raykd.errors import StageError, UserError
 from raykd.runtime.metrics import show_training
 from raykd.storage import files
+from raykd.storage.paths import RoundPaths, TrialPaths
 from raykd.storage.schemas import COMPLETE
 from raykd.training import checkpoints, schedule
 from raykd.training.examples import Example
@@ -122,7 +123,7 @@ def train_loop(job: TrialSpec, report: Report, resume: Path | None) -> None:
             f"trial {job.trial_id}: the checkpoint of step {mine.start}, which round {job.round} begins with, is gone; "
             f"delete {job.folder} to train it anew"
         )
-    curve = _LossCurve(job.folder / "metrics.jsonl", first, write=worker == 0)
+    curve = _LossCurve(TrialPaths(job.folder).metrics, first, write=worker == 0)
     every, told_every, told = max(1, len(steps) // CURVE_POINTS), max(1, len(steps) // MAX_REPORTS), first
     totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
     marks = validation_steps(len(steps), job.sweep.num_validations) if job.sweep else {}
@@ -185,7 +186,7 @@ def train_loop(job: TrialSpec, report: Report, resume: Path | None) -> None:
             told = done
     if not tokens and mine.stop == len(steps):
         raise UserError(f"trial {job.trial_id}: no round left a row to train on; in the last: {lesson.dropped}")
-    save_adapter(model.model, job.output_dir / "adapter", job.arm.student, write=worker == 0, moved=tokens > 0)
+    save_adapter(model.model, TrialPaths(job.output_dir).adapter, job.arm.student, write=worker == 0, moved=tokens > 0)
     if worker == 0:
         _mark_complete(job, lesson)
     torch.distributed.barrier()
@@ -280,10 +281,10 @@ def _mark_complete(job: TrialSpec, lesson: _TrainingData) -> None:
     """Declares the trial, or its round, complete."""
     counts = {"rows": len(lesson.rows) - lesson.rows.count(None), "dropped": lesson.dropped}
     if job.output_dir != job.folder:
-        files.write_json(job.output_dir / "round.json", counts)
+        files.write_json(RoundPaths(job.output_dir).record, counts)
         return
     for number in range(job.round or 0):
-        earlier = files.read_json(job.round_folder(number) / "round.json")
+        earlier = files.read_json(RoundPaths(job.round_folder(number)).record)
         dropped = dict(Counter(counts["dropped"]) + Counter(earlier["dropped"]))
         counts = {"rows": counts["rows"] + earlier["rows"], "dropped": dropped}
     write_trial_status(job, COMPLETE, **counts)

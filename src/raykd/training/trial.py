@@ -10,6 +10,7 @@ from typing import Any
 from raykd.config.experiment import Arm
 from raykd.config.sections import Sweep
 from raykd.storage import files, filesystem
+from raykd.storage.paths import RoundPaths, TrialPaths, split_file
 from raykd.storage.schemas import COMPLETE
 from raykd.training import schedule
 
@@ -57,12 +58,12 @@ class TrialSpec:
 
     def round_folder(self, number: int) -> Path:
         """Where a round's answers, their scores and, but for the last round, its adapter are."""
-        return self.folder / "rounds" / str(number)
+        return TrialPaths(self.folder).round(number)
 
 
 def problem_ids(job: TrialSpec) -> list[str]:
     """The training problems, in their order."""
-    return files.read_table(job.problems / "train.parquet", ["problem_id"])["problem_id"].to_pylist()
+    return files.read_table(split_file(job.problems, "train"), ["problem_id"])["problem_id"].to_pylist()
 
 
 def problem_ids_of_round(job: TrialSpec, number: int) -> frozenset[str]:
@@ -76,14 +77,14 @@ def problem_ids_of_round(job: TrialSpec, number: int) -> frozenset[str]:
 
 def trial_status(job: TrialSpec) -> str:
     """What a trial has come to; empty where it goes on."""
-    record = job.folder / "trial.json"
+    record = TrialPaths(job.folder).record
     return files.read_json(record)["status"] if record.exists() else ""
 
 
 def has_adapter(job: TrialSpec) -> bool:
     """Whether a trial's adapter is there, or that of its round."""
     if job.output_dir != job.folder:
-        return (job.output_dir / "round.json").exists()
+        return RoundPaths(job.output_dir).record.exists()
     return trial_status(job) == COMPLETE
 
 
@@ -95,11 +96,11 @@ def filter_parallel(jobs: Sequence[TrialSpec], is_so: Callable[[TrialSpec], bool
 
 def write_trial_status(job: TrialSpec, status: str, error: str = "", **more: Any) -> None:
     """Writes what a trial has come to, with how far its loss curve goes."""
-    curve = read_loss_curve(job.folder / "metrics.jsonl")
+    curve = read_loss_curve(TrialPaths(job.folder).metrics)
     measured = validations(curve)
     last = curve[-1] if curve else {}
     files.write_json(
-        job.folder / "trial.json",
+        TrialPaths(job.folder).record,
         {
             "trial_id": job.trial_id,
             "arm": job.arm_name,
@@ -117,7 +118,7 @@ def write_trial_status(job: TrialSpec, status: str, error: str = "", **more: Any
             "loss_first": curve[0]["loss"] if curve else None,
             "loss_last": last.get("loss"),
             "validation": measured[-1] if measured else None,
-            "adapter": str(job.folder / "adapter") if status == COMPLETE else None,
+            "adapter": str(TrialPaths(job.folder).adapter) if status == COMPLETE else None,
         },
     )
 
@@ -138,7 +139,7 @@ def validations(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def last_validation_metric(job: TrialSpec) -> float | None:
     """What a trial of a sweep had when it was last measured; None where it was not."""
-    measured = validations(read_loss_curve(job.folder / "metrics.jsonl"))
+    measured = validations(read_loss_curve(TrialPaths(job.folder).metrics))
     return measured[-1][job.sweep.metric] if measured and job.sweep else None
 
 

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 from raykd.data import grading, prompts
 from raykd.models import tokenization
 from raykd.storage import files
+from raykd.storage.paths import split_file
 from raykd.training import batching, examples
 from raykd.training.trial import TrialSpec
 
@@ -34,7 +35,7 @@ def validate(engine: Any, model: Any, tokenizer: Any, job: TrialSpec, number: in
     """
     assert job.sweep, "a trial outside a sweep is not measured"
     worker, num_workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    problems = files.read_table(job.problems / "validation.parquet").to_pylist()
+    problems = files.read_table(split_file(job.problems, "validation")).to_pylist()
     size, mine = job.sweep.validation_batch_size, problems[worker::num_workers]
     # Under ZeRO stage 3 the workers gather every layer together, so that each must ask as many batches as the others.
     starts = range(0, -(-len(problems) // num_workers), size)

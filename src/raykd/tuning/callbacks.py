@@ -12,6 +12,7 @@ from raykd import errors
 from raykd.errors import StageError
 from raykd.runtime.console import print_status
 from raykd.storage import filesystem
+from raykd.storage.paths import ExperimentPaths
 from raykd.storage.schemas import COMPLETE, FAILED, STOPPED
 from raykd.training.trial import TrialSpec, has_adapter, last_validation_metric, trial_status, write_trial_status
 
@@ -72,4 +73,4 @@ def _trial_error(trial: Any) -> Exception | None:
 def remove_checkpoints(trial: TrialSpec, folder: Path) -> None:
     """Remove the training checkpoints of a finished trial; those of an on-policy round stay for the next round."""
     if trial.output_dir == trial.folder and trial_status(trial) in (COMPLETE, STOPPED):
-        filesystem.remove(folder / "checkpoints" / trial.trial_id, ignore_errors=True)
+        filesystem.remove(ExperimentPaths(folder).checkpoints / trial.trial_id, ignore_errors=True)

@@ -15,6 +15,7 @@ from raykd.config.sections import Sweep
 from raykd.runtime import console as runtime_console
 from raykd.runtime import metrics
 from raykd.runtime.console import ProgressBar
+from raykd.storage.paths import TrialPaths
 from raykd.storage.schemas import FAILED
 from raykd.training.trial import TrialSpec, read_loss_curve, trial_status
 
@@ -110,7 +111,7 @@ class TrialProgressTable(tune.Callback):
         if trial is None:
             return
         self._set_state(trial_id, trial_status(trial))
-        if self._bar is not None and (curve := read_loss_curve(trial.folder / "metrics.jsonl")):
+        if self._bar is not None and (curve := read_loss_curve(TrialPaths(trial.folder).metrics)):
             # Tune does not receive the last result of a trial whose workers were lost.
             self._count(trial_id, curve[-1])
         if trial.sweep and self._live is None and self._bar is not None:

@@ -18,6 +18,7 @@ from raykd.config.search_space import Axis
 from raykd.config.sections import Sweep
 from raykd.errors import UserError
 from raykd.storage import files, hashing
+from raykd.storage.paths import ExperimentPaths
 from raykd.storage.schemas import FAILED
 from raykd.training.trial import TrialSpec, last_validation_metric, trial_status
 from raykd.tuning import variants
@@ -62,7 +63,7 @@ def known_points(experiment: Experiment, folder: Path) -> dict[str, list[Hparams
 
 def _points_file(sweep: Sweep, folder: Path, arm: str) -> Path:
     """Return the file of an arm's points. Only `num_samples` may change in the same search."""
-    return folder / "points" / hashing.content_key(identity.search_settings(sweep)) / f"{arm}.json"
+    return ExperimentPaths(folder).points / hashing.content_key(identity.search_settings(sweep)) / f"{arm}.json"
 
 
 def _read_points(file: Path) -> list[Hparams]:

@@ -12,6 +12,7 @@ from ray.tune.logger import JsonLoggerCallback, TBXLoggerCallback
 from raykd.config.experiment import Tracker
 from raykd.errors import UserError
 from raykd.storage import filesystem
+from raykd.storage.paths import ExperimentPaths
 from raykd.training.trial import TrialSpec
 
 
@@ -46,7 +47,7 @@ def tracker_callbacks(tracker: Tracker | None, folder: Path, trials: Mapping[str
     if tracker == "mlflow":
         from ray.air.integrations.mlflow import MLflowLoggerCallback
 
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{ExperimentPaths(folder).mlflow_db}"
         callbacks.append(MLflowLoggerCallback(uri, experiment_name=folder.name))
     if tracker == "wandb":
         from ray.air.integrations.wandb import WandbLoggerCallback

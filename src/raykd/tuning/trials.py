@@ -7,6 +7,7 @@ from raykd import identity
 from raykd.config.experiment import Experiment
 from raykd.data.datasets import Splits
 from raykd.storage import hashing
+from raykd.storage.paths import ExperimentPaths
 from raykd.storage.schemas import COMPLETE, FAILED, STOPPED
 from raykd.teacher.completion_set import CompletionSet
 from raykd.training.trial import TrialSpec, filter_parallel, has_adapter, trial_status
@@ -88,7 +89,7 @@ def trial_specs(
                     completions=initial.folder if initial else None,
                     same_tokens=same_tokens,
                     experiment=experiment.name,
-                    folder=folder / "trials" / trial_id,
+                    folder=ExperimentPaths(folder).trial(trial_id),
                     config_id=variant.config_id,
                     hparams=variant.hparams,
                     sweep=experiment.sweep,

@@ -15,6 +15,7 @@ from raykd.cluster.nodes import Bundle
 from raykd.config.experiment import Experiment
 from raykd.config.sections import Sweep, Teacher
 from raykd.storage import filesystem
+from raykd.storage.paths import ExperimentPaths, TrialPaths
 from raykd.storage.schemas import FAILED
 from raykd.training.trainer import train_trial
 from raykd.training.trial import TrialSpec, read_loss_curve, trial_status, validations
@@ -154,7 +155,7 @@ def _build_tuner(
             trial_dirname_creator=lambda trial: trial.config["trial_id"],
         ),
         run_config=tune.RunConfig(
-            name="tune",
+            name=ExperimentPaths(folder).tune.name,
             storage_path=path,
             storage_filesystem=system,
             verbose=0,
@@ -177,11 +178,11 @@ def _train_function(
         trial = _find_trial(config, registry, make_trials)
         if sweep:
             # After a restart, the scheduler needs the earlier results to compare the trials.
-            for validation in validations(read_loss_curve(trial.folder / "metrics.jsonl")):
+            for validation in validations(read_loss_curve(TrialPaths(trial.folder).metrics)):
                 tune.report({"validation": validation})
         if trial.trial_id not in registry.replayed:
             accelerator = resources.resolve_accelerator(trial.arm.train.accelerator, cluster)
-            train_trial(trial, accelerator, [TuneReportCallback()], folder / "checkpoints")
+            train_trial(trial, accelerator, [TuneReportCallback()], ExperimentPaths(folder).checkpoints)
 
     return train_student
 
@@ -204,7 +205,7 @@ def _remove_status(pending: Sequence[TrialSpec]) -> None:
     """Remove the status of trials that start again, so that they count as pending if the run is interrupted."""
     for trial in pending:
         if trial_status(trial):
-            (trial.folder / "trial.json").unlink()
+            TrialPaths(trial.folder).record.unlink()
 
 
 def _configure_tune() -> None:

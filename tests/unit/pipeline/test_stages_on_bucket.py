@@ -142,7 +142,7 @@ def test_lm_eval_command_copies_its_inputs(adapter: Path, bucket: str, tmp_path:
 
 
 def test_each_process_copies_its_own_log(bucket: str, monkeypatch: pytest.MonkeyPatch):
-    log = filesystem.resolve(f"{bucket}/logged/experiments/mine") / console.LOG_FILE
+    log = filesystem.resolve(f"{bucket}/logged/experiments/mine") / "driver.log"
     for host in ("one", "another"):
         monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
         with console.redirect_library_output(log) as written:
@@ -158,7 +158,7 @@ def test_traceback_is_in_the_named_log(
     storage_of_run = f"{bucket}/faulty"
 
     def fail(*_: object) -> None:
-        log = filesystem.resolve(storage_of_run) / "experiments" / "quickstart" / console.LOG_FILE
+        log = filesystem.resolve(storage_of_run) / "experiments" / "quickstart" / "driver.log"
         with console.redirect_library_output(log):
             os.write(2, b"said by a library")
         raise RuntimeError("3 of 4 rows failed")
@@ -178,7 +178,7 @@ def test_log_stays_local_if_the_bucket_refuses_it(bucket: str, monkeypatch: pyte
 
     monkeypatch.setattr(filesystem, "put", refuse)
     # Nothing was written to it before.
-    log = filesystem.resolve(f"{bucket}/refused/{os.getpid()}/experiments/mine") / console.LOG_FILE
+    log = filesystem.resolve(f"{bucket}/refused/{os.getpid()}/experiments/mine") / "driver.log"
     told = console.append_to_log(log, "Traceback\n")
     assert not filesystem.is_remote(told) and told.read_text().endswith("Traceback\n")
 

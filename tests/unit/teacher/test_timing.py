@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from raykd.storage.paths import STAGE_TIME_FILE
 from raykd.teacher import timing
 from raykd.teacher.timing import StageTimer
 
@@ -15,7 +16,7 @@ def test_attempts_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     killed = StageTimer([first, second])
     now[0] += 10
     killed.note()
-    assert not list(tmp_path.rglob(timing.FILE)), "only now and then"
+    assert not list(tmp_path.rglob(STAGE_TIME_FILE)), "only now and then"
     now[0] += 30
     killed.note()
     # It is killed ten seconds later; the same command goes on with one of the two.

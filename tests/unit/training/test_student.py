@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raykd.config.experiment import Arm
-from raykd.config.sections import Lora, Loss, Prompt, Student, Targets, Teacher, Train
+from raykd.config.sections import Lora, Loss, Student, Targets, Teacher, Train
+from raykd.config.strategies import Prompt
 from raykd.training import batching, student
 from raykd.training.examples import Example
 from raykd.training.packing import ATTENTION_NAME
