@@ -126,6 +126,17 @@ def test_preflight_reports_what_does_not_fit(
         assert word in str(caught.value)
 
 
+def test_preflight_reports_missing_vllm_with_the_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plan = prepare(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"teacher\.engine and evaluate\.engine: vLLM is not installed.*raykd\[gpu\]"):
+        preflight.preflight(plan, {"CPU": 4})
+    with pytest.raises(UserError, match=r"^evaluate\.engine: vLLM is not installed"):
+        preflight.preflight(plan, {"CPU": 4}, ["evaluate"])
+    # Training needs no engine.
+    preflight.preflight(plan, {"CPU": 4}, ["train"])
+
+
 def refused(plan: Plan, resources: dict[str, float]) -> list[str]:
     """Return the stages that do not fit."""
     stages = []
