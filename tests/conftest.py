@@ -16,7 +16,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["DO_NOT_TRACK"] = "1"
 # By default Ray's workers give way to whatever else this machine does, and an engine then loads for minutes.
-os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112, as Ray spells it
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 # What tells the processes of these tests, however many others are between.
 os.environ["RAYKD_TESTS"] = uuid.uuid4().hex
 

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys, time
 from pathlib import Path
-from raykd import lock
-with lock.held(Path(sys.argv[1]), "raykd run mine.yaml"):
+from raykd.storage import lock
+with lock.folder_lock(Path(sys.argv[1]), "raykd run mine.yaml"):
     print("held", flush=True)
     time.sleep(300)
 """

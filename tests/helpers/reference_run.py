@@ -37,7 +37,7 @@ TOKEN = "a-token-for-this-test-alone-0123456789abcdef"
 PLANTED = "hf_planted0aG9yc2ViYXR0ZXJ5c3RhcGxl"
 
 NAME = "reference"
-NUM_TRAIN, NUM_TOO_LONG, NUM_TEST = 24, 3, 10
+NUM_TRAIN, NUM_TOO_LONG, NUM_TEST = 24, 3, 11
 """Problems of the training split, how many of them no model has room for, and those of the test split."""
 NUM_ANSWERED = NUM_TRAIN - NUM_TOO_LONG
 MAX_TOKENS = 32
@@ -78,8 +78,9 @@ STUDENTS = ["base", *ARMS]
 BYSTANDER = """
 import sys
 from pathlib import Path
-from raykd import cluster, metrics
-with cluster.connected(Path(sys.argv[1]), "kept", "watch"):
+from raykd.cluster import connection
+from raykd.runtime import metrics
+with connection.connected(Path(sys.argv[1]), "kept", "watch"):
     metrics.show_trials("kept", {"one": "complete"})
     print("shown", file=sys.__stdout__, flush=True)
     sys.stdin.read()
@@ -216,7 +217,7 @@ def with_too_long(file: Path) -> Path:
     """Writes the sample's training problems, and some among them whose question no model here has room for."""
     lines = (SAMPLE / "train.jsonl").read_text().splitlines()
     for number in range(NUM_TOO_LONG):
-        question = f"Ada has {number + 3} figs and buys 2. How many figs has she? " * 60
+        question = f"Ada has {number + 3} figs and buys 2. How many figs has she? " * 80
         answer = f"{number + 3} + 2 = {number + 5} figs.\n#### {number + 5}"
         lines.insert(7 * number + 5, json.dumps({"question": question, "answer": answer}))
     file.write_text("\n".join(lines))
@@ -240,15 +241,16 @@ def reference(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -
             (folder / "other").write_text("another-token-altogether-0123456789abcdef")
             other = {**environment, "RAY_AUTH_TOKEN_PATH": str(folder / "other")}
             unknown = submit(other, "rayjobs/run.py", "--version")
-            deadline = time.monotonic() + 900
+            deadline = time.monotonic() + 1500
             while run.poll() is None:
-                assert time.monotonic() < deadline, output.read_text()
+                assert time.monotonic() < deadline, failed(output, "takes too long")
                 seen.look()
-                time.sleep(1)
+                # To tell of them costs the node a good part of a core.
+                time.sleep(5)
         finally:
             run.kill()
             run.wait()
-        assert run.returncode == 0, output.read_text()
+        assert run.returncode == 0, failed(output, f"ended with {run.returncode}")
         # Processes send what they have counted every 10 s, and at their end.
         time.sleep(12)
         seen.look()
@@ -258,6 +260,12 @@ def reference(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -
     return Reference(
         plan_of(["run", *arguments]), experiment_file, output.read_text(), mistaken, unknown, told, jobs, seen
     )
+
+
+def failed(output: Path, why: str) -> str:
+    """What every test that reads the run then says: in one line, and the end of what the job printed."""
+    lines = output.read_text().splitlines()
+    return "\n".join([f"the reference run {why}: {lines[-1] if lines else ''}", *lines[-60:]])
 
 
 @pytest.fixture(scope="session")

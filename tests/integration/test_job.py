@@ -7,7 +7,7 @@ import pytest
 
 from reference_run import PLANTED, Reference
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(1800)
 
 
 def test_a_job_runs_the_whole_experiment(reference: Reference):

@@ -25,7 +25,7 @@ from raykd.storage.paths import ExperimentPaths
 from reference_run import CONTEXT, MAX_TOKENS, NUM_TEST, STUDENTS, Reference
 from runs import finish
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(1800)
 
 
 def answers(folder: Path) -> list[dict]:
@@ -94,7 +94,7 @@ def test_lm_evaluation_harness_hears_the_same_answers(reference: Reference, tmp_
     texts = {each["doc"]["prompt"]: each["resps"][0][0] for each in said if each["filter"] == "strict-match"}
     assert texts.keys() == own.keys()
     # Word for word, but where two tokens are as good as equally probable.
-    assert sum(texts[question] == row["completion"] for question, row in own.items()) >= 9
+    assert sum(texts[question] == row["completion"] for question, row in own.items()) >= NUM_TEST - 1
 
 
 def test_the_same_students_can_be_asked_by_another_protocol(reference: Reference):
@@ -147,4 +147,4 @@ def test_eight_worked_problems_come_before_the_question(reference: Reference):
         if not row["error"]:
             tokens = greedy(base, prompt, tokenizer.eos_token_id, min(MAX_TOKENS, CONTEXT - len(prompt)))
             agreed.append(tokenizer.decode(tokens, skip_special_tokens=True) == row["completion"])
-    assert len(agreed) >= 8 and sum(agreed) >= len(agreed) - 1, agreed
+    assert len(agreed) == NUM_TEST - 1 and sum(agreed) >= len(agreed) - 1, agreed

@@ -36,7 +36,7 @@ from reference_run import (
 )
 from runs import Ran, finish
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")

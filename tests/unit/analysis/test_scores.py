@@ -31,7 +31,7 @@ def test_samples_of_a_problem_vote_and_seeds_vote_by_themselves():
         *(answer(1, said, seed=1, sample=n) for n, said in enumerate(["9", "9", "9", "1"])),
     ]
     found = compute_scores(rows)
-    assert (found.samples, found.n, found.num_problems) == (4, 20, 4)
+    assert (found.num_samples, found.n, found.num_problems) == (4, 20, 4)
     assert found.strict.value == pytest.approx((2 + 2 + 1 + 1 + 1) / 20)
     # Right by majority: the first and the third; of as many votes, as in the second, the earlier answer wins.
     assert found.majority_strict.value == pytest.approx(2 / 5)
@@ -51,7 +51,7 @@ def test_answers_that_failed_have_no_vote_and_no_length():
         answer(2, "3", num_tokens=30, finish_reason="length", completion="a b c d a b c d a b c d"),
     ]
     found = compute_scores(rows)
-    assert (found.n, found.errors, found.samples) == (2, 1, 1)
+    assert (found.n, found.errors, found.num_samples) == (2, 1, 1)
     assert found.tokens.value == 20
     assert found.truncated.value == 0.5
     # Nine runs of four words, four of them different.

@@ -64,7 +64,7 @@ def test_every_file_of_the_package_loads_and_survives_a_round_trip(file: Path, t
         (SMALLEST, ["arms={a: {teacher.model: c}}"], ["arm 'a' overrides 'teacher.model'", "share"]),
         (SMALLEST, ["arms={a: {train.epoch: 2}}"], ["arm 'a'", "train.epoch: unknown key", "'epochs'"]),
         (SMALLEST, ["train.batch_size=9", "train.num_workers=2"], ["batch_size 9", "num_workers 2"]),
-        (SMALLEST, ["dataset.source=jsonl"], ["problems", "train_file"]),
+        (SMALLEST, ["dataset.source=jsonl"], ["dataset", "train_file"]),
         (SMALLEST, ["prompt.strategies={mine: {text: '  '}}"], ["'mine' has neither text nor exemplars"]),
         (SMALLEST, ["loss.temperature=2"], ["temperature 2", "loss.missing_mass=renormalize"]),
         (SMALLEST, ["targets.kind=top_k", "teacher.engine.engine_kwargs={max_logprobs: 5}"], ["top_k=16", "=5"]),

@@ -194,7 +194,7 @@ def test_the_hubs_cache_comes_before_the_table(tmp_path: Path):
     (repository / "refs" / "main").write_text("abc")
     (snapshot / "config.json").write_text(json.dumps(llama_of(architecture.LLAMA["Llama-3.2-1B"]).to_dict()))
     # The hub's library reads where its cache is when it is imported.
-    code = "from raykd import shapes; found = shapes.find('meta-llama/Llama-3.1-8B'); print(found.layers, found.source)"
+    code = "from raykd.models import architecture; found = architecture.find_shape('meta-llama/Llama-3.1-8B'); print(found.layers, found.source)"
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path)}
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert ran.stdout.split() == ["16", str(snapshot / "config.json")], ran.stderr

@@ -112,7 +112,7 @@ def test_hours_and_money_follow_from_rates_and_prices():
     experiment = load_experiment(
         GSM8K / "405b-awq-to-8b.yaml", [prices, "teacher.replicas={min: 1, max: 2}", "seeds=[0]"]
     )
-    known = Rates(generation=1000, training=500, answering=2000, completion_tokens=200, answer_tokens=100)
+    known = Rates(generation=1000, training=500, evaluation=2000, completion_tokens=200, answer_tokens=100)
     told = {each.what: each for each in cost.stage_costs(experiment, known, at_a_time=2)}
     writes = told["the teacher writes"]
     assert writes.tokens == 6 * 6973 * 200
@@ -136,10 +136,10 @@ def test_files_are_counted(tmp_path: Path):
         (tmp_path / f"{name}.jsonl").write_text('{"question": "?", "answer": "#### 1"}\n' * lines + "\n")
     told = {"source": "jsonl", "train_file": str(tmp_path / "train.jsonl"), "test_file": str(tmp_path / "test.jsonl")}
     tree = {"name": "a", "teacher": {"model": "b"}, "student": {"model": "c"}}
-    experiment = Experiment.model_validate({**tree, "problems": {**told, "num_validation": 2, "num_test": 2}})
+    experiment = Experiment.model_validate({**tree, "dataset": {**told, "num_validation": 2, "num_test": 2}})
     assert demand.num_problems(experiment.dataset) == (3, 2)
-    nowhere = Experiment.model_validate({**tree, "problems": {**told, "train_file": "nowhere.jsonl"}})
-    assert demand.num_problems(nowhere.problems) == (None, 3)
+    nowhere = Experiment.model_validate({**tree, "dataset": {**told, "train_file": "nowhere.jsonl"}})
+    assert demand.num_problems(nowhere.dataset) == (None, 3)
     assert cost.stage_costs(nowhere, Rates(generation=1))[0].hours is None
 
 
@@ -166,7 +166,7 @@ def test_rates_are_read_from_an_earlier_run(place: Path, capsys: pytest.CaptureF
     assert found.generation == 2000 / 11 / 2
     assert found.completion_tokens == 100
     assert found.training == 1000 / (2 * 2 + 2)
-    assert (found.answering, found.answer_tokens) == (10, 20)
+    assert (found.evaluation, found.answer_tokens) == (10, 20)
     # So `auto` is the CPU, of which the rates are, where nothing is told of a cluster.
     assert found.accelerator == "cpu"
     stages = tables.plan_tables(experiment, None, found)[0][-2]

@@ -57,10 +57,10 @@ def test_the_clock_goes_on_while_nothing_happens_and_stops_with_the_stage():
 def test_what_libraries_say_is_in_the_log_and_what_we_say_on_the_screen(tmp_path: Path):
     script = f"""
 import logging, os, pathlib, sys
-from raykd import progress
+from raykd.runtime import console
 early = logging.StreamHandler()
-with progress.libraries_write_to(pathlib.Path({str(tmp_path / "folder" / "driver.log")!r})):
-    progress.say("ours")
+with console.redirect_library_output(pathlib.Path({str(tmp_path / "folder" / "driver.log")!r})):
+    console.print_status("ours")
     logging.getLogger("early").addHandler(early)
     logging.getLogger("early").warning("early library")
     logging.getLogger("late").addHandler(logging.StreamHandler())

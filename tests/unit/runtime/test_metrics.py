@@ -104,8 +104,8 @@ def test_a_row_with_an_error_has_failed_whatever_else_it_says():
 
 def test_without_ray_nothing_is_counted_and_ray_is_not_loaded():
     code = (
-        "import sys; from raykd import metrics; metrics.show_trials('mine', {'a': 'complete'}); "
-        "assert not metrics._stand_at and 'ray' not in sys.modules"
+        "import sys; from raykd.runtime import metrics; metrics.show_trials('mine', {'a': 'complete'}); "
+        "assert not metrics._gauges and 'ray' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     # And where it is loaded, but there is no cluster.

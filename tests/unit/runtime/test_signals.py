@@ -9,14 +9,14 @@ import pytest
 
 PROGRAM = """
 import signal, sys, time
-from raykd import signals
+from raykd.runtime import signals
 signals.GRACE_S = float(sys.argv[2])
 
 def another(signum, frame):
     sys.exit(signum)
 
 try:
-    with signals.end_in_order():
+    with signals.graceful_shutdown():
         if sys.argv[1] == "overridden":
             signal.signal(signal.SIGTERM, another)
         print("in", flush=True)

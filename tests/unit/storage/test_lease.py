@@ -19,8 +19,8 @@ from raykd.storage import files, filesystem, lease, lock, row_store
 
 HOLD = """
 import sys, time
-from raykd import location, lock
-with lock.held(location.at(sys.argv[1]), "raykd run mine.yaml"):
+from raykd.storage import filesystem, lock
+with lock.folder_lock(filesystem.resolve(sys.argv[1]), "raykd run mine.yaml"):
     print("held", flush=True)
     time.sleep(300)
 """
