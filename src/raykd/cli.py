@@ -301,7 +301,7 @@ def _report(options: argparse.Namespace, command: str) -> int:
     folder = _report_folder(options.file, options.overrides)
     if not filesystem.is_remote(folder) and not folder.is_dir():
         raise UserError(
-            f"{folder}: no such folder, so there is nothing to report; run the experiment first with `raykd run`"
+            f"{folder}: no such folder, nothing to report yet; run the experiment first with `raykd run`"
         )
     from raykd.report.build import write_report
 

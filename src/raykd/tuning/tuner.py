@@ -69,7 +69,8 @@ def run_trials(
     if sweep and sweep.scheduler != "none":
         replayed = [trial for trial in finished if trial_status(trial) != FAILED]
     registry = TrialRegistry(pending, replayed)
-    make_trials, searches = None, []
+    make_trials: MakeTrials | None = None
+    searches: list[ArmSearch] = []
     num_trials = len(registry)
     if sweep and pending_search:
         make_trials = pending_search.make_trials
