@@ -1,6 +1,6 @@
-"""Faults: the two kinds of errors that are told in one line, and what else went wrong, from wherever on the cluster.
+"""Errors: the two exception classes that the user sees as one line, and the causes of errors from the cluster.
 
-`UserError` and `StageError` are for the user; every other exception is a bug, or a fault of a library.
+`UserError` and `StageError` are meant for the user. Every other exception is a bug or an error of a library.
 """
 
 import errno
@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# What a storage answers that is full, over its quota, read-only, not allowed, or no folder.
+# Errors of a storage that is full, over its quota, read-only, not permitted or not a folder.
 OS_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.ENOTDIR, errno.ENAMETOOLONG),
@@ -17,14 +17,14 @@ _OS_ERROR = re.compile(rf"\[Errno (?:{'|'.join(map(str, OS_ERRORS))})\] [^\n]+")
 
 
 class UserError(ValueError):
-    """A configuration or an environment that the user can mend: one line with the place and the remedy, status 2.
+    """A mistake in the configuration or the environment: one line with the place and the remedy, exit status 2.
 
-    It is a ValueError, so that pydantic's validators may raise it.
+    It is a ValueError, because pydantic turns only these into validation errors.
     """
 
 
 class StageError(RuntimeError):
-    """A stage that failed, one line with the reason: what is complete is kept, status 1."""
+    """A failed stage: one line with the reason, exit status 1. Completed work is kept."""
 
 
 # Ray Data's UserCodeException and the ActorDiedError of an actor's constructor (Ray 2.60) hold the exception of the
@@ -37,17 +37,17 @@ _LED_TO = re.compile(
 
 
 def reported_error(error: BaseException) -> UserError | StageError | None:
-    """Return the UserError or StageError that an exception is, or that Ray brought from another process.
+    """Return the UserError or StageError of an exception, also if Ray raised it in another process.
 
     Args:
-        error: what was raised in this process.
+        error: the exception in this process.
 
     Returns:
-        The error as it was raised; None where the exception is another one: a bug, or a fault of a library.
+        The error as it was raised; None for any other exception: a bug, or an error of a library.
     """
     if not is_cluster_error(error):
         return error if isinstance(error, UserError | StageError) else None
-    # Only what Ray says that it was caused by: an error that was handled on the way is none.
+    # Follow the causes only, because `__context__` may be an error that was handled.
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
@@ -59,64 +59,65 @@ def reported_error(error: BaseException) -> UserError | StageError | None:
 
 
 def stated_in(text: str) -> UserError | StageError | None:
-    """Return the UserError or StageError that the text of a traceback ends by; None where it is another exception."""
+    """Return the UserError or StageError at the end of a traceback's text; None for another exception."""
     for traceback in reversed(_LED_TO.split(text)):
-        if found := _IN_A_TRACEBACK.findall(traceback):
-            kind, message = found[-1]
+        if matches := _IN_A_TRACEBACK.findall(traceback):
+            kind, message = matches[-1]
             return UserError(message.strip()) if kind == UserError.__name__ else StageError(message.strip())
         if not _OF_RAY.search(traceback):
-            # The process ended by another exception.
+            # The process ended with another exception.
             break
     return None
 
 
 @contextmanager
-def as_user_error(where: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn a library's error about the user's input, raised in a `with` block, into a UserError.
+def as_user_error(place: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Convert a library's exception about the user's input into a UserError for a `with` block.
 
     Args:
-        where: the path in the configuration, or the file, that the library was given.
-        kinds: the exceptions that the library raises for it.
+        place: the configuration's path, or the file, that the message begins with.
+        kinds: the exceptions to convert.
     """
     try:
         yield
     except UserError:
         raise
     except kinds as error:
-        said = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{where}: {said}") from error
+        message = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{place}: {message}") from error
 
 
 def os_error_message(error: BaseException | str) -> str:
-    """What the operating system said when a file was refused; empty where something else went wrong.
+    """Return the operating system's message about a file or a storage; empty for any other error.
 
     Args:
-        error: what was raised, or its text: an error of a process on another machine is told by its traceback.
+        error: the exception, or its text: errors of processes on other machines arrive as the text of a traceback.
     """
     if isinstance(error, str):
-        found = _OS_ERROR.search(error)
-        return found[0].strip() if found else ""
-    for each in _chain(error):
-        if isinstance(each, OSError) and each.errno in OS_ERRORS:
-            return str(each)
-        if found := os_error_message(str(each)):
-            return found
+        match = _OS_ERROR.search(error)
+        return match[0].strip() if match else ""
+    for linked in _chain(error):
+        if isinstance(linked, OSError) and linked.errno in OS_ERRORS:
+            return str(linked)
+        if message := os_error_message(str(linked)):
+            return message
     return ""
 
 
 def root_cause(error: BaseException) -> str:
-    """The last line of what a process on the cluster said, which names what it died of."""
+    """Return the last line of an error from the cluster that names an exception; else its last line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b", line)]
-    return (named or lines or [type(error).__name__])[-1]
+    exceptions = [line for line in lines if re.match(r"(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b", line)]
+    return (exceptions or lines or [type(error).__name__])[-1]
 
 
 def is_cluster_error(error: BaseException) -> bool:
-    """Whether an error is one that Ray brought from another process, whose traceback is of no use to the user."""
-    return any(each.__module__.startswith("ray.") for each in type(error).__mro__)
+    """Return whether Ray raised an exception for an error in another process."""
+    return any(parent.__module__.startswith("ray.") for parent in type(error).__mro__)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception, its cause or context, and so on."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -51,7 +51,7 @@ def test_the_second_is_told_who_the_first_is(holder, tmp_path: Path, capsys, sta
     process, folder = holder
     assert cli.main([stage, str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path}"]) == 2
     said = capsys.readouterr().err
-    assert f"{folder} is being worked on by process {process.pid} on " in said
+    assert f"{folder} is locked by process {process.pid} on " in said
     assert "raykd run mine.yaml" in said and "name=..." in said
     # Nothing was touched.
     assert [path.name for path in folder.iterdir()] == [lock.LOCK_FILE]
@@ -64,7 +64,7 @@ def test_whoever_asks_the_same_is_told_who_asks(tmp_path: Path):
     with holding(request.folder) as process:
         done = subprocess.run([RAYKD, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=250)
     assert done.returncode == 2, done.stderr
-    assert f"{request.folder} is being worked on by process {process.pid} on " in done.stderr
+    assert f"{request.folder} is locked by process {process.pid} on " in done.stderr
     assert "(it asks the same)" in done.stderr
     assert [path.name for path in request.folder.iterdir()] == [lock.LOCK_FILE], "nothing was asked"
 

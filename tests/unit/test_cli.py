@@ -136,7 +136,7 @@ def test_plan_shows_hours_and_cost_from_given_rates(capsys, monkeypatch):
         (["--training-rate", "0"], "--training-rate 0: should be above 0"),
         (
             ["teacher.engine.engine_kwargs={max_model_len: long}"],
-            "teacher.engine: engine_kwargs.max_model_len: should be a whole number",
+            "teacher.engine: engine_kwargs.max_model_len: should be an integer",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Mistakes: what is wrong with a configuration, in one line that names the place and the way out."""
+"""Messages for invalid configurations: one line with the place in the tree, the problem and the remedy."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,12 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def format_validation_error(error: ValidationError, model: type[BaseModel]) -> str:
-    """One line that names each place in the tree, what is wrong there, and the way out."""
+    """Return one line with the dotted path, the problem and the remedy of each error.
+
+    Args:
+        error: the validation error.
+        model: the model that was validated, for the names of its keys.
+    """
     lines = []
     for problem in error.errors(include_url=False):
         place = ".".join(map(str, problem["loc"]))
@@ -30,15 +35,15 @@ def format_validation_error(error: ValidationError, model: type[BaseModel]) -> s
 
 
 def validated(model: type[Model], tree: Any, where: str) -> Model:
-    """Return a model of a tree that a user may have written.
+    """Return a validated model.
 
     Args:
-        model: what the tree should be.
-        tree: keys and values.
-        where: the file and the section, for the message.
+        model: the model's class.
+        tree: its keys and values.
+        where: the file and the section, with which the message begins.
 
     Raises:
-        UserError: with each place in the tree that is wrong.
+        UserError: with each invalid field.
     """
     try:
         return model.model_validate(tree)
@@ -47,10 +52,11 @@ def validated(model: type[Model], tree: Any, where: str) -> Model:
 
 
 def parse_yaml(text: str) -> Any:
-    """What a text of YAML says.
+    """Return the parsed YAML of a text.
 
     Raises:
-        UserError: where it is none; PyYAML has other errors too, for a day that no month has or a number too long.
+        UserError: if the text is not valid YAML. PyYAML raises various exceptions, such as a ValueError for an
+            impossible date or a number with too many digits.
     """
     try:
         return yaml.safe_load(text)
@@ -59,21 +65,27 @@ def parse_yaml(text: str) -> Any:
 
 
 def one_line(text: str) -> str:
-    """A text with what cannot be seen, such as the end of a line, as it is written in code."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+    """Return a text with non-printable characters, such as line ends, as escape sequences."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _sibling_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The keys that stand where an unknown one was found."""
+    """Return the known keys beside an unknown key.
+
+    Args:
+        model: the root of the tree.
+        location: the keys down to the unknown key.
+    """
     for part in location[:-1]:
         if field := model.model_fields.get(str(part)):
-            # The section itself, or what an optional one, a tuple or a mapping holds.
+            # The section may be wrapped in Optional, a tuple or a mapping.
             types = [field.annotation, *get_args(field.annotation)]
-            model = next((each for each in types if isinstance(each, type) and issubclass(each, BaseModel)), model)
+            models = (kind for kind in types if isinstance(kind, type) and issubclass(kind, BaseModel))
+            model = next(models, model)
     return sorted(model.model_fields)
 
 
 def did_you_mean(word: str, known: Iterable[str] | Mapping[str, Any]) -> str:
-    """The nearest known word, as a question to append; empty where none is near."""
+    """Return the most similar known word as a question to append; empty if none is similar."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

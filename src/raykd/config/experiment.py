@@ -1,4 +1,4 @@
-"""Config: what an experiment is. One YAML file, one tree, frozen; unknown keys are refused."""
+"""Experiment: the configuration of one experiment, its arms, and the checks across sections."""
 
 import json
 import re
@@ -30,7 +30,7 @@ from raykd.storage import filesystem
 
 BASE = "base"
 Tracker = Literal["mlflow", "wandb"]
-# What may differ between arms. All else is shared, so that arms differ in nothing but what names them.
+# Sections and fields in which arms may differ. Arms share all others, so that their results can be compared.
 ARM_SECTIONS = (
     "teacher.sampling",
     "teacher.num_samples",
@@ -40,7 +40,7 @@ ARM_SECTIONS = (
     "student.lora",
     "train",
 )
-# Those fields of them that bear on what the teacher is asked.
+# Fields of ARM_SECTIONS that determine the requests to the teacher.
 TEACHER_FIELDS = (
     "teacher.sampling",
     "teacher.num_samples",
@@ -52,151 +52,181 @@ TEACHER_FIELDS = (
 
 
 class Experiment(ConfigModel):
-    """One experiment: the tree that a YAML file holds."""
+    """One experiment, as a YAML file holds it."""
 
     name: str = Field(pattern=NAME_PATTERN)
-    """Name of the experiment's folder below `storage`: letters, digits, '.', '_' and '-'."""
+    """Name of the experiment and of its folder in `storage`/experiments. Letters, digits, '.', '_' and '-'."""
     storage: Annotated[str, RUNTIME_ONLY] = "storage"
-    """A folder that every node of the cluster sees, or a bucket: s3://, gs:// or abfs://BUCKET/PREFIX. Keys, and the
-    address of another server than the cloud's, come from the environment of the nodes."""
+    """Folder that all nodes of the cluster share, or a bucket: s3://, gs:// or abfs://BUCKET/PREFIX. Set credentials,
+    and the address of an S3-compatible server, in the environment of the nodes."""
     dataset: Dataset = Dataset(num_train=1000, num_test=300)
+    """The problems."""
     teacher: Teacher
+    """The teacher model."""
     student: Student
+    """The student model and its adapter."""
     prompt: Prompt = Prompt()
+    """What the teacher and the student are prompted with."""
     targets: Targets = Targets()
+    """What the student is trained on."""
     loss: Loss = Loss()
+    """The loss for soft targets."""
     train: Train = Train()
+    """Training of the student."""
     evaluate: Evaluate = Evaluate()
+    """Evaluation on the test problems."""
     attention: Attention | None = Attention()
-    """How the students' attention is measured; null where it is not."""
+    """Attention statistics of the students. null: not measured."""
     arms: dict[str, dict[str, Any]] = Field(default={"default": {}})
-    """Each arm's overrides by dotted path, such as `prompt.strategy: teacher`."""
+    """Arms by name. Each holds its overrides by dotted path, such as `prompt.strategy: teacher`."""
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
-    """Every arm is trained once with each."""
+    """Random seeds, from 0 to 2**32 - 1. Each arm is trained once with each seed."""
     max_concurrent_trials: Annotated[int | None, RUNTIME_ONLY] = Field(default=None, ge=1)
-    """Trials at a time; null for as many as the cluster's free resources hold."""
+    """Maximum number of concurrent trials. null: as many as fit on the cluster."""
     prices: Annotated[Prices, RUNTIME_ONLY] = Prices()
+    """Prices of processors."""
     tracking: Annotated[Tracker | None, RUNTIME_ONLY] = None
-    """Who is told of the trials, besides TensorBoard: MLflow, below the experiment's folder unless MLFLOW_TRACKING_URI
-    names a server, or Weights & Biases, offline unless WANDB_API_KEY is set."""
+    """Experiment tracker to log trials to, in addition to TensorBoard. `mlflow`: a database in the experiment's folder,
+    or the server of `MLFLOW_TRACKING_URI`. `wandb`: offline files, or the online service if `WANDB_API_KEY` is set.
+    null: TensorBoard only."""
     sweep: Sweep | None = None
-    """What is searched for every arm; null where arms are trained as they stand."""
+    """Hyper-parameter search for every arm. null: each arm is trained as configured."""
 
     @model_validator(mode="after")
-    def _arms(self) -> Self:
+    def _check_arms(self) -> Self:
         filesystem.check_uri(self.storage)
         if not self.arms:
-            raise UserError("arms is empty: name at least one, such as `none: {}`")
+            raise UserError("arms is empty: define at least one arm, such as `none: {}`")
         if len(set(self.seeds)) != len(self.seeds):
-            raise UserError(f"seeds holds a seed twice: {list(self.seeds)}")
+            raise UserError(f"seeds={list(self.seeds)} has a seed twice: remove it")
         if not all(0 <= seed < 2**32 for seed in self.seeds):
-            raise UserError(f"seeds should be between 0 and 2**32 - 1: {list(self.seeds)}")
+            raise UserError(f"seeds should be between 0 and 2**32 - 1, not {list(self.seeds)}")
         for name in self.arms:
             if not re.match(NAME_PATTERN, name) or name == BASE:
                 raise UserError(
-                    f"arm name {name!r}: letters, digits, '.', '_' and '-' only, and not {BASE!r}, "
-                    "which is the student without an adapter and always there"
+                    f"arms: name {name!r} is not valid: use letters, digits, '.', '_' and '-' only, and not {BASE!r}, "
+                    "the name of the student without an adapter"
                 )
         for name in self.arms:
             self.arm(name)
         return self
 
     @model_validator(mode="after")
-    def _swept(self) -> Self:
+    def _check_sweep(self) -> Self:
         if self.sweep is None:
             return self
         if not self.dataset.num_validation:
-            raise UserError(
-                "sweep: points are chosen by validation problems, which are cut from train: set dataset.num_validation"
-            )
+            raise UserError("sweep needs validation problems to choose points by: set dataset.num_validation above 0")
         for path, axis in self.sweep.space.items():
             for name, overrides in self.arms.items():
                 self._check_axis(path, axis, name, overrides)
         for name in self.arms:
-            told = (self.sweep.scheduler, self.sweep.search)
-            if self.arm(name).targets.source == "student" and told != ("none", "random"):
+            is_independent = self.sweep.scheduler == "none" and self.sweep.search == "random"
+            if self.arm(name).targets.source == "student" and not is_independent:
                 raise UserError(
-                    f"arm {name!r} learns from its own answers, in rounds that all students take in step, so none of "
-                    "them can be stopped before the others, or chosen by what others reached: set "
-                    "sweep.scheduler=none and sweep.search=random"
+                    f"sweep: arm {name!r} has targets.source=student, whose trials run their rounds together, so that "
+                    "early stopping and a search by results are not supported: set sweep.scheduler=none and "
+                    "sweep.search=random"
                 )
         return self
 
     def _check_axis(self, path: str, axis: Axis, name: str, overrides: Mapping[str, Any]) -> None:
-        """Raises UserError where a field cannot be searched, or not for an arm."""
-        where = f"sweep.space.{path}"
-        known = all_paths(json.loads(self.arm(name).model_dump_json()), "")
-        if path not in known or not _may_vary_by_arm(path):
-            can = [each for each in known if _may_vary_by_arm(each)]
+        """Refuse a searched field that is not searchable, or not in one arm.
+
+        Args:
+            path: the field's dotted path.
+            axis: its values.
+            name: the arm's name.
+            overrides: the arm's overrides.
+
+        Raises:
+            UserError: with the reason.
+        """
+        place = f"sweep.space.{path}"
+        known_paths = all_paths(json.loads(self.arm(name).model_dump_json()), "")
+        if path not in known_paths or not _may_vary_by_arm(path):
+            searchable = [known for known in known_paths if _may_vary_by_arm(known)]
             raise UserError(
-                f"{where}: no field in which arms may differ{did_you_mean(path, can)}; those are below "
+                f"{place}: is not a field in which arms may differ{did_you_mean(path, searchable)}; choose one below "
                 f"{', '.join(ARM_SECTIONS)}"
             )
         if is_runtime_only(Train, path.removeprefix("train.")):
-            raise UserError(f"{where}: how a trial is carried out changes nothing of what it is; set it for all")
+            raise UserError(f"{place}: does not change results and cannot be searched: set it for all arms")
         if self.sweep and self.sweep.search == "optuna" and affects_teacher(path) and not axis.values:
             raise UserError(
-                f"{where}: the teacher is asked before the first trial, so what optuna may choose of this must be "
-                "listed: give choice, or set sweep.search=random"
+                f"{place}: search=optuna needs a list of values for this field, because the teacher's completions are "
+                "generated before the first trial: use choice, or set sweep.search=random"
             )
         if any(("targets.source", "student") in flatten({path: value}, "") for value in axis.extremes):
-            raise UserError(f"{where}: a student's own answers are trained on in rounds; make it an arm of its own")
-        for named, _ in flatten(overrides, ""):
-            if f"{named}.".startswith(f"{path}.") or f"{path}.".startswith(f"{named}."):
-                raise UserError(f"{where}: arm {name!r} sets {named}; what is searched is not set by an arm")
+            raise UserError(f"{place}: targets.source=student cannot be searched: define an arm with it")
+        for overridden, _ in flatten(overrides, ""):
+            if f"{overridden}.".startswith(f"{path}.") or f"{path}.".startswith(f"{overridden}."):
+                raise UserError(f"{place}: arm {name!r} sets {overridden}, too: remove one of the two")
         for value in axis.extremes:
             try:
-                self._arm(name, {path: value})
+                self._build_arm(name, {path: value})
             except ValidationError as error:
-                # What does not go with other fields may go with other values of those.
-                if any(each["loc"] and _is_under(each["loc"], path) for each in error.errors()):
-                    raise UserError(f"{where}: {format_validation_error(error, Arm)}") from None
+                # An error without the field's location comes from a combination, which other values may avoid.
+                if any(problem["loc"] and _is_under(problem["loc"], path) for problem in error.errors()):
+                    raise UserError(f"{place}: {format_validation_error(error, Arm)}") from None
 
-    def _teacher_gives(self, arm: str, top_k: int) -> None:
-        """Raises UserError where the teacher cannot give an arm's soft targets, or its engine is told not to."""
+    def _check_soft_targets(self, arm: str, top_k: int) -> None:
+        """Refuse an arm with soft targets for which the teacher returns no suitable log-probabilities.
+
+        Args:
+            arm: the arm's name.
+            top_k: the number of log-probabilities for each token.
+
+        Raises:
+            UserError: with the setting that prevents it.
+        """
         if self.teacher.uses_chat_api:
             raise UserError(
-                f"arm {arm!r}: targets.kind=top_k: soft targets, and the scoring of given tokens, need token ids with "
-                "log-probabilities, which teacher.endpoint.api=chat does not give; set targets.kind=hard, or "
-                "teacher.endpoint.api=completions where the server is vLLM's or does as much"
+                f"arm {arm!r}: targets.kind=top_k needs token ids with log-probabilities, which "
+                "teacher.endpoint.api=chat does not return: set targets.kind=hard, or "
+                "teacher.endpoint.api=completions for a vLLM server or one with the same interface"
             )
         if self.teacher.endpoint:
             return
-        told = self.teacher.engine.engine_kwargs
-        limit, mode = told.get("max_logprobs", top_k), told.get("logprobs_mode", "raw_logprobs")
+        kwargs = self.teacher.engine.engine_kwargs
+        limit, mode = kwargs.get("max_logprobs", top_k), kwargs.get("logprobs_mode", "raw_logprobs")
         if not isinstance(limit, int):
-            raise UserError(f"teacher.engine.engine_kwargs.max_logprobs: should be a whole number, not {limit!r}")
+            raise UserError(f"teacher.engine.engine_kwargs.max_logprobs: should be an integer, not {limit!r}")
         if limit != -1 and limit < top_k:
             raise UserError(
-                f"arm {arm!r}: targets.top_k={top_k} is above teacher.engine.engine_kwargs.max_logprobs={limit}; "
-                "lower the one or leave the other out"
+                f"arm {arm!r}: targets.top_k={top_k} is above teacher.engine.engine_kwargs.max_logprobs={limit}: "
+                "lower top_k or remove max_logprobs"
             )
         if mode != "raw_logprobs":
             raise UserError(
-                f"arm {arm!r}: soft targets are the model's own distribution, before temperature and top-p: "
-                f"teacher.engine.engine_kwargs.logprobs_mode must be raw_logprobs, not {mode!r}"
+                f"arm {arm!r}: teacher.engine.engine_kwargs.logprobs_mode must be raw_logprobs, not {mode!r}, because "
+                "soft targets are the model's distribution before temperature and top-p: remove logprobs_mode"
             )
 
     @property
     def strategies(self) -> dict[str, Strategy]:
-        """The built-in strategies and the experiment's own, by name."""
+        """The built-in and the experiment's own strategies, by name."""
         return BUILT_IN | self.prompt.strategies
 
     def arm(self, name: str, point: Mapping[str, Any] = MappingProxyType({})) -> "Arm":
-        """The experiment with the named arm's overrides in place, and the values of a point of the sweep.
+        """Return an arm with its overrides applied.
+
+        Args:
+            name: the arm's name.
+            point: values of searched fields by dotted path; they are applied after the overrides.
 
         Raises:
-            UserError: where they do not go together.
+            UserError: if a value or a combination is not valid.
         """
         whose = f"arm {name!r}" + (f" at {format_hparams(point)}" if point else "")
         for path, _ in flatten(self.arms[name], ""):
             if not _may_vary_by_arm(path):
                 raise UserError(
-                    f"arm {name!r} overrides {path!r}; arms may differ in {', '.join(ARM_SECTIONS)} only, "
-                    "for they share problems, models and evaluation"
+                    f"arm {name!r} overrides {path!r}, but arms share problems, models and evaluation: override only "
+                    f"fields of {', '.join(ARM_SECTIONS)}"
                 )
         try:
-            arm = self._arm(name, point)
+            arm = self._build_arm(name, point)
         except ValidationError as error:
             raise UserError(f"{whose}: {format_validation_error(error, Arm)}") from None
         if arm.prompt.strategy not in self.strategies:
@@ -206,19 +236,19 @@ class Experiment(ConfigModel):
                 f"{', '.join(sorted(self.strategies))}; add your own under prompt.strategies"
             )
         if arm.targets.kind == "top_k":
-            self._teacher_gives(name, arm.targets.top_k)
+            self._check_soft_targets(name, arm.targets.top_k)
         return arm
 
-    def _arm(self, name: str, point: Mapping[str, Any]) -> "Arm":
+    def _build_arm(self, name: str, point: Mapping[str, Any]) -> "Arm":
         tree: dict[str, Any] = {key: getattr(self, key).model_dump() for key in Arm.model_fields}
-        # `targets: {kind: top_k}` says as much as `targets.kind: top_k`: what it does not name stays as it is.
+        # `targets: {kind: top_k}` means the same as `targets.kind: top_k`: it keeps the section's other fields.
         for path, value in [*flatten(self.arms[name], ""), *flatten(dict(point), "")]:
             set_path(tree, path, value)
         return Arm.model_validate(tree)
 
 
 class Arm(ConfigModel):
-    """What a trial is made from: the sections that arms share or override."""
+    """The sections of an experiment from which the trials of one arm are made."""
 
     teacher: Teacher
     student: Student
@@ -229,30 +259,30 @@ class Arm(ConfigModel):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether anything is asked of the teacher: not where the tokens are the targets and others wrote them."""
+        """Whether the arm uses the teacher: to write completions, or to score the tokens of other sequences."""
         return self.targets.source == "teacher" or self.targets.kind == "top_k"
 
     @property
     def warmup(self) -> "Arm | None":
-        """The arm in its warm-up rounds, on the reference solutions; None where it has none."""
+        """The arm during its warm-up rounds on the reference solutions; None if it has no warm-up rounds."""
         if self.targets.source != "student" or not self.targets.warmup_rounds:
             return None
         return self.model_copy(update={"targets": self.targets.model_copy(update={"source": "reference"})})
 
     @property
     def divergence(self) -> str:
-        """The divergence that is trained with."""
+        """The divergence, with the default for `loss.divergence: null`."""
         return self.loss.divergence or ("reverse_kl" if self.targets.source == "student" else "forward_kl")
 
 
 def _may_vary_by_arm(path: str) -> bool:
-    """Whether arms may differ in a field."""
+    """Return whether arms may differ in a field."""
     return any(path == section or path.startswith(section + ".") for section in ARM_SECTIONS)
 
 
 def affects_teacher(path: str) -> bool:
-    """Whether a field or a section of an arm bears on what the teacher is asked."""
-    return any(f"{each}.".startswith(f"{path}.") or f"{path}.".startswith(f"{each}.") for each in TEACHER_FIELDS)
+    """Return whether a field or a section of an arm determines the requests to the teacher."""
+    return any(f"{field}.".startswith(f"{path}.") or f"{path}.".startswith(f"{field}.") for field in TEACHER_FIELDS)
 
 
 def _is_under(location: tuple[int | str, ...], path: str) -> bool:

@@ -14,14 +14,14 @@ from raykd.errors import UserError
 
 
 def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
-    """Reads an experiment from a YAML file.
+    """Load an experiment from a YAML file.
 
     Args:
         path: the YAML file.
-        overrides: `key.path=value` strings; the values are read as YAML.
+        overrides: `key.path=value` strings; the values are parsed as YAML.
 
     Raises:
-        UserError: with the file, the key, and the way out.
+        UserError: with the file, the key and the remedy.
     """
     try:
         text = (Path(path) if isinstance(path, str) else path).read_text(encoding="utf-8")
@@ -35,26 +35,26 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
     except ValueError as error:
         raise UserError(one_line(f"{path}: {error}")) from None
     except RecursionError:
-        raise UserError(f"{path}: nested too deeply for an experiment") from None
+        raise UserError(f"{path}: the YAML is nested too deeply") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: an experiment is a mapping of keys, not {type(tree).__name__}")
+        raise UserError(f"{path}: should be a mapping of keys, not {type(tree).__name__}")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise UserError(f"override {override!r}: write key.path=value")
         try:
-            told = parse_yaml(value)
+            parsed = parse_yaml(value)
         except (UserError, RecursionError):
             raise UserError(f"override {override!r}: the value is not YAML") from None
-        set_path(tree, key, told)
+        set_path(tree, key, parsed)
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{path}: {format_validation_error(error, Experiment)}") from None
     except RecursionError:
-        raise UserError(f"{path}: nested too deeply for an experiment") from None
+        raise UserError(f"{path}: the YAML is nested too deeply") from None
 
 
 def dump_experiment(experiment: Experiment) -> str:
-    """The resolved experiment as YAML that `load` reads back to an equal one."""
+    """Return an experiment as YAML with all defaults; `load_experiment` reads it back to an equal experiment."""
     return yaml.safe_dump(json.loads(experiment.model_dump_json()), sort_keys=False, allow_unicode=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-# pydantic needs this one on Python 3.11, and brings it.
+# Before Python 3.12 pydantic supports only the TypedDict of typing_extensions, which it depends on.
 from typing_extensions import TypedDict
 
 from raykd.config.errors import validated
@@ -16,7 +16,10 @@ from raykd.storage.paths import ExperimentPaths
 
 
 class TeacherCounts(TypedDict, total=False):
-    """What the teacher wrote or scored for some arms, in counts; errors are among the rows and in nothing else."""
+    """Counts of the completions that the teacher wrote or scored for some arms.
+
+    `rows` includes the `errors`; all other counts leave them out.
+    """
 
     strategy: str
     teacher: str
@@ -34,7 +37,7 @@ class TeacherCounts(TypedDict, total=False):
 
 
 class ProblemCounts(BaseModel):
-    """The problems of a run."""
+    """The source and the number of problems of a run."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -46,48 +49,45 @@ class ProblemCounts(BaseModel):
 
 
 class RunRecord(BaseModel):
-    """What a run has recorded about itself so far; a field that it has not come to has its default."""
+    """The run record. A field that has not been recorded yet has its default."""
 
     model_config = ConfigDict(frozen=True)
 
     name: str = ""
     raykd_version: str = ""
     command: str = ""
-    """What was typed to make it."""
+    """The command that was typed."""
     started: str = ""
-    """When it was first begun, in ISO 8601."""
+    """Time of the first start, in ISO 8601."""
     versions: Mapping[str, str] = Field(default_factory=dict)
-    """Of the packages that matter."""
+    """Versions of the main dependencies by package."""
     python: str = ""
     platform: str = ""
     seeds: tuple[int, ...] = ()
     trials: tuple[str, ...] | None = None
-    """Ids of its trials; None for all that have a folder."""
+    """Ids of the trials. None: all that have a folder."""
     predictions: str = "predictions"
-    """The folder of the students' answers, below the experiment's."""
+    """The folder of the students' answers, relative to the experiment's folder."""
     attention: str | None = None
-    """The folder of the attention heads' rows, below the experiment's; None where they are not measured."""
+    """The folder of the attention statistics, relative to the experiment's folder. None: not measured."""
     demonstration: bool = False
     models: Mapping[str, Mapping[str, str]] = Field(default_factory=dict)
-    """What identifies the weights of the teacher and of the student."""
+    """The identity of the teacher's and the student's weights, by role."""
     problems: ProblemCounts = ProblemCounts()
     completions: tuple[TeacherCounts, ...] = ()
     stages: Mapping[str, float] = Field(default_factory=dict)
-    """Seconds by stage."""
+    """Seconds of each stage."""
     processor_seconds: Mapping[str, Mapping[str, float]] = Field(default_factory=dict)
-    """By who held them, and by the kind of processor."""
+    """Processor-seconds by role and by accelerator."""
     harness: str = ""
-    """The command that has lm-evaluation-harness score a student."""
+    """The command that evaluates a student with lm-evaluation-harness."""
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Read `run.json`.
-
-    Args:
-        folder: an experiment's folder.
+    """Return the run record of an experiment's folder.
 
     Raises:
-        UserError: where it is not there, cannot be read or holds something else, with the field.
+        UserError: if the file is missing, cannot be read or is not valid, with the field.
     """
     file = ExperimentPaths(folder).run_record
     try:
@@ -95,9 +95,9 @@ def read_run(folder: Path) -> RunRecord:
     except Exception as error:
         if not filesystem.is_remote(folder):
             raise
-        # Which errors a library has for a bucket's keys, names or networks is its own affair.
+        # Each bucket library raises its own exceptions for wrong keys, names and networks.
         raise UserError(f"{file} cannot be read ({' '.join(str(error).split())[:300]})") from error
     if not is_there:
-        raise UserError(f"{folder} has no {file.name}: give the folder of an experiment, as `raykd run` makes it")
-    found: dict[str, Any] = files.read_json(file)
-    return validated(RunRecord, {name: value for name, value in found.items() if value is not None}, str(file))
+        raise UserError(f"{folder} has no {file.name}: give the folder of an experiment that `raykd run` made")
+    tree: dict[str, Any] = files.read_json(file)
+    return validated(RunRecord, {name: value for name, value in tree.items() if value is not None}, str(file))

@@ -1,4 +1,4 @@
-"""Runtime: the console, signals, errors and Ray metrics of a running process.
+"""Runtime: console output, signals and Ray metrics of a running process.
 
-Begin with `errors` (what ends a run, and how it is reported) and `console` (status lines and progress bars).
+Begin with `console` (status lines, progress bars and the log file).
 """

@@ -1,4 +1,4 @@
-"""Progress: what the user sees of a run, and the line that tells how far a stage is."""
+"""Console: status lines, the progress bar, and the log file that takes the output of libraries."""
 
 import os
 import socket
@@ -12,63 +12,63 @@ from typing import Self, TextIO
 
 from raykd.storage import filesystem
 
-# In an experiment's folder: what libraries have to say, and what faults were. In a bucket the name also tells whose.
+# The user's terminal while standard error is redirected to the log.
 _stream: TextIO | None = None
 
 
 def print_status(message: str) -> None:
-    """Shows a line to the user."""
+    """Print a line for the user."""
     print(message, file=output_stream(), flush=True)
 
 
 def output_stream() -> TextIO:
-    """Where the user looks."""
+    """Return the stream for the user's output: standard error, or the terminal while it is redirected."""
     return _stream or sys.stderr
 
 
 @contextmanager
 def redirect_library_output(log: Path) -> Iterator[Path]:
-    """Sends standard output and error to a file for a `with` block, but for what this module shows.
+    """Redirect standard output and error to a log file for a `with` block, except for this module's output.
 
-    Loggers take hold of `sys.stderr` whenever they are made, native code writes to the descriptor behind it, and Ray
-    prints what a node has to say to `sys.stdout`: this quiets all of them alike, and loses nothing.
+    Loggers keep a reference to `sys.stderr`, native code writes to its file descriptor, and Ray prints the output of
+    nodes to `sys.stdout`. The redirection covers all three.
 
     Args:
-        log: the file; in a bucket one of this process' own beside it, which is written on this machine, and copied at
-            the end.
+        log: the log file. For a bucket, a local file is written and copied at the end, next to `log` and with the
+            host's name and the process id in its name.
 
     Yields:
-        the file that is written.
+        The local file.
     """
     global _stream
     log, written = _log_paths(log)
     written.parent.mkdir(parents=True, exist_ok=True)
     sys.stderr.flush()
     with (
-        os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace") as shown,
+        os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace") as terminal,
         written.open("ab") as file,
     ):
         os.dup2(file.fileno(), 2)
-        _stream = shown
+        _stream = terminal
         try:
             with redirect_stdout(sys.stderr):
                 yield written
         finally:
             _stream = None
             sys.stderr.flush()
-            os.dup2(shown.fileno(), 2)
+            os.dup2(terminal.fileno(), 2)
             _copy_log(written, log)
 
 
 def append_to_log(log: Path, text: str) -> Path:
-    """Adds to a log what is known after libraries wrote to it.
+    """Append text to a log file.
 
     Args:
-        log: as that of `libraries_write_to`.
-        text: whole lines.
+        log: the log file, as for `redirect_library_output`.
+        text: complete lines.
 
     Returns:
-        the file that holds it; one of this machine where a bucket cannot be written.
+        The file that holds the text; a local file if the bucket cannot be written.
     """
     log, written = _log_paths(log)
     with suppress(OSError):
@@ -79,18 +79,18 @@ def append_to_log(log: Path, text: str) -> Path:
 
 
 def _log_paths(log: Path) -> tuple[Path, Path]:
-    """Where a log of this process is kept, and where it is written: nothing can be added to a file in a bucket."""
+    """Return the final place of this process' log, and the local file to write: files in a bucket cannot grow."""
     if not filesystem.is_remote(log):
         return log, log
-    own = log.with_name(f"{log.stem}-{socket.gethostname()}-{os.getpid()}{log.suffix}")
-    return own, filesystem.scratch(log.parent) / own.name
+    process_log = log.with_name(f"{log.stem}-{socket.gethostname()}-{os.getpid()}{log.suffix}")
+    return process_log, filesystem.scratch(log.parent) / process_log.name
 
 
 def _copy_log(written: Path, log: Path) -> Path:
-    """Copies what was written to where it is kept, and returns where it is."""
+    """Copy the local file of a log to its final place; return that place, or the local file if copying failed."""
     if not filesystem.is_remote(log):
         return log
-    # It is there in any case. Which errors a library has for wrong keys, names or networks is its own affair.
+    # Each bucket library raises its own exceptions for wrong credentials, names and networks.
     with suppress(Exception):
         filesystem.put(log, written.read_bytes())
         return log
@@ -98,18 +98,18 @@ def _copy_log(written: Path, log: Path) -> Path:
 
 
 class ProgressBar:
-    """Shows how far a stage is.
+    """The progress of a stage: count, rate and remaining time.
 
-    On a terminal one line is written over and over; in a log a line is added now and then, so that a job's
-    log stays short. The clock goes on while nothing happens, as when an engine loads.
+    On a terminal one line is rewritten. In a log a line is added every `log_every_s`, so that the log of a job stays
+    short. The elapsed time is also updated while nothing is counted, as when an engine loads.
 
     Args:
-        label: what the stage does.
-        total: how much there is to do, in `unit`s; None where that shows later (set `total` then).
-        done: how much is there from an earlier run; it does not count into the rate.
-        unit: what is counted.
-        stream: where to write.
-        log_every_s: seconds between lines where `stream` is no terminal.
+        label: name of the stage.
+        total: number of units of the whole stage; None if it is not known yet (set the attribute `total` later).
+        done: number of units from earlier runs; they do not count for the rate.
+        unit: plural name of a unit.
+        stream: the stream to write to; `output_stream()` by default.
+        log_every_s: seconds between lines if `stream` is not a terminal.
     """
 
     def __init__(
@@ -126,14 +126,14 @@ class ProgressBar:
         self._done = done
         self._tokens = 0
         self._stream = stream or output_stream()
-        self._terminal = self._stream.isatty()
-        self._every_s = 0.2 if self._terminal else log_every_s
+        self._is_terminal = self._stream.isatty()
+        self._interval_s = 0.2 if self._is_terminal else log_every_s
         self._start = time.monotonic()
         self._first: tuple[float, int] | None = None
-        self._shown = float("-inf")
+        self._shown_at = float("-inf")
         self._last = ""
-        self._over = threading.Event()
-        self._writing = threading.Lock()
+        self._is_over = threading.Event()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         self._show()
@@ -141,33 +141,38 @@ class ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._is_over.set()
         self._show(last=True)
 
     def _tick(self) -> None:
-        every_s = 1.0 if self._terminal else 6 * self._every_s
-        while not self._over.wait(every_s):
-            if time.monotonic() - self._shown >= every_s:
+        interval_s = 1.0 if self._is_terminal else 6 * self._interval_s
+        while not self._is_over.wait(interval_s):
+            if time.monotonic() - self._shown_at >= interval_s:
                 self._show()
 
     def add(self, count: int, tokens: int = 0) -> None:
-        """Counts what was just done: `count` units, and the tokens in them."""
+        """Add completed work.
+
+        Args:
+            count: number of completed units.
+            tokens: number of tokens in them.
+        """
         self._done += count
         if self._first is None:
-            # Start-up is over: what is left goes at the rate from here on.
+            # The rate is measured from here on, without the time for start-up.
             self._first = (time.monotonic(), self._done)
         self._tokens += tokens
-        if time.monotonic() - self._shown >= self._every_s:
+        if time.monotonic() - self._shown_at >= self._interval_s:
             self._show()
 
     def note(self, line: str) -> None:
-        """Shows a line of its own above."""
-        with self._writing:
-            self._stream.write(("\r\x1b[2K" if self._terminal else "") + line + "\n")
+        """Print a separate line above the progress line."""
+        with self._lock:
+            self._stream.write(("\r\x1b[2K" if self._is_terminal else "") + line + "\n")
             self._stream.flush()
 
     def text(self) -> str:
-        """The line as it stands now."""
+        """Return the current progress line."""
         seconds = max(time.monotonic() - self._start, 1e-3)
         if self.total is None:
             return f"{self._label}: starting  {_format_elapsed(seconds)} so far"
@@ -185,12 +190,12 @@ class ProgressBar:
         return "  ".join(parts)
 
     def _show(self, last: bool = False) -> None:
-        with self._writing:
-            if self._over.is_set() and not last:
+        with self._lock:
+            if self._is_over.is_set() and not last:
                 return
-            self._shown = time.monotonic()
+            self._shown_at = time.monotonic()
             line = self.text()
-            if self._terminal:
+            if self._is_terminal:
                 self._stream.write("\r\x1b[2K" + line + ("\n" if last else ""))
             elif line != self._last:
                 self._stream.write(line + "\n")

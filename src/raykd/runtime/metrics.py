@@ -1,4 +1,4 @@
-"""Metrics: what is counted of a run for Ray's metrics, and under which names; without Ray nothing is counted."""
+"""Metrics: the counters and gauges of a run in Ray's metrics. Without Ray nothing is recorded."""
 
 import sys
 import threading
@@ -11,13 +11,13 @@ from raykd.storage.schemas import COMPLETE, FAILED, STOPPED
 
 WAITING, TRAINING = "waiting", "training"
 STATES = (WAITING, TRAINING, COMPLETE, STOPPED, FAILED)
-# Ray sends on what was set since it last did, every 10 s, and forgets what it was not told of for 20.
+# Ray exports every 10 s the gauges that were set since its last export, and drops a gauge after 20 s without a value.
 REPUBLISH_INTERVAL_S = 5
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric's name in Ray, what it is of, and by what its series are told apart."""
+    """A metric of Ray: kind, name, description and tag keys."""
 
     kind: Literal["counter", "gauge"]
     name: str
@@ -26,33 +26,31 @@ class Metric:
 
     @property
     def exported(self) -> str:
-        """What Prometheus calls it."""
+        """The metric's name in Prometheus."""
         return f"ray_{self.name}" + ("_total" if self.kind == "counter" else "")
 
 
-# The experiment's name, and the id of the job that works on it, as Ray's dashboard shows it.
+# `ray_job` is the id of the Ray job, as Ray's dashboard shows it.
 _RUN_TAGS = ("experiment", "ray_job")
-# `source` is whose text it is: the `teacher`'s, or the `reference` solutions' or a `student`'s, which it scored.
+# `source` is `targets.source`: the teacher writes its own completions, and scores reference solutions and students'.
 _STRATEGY_TAGS = (*_RUN_TAGS, "strategy", "source")
 _TRIAL_TAGS = (*_RUN_TAGS, "trial")
 
 COMPLETIONS = Metric(
     "counter",
     "raykd_completions",
-    "Completions that the teacher wrote or scored (outcome done), and those that carry an error (outcome failed).",
+    "Completions that the teacher wrote or scored (outcome done), and completions with an error (outcome failed).",
     (*_STRATEGY_TAGS, "outcome"),
 )
-TOKENS = Metric("counter", "raykd_completion_tokens", "Tokens of completions that are done.", _STRATEGY_TAGS)
-CORRECT = Metric(
-    "counter", "raykd_correct_completions", "Completions whose strict answer is the right one.", _STRATEGY_TAGS
-)
+TOKENS = Metric("counter", "raykd_completion_tokens", "Tokens of successful completions.", _STRATEGY_TAGS)
+CORRECT = Metric("counter", "raykd_correct_completions", "Completions with the correct strict answer.", _STRATEGY_TAGS)
 SHARE = Metric(
     "gauge",
     "raykd_correct_share",
-    "Share of the completions done in this run so far whose strict answer is the right one, 0 to 1.",
+    "Share of this run's successful completions so far with the correct strict answer, 0 to 1.",
     _STRATEGY_TAGS,
 )
-LOSS = Metric("gauge", "raykd_training_loss", "Mean loss of a target token since the last look, nats.", _TRIAL_TAGS)
+LOSS = Metric("gauge", "raykd_training_loss", "Mean loss per target token since the last report, nats.", _TRIAL_TAGS)
 SPEED = Metric("gauge", "raykd_training_tokens_per_second", "Target tokens per second of a trial.", _TRIAL_TAGS)
 WORKER_SPEED = Metric(
     "gauge",
@@ -63,7 +61,8 @@ WORKER_SPEED = Metric(
 TRIALS = Metric("gauge", "raykd_trials", f"Trials by state: {', '.join(STATES)}.", (*_RUN_TAGS, "state"))
 METRICS = (COMPLETIONS, TOKENS, CORRECT, SHARE, LOSS, SPEED, WORKER_SPEED, TRIALS)
 
-# Of this process: Ray's own objects, what gauges stand at, completions done and correct, and the state of each trial.
+# State of this process: Ray's metric objects, values of gauges, numbers of successful and correct completions by tags,
+# and the state of each trial by experiment.
 _created: dict[Metric, Any] = {}
 _gauges: dict[tuple[Metric, tuple[str, ...]], float] = {}
 _answers: dict[tuple[str, ...], tuple[int, int]] = {}
@@ -74,7 +73,7 @@ _publisher: threading.Thread | None = None
 
 @dataclass(frozen=True)
 class CompletionCounts:
-    """What completions came to."""
+    """Numbers of completions, and of the tokens of successful completions."""
 
     done: int
     failed: int
@@ -83,7 +82,11 @@ class CompletionCounts:
 
 
 def count_rows(rows: Iterable[Mapping[str, Any]]) -> CompletionCounts:
-    """Counts rows of `schemas.COMPLETION`."""
+    """Return the counts of some completions.
+
+    Args:
+        rows: rows of `schemas.COMPLETION`.
+    """
     rows = list(rows)
     done = [row for row in rows if not row["error"]]
     tokens = sum(len(row["completion_token_ids"]) for row in done)
@@ -91,25 +94,25 @@ def count_rows(rows: Iterable[Mapping[str, Any]]) -> CompletionCounts:
 
 
 def count_completions(experiment: str, strategy: str, source: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Counts completions that were written.
+    """Add completions to the counters.
 
     Args:
         experiment: the experiment's name.
-        strategy: how the teacher was primed.
-        source: what it answered or scored, as `targets.source` has it.
-        rows: of `schemas.COMPLETION`.
+        strategy: the name of the teacher's strategy.
+        source: the value of `targets.source`.
+        rows: rows of `schemas.COMPLETION`.
     """
     if not _is_connected():
         return
-    found, of = count_rows(rows), (experiment, _ray_job(), strategy, source)
-    _add(COMPLETIONS, (*of, "done"), found.done)
-    _add(COMPLETIONS, (*of, "failed"), found.failed)
-    _add(TOKENS, of, found.tokens)
-    _add(CORRECT, of, found.correct)
-    done, correct = _answers.get(of, (0, 0))
-    _answers[of] = done, correct = done + found.done, correct + found.correct
+    counts, tags = count_rows(rows), (experiment, _ray_job(), strategy, source)
+    _add(COMPLETIONS, (*tags, "done"), counts.done)
+    _add(COMPLETIONS, (*tags, "failed"), counts.failed)
+    _add(TOKENS, tags, counts.tokens)
+    _add(CORRECT, tags, counts.correct)
+    done, correct = _answers.get(tags, (0, 0))
+    _answers[tags] = done, correct = done + counts.done, correct + counts.correct
     if done:
-        _set(SHARE, of, correct / done)
+        _set(SHARE, tags, correct / done)
 
 
 def show_training(
@@ -120,45 +123,44 @@ def show_training(
     tokens_per_second: float,
     own_tokens_per_second: float,
 ) -> None:
-    """Shows how a trial's training goes.
+    """Set the gauges of a trial's training.
 
     Args:
         experiment: the experiment's name.
-        trial_id: the trial.
-        worker: the rank of the worker that this process is.
-        loss: of all workers' tokens, nats; None where there were none.
-        tokens_per_second: of all workers.
-        own_tokens_per_second: of this one.
+        trial_id: the trial's id.
+        worker: the rank of this worker.
+        loss: the mean loss per target token over all workers, in nats; None if there were no tokens.
+        tokens_per_second: target tokens per second of all workers.
+        own_tokens_per_second: target tokens per second of this worker.
     """
     if not _is_connected():
         return
-    of = (experiment, _ray_job(), trial_id)
+    tags = (experiment, _ray_job(), trial_id)
     if worker == 0:
-        _set(SPEED, of, tokens_per_second)
+        _set(SPEED, tags, tokens_per_second)
         if loss is not None:
-            _set(LOSS, of, loss)
-    _set(WORKER_SPEED, (*of, str(worker)), own_tokens_per_second)
+            _set(LOSS, tags, loss)
+    _set(WORKER_SPEED, (*tags, str(worker)), own_tokens_per_second)
 
 
 def show_trials(experiment: str, states: Mapping[str, str]) -> None:
-    """Shows how many of an experiment's trials are in each state.
+    """Set the numbers of an experiment's trials by state.
 
     Args:
         experiment: the experiment's name.
-        states: by trial, those of `STATES` that are known now; empty for one that waits. What was said of other trials
-            of the experiment stands.
+        states: a value of `STATES` by trial id; empty for a waiting trial. Other trials keep their last state.
     """
     if not _is_connected():
         return
     known = _states.setdefault(experiment, {})
     known.update({trial: state or WAITING for trial, state in states.items()})
-    found = list(known.values())
+    current = list(known.values())
     for state in STATES:
-        _set(TRIALS, (experiment, _ray_job(), state), found.count(state))
+        _set(TRIALS, (experiment, _ray_job(), state), current.count(state))
 
 
 def reset() -> None:
-    """Forgets what this process has shown, when it leaves a cluster."""
+    """Clear all values of this process when it disconnects from a cluster."""
     with _lock:
         _gauges.clear()
     _answers.clear()
@@ -166,7 +168,7 @@ def reset() -> None:
 
 
 def _is_connected() -> bool:
-    # The training loop runs without Ray, too, and then should not wait for it to load.
+    # Ray is not imported here, because the training loop also runs without Ray and should not wait for its import.
     ray = sys.modules.get("ray")
     return ray is not None and ray.is_initialized()
 
@@ -178,7 +180,7 @@ def _ray_job() -> str:
 
 
 def _add(metric: Metric, tags: tuple[str, ...], amount: int) -> None:
-    # Ray's counters do not take a zero.
+    # Ray's counters refuse an increment of 0.
     if amount:
         _ray_metric(metric).inc(amount, tags=dict(zip(metric.tags, tags, strict=True)))
 
@@ -194,7 +196,7 @@ def _set(metric: Metric, tags: tuple[str, ...], value: float) -> None:
 
 
 def _republish() -> None:
-    """Keeps gauges where they stand, however seldom they are set."""
+    """Publish all gauges at an interval, so that Ray does not drop those that are rarely set."""
     global _publisher
     while True:
         time.sleep(REPUBLISH_INTERVAL_S)
@@ -211,10 +213,10 @@ def _publish(metric: Metric, tags: tuple[str, ...], value: float) -> None:
 
 
 def _ray_metric(metric: Metric) -> Any:
-    """Ray's own object, made in the process that counts."""
+    """Return Ray's object for a metric; each process creates its own."""
     if metric not in _created:
         from ray.util.metrics import Counter, Gauge
 
-        made = Counter if metric.kind == "counter" else Gauge
-        _created[metric] = made(metric.name, metric.description, metric.tags)
+        metric_class = Counter if metric.kind == "counter" else Gauge
+        _created[metric] = metric_class(metric.name, metric.description, metric.tags)
     return _created[metric]

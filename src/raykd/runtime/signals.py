@@ -1,4 +1,4 @@
-"""Signals: Ctrl-C and SIGTERM end a run in good order, and in bounded time."""
+"""Signals: Ctrl-C and SIGTERM shut a run down gracefully and in bounded time."""
 
 import os
 import select
@@ -11,12 +11,12 @@ from typing import Any
 from raykd.runtime.console import print_status
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Whoever sends SIGTERM often sends SIGKILL half a minute later.
+# Process managers (Kubernetes, by default) send SIGKILL 30 s after SIGTERM.
 GRACE_S = 25.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has ended the run."""
+    """A signal interrupted the run. `status` is the exit status, 128 + the signal's number."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -25,52 +25,53 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def graceful_shutdown() -> Iterator[None]:
-    """Has the first signal unwind a `with` block; a second one, or `GRACE_S` later, ends the process where it is.
+    """Unwind a `with` block at the first signal; exit at once at the second signal or after `GRACE_S`.
 
-    Ray sets a handler for SIGTERM of its own whenever a library of its calls `ray.init`. So what is bounded is told of
-    a signal by the descriptor that Python writes it to, whoever's handler is called.
+    `ray.init` installs its own handler for SIGTERM, and Ray's libraries call it. So a thread watches the descriptor of
+    `signal.set_wakeup_fd`, which Python writes each signal to, whichever handler is installed.
 
     Raises:
-        Ended: where a signal came.
+        Interrupted: if a signal arrived.
     """
-    ear, mouth = os.pipe()
-    os.set_blocking(mouth, False)
-    came: list[int] = []
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    received: list[int] = []
 
     def listen() -> None:
         while True:
-            is_there, _, _ = select.select([ear], [], [], GRACE_S if came else None)
-            heard = os.read(ear, 1) if is_there else bytes(came)
-            if not heard:
-                os.close(ear)
+            is_readable, _, _ = select.select([read_end], [], [], GRACE_S if received else None)
+            # At the end of GRACE_S the first signal counts as repeated.
+            data = os.read(read_end, 1) if is_readable else bytes(received)
+            if not data:
+                os.close(read_end)
                 return
-            if heard[0] not in SIGNALS:
+            if data[0] not in SIGNALS:
                 continue
-            if came:
-                os._exit(128 + came[0])
-            came.append(heard[0])
-            print_status("ending: engines and workers are taken down")
+            if received:
+                os._exit(128 + received[0])
+            received.append(data[0])
+            print_status("stopping: shutting down engines and workers")
 
-    def end(signum: int, _: Any) -> None:
+    def interrupt(signum: int, _: Any) -> None:
         raise Interrupted(signum)
 
-    before = {each: signal.signal(each, end) for each in SIGNALS}
-    fd = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+    previous_handlers = {signum: signal.signal(signum, interrupt) for signum in SIGNALS}
+    previous_fd = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     threading.Thread(target=listen, daemon=True).start()
     try:
         yield
     except Interrupted:
         raise
     except KeyboardInterrupt:
-        # Of another handler, or of a library that took ours for Ctrl-C.
-        raise Interrupted(came[0] if came else signal.SIGINT) from None
+        # Raised by another handler, or by a library that converted Interrupted.
+        raise Interrupted(received[0] if received else signal.SIGINT) from None
     except SystemExit as error:
-        signum = next((each for each in SIGNALS if each == error.code), None)
+        signum = next((known for known in SIGNALS if known == error.code), None)
         if signum is None:
             raise
         raise Interrupted(signum) from None
     finally:
-        signal.set_wakeup_fd(fd)
-        os.close(mouth)
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        signal.set_wakeup_fd(previous_fd)
+        os.close(write_end)
+        for signum, handler in previous_handlers.items():
+            signal.signal(signum, handler)

@@ -1,4 +1,4 @@
-"""Read and write text, JSON and Parquet files; a file appears whole or not at all."""
+"""Text, JSON and Parquet files: reading and atomic writing."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -12,34 +12,34 @@ import pyarrow.parquet as pq
 from raykd.errors import UserError
 from raykd.storage import filesystem
 
-# Rows. Small groups, so that a reader can stream and can split one file over several tasks.
+# In rows. Small row groups let a reader stream a file and split it over several tasks.
 ROW_GROUP_SIZE = 1024
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
+    """Write a text file atomically."""
     filesystem.put(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON as `write_text` writes text."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
+    """Return the object in a JSON file.
 
     Raises:
-        UserError: where the file is cut or altered, with its path and what to do.
+        UserError: if the file is damaged, with its path and the remedy.
     """
-    return _parse_object(filesystem.read_bytes(path), str(path), "delete it, and the stage is done again")
+    return _parse_object(filesystem.read_bytes(path), str(path), "delete it and re-run the command")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads JSON, an object a line.
+    """Return the objects in a JSON Lines file.
 
     Raises:
-        UserError: where a line is cut or altered, with its place and what to do.
+        UserError: if a line is damaged, with its number and the remedy.
     """
     lines = filesystem.read_bytes(path).split(b"\n")
     return [
@@ -49,41 +49,46 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _parse_object(content: bytes, where: str, remedy: str) -> dict[str, Any]:
+def _parse_object(content: bytes, place: str, remedy: str) -> dict[str, Any]:
     try:
-        found = json.loads(content)
-    # A number of thousands of digits is a plain ValueError.
+        value = json.loads(content)
+    # Python raises a plain ValueError for a number with thousands of digits.
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is damaged ({error}); {remedy}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{where} is damaged (no object, but {str(found)[:40]!r}); {remedy}")
-    return found
+        raise UserError(f"{place} is damaged ({error}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{place} is damaged (not an object, but {str(value)[:40]!r}); {remedy}")
+    return value
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all."""
+    """Write a file atomically."""
     filesystem.put(path, content)
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Writes a Parquet file that is there whole or not at all."""
+    """Write a Parquet file atomically."""
     with filesystem.atomic_write(path) as temporary:
         pq.write_table(table, temporary, row_group_size=ROW_GROUP_SIZE)
 
 
 def read_table(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Reads a Parquet file; None for all columns."""
+    """Return a Parquet file as a table.
+
+    Args:
+        file: the file.
+        columns: names of the columns to read; None for all.
+    """
     path, system = filesystem.for_arrow(file)
     return pq.read_table(path, columns=list(columns) if columns else None, filesystem=system)
 
 
 def read_batches(file: Path) -> Iterator[pa.RecordBatch]:
-    """Reads a Parquet file bit by bit."""
+    """Yield the record batches of a Parquet file, so that it need not fit into memory."""
     with filesystem.local_copy(file) as local, pq.ParquetFile(local) as opened:
         yield from opened.iter_batches()
 
 
 def num_rows(file: Path) -> int:
-    """How many rows a Parquet file holds, without reading them."""
+    """Return the number of rows of a Parquet file from its metadata."""
     path, system = filesystem.for_arrow(file)
     return pq.read_metadata(path, filesystem=system).num_rows

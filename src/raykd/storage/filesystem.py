@@ -1,11 +1,12 @@
-"""Location: where things lie, in a folder or in a bucket, and how they come to be there whole or not at all.
+"""File system: local folders and buckets behind one `Path` interface, and atomic writes.
 
-A folder is a `pathlib.Path`. What lies in a bucket is a `upath.UPath`, which has the same methods and is typed as one,
-so that no stage has to know. It is no `os.PathLike`: whoever hands it to a library that opens files itself fails there
-and then, and wants `here`, `folder_here` or `for_arrow`.
+A local folder is a `pathlib.Path`. A folder in a bucket is a `upath.UPath`, which has the same methods and is typed as
+a `Path`, so that no stage distinguishes the two. A UPath is not an `os.PathLike`: a library that opens files itself
+fails at once, and needs `local_copy`, `local_dir` or `for_arrow`.
 
-All requests go through one library for each kind of bucket, those of Arrow, Ray Data, Ray Train and Ray Tune too: keys
-are found, and other servers named, in one and the same way. Only the engine of vLLM fetches adapters through Ray's own.
+Every request to a bucket goes through one fsspec library for each kind of bucket, including those of Arrow, Ray Data,
+Ray Train and Ray Tune. So credentials and custom endpoints are configured in one way. Only vLLM's engine loads adapters
+through Ray's own client.
 """
 
 import importlib.util
@@ -22,45 +23,49 @@ from urllib.parse import urlsplit
 
 from raykd.errors import UserError, as_user_error
 
-# Files that are asked of a bucket at a time: each takes tens of milliseconds, whatever it holds.
+# Concurrent requests to a bucket. A request takes tens of milliseconds, whatever the size of the file.
 MAX_PARALLEL_REQUESTS = 32
 
 
 @dataclass(frozen=True)
 class _Store:
-    """A kind of bucket."""
+    """The fsspec library for a kind of bucket."""
 
     library: str
     extra: str
     options: dict[str, Any]
-    """What its file system is told. Lists of files are asked anew each time, for other processes write too."""
+    """Options of its file system. Listings are not cached, because other processes write, too."""
 
 
 STORES = {
     "s3": _Store("s3fs", "s3", {"use_listings_cache": False}),
     "gs": _Store("gcsfs", "gcs", {"use_listings_cache": False}),
-    # Without a word it would ask for what is public only.
+    # By default adlfs connects anonymously.
     "abfs": _Store("adlfs", "azure", {"use_listings_cache": False, "anon": False}),
 }
 AZURE_ACCOUNT = "AZURE_STORAGE_ACCOUNT_NAME"
 
 
 def check_uri(storage: str) -> None:
-    """Raises UserError where a storage is neither a folder nor a bucket that is known, or holds a key."""
+    """Refuse a `storage` that is neither a folder nor a supported bucket.
+
+    Raises:
+        UserError: with the reason; also if the URI holds credentials.
+    """
     if "\0" in storage:
-        raise UserError(f"storage {storage!r}: holds a character that no path has")
+        raise UserError(f"storage {storage!r}: has a NUL character, which no path can have")
     if "://" not in storage:
         return
     scheme = storage.partition("://")[0]
-    known = ", ".join(f"{each}://" for each in STORES)
+    known = ", ".join(f"{name}://" for name in STORES)
     if scheme not in STORES:
-        raise UserError(f"storage {scheme + '://'!r}: not known; give a folder that every node sees, or one of {known}")
-    if any(each in storage for each in "@?#"):
-        # What may be a key is not repeated.
+        raise UserError(f"storage {scheme + '://'!r}: is not supported; use a folder that all nodes share, or {known}")
+    if any(char in storage for char in "@?#"):
+        # The message does not repeat the URI, which may hold credentials.
         raise UserError(
-            f"storage {scheme}://…: write {scheme}://BUCKET/PREFIX and nothing else: keys and accounts belong into the "
-            "environment of the cluster's nodes, for a configuration is written into the experiment's folder and its "
-            "report"
+            f"storage {scheme}://…: write {scheme}://BUCKET/PREFIX and nothing else; set credentials and accounts in "
+            "the environment of the cluster's nodes, because the configuration is written into the experiment's folder "
+            "and its report"
         )
     with as_user_error(f"storage {storage!r}", ValueError):
         split = urlsplit(storage)
@@ -70,53 +75,58 @@ def check_uri(storage: str) -> None:
 
 
 def resolve(storage: str) -> Path:
-    """Where an experiment's `storage` is.
+    """Return the storage folder of an experiment.
+
+    Args:
+        storage: the field of the configuration: a folder or the URI of a bucket.
 
     Raises:
-        UserError: where it cannot be (`check`), what reads such buckets is not installed, or the environment does not
-            say whose it is.
+        UserError: if the URI is not valid (`check_uri`), its library is not installed, or the environment lacks the
+            name of the storage account.
     """
     check_uri(storage)
     if "://" not in storage:
         return Path(storage).absolute()
     scheme = storage.partition("://")[0]
     if scheme == "abfs" and not os.environ.get(AZURE_ACCOUNT):
-        # Else it would show when students that are trained are to be asked.
+        # Without this check a run would fail only at evaluation, when the engine loads the adapters.
         raise UserError(
-            f"storage {storage!r}: set {AZURE_ACCOUNT} in the environment of every node to the storage account's name, "
-            "by which the engine finds adapters; a connection string alone does not do"
+            f"storage {storage!r}: set {AZURE_ACCOUNT} to the name of the storage account in the environment of every "
+            "node, because the engine needs it to load adapters; a connection string is not enough"
         )
     store = STORES[scheme]
     if importlib.util.find_spec(store.library) is None:
         raise UserError(
             f"storage {storage!r}: {store.library} is not installed: pip install 'raykd[{store.extra}]' on every node"
         )
-    # Half a second that a folder does not need.
+    # The import takes half a second, which local folders do not need.
     from upath import UPath
 
-    found: Any = UPath(storage.rstrip("/"), **store.options)
-    return found
+    path: Any = UPath(storage.rstrip("/"), **store.options)
+    return path
 
 
 def is_remote(path: Path) -> bool:
-    """Whether something lies in a bucket."""
+    """Return whether a path is in a bucket."""
     return not isinstance(path, Path)
 
 
 def for_arrow(path: Path) -> tuple[str, Any]:
-    """A path and the file system that it is of, as Arrow and Ray want them; None for this machine's own."""
+    """Return a path and its file system for Arrow and Ray; the file system is None for a local path."""
     if not is_remote(path):
         return str(path), None
-    # A mistake in a configuration is told sooner without it.
+    # Imported late, so that an invalid configuration is reported quickly.
     from pyarrow import fs as arrow
 
     return _key(path), arrow.PyFileSystem(arrow.FSSpecHandler(_store(path)))
 
 
 def for_engine(path: Path) -> tuple[str | None, str]:
-    """Where an engine of Ray Data finds an adapter: what all names are in, None for this machine, and the name.
+    """Return where an engine of Ray Data LLM finds an adapter.
 
-    Ray copies it to the engine's node, under that name: so it begins with the bucket's.
+    Returns:
+        The root of all adapters (None for a local path), and the adapter's name below it. Ray copies the adapter to the
+        engine's node under that name, so it begins with the bucket's name to be unique.
     """
     if not is_remote(path):
         return None, str(path)
@@ -128,30 +138,33 @@ def for_engine(path: Path) -> tuple[str | None, str]:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder, and those it is in; a bucket has none."""
+    """Create a local folder with its parents; a bucket needs none."""
     if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def read_bytes(path: Path) -> bytes:
-    """What a file holds."""
+    """Return the content of a file."""
     return _store(path).cat_file(_key(path)) if is_remote(path) else path.read_bytes()
 
 
 def read_all(paths: Sequence[Path]) -> Iterator[bytes]:
-    """What files hold, one after the other; of a bucket several are asked at a time."""
-    for start in range(0, len(paths), MAX_PARALLEL_REQUESTS if paths and is_remote(paths[0]) else 1):
-        some = paths[start : start + MAX_PARALLEL_REQUESTS]
-        if not is_remote(some[0]):
-            yield some[0].read_bytes()
-            continue
-        found = _store(some[0]).cat([_key(each) for each in some])
-        # A single one comes without its name in some versions.
-        yield from (found[_key(each)] for each in some) if isinstance(found, dict) else [found]
+    """Yield the contents of files in order; those of a bucket are requested concurrently."""
+    if not paths or not is_remote(paths[0]):
+        yield from (path.read_bytes() for path in paths)
+        return
+    for start in range(0, len(paths), MAX_PARALLEL_REQUESTS):
+        chunk = paths[start : start + MAX_PARALLEL_REQUESTS]
+        contents = _store(chunk[0]).cat([_key(path) for path in chunk])
+        # Some versions of fsspec return the bytes of a single file without a dict.
+        if isinstance(contents, dict):
+            yield from (contents[_key(path)] for path in chunk)
+        else:
+            yield contents
 
 
 def put(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all."""
+    """Write a file atomically."""
     if is_remote(path):
         _store(path).pipe_file(_key(path), content)
         return
@@ -160,49 +173,65 @@ def put(path: Path, content: bytes) -> None:
 
 
 def create(path: Path, content: bytes) -> bool:
-    """Writes a file of a bucket where there is none, and returns whether there was none: of several, one is told so."""
+    """Create a file in a bucket unless it exists.
+
+    Returns:
+        Whether the file was created. Of several concurrent calls exactly one creates it.
+    """
     try:
         _store(path).pipe_file(_key(path), content, mode="create")
     except FileExistsError:
         return False
     except OSError:
-        # Some stores answer those who come at the same moment with an error of another kind.
+        # Some stores answer concurrent requests with another error (S3: 409 ConditionalRequestConflict).
         if path.exists():
             return False
         raise
     return True
 
 
-def replace(path: Path, content: bytes, seen: str) -> bool:
-    """Writes a file of a bucket where it is as it was seen, and returns whether it was.
+def replace(path: Path, content: bytes, state: str) -> bool:
+    """Replace a file in a bucket if it has not changed.
 
-    S3 looks and writes in one; elsewhere a moment lies in between.
+    Atomic on S3; other stores check first and then write.
+
+    Args:
+        path: the file.
+        content: its new content.
+        state: the expected `file_state`.
+
+    Returns:
+        Whether the file was replaced.
     """
     try:
         if str(path).startswith("s3://"):
-            _store(path).pipe_file(_key(path), content, IfMatch=f'"{seen}"')
+            _store(path).pipe_file(_key(path), content, IfMatch=f'"{state}"')
             return True
     except OSError:
-        # A server that does not know the condition answers likewise.
-        if not _is_still(path, seen):
+        # An S3-compatible server without conditional writes fails likewise; then check and write as for other stores.
+        if not _has_state(path, state):
             return False
-    if not _is_still(path, seen):
+    if not _has_state(path, state):
         return False
     put(path, content)
     return True
 
 
-def _is_still(path: Path, seen: str) -> bool:
-    # In one request: between two it may go.
+def _has_state(path: Path, state: str) -> bool:
+    # One request, because the file may be deleted between an `exists` and a read.
     try:
-        return file_state(path) == seen
+        return file_state(path) == state
     except FileNotFoundError:
         return False
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives a file of this machine to write for a `with` block; after that it is there whole, or not at all."""
+    """Yield a temporary local file for a `with` block, which becomes `path` atomically when the block ends.
+
+    Raises:
+        OSError: with `path` as the file name.
+    """
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder) / path.name
@@ -217,25 +246,25 @@ def atomic_write(path: Path) -> Iterator[Path]:
             os.fsync(stream.fileno())
         temporary.replace(path)
     except OSError as error:
-        # Without the name of the temporary file, or of none.
+        # Replace the temporary file's name, or a missing name.
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
-        # Where there is nowhere to write there is nothing to tidy up either.
+        # The file does not exist if it was renamed or could not be created.
         with suppress(OSError):
             temporary.unlink()
 
 
 @contextmanager
 def atomic_write_dir(path: Path) -> Iterator[Path]:
-    """Gives an empty folder of this machine to fill for a `with` block; after that it is there as `path`.
+    """Yield an empty local folder for a `with` block, which becomes `path` when the block ends.
 
-    A bucket has it file by file: whether all of it is there must be told by something that is written afterwards.
+    In a bucket the files appear one by one, so write a marker afterwards that says that the folder is complete.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
             remove(path)
-            for file in sorted(each for each in Path(folder).rglob("*") if each.is_file()):
+            for file in list_files(Path(folder)):
                 _store(path).put_file(str(file), f"{_key(path)}/{file.relative_to(folder).as_posix()}")
         return
     temporary = path.parent / f".tmp-{path.name}"
@@ -248,7 +277,7 @@ def atomic_write_dir(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def local_copy(path: Path) -> Iterator[Path]:
-    """Gives a file as one of this machine for a `with` block."""
+    """Yield a local copy of a file for a `with` block; a local file itself."""
     if not is_remote(path):
         yield path
         return
@@ -260,7 +289,7 @@ def local_copy(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def local_dir(path: Path) -> Iterator[Path]:
-    """Gives a folder as one of this machine for a `with` block."""
+    """Yield a local copy of a folder for a `with` block; a local folder itself."""
     if not is_remote(path):
         yield path
         return
@@ -274,14 +303,23 @@ def local_dir(path: Path) -> Iterator[Path]:
 
 
 def scratch(folder: Path) -> Path:
-    """A folder of this machine for what cannot be written in a bucket bit by bit, such as a log; else the folder."""
+    """Return a local folder for files that grow, such as logs, which a bucket does not support.
+
+    Returns:
+        A temporary folder for a folder in a bucket; otherwise the folder itself.
+    """
     if not is_remote(folder):
         return folder
     return Path(tempfile.gettempdir()) / f"raykd-{os.getuid()}" / _key(folder)
 
 
 def remove(folder: Path, ignore_errors: bool = False) -> None:
-    """Removes a folder with all that is in it; of a bucket also where there is none."""
+    """Remove a folder and its content; in a bucket a missing folder is no error.
+
+    Args:
+        folder: the folder.
+        ignore_errors: whether to suppress all errors of the file system.
+    """
     if not is_remote(folder):
         shutil.rmtree(folder, ignore_errors=ignore_errors)
         return
@@ -290,49 +328,50 @@ def remove(folder: Path, ignore_errors: bool = False) -> None:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """All files below a folder, in the order of their names."""
+    """Return all files below a folder, sorted by path."""
     if not is_remote(folder):
         return sorted(file for file in folder.rglob("*") if file.is_file())
     return [folder / key.removeprefix(f"{_key(folder)}/") for key in sorted(_store(folder).find(_key(folder)))]
 
 
 def list_dirs(folder: Path) -> list[Path]:
-    """The folders in a folder, in the order of their names."""
+    """Return the folders in a folder, sorted by name."""
     if not is_remote(folder):
-        return sorted(each for each in folder.glob("*/") if each.is_dir())
-    return sorted(folder / _name(each) for each in _listed(folder) if each["type"] == "directory")
+        return sorted(path for path in folder.glob("*/") if path.is_dir())
+    return sorted(folder / _name(info) for info in _listed(folder) if info["type"] == "directory")
 
 
 def find_in_subdirs(folder: Path, name: str) -> list[Path]:
-    """The files of a name in the folders of a folder."""
+    """Return the files called `name` in the direct subfolders of a folder, sorted by path."""
     if not is_remote(folder):
         return sorted(folder.glob(f"*/{name}"))
-    return [each / name for each in list_dirs(folder) if (each / name).exists()]
+    return [subdir / name for subdir in list_dirs(folder) if (subdir / name).exists()]
 
 
 def file_states(folder: Path) -> dict[str, str]:
-    """What changes with the content of each file in a folder of a bucket, by the file's name."""
-    return {_name(each): _file_state(each) for each in _listed(folder) if each["type"] == "file"}
+    """Return the `file_state` of each file in a folder of a bucket, by file name."""
+    return {_name(info): _file_state(info) for info in _listed(folder) if info["type"] == "file"}
 
 
 def file_state(file: Path) -> str:
-    """What changes with the content of a file in a bucket."""
+    """Return the state of a file in a bucket, such as its ETag, which changes with its content."""
     return _file_state(_store(file).info(_key(file)))
 
 
 def _listed(folder: Path) -> list[dict[str, Any]]:
+    """Return fsspec's entries of a folder in a bucket."""
     try:
-        found = _store(folder).ls(_key(folder), detail=True)
+        entries = _store(folder).ls(_key(folder), detail=True)
     except FileNotFoundError:
         return []
-    # What stands for a folder that is empty bears its name.
-    return [each for each in found if each["name"].strip("/") != _key(folder)]
+    # Some tools create an object with the folder's own name as a placeholder for an empty folder.
+    return [info for info in entries if info["name"].strip("/") != _key(folder)]
 
 
 def _file_state(info: dict[str, Any]) -> str:
-    found = next((info[name] for name in ("ETag", "etag", "md5Hash") if info.get(name)), None)
-    assert found, f"every store tells what its files hold, but not of {info['name']}"
-    return str(found).strip('"')
+    state = next((info[name] for name in ("ETag", "etag", "md5Hash") if info.get(name)), None)
+    assert state, f"{info['name']} has neither an ETag nor an MD5 hash"
+    return str(state).strip('"')
 
 
 def _name(info: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Content keys and digests: what identifies a configuration, a file or a model folder."""
+"""Content keys and digests of configurations, files and model folders."""
 
 import functools
 import hashlib
@@ -10,27 +10,32 @@ from typing import Any
 
 from raykd.storage import filesystem
 
-# A model's weights count into its fingerprint by content up to this many bytes, above that by their ends.
+# A larger file is fingerprinted by its size and both ends only, because hashing the weights of a model takes minutes.
 _FULL_DIGEST_BYTES = 64 << 20
 
 
 def content_key(content: Mapping[str, Any]) -> str:
-    """The name of what is wholly determined by `content` (JSON values): 20 hexadecimal digits of SHA-256."""
+    """Return the content key of JSON values: the first 20 hexadecimal digits of their SHA-256 digest."""
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return text_digest(canonical)[:20]
 
 
 def text_digest(text: str) -> str:
-    """SHA-256 of a text, in hexadecimal digits."""
+    """Return the SHA-256 digest of a text, in hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def fingerprint(path: Path) -> str:
-    """What a model's folder or a data file holds, as a key; large files count by size and both ends.
+    """Return a key for the content of a model's folder or of a data file.
 
-    What a download leaves beside a model (hidden files, which hold times) and what describes it count for nothing.
+    Files above 64 MiB count by their size and both ends. Hidden files (a download leaves some, with timestamps) and
+    Markdown files do not count.
     """
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _is_content(p, path))
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(file for file in path.rglob("*") if file.is_file() and _is_content(file, path))
+    )
     total = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
@@ -50,9 +55,9 @@ def _is_content(file: Path, folder: Path) -> bool:
 
 
 def file_digest(file: Path) -> str:
-    """SHA-256 of what a file holds; of a folder read once for as long as it stays as it is."""
+    """Return the SHA-256 digest of a file. A local file is read again only after its size, time or inode changed."""
     if filesystem.is_remote(file):
-        # Bit by bit: it may be the state of an optimizer.
+        # Streamed, because the file may be an optimizer state that does not fit into memory.
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     state = file.stat()

@@ -1,10 +1,13 @@
-"""Lease: who works on a folder of a bucket, which knows no locks: a file that its owner renews while it is there.
+"""Lease: the lock of a folder in a bucket, which has no locks: a file that its owner renews.
 
-The file is created only where there is none, by the store itself (S3's `If-None-Match: *`, and its like elsewhere). An
-owner that was killed leaves it behind: on its own machine it is seen to be gone at once, on others once the file was
-not renewed for `LASTS_S`. Whoever then takes it over first creates a second file, named after what it found: of
-several only one can. An owner that slept, finds another's name and ends; one whose file was deleted makes it again.
-The clocks of machines count for when a second is turned away, never for when one takes over: for that it looks twice.
+The store itself creates the file only if there is none (S3's `If-None-Match: *`, and equivalents elsewhere). A killed
+owner leaves the file behind. Processes on the same machine detect that at once; others wait until the lease was not
+renewed for `LEASE_DURATION_S`. A process that takes an expired lease over first creates a second file, named after the
+lease that it found, so that only one process can. An owner that was suspended and finds another owner's lease stops.
+An owner whose file was deleted creates it again.
+
+Clocks that differ between machines can only delay a takeover: it requires two looks at the file without a renewal
+between them.
 """
 
 import json
@@ -29,172 +32,194 @@ RENEWAL_INTERVAL_S = 15.0
 
 
 class LeaseHeldError(Exception):
-    """Another holds it; the text says who."""
+    """Another process holds the lease; the text describes it."""
 
 
 def print_line(message: str) -> None:
-    """Writes a line to standard error."""
+    """Print a line to standard error."""
     print(message, file=sys.stderr, flush=True)
 
 
 @contextmanager
-def hold_lease(file: Path, who: str, show: Callable[[str], None] = print_line) -> Iterator[None]:
-    """Holds a file of a bucket for a `with` block, renewing it meanwhile.
+def hold_lease(file: Path, owner: str, show: Callable[[str], None] = print_line) -> Iterator[None]:
+    """Hold a lease during a `with` block; a thread renews it.
+
+    If another process takes the lease over, the thread interrupts the main thread as Ctrl-C does.
 
     Args:
-        file: the file.
-        who: this process in words, for whoever comes second.
-        show: shows a line to the user, where the lease is lost.
+        file: the lease's file in a bucket.
+        owner: this process in words; other processes see it in their error message.
+        show: shows a line to the user when the lease is lost.
 
     Raises:
-        Held: where another has it.
-        UserError: where the bucket cannot be reached or written.
+        LeaseHeldError: if another process holds the lease.
+        UserError: if the bucket cannot be reached or written.
     """
-    mine = {"who": who, "token": uuid.uuid4().hex, **_process_identity()}
-    _acquire(file, mine)
-    over = threading.Event()
-    renewing = threading.Thread(target=_renew_until, args=(file, mine, over, show), daemon=True)
-    renewing.start()
+    own = {"who": owner, "token": uuid.uuid4().hex, **_process_identity()}
+    _acquire(file, own)
+    is_over = threading.Event()
+    renewal = threading.Thread(target=_renew_until, args=(file, own, is_over, show), daemon=True)
+    renewal.start()
     try:
         yield
     finally:
-        over.set()
-        renewing.join()
-        # Where it cannot be removed it runs out.
+        is_over.set()
+        renewal.join()
+        # A lease that cannot be removed expires.
         with suppress(OSError):
-            if _is_of(mine, _read(file)):
+            if _has_same_token(own, _read(file)):
                 file.unlink()
 
 
-def _acquire(file: Path, mine: dict[str, Any]) -> None:
+def _acquire(file: Path, own: dict[str, Any]) -> None:
+    """Create the lease, or take it over from an owner that is gone.
+
+    Raises:
+        LeaseHeldError: if another process holds it.
+        UserError: if the bucket cannot be reached or written.
+    """
     while True:
         try:
-            is_new = filesystem.create(file, _encode(mine))
+            is_new = filesystem.create(file, _encode(own))
         except Exception as error:
-            # The first request of a run. What a library raises for wrong keys, names or networks is its own affair.
+            # This is the first request of a run, and each bucket library raises its own exceptions for wrong
+            # credentials, names and networks.
             raise UserError(
-                f"{file} cannot be written ({' '.join(str(error).split())[:300]}): see that the bucket is there, and "
-                "that its keys, and its address where it is not the cloud's, are in the environment of every node"
+                f"{file} cannot be written ({' '.join(str(error).split())[:300]}): check that the bucket exists, and "
+                "set its credentials (and the address of an S3-compatible server) in the environment of every node"
             ) from error
-        # A request whose answer was lost is made again, and refused for what the first one wrote.
-        if is_new or _is_of(mine, found := _read(file)):
+        # The library retries a request whose response was lost; the retry is refused because of its own first attempt.
+        if is_new or _has_same_token(own, current := _read(file)):
             return
-        # What is not there any more was given back in this moment.
+        # If the lease was released in the meantime, try again.
         with suppress(FileNotFoundError):
-            if found is not None:
-                _take_over(file, mine, found)
+            if current is not None:
+                _take_over(file, own, current)
                 return
 
 
-def _take_over(file: Path, mine: dict[str, Any], found: dict[str, Any]) -> None:
-    """Takes it from one that is gone.
+def _take_over(file: Path, own: dict[str, Any], previous: dict[str, Any]) -> None:
+    """Take the lease over from an owner that is gone.
+
+    Args:
+        file: the lease's file.
+        own: this process' lease.
+        previous: the lease as it was read.
 
     Raises:
-        FileNotFoundError: where it is given back meanwhile.
-        Held: where its owner is there, or another is quicker.
+        FileNotFoundError: if the lease was released in the meantime.
+        LeaseHeldError: if its owner still runs, or another process took it over first.
     """
-    if not _is_gone(found):
+    if not _is_gone(previous):
         if time.time() - file.stat().st_mtime < LEASE_DURATION_S:
-            raise LeaseHeldError(_owner(found))
-        # This machine's clock may be wrong.
-        seen = filesystem.file_state(file)
+            raise LeaseHeldError(_describe_owner(previous))
+        # The clock of this machine may be wrong, so the age alone does not decide.
+        state = filesystem.file_state(file)
         time.sleep(2 * RENEWAL_INTERVAL_S)
-        if filesystem.file_state(file) != seen:
-            raise LeaseHeldError(_owner(found))
-    claim = file.with_name(f"{file.name}.after-{_token(found)}")
-    if not filesystem.create(claim, _encode(mine)) and not _is_of(mine, other := _read(claim)):
+        if filesystem.file_state(file) != state:
+            raise LeaseHeldError(_describe_owner(previous))
+    claim = file.with_name(f"{file.name}.after-{_token(previous)}")
+    if not filesystem.create(claim, _encode(own)) and not _has_same_token(own, claimant := _read(claim)):
         raise LeaseHeldError(
-            f"{_owner(other)}, which takes it over from one that is gone; should it be gone too, delete {claim}"
+            f"{_describe_owner(claimant)}, which is taking over an expired lease; if that process has ended, delete "
+            f"{claim}"
         )
     try:
-        seen = filesystem.file_state(file)
-        if _token(_read(file)) == _token(found) and filesystem.replace(file, _encode(mine), seen):
+        state = filesystem.file_state(file)
+        if _token(_read(file)) == _token(previous) and filesystem.replace(file, _encode(own), state):
             return
     finally:
         claim.unlink(missing_ok=True)
-    if (other := _read(file)) is None:
+    if (current := _read(file)) is None:
         raise FileNotFoundError(str(file))
-    # The answer to this may have been lost as well.
-    if not _is_of(mine, other):
-        raise LeaseHeldError(_owner(other))
+    # The response to a successful replacement may have been lost.
+    if not _has_same_token(own, current):
+        raise LeaseHeldError(_describe_owner(current))
 
 
-def _renew_until(file: Path, mine: dict[str, Any], over: threading.Event, show: Callable[[str], None]) -> None:
-    other = None
-    while other is None and not over.wait(RENEWAL_INTERVAL_S):
-        # A store that does not answer now may do so the next time.
+def _renew_until(file: Path, own: dict[str, Any], is_over: threading.Event, show: Callable[[str], None]) -> None:
+    """Renew the lease until `is_over` is set; interrupt the main thread if another process has it."""
+    new_owner = None
+    while new_owner is None and not is_over.wait(RENEWAL_INTERVAL_S):
+        # A failed request is repeated at the next renewal.
         with suppress(Exception):
-            other = _renew_once(file, mine)
-    if other is not None:
+            new_owner = _renew_once(file, own)
+    if new_owner is not None:
         with suppress(Exception):
-            show(f"raykd: {file} was taken over by {_owner(other)}: this run ends")
+            show(f"raykd: {file} was taken over by {_describe_owner(new_owner)}: this run stops")
         interrupt_main()
 
 
-def _renew_once(file: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
-    """Renews a lease, and makes it again where somebody deleted it; returns what is there where that is another's."""
+def _renew_once(file: Path, own: dict[str, Any]) -> dict[str, Any] | None:
+    """Renew the lease, or create it again if it was deleted.
+
+    Returns:
+        None, or the lease of another process that took it over.
+    """
     with suppress(FileNotFoundError):
-        seen = filesystem.file_state(file)
-        if _is_of(mine, _read(file)) and filesystem.replace(file, _encode(mine), seen):
+        state = filesystem.file_state(file)
+        if _has_same_token(own, _read(file)) and filesystem.replace(file, _encode(own), state):
             return None
-    found = _read(file)
-    if found is None:
-        if filesystem.create(file, _encode(mine)):
+    current = _read(file)
+    if current is None:
+        if filesystem.create(file, _encode(own)):
             return None
-        found = _read(file)
-    return None if _is_of(mine, found) else found
+        current = _read(file)
+    return None if _has_same_token(own, current) else current
 
 
 def _read(file: Path) -> dict[str, Any] | None:
+    """Return the lease in a file; None if there is no file, empty if the file is damaged."""
     try:
-        found = json.loads(filesystem.read_bytes(file))
+        content = json.loads(filesystem.read_bytes(file))
     except FileNotFoundError:
         return None
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
-def _encode(mine: dict[str, Any]) -> bytes:
-    # Other content each time, so that its state tells that it was renewed.
-    return json.dumps({**mine, "renewed": datetime.now(UTC).isoformat()}).encode()
+def _encode(own: dict[str, Any]) -> bytes:
+    # The content differs each time, so that a renewal changes the file's state.
+    return json.dumps({**own, "renewed": datetime.now(UTC).isoformat()}).encode()
 
 
-def _token(found: dict[str, Any] | None) -> str:
-    return str((found or {}).get("token", ""))
+def _token(content: dict[str, Any] | None) -> str:
+    return str((content or {}).get("token", ""))
 
 
-def _is_of(mine: dict[str, Any], found: dict[str, Any] | None) -> bool:
-    return _token(found) == mine["token"]
+def _has_same_token(own: dict[str, Any], content: dict[str, Any] | None) -> bool:
+    return _token(content) == own["token"]
 
 
-def _owner(found: dict[str, Any] | None) -> str:
-    return " ".join(str((found or {}).get("who", "")).split()) or "another process"
+def _describe_owner(content: dict[str, Any] | None) -> str:
+    return " ".join(str((content or {}).get("who", "")).split()) or "another process"
 
 
 def _process_identity() -> dict[str, Any]:
-    """What tells this process from all others: its number, and whose numbers those are."""
+    """Return what distinguishes this process from all others: id, start time and machine."""
     return {"process": os.getpid(), "started": _start_ticks(os.getpid()), "machine": _machine()}
 
 
 def _machine() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    # Containers of a machine each count their own processes.
-    numbers = Path("/proc/self/ns/pid")
-    told = [boot.read_text().strip() if boot.exists() else "", str(numbers.stat().st_ino if numbers.exists() else "")]
-    return "/".join([socket.gethostname(), *told])
+    """Return an id of the machine, its boot and the PID namespace: each container counts its own processes."""
+    boot_file = Path("/proc/sys/kernel/random/boot_id")
+    namespace_file = Path("/proc/self/ns/pid")
+    boot = boot_file.read_text().strip() if boot_file.exists() else ""
+    namespace = str(namespace_file.stat().st_ino) if namespace_file.exists() else ""
+    return "/".join([socket.gethostname(), boot, namespace])
 
 
 def _start_ticks(process: int) -> str:
-    """When a process was started, in ticks since the machine was; empty where there is none."""
+    """Return the start time of a process, in clock ticks since boot; empty if there is no such process."""
     try:
-        # Behind its name, which may hold blanks, the state is the third field and the start the 22nd.
+        # See proc(5). The name in parentheses may hold blanks; after it comes field 3, and the start time is field 22.
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""
 
 
-def _is_gone(found: dict[str, Any]) -> bool:
-    """Whether an owner was a process of this machine that is no more."""
-    is_mine = found.get("machine") == _machine() and isinstance(found.get("process"), int)
-    return is_mine and _start_ticks(found["process"]) != found.get("started")
+def _is_gone(content: dict[str, Any]) -> bool:
+    """Return whether the owner was a process of this machine that has ended."""
+    is_local = content.get("machine") == _machine() and isinstance(content.get("process"), int)
+    return is_local and _start_ticks(content["process"]) != content.get("started")

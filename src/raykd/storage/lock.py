@@ -1,4 +1,4 @@
-"""Lock: one process at a time works on an experiment, or on completions; whoever comes second is told who does."""
+"""Lock: one process at a time works on an experiment, or on a set of completions."""
 
 import errno
 import fcntl
@@ -14,8 +14,8 @@ from raykd.errors import UserError
 from raykd.storage import filesystem, lease
 from raykd.storage.paths import LOCK_FILE
 
-RENAME_HINT = ", or give this experiment a name of its own (name=...)"
-# File systems without locks; there it is left to the user.
+RENAME_HINT = ", or set another name for this experiment (name=...)"
+# Errors of file systems without locks; no lock is held on these.
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -23,29 +23,28 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 def folder_lock(
     folder: Path, command: str, otherwise: str = RENAME_HINT, show: Callable[[str], None] = lease.print_line
 ) -> Iterator[None]:
-    """Holds a folder for a `with` block.
+    """Hold the lock of a folder during a `with` block.
 
-    The lock is the operating system's, and goes with the process that has it, however that ends: what is left of a run
-    that was killed keeps nobody out. On a shared file system it is as good as that file system's. In a bucket it is a
-    `lease`.
+    The operating system releases the lock when the process ends, even if it is killed. On a shared file system the lock
+    is as reliable as that file system's locks. In a bucket the lock is a `lease`.
 
     Args:
-        folder: the experiment's, or that of completions that experiments share.
-        command: what was typed, for whoever comes second.
-        otherwise: what else than wait for the first, or end it, the second can do.
-        show: shows a line to the user, where a bucket's lease is lost.
+        folder: an experiment's folder, or the folder of a set of completions, which experiments share.
+        command: the command that was typed; other processes see it in their error message.
+        otherwise: the end of the error message: an alternative to waiting for the other process or stopping it.
+        show: shows a line to the user when the lease of a bucket is lost.
 
     Raises:
-        UserError: where another process holds it, with who that is.
+        UserError: if another process holds the lock, with its description.
     """
     if filesystem.is_remote(folder):
         try:
             with lease.hold_lease(folder / LOCK_FILE, _describe_process(command), show):
                 yield
         except lease.LeaseHeldError as other:
-            raise UserError(f"{folder} is being worked on by {other}. Wait for it, end it{otherwise}") from None
+            raise UserError(f"{folder} is locked by {other}. Wait for that process, stop it{otherwise}") from None
         return
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -61,14 +60,18 @@ def folder_lock(
             file.truncate(0)
             if is_new:
                 (folder / LOCK_FILE).unlink(missing_ok=True)
-            # A command that was refused leaves nothing: folders that are empty go, from the innermost on.
+            # A refused command leaves no empty folders behind. `created` begins with the innermost folder.
             with suppress(OSError):
-                for each in made:
-                    each.rmdir()
+                for path in created:
+                    path.rmdir()
 
 
 def _locked(folder: Path, otherwise: str) -> TextIO:
-    """Open a folder's lock file, and lock it."""
+    """Return a folder's lock file, open and locked.
+
+    Raises:
+        UserError: if another process holds the lock.
+    """
     while True:
         file = (folder / LOCK_FILE).open("a+", encoding="utf-8")
         try:
@@ -76,13 +79,14 @@ def _locked(folder: Path, otherwise: str) -> TextIO:
         except BlockingIOError:
             with file:
                 file.seek(0)
-                who = " ".join(file.read().split()) or "another process"
-            raise UserError(f"{folder} is being worked on by {who}. Wait for it, end it{otherwise}") from None
+                owner = " ".join(file.read().split()) or "another process"
+            raise UserError(f"{folder} is locked by {owner}. Wait for that process, stop it{otherwise}") from None
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 file.close()
                 raise
-        # Whoever held it may have removed it after it was opened here: then others lock another file of the same name.
+        # The previous owner may have removed the file after it was opened here. The lock then holds for a deleted file,
+        # while other processes lock a new file of the same name.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), (folder / LOCK_FILE).stat()):
                 return file
@@ -90,5 +94,6 @@ def _locked(folder: Path, otherwise: str) -> TextIO:
 
 
 def _describe_process(command: str) -> str:
+    """Return this process in words, for other processes' error messages."""
     since = datetime.now(UTC).isoformat(timespec="seconds")
     return f"process {os.getpid()} on {socket.gethostname()} since {since}: {command}"

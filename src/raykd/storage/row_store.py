@@ -1,8 +1,8 @@
-"""A folder of Parquet parts and, once all rows are there, a manifest.
+"""Row store: a folder of Parquet parts and, once all rows are written, a manifest.
 
-A part appears under its name whole or not at all, so a stage that was killed resumes from the rows on disk. The name of
-a part is the digest of its content. The manifest holds its own digest and that of every part, so that a truncated or
-altered file is refused.
+Parts are written atomically, so that a killed stage resumes from the rows on disk. The name of a part is the digest of
+its content. The manifest holds its own digest and the digest of every part, so that a truncated or modified file is
+refused.
 """
 
 import fnmatch
@@ -21,14 +21,14 @@ from raykd.storage import filesystem
 from raykd.storage.files import ROW_GROUP_SIZE, num_rows, read_json, write_json
 from raykd.storage.hashing import content_key, file_digest
 
-# Its functions are made when it is loaded, where no type checker sees them.
+# pyarrow.compute creates its functions at import, so type checkers do not find them.
 pc: Any = pyarrow.compute
 MANIFEST = "manifest.json"
 _PART_GLOB = "part-*.parquet"
 
 
 def write_part(folder: Path, table: pa.Table) -> Path:
-    """Writes rows as one part, named by what it holds: the same rows written twice are one part."""
+    """Write rows as one part and return its file. The same rows written twice are one part."""
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, row_group_size=ROW_GROUP_SIZE)
     content = buffer.getvalue()
@@ -38,37 +38,40 @@ def write_part(folder: Path, table: pa.Table) -> Path:
 
 
 def list_parts(folder: Path) -> list[Path]:
-    """The whole parts of a folder, in the order of their names."""
+    """Return the parts of a folder, sorted by name."""
     if filesystem.is_remote(folder):
         return [folder / name for name in sorted(filesystem.file_states(folder)) if fnmatch.fnmatch(name, _PART_GLOB)]
     return sorted(folder.glob(_PART_GLOB))
 
 
 def stream_rows(folder: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """The rows of a folder part by part, of which there may be tens of thousands.
+    """Yield the rows of a folder, one table for each part.
 
-    Not by `pyarrow.dataset`, which reads all of them ahead of whoever takes them one by one, and keeps 60 KB of each.
+    There may be tens of thousands of parts. `pyarrow.dataset` would read all of them ahead of the consumer, and keep
+    60 KB of each in memory.
 
     Args:
-        folder: of rows.
-        schema: theirs.
-        columns: those that are wanted; None for all.
+        folder: the row store.
+        schema: the schema of its rows.
+        columns: names of the columns to read; None for all.
 
     Raises:
-        UserError: where a part is cut or altered, with its path and what to do.
+        UserError: if a part is truncated, modified or of another schema, with its path and the remedy.
     """
-    for file, source, found in _open_parts(list_parts(folder)):
-        if f"part-{found[:20]}.parquet" != file.name:
-            raise UserError(f"{file} was cut or altered after it was written; {_remedy(file)}")
+    for file, source, digest in _open_parts(list_parts(folder)):
+        if f"part-{digest[:20]}.parquet" != file.name:
+            raise UserError(f"{file} was truncated or modified after it was written; {_remedy(file)}")
         with pq.ParquetFile(source) as opened:
             if not opened.schema_arrow.equals(schema):
-                raise UserError(f"{file} has other columns than this version of raykd writes; delete its folder")
+                raise UserError(
+                    f"{file} was written by another version of raykd, with other columns; delete its folder"
+                )
             table = opened.read(columns, use_threads=False)
         yield table
 
 
 def _open_parts(files: list[Path]) -> Iterator[tuple[Path, Any, str]]:
-    """Each file, what Arrow reads it from, and the digest of what it holds; of a bucket a file is asked for once."""
+    """Yield each file with a source for Arrow and the digest of its content; files in a bucket are requested once."""
     if not files or not filesystem.is_remote(files[0]):
         yield from ((file, file, file_digest(file)) for file in files)
         return
@@ -77,13 +80,13 @@ def _open_parts(files: list[Path]) -> Iterator[tuple[Path, Any, str]]:
 
 
 def read_rows(folder: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
-    """All rows of a folder; arguments and errors as those of `stream_rows`."""
-    nothing = schema.empty_table().select(columns or schema.names)
-    return pa.concat_tables([nothing, *stream_rows(folder, schema, columns)]).combine_chunks()
+    """Return all rows of a folder as one table; arguments and errors as in `stream_rows`."""
+    empty = schema.empty_table().select(columns or schema.names)
+    return pa.concat_tables([empty, *stream_rows(folder, schema, columns)]).combine_chunks()
 
 
 def done_ids(folder: Path, schema: pa.Schema, id_column: str) -> set[str]:
-    """The ids of all rows of a folder that carry no error."""
+    """Return the ids of all rows without an error."""
     done: set[str] = set()
     for rows in stream_rows(folder, schema, [id_column, "error"]):
         done.update(rows.filter(_has_no_error(rows))[id_column].to_pylist())
@@ -91,18 +94,18 @@ def done_ids(folder: Path, schema: pa.Schema, id_column: str) -> set[str]:
 
 
 def check_failures(folder: Path, schema: pa.Schema, id_column: str, whose: str, option: str, limit: float) -> int:
-    """Merges a folder, and returns how many of its rows failed and were not answered later.
+    """Merge a folder and return the number of failed rows that no retry replaced.
 
     Args:
-        folder: of rows.
-        schema: theirs.
-        id_column: the column that names a row.
-        whose: how the message begins.
-        option: what sets the limit.
-        limit: the share of the rows that may fail.
+        folder: the row store.
+        schema: the schema of its rows.
+        id_column: the column with the id of a row.
+        whose: the beginning of the error message.
+        option: the dotted path of the option that sets the limit.
+        limit: the share of rows that may fail, 0 to 1.
 
     Raises:
-        StageError: where more failed, naming some, and why.
+        StageError: if more rows failed, with some of them and their errors.
     """
     total = merge(folder, schema, id_column)
     failed = {
@@ -112,53 +115,53 @@ def check_failures(folder: Path, schema: pa.Schema, id_column: str, whose: str, 
     }
     errors = sorted(failed)
     if len(errors) > limit * total:
-        shown = "; ".join(failed[each] for each in errors[:3])
+        shown = "; ".join(failed[row_id] for row_id in errors[:3])
         raise StageError(
-            f"{whose}: {len(errors)} of {total} rows failed, more than {option}={limit:g} allows ({shown}); the others "
-            f"are kept in {folder}, and the same command asks the failed ones again"
+            f"{whose}: {len(errors)} of {total} rows failed, more than {option}={limit:g} allows ({shown}); the other "
+            f"rows are kept in {folder}. Re-run the same command to retry the failed rows"
         )
     return len(errors)
 
 
 def num_failed(folder: Path, schema: pa.Schema) -> int:
-    """How many rows of a merged folder failed."""
+    """Return the number of failed rows of a merged folder."""
     return sum(pc.sum(pc.invert(_has_no_error(rows))).as_py() or 0 for rows in stream_rows(folder, schema, ["error"]))
 
 
 def merge(folder: Path, schema: pa.Schema, id_column: str) -> int:
-    """Leaves each row of a folder once, and returns how many there are.
+    """Remove duplicate rows of a folder and return the number of rows left.
 
-    Rows that failed and were answered later are there twice, and so are those that were asked by two: by a run that
-    was killed and went on for a moment, and by the next.
+    Duplicates arise when a failed row is retried, or when a killed run writes its last rows while the next one starts.
+    Of duplicate rows one without an error is kept, if there is one.
     """
-    # 8 bytes a row: there may be millions, of which few are there twice.
+    # 8 bytes a row instead of the id: there may be millions of rows, of which few are duplicates.
     hashes = np.concatenate(
-        [np.zeros(0, np.int64), *(_id_hashes(each, id_column) for each in stream_rows(folder, schema, [id_column]))]
+        [np.zeros(0, np.int64), *(_id_hashes(rows, id_column) for rows in stream_rows(folder, schema, [id_column]))]
     )
     ordered = np.sort(hashes)
-    twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-    if not len(twice):
+    duplicated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if not len(duplicated):
         return len(hashes)
-    answered: set[str] = set()
+    succeeded: set[str] = set()
     for rows in stream_rows(folder, schema, [id_column, "error"]):
-        again = rows.filter(np.isin(_id_hashes(rows, id_column), twice))
-        answered.update(again.filter(_has_no_error(again))[id_column].to_pylist())
-    # What was declared complete earlier is about to change.
+        duplicates = rows.filter(np.isin(_id_hashes(rows, id_column), duplicated))
+        succeeded.update(duplicates.filter(_has_no_error(duplicates))[id_column].to_pylist())
+    # The parts are about to change, so an earlier manifest becomes invalid.
     (folder / MANIFEST).unlink(missing_ok=True)
     count, seen = 0, set[str]()
     written: set[Path] = set()
     for file, source, _ in _open_parts(list_parts(folder)):
         if file in written:
-            # What was left of another part, from here or from a merge that was broken off.
+            # The remainder of another part, written by this merge or by an interrupted one.
             continue
         table = pq.read_table(source)
-        doubled = np.isin(_id_hashes(table, id_column), twice)
+        is_duplicated = np.isin(_id_hashes(table, id_column), duplicated)
         keep = []
-        for row_id, error, is_doubled in zip(
-            table[id_column].to_pylist(), table["error"].to_pylist(), doubled, strict=True
+        for row_id, error, is_duplicate in zip(
+            table[id_column].to_pylist(), table["error"].to_pylist(), is_duplicated, strict=True
         ):
-            keep.append(not is_doubled or (row_id not in seen and (not error or row_id not in answered)))
-            if is_doubled and keep[-1]:
+            keep.append(not is_duplicate or (row_id not in seen and (not error or row_id not in succeeded)))
+            if is_duplicate and keep[-1]:
                 seen.add(row_id)
         count += sum(keep)
         if not all(keep):
@@ -177,16 +180,22 @@ def _id_hashes(rows: pa.Table, id_column: str) -> np.ndarray:
 
 
 def finalize(folder: Path, schema: pa.Schema, id_column: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Declares a folder of rows complete: merges it, and writes its manifest.
+    """Merge a folder of rows and write its manifest, which marks it as complete.
+
+    Args:
+        folder: the row store.
+        schema: the schema of its rows.
+        id_column: the column with the id of a row.
+        manifest: further entries of the manifest.
 
     Returns:
-        The manifest as written, with `rows`, their number.
+        The manifest as written, with the number of `rows`.
     """
-    # What was declared complete earlier may be about to change.
+    # The merge may change parts, so an earlier manifest becomes invalid.
     (folder / MANIFEST).unlink(missing_ok=True)
     rows = merge(folder, schema, id_column)
     if filesystem.is_remote(folder):
-        # Nothing is written beside, and to count again would be to read all of it again.
+        # A bucket has no temporary files, and counting again would read all parts again.
         return write_manifest(folder, {**manifest, "rows": rows}, list_parts(folder))
     for leftover in folder.glob(".tmp-*"):
         leftover.unlink()
@@ -195,21 +204,21 @@ def finalize(folder: Path, schema: pa.Schema, id_column: str, manifest: Mapping[
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any], files: Iterable[Path]) -> dict[str, Any]:
-    """Declares a folder complete.
+    """Write the manifest of a folder, which marks it as complete.
 
     Args:
         folder: the folder.
-        manifest: what is to be known of it.
-        files: what it holds; their digests go into the manifest, and that of the manifest itself.
+        manifest: its entries.
+        files: the files of the folder. The manifest holds their digests and its own.
 
     Returns:
-        The manifest as written; of a bucket also `states`, by which it is told that a file is still the same without
-        reading it.
+        The manifest as written. In a bucket it also holds the `states` of the files, so that unchanged files need not
+        be read again.
     """
     is_remote, files = filesystem.is_remote(folder), list(files)
-    # Asked before the files are read: what is altered in between is read again by whoever looks.
+    # Requested before the files are read: `read_manifest` then reads a file again that changed in between.
     states = filesystem.file_states(folder) if is_remote else {}
-    whole = {**manifest, "parts": {file.name: found for file, _, found in _open_parts(files)}}
+    whole = {**manifest, "parts": {file.name: digest for file, _, digest in _open_parts(files)}}
     if is_remote:
         whole["states"] = {file.name: states[file.name] for file in files}
     whole["digest"] = content_key(whole)
@@ -218,30 +227,30 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any], files: Iterable[Pa
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a complete folder; None where there is none yet.
+    """Return the manifest of a complete folder; None if the folder is not complete.
 
     Raises:
-        UserError: where it, or a part that it names, was cut, altered or removed.
+        UserError: if the manifest or one of its files was truncated, modified or removed.
     """
     file = folder / MANIFEST
     if not file.exists():
         return None
     manifest = read_json(file)
-    if manifest.get("digest") != content_key({name: each for name, each in manifest.items() if name != "digest"}):
-        raise UserError(f"{file} was altered after it was written; delete it, and the stage is done again")
-    is_remote, same = filesystem.is_remote(folder), manifest.get("states", {})
-    # One request for a thousand files, where one for each would take minutes.
+    if manifest.get("digest") != content_key({name: value for name, value in manifest.items() if name != "digest"}):
+        raise UserError(f"{file} was modified after it was written; delete it and re-run the command")
+    is_remote, written_states = filesystem.is_remote(folder), manifest.get("states", {})
+    # One request for a thousand files; a request for each file would take minutes.
     states = filesystem.file_states(folder) if is_remote else {}
-    for name, known in manifest["parts"].items():
+    for name, digest in manifest["parts"].items():
         part = folder / name
         if (name not in states) if is_remote else not part.is_file():
-            raise UserError(f"{part} is gone; delete {file}, and what is missing is made again")
-        if is_remote and states[name] == same.get(name):
+            raise UserError(f"{part} is missing; delete {file} and re-run the command to write the missing rows")
+        if is_remote and states[name] == written_states.get(name):
             continue
-        if file_digest(part) != known:
-            raise UserError(f"{part} was cut or altered after it was written; {_remedy(part)}")
+        if file_digest(part) != digest:
+            raise UserError(f"{part} was truncated or modified after it was written; {_remedy(part)}")
     return manifest
 
 
 def _remedy(part: Path) -> str:
-    return f"delete it and {part.parent / MANIFEST}, and what is missing is made again"
+    return f"delete it and {part.parent / MANIFEST}, then re-run the command to write the missing rows"

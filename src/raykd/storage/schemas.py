@@ -5,7 +5,7 @@ The layout of the folders that hold the rows is in `raykd.storage.paths`.
 
 import pyarrow as pa
 
-# The status of a trial in trial.json; only the first has an adapter.
+# The status of a trial in trial.json. Only a complete trial has an adapter.
 COMPLETE, STOPPED, FAILED = "complete", "stopped", "failed"
 
 PROBLEM = pa.schema(
@@ -28,18 +28,18 @@ COMPLETION = pa.schema(
         pa.field("sample_index", pa.int32(), nullable=False),
         pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("completion", pa.string(), nullable=False),
-        # Ends in the end-of-turn token where the teacher stopped by itself (finish_reason "stop"). Empty, like those of
-        # the prompt, where a teacher elsewhere gives text alone (`teacher.endpoint.api: chat`).
+        # Ends with the end-of-turn token if the teacher stopped by itself (finish_reason "stop"). Empty, like
+        # prompt_token_ids, for a server that returns text only (`teacher.endpoint.api: chat`).
         pa.field("completion_token_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("finish_reason", pa.string(), nullable=False),
         pa.field("answer_strict", pa.string()),
         pa.field("answer_flexible", pa.string()),
-        # Strict match with the reference answer.
+        # Whether the strict answer equals the reference answer.
         pa.field("is_correct", pa.bool_(), nullable=False),
-        # For each completion token the teacher's k most probable tokens; empty where targets are hard.
+        # The teacher's k most probable tokens at each completion token; empty for hard targets.
         pa.field("topk_ids", pa.list_(pa.list_(pa.int32())), nullable=False),
         pa.field("topk_logprobs", pa.list_(pa.list_(pa.float32())), nullable=False),
-        # Why there is no completion; empty where there is one.
+        # Why there is no completion; empty if there is one.
         pa.field("error", pa.string(), nullable=False),
     ]
 )
@@ -50,7 +50,7 @@ PREDICTION = pa.schema(
         pa.field("trial_id", pa.string(), nullable=False),
         pa.field("arm", pa.string(), nullable=False),
         pa.field("seed", pa.int64(), nullable=False),
-        # How the student was asked (`raykd.data.prompts`).
+        # The prompt format (`raykd.data.prompts`).
         pa.field("protocol", pa.string(), nullable=False),
         pa.field("problem_id", pa.string(), nullable=False),
         pa.field("sample_index", pa.int32(), nullable=False),
@@ -58,7 +58,7 @@ PREDICTION = pa.schema(
         pa.field("reference_answer", pa.string(), nullable=False),
         pa.field("completion", pa.string(), nullable=False),
         pa.field("num_tokens", pa.int32(), nullable=False),
-        # "stop" where the student ended its turn, "length" where the token limit cut it.
+        # "stop" if the student ended its turn, "length" if the token limit truncated the answer.
         pa.field("finish_reason", pa.string(), nullable=False),
         pa.field("answer_strict", pa.string()),
         pa.field("answer_flexible", pa.string()),
@@ -75,9 +75,9 @@ ATTENTION = pa.schema(
         pa.field("arm", pa.string(), nullable=False),
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("problem_id", pa.string(), nullable=False),
-        # Tokens of the solution, over which is averaged.
+        # Number of tokens of the solution, over which the statistics are averaged.
         pa.field("num_tokens", pa.int32(), nullable=False),
-        # Statistics x layers x heads, in this order (the manifest has their names and numbers); NaN where not defined.
+        # Shape (statistics, layers, heads), flattened; the manifest holds their names and numbers. NaN: not defined.
         pa.field("values", pa.list_(pa.float32()), nullable=False),
         pa.field("error", pa.string(), nullable=False),
     ]

@@ -125,7 +125,7 @@ def test_trials_have_room_on_nodes_of_their_kind_only():
 
 @pytest.mark.parametrize("section", [Engine, Train, Attention])
 def test_a_kind_of_gpu_for_what_runs_on_the_cpu_is_refused(section: type):
-    with pytest.raises(ValueError, match=r"'H100' is a kind of GPU, and accelerator is cpu"):
+    with pytest.raises(ValueError, match=r"'H100' is a GPU model, but accelerator=cpu"):
         section(accelerator="cpu", accelerator_type="H100")
 
 

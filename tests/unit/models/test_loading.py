@@ -50,7 +50,7 @@ def test_unless_asked_for_by_name(folder: Path, tmp_path: Path):
 
 
 def test_an_engines_arguments_are_no_way_around_it():
-    with pytest.raises(ValueError, match="set beside the model's name"):
+    with pytest.raises(ValueError, match="set trust_remote_code beside the model's name"):
         experiment.Experiment.model_validate(
             {
                 "name": "x",

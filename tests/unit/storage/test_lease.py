@@ -29,7 +29,7 @@ ELSEWHERE = {"who": "process 7 on elsewhere", "token": "theirs", "process": 7, "
 
 def test_the_second_is_told_who_the_first_is_until_it_is_free(place: Path):
     with lock.folder_lock(place, "first"):
-        told = rf"is being worked on by process {os.getpid()} on .*: first\. Wait for it, end it \(it asks the same\)"
+        told = rf"is locked by process {os.getpid()} on .*: first\. Wait for that process, stop it \(it asks the same\)"
         with pytest.raises(ValueError, match=told), lock.folder_lock(place, "second", " (it asks the same)"):
             raise AssertionError("both hold it")
         assert not row_store.list_parts(place)
@@ -89,7 +89,7 @@ def test_of_two_that_take_over_one_does(file: Path, monkeypatch: pytest.MonkeyPa
     claim = file.with_name("run.lock.after-theirs")
     assert filesystem.create(claim, b'{"who": "the other"}')
     with (
-        pytest.raises(lease.LeaseHeldError, match=rf"the other, which takes it over.*delete {claim}"),
+        pytest.raises(lease.LeaseHeldError, match=rf"the other, which is taking over an expired lease.*delete {claim}"),
         lease.hold_lease(file, "me"),
     ):
         raise AssertionError("both hold it")

@@ -92,10 +92,10 @@ def test_a_damaged_part_is_refused_by_name_until_it_is_deleted(place: Path, dama
     if is_complete:
         row_store.finalize(place, SCHEMA, "row_id", {})
     part.write_bytes(damage(part.read_bytes()))
-    with pytest.raises(ValueError, match=f"{part.name} was cut or altered.*delete it"):
+    with pytest.raises(ValueError, match=f"{part.name} was truncated or modified.*delete it"):
         row_store.read_rows(place, SCHEMA)
     if is_complete:
-        with pytest.raises(ValueError, match=f"{part.name} was cut or altered.*delete it"):
+        with pytest.raises(ValueError, match=f"{part.name} was truncated or modified.*delete it"):
             row_store.read_manifest(place)
     # As the message says.
     part.unlink()
@@ -181,7 +181,7 @@ def test_what_is_known_to_be_the_same_is_not_read_again(bucket: str):
     files.write_json(folder / row_store.MANIFEST, manifest)
     content = part.read_bytes()
     part.write_bytes(cut(content))
-    with pytest.raises(ValueError, match="was cut or altered"):
+    with pytest.raises(ValueError, match="was truncated or modified"):
         row_store.read_manifest(folder)
     # Copied to another bucket a file may have another state, and is then judged by what it holds.
     part.write_bytes(content)

@@ -232,5 +232,5 @@ def test_completion_sets_cover_every_point_of_the_search(tmp_path: Path):
 
 def test_on_policy_arm_cannot_be_searched_with_optuna(tmp_path: Path):
     tree = TREE | {"arms": {"own": {"targets.source": "student"}}}
-    with pytest.raises(ValueError, match=r"arm 'own' learns from its own answers.*sweep\.search=random"):
+    with pytest.raises(ValueError, match=r"arm 'own' has targets\.source=student.*sweep\.search=random"):
         Experiment.model_validate(tree | {"sweep": {"search": "optuna", "scheduler": "none", "space": RATES}})
