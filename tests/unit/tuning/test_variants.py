@@ -147,10 +147,10 @@ def test_invalid_sweep_is_reported_with_its_path(sweep: dict[str, Any], words: l
         assert word in str(caught.value)
 
 
-def test_a_sweep_needs_validation_problems():
-    problems = {"source": "demo", "num_train": 8, "num_test": 2}
-    with pytest.raises(ValueError, match=r"set problems\.num_validation"):
-        Experiment.model_validate(TREE | {"sweep": {}, "problems": problems})
+def test_sweep_needs_validation_problems():
+    dataset = {"source": "demo", "num_train": 8, "num_test": 2}
+    with pytest.raises(ValueError, match=r"set dataset\.num_validation"):
+        Experiment.model_validate(TREE | {"sweep": {}, "dataset": dataset})
 
 
 def test_on_policy_arm_cannot_be_stopped_early():
