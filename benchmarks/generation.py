@@ -114,7 +114,7 @@ def alternately(file: Path, root: Path, options: Any) -> dict[str, list[dict[str
                     versions=run_record.versions(),
                     on_call=record_call,
                 )
-                generate.generate_completions(plan.requests, context)
+                generate.generate_completions(plan.required_sets, context)
                 return figures(plan, began)
 
             def theirs(plan: Plan = first) -> dict[str, float]:
@@ -135,7 +135,7 @@ def plan_of(file: Path, storage_folder: Path, overrides: list[str]) -> Plan:
 
 def figures(plan: Plan, began: float) -> dict[str, float]:
     """What the completions say that were just made."""
-    (request,) = plan.requests
+    (request,) = plan.required_sets
     rows = row_store.read_rows(request.folder, schemas.COMPLETION, ["completion_token_ids", "error"])
     assert not any(rows["error"].to_pylist()), "a row failed"
     tokens = sum(map(len, rows["completion_token_ids"].to_pylist()))
@@ -147,7 +147,7 @@ def figures(plan: Plan, began: float) -> dict[str, float]:
 
 def conversations(plan: Plan) -> Path:
     """The same prompts as messages, in a file."""
-    (request,) = plan.requests
+    (request,) = plan.required_sets
     told = [
         prompts.teacher_messages(problem, request.strategy, plan.experiment.prompt.instruction)
         for problem in pq.read_table(plan.problems / "train.parquet").to_pylist()

@@ -88,7 +88,7 @@ def measure(told: dict[str, Any], root: Path) -> dict[str, float]:
     file.write_text(json.dumps(experiment_of(told)))
     plan = resolve(load_experiment(file, [f"storage={root}"]))
     run.start(plan, "benchmark")
-    teacher, (request,) = plan.experiment.teacher, plan.requests
+    teacher, (request,) = plan.experiment.teacher, plan.required_sets
     with connected(root / "log", "scale", "benchmark"):
         deployment: Any = serve.deployment(Simulated)
         deployment = deployment.options(

@@ -167,16 +167,16 @@ def counted(typed: list[str]) -> dict[str, Any]:
     wrong = [] if plan.is_complete() else ["not complete"]
     completions = 0
     num_train, num_test = (datasets.split_size(plan.problems, split) for split in ("train", "test"))
-    for request in plan.requests:
+    for request in plan.required_sets:
         rows = row_store.read_rows(request.folder, schemas.COMPLETION, ["completion_id", "error"])
         completions += len(rows)
         wrong += once(rows, "completion_id", request.strategy_name, num_train * request.num_samples)
     answers = row_store.read_rows(plan.predictions, schemas.PREDICTION, ["prediction_id", "error"])
-    expected = num_test * len(plan.eval_models) * plan.experiment.evaluate.num_samples
+    expected = num_test * len(plan.eval_models()) * plan.experiment.evaluate.num_samples
     wrong += once(answers, "prediction_id", "students", expected)
     if plan.attention and plan.experiment.attention:
         read = row_store.read_rows(plan.attention, schemas.ATTENTION, ["attention_id", "error"])
-        texts = min(num_test, plan.experiment.attention.num_problems) * len(plan.eval_models)
+        texts = min(num_test, plan.experiment.attention.num_problems) * len(plan.eval_models())
         wrong += once(read, "attention_id", "attention", texts)
     return {"completions": completions, "answers": len(answers), "wrong": "; ".join(wrong)}
 

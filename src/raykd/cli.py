@@ -21,48 +21,56 @@ from raykd.runtime.console import append_to_log, print_status
 from raykd.storage import filesystem, lock
 from raykd.storage.paths import ExperimentPaths, StoragePaths
 
+# Width of tables that are written to a file or a pipe.
 LOG_WIDTH = 160
 _EPILOG = """\
 FILE is an experiment's YAML file, or the name of a configuration that raykd ships:
 
   {configs}
 
-Any of its fields can be set on the command line:
+Set any of its fields on the command line:
 
   raykd run quickstart name=mine train.learning_rate=3e-4 'seeds=[0, 1, 2]'
 
-The stages work on the same folders as `run`, one at a time. What is complete is skipped, so every command can be
-given again after whatever ended it. With RAY_ADDRESS set they run on that Ray cluster, else on this machine.
+The stages `generate`, `train`, `evaluate` and `attention` run one step of `run` in the same folders. Completed work is
+skipped: re-run the same command to resume an interrupted one. Set RAY_ADDRESS to run on a Ray cluster; without it a
+command runs on this machine.
 """
 
 _STAGES = {
-    "plan": "in what the arms differ and what they need, before anything is started; refuses what cannot fit",
-    "prompts": "what teacher and student are sent for a problem, by their own chat templates, with token counts",
-    "run": "the whole experiment, from problems to report",
-    "sweep": "the same with a section `sweep`: search hyper-parameters, choose by validation, test what was chosen",
-    "generate": "have the primed teacher answer the training problems",
-    "train": "train the students, a Ray Tune trial for each arm and seed",
-    "evaluate": "have all students answer the test problems in one engine",
-    "attention": "measure what the students' attention heads look at while they read the same solutions",
-    "report": "write results.csv, report.md and report.html",
+    "plan": "show how the arms differ and estimate memory, placement and cost; exits with 2 if a stage does not fit",
+    "prompts": "show the teacher's and the student's prompts for a problem, with token counts",
+    "run": "run the whole experiment, from problems to report",
+    "sweep": "run an experiment with a section `sweep`: search hyper-parameters, select by validation, test the best",
+    "generate": "generate the primed teacher's completions of the training problems",
+    "train": "train the students, one Ray Tune trial for each arm and seed",
+    "evaluate": "answer the test problems with all students in one engine",
+    "attention": "measure the students' attention heads on the same solutions",
+    "report": "write results.csv, report.md and report.html of a finished experiment",
 }
 
-
 _RATES = {
-    "generation_rate": "completion tokens a second of one replica of the teacher",
-    "training_rate": "target tokens a second of one training worker",
-    "eval_rate": "tokens a second of the engine of the students",
-    "completion_tokens": "tokens of a completion of the teacher, in the mean",
-    "answer_tokens": "tokens of a student's answer, in the mean",
+    "generation_rate": "completion tokens per second of one teacher replica",
+    "training_rate": "target tokens per second of one training worker",
+    "eval_rate": "tokens per second of the students' engine",
+    "completion_tokens": "mean tokens of a teacher's completion",
+    "answer_tokens": "mean tokens of a student's answer",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status (0 done, 1 a fault or a trial that failed, 2 a mistake in the input)."""
+    """Run a command.
+
+    Args:
+        arguments: the command line without the program; None for that of this process.
+
+    Returns:
+        the exit status: 0 for success, 1 for an error or a failed trial, 2 for invalid input, 128 + N for signal N.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parsed(arguments)
+    options = _parse_options(arguments)
     command = shlex.join(["raykd", *arguments])
-    # vLLM greets on import; the engines, which have logs of their own, are told otherwise.
+    # vLLM logs on import. The engines run in other processes, which set their own level.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     folder = None
     try:
@@ -76,63 +84,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.stage in ("plan", "prompts"):
             return _preview(options, experiment)
         if options.stage == "sweep" and experiment.sweep is None:
-            raise UserError(f"{options.file}: has no section `sweep`; write one, or use `raykd run`")
+            raise UserError(f"{options.file}: has no section `sweep`; add one, or use `raykd run`")
         folder = _folder(experiment)
         with lock.folder_lock(folder, command, show=print_status):
             return _run_stage(options.stage, experiment, command, getattr(options, "retry_failed", False))
-    except KeyboardInterrupt as stopped:
-        print(f"raykd: stopped; the same command goes on from here: {command}", file=sys.stderr)
-        return getattr(stopped, "status", 130)
-    except Exception as fault:
-        return _tell(fault, folder)
+    except KeyboardInterrupt as interrupt:
+        print(f"raykd: interrupted; re-run to resume: {command}", file=sys.stderr)
+        return getattr(interrupt, "status", 130)
+    except Exception as error:
+        return _report_error(error, folder)
 
 
-def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
-    """What was typed. Fields may be set before and behind options, which argparse takes for a mistake."""
+def _parse_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line, with overrides before and after options; argparse alone rejects those after them."""
     parser = _parser()
-    options, more = parser.parse_known_args(arguments)
-    if strange := [each for each in more if each.startswith("-") or not hasattr(options, "overrides")]:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}")
-    if more:
-        options.overrides = [*options.overrides, *more]
+    options, unparsed = parser.parse_known_args(arguments)
+    if unknown := [each for each in unparsed if each.startswith("-") or not hasattr(options, "overrides")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if unparsed:
+        options.overrides = [*options.overrides, *unparsed]
     return options
 
 
-def _tell(fault: Exception, folder: Path | None) -> int:
-    """Print an exception on one line, keep its traceback, and return the exit status.
+def _report_error(error: Exception, folder: Path | None) -> int:
+    """Print an exception on one line, write its traceback to the log, and return the exit status.
 
     Args:
-        fault: what ended the command.
-        folder: the experiment's folder, whose log takes the traceback; None where no stage was begun.
+        error: the exception that ended the command.
+        folder: the experiment's folder, which holds the log; None if no stage had started.
     """
-    stated = errors.reported_error(fault)
-    if isinstance(stated, UserError):
-        print(f"raykd: {one_line(str(stated))}", file=sys.stderr)
+    reported = errors.reported_error(error)
+    if isinstance(reported, UserError):
+        print(f"raykd: {one_line(str(reported))}", file=sys.stderr)
         return 2
-    refused = errors.os_error_message(fault)
-    if refused:
-        line = f"a file cannot be read or written: {refused}; make room, mend its permissions, or set another `storage`"
-    elif stated:
-        line = str(stated)
-    elif errors.is_cluster_error(fault):
-        line = errors.root_cause(fault)
+    os_error = errors.os_error_message(error)
+    if os_error:
+        line = f"a file cannot be read or written: {os_error}; free disk space, fix the permissions or change `storage`"
+    elif reported:
+        line = str(reported)
+    elif errors.is_cluster_error(error):
+        line = errors.root_cause(error)
     else:
-        # A bug, or a fault of a library.
-        line = f"unexpected error: {type(fault).__name__}: {fault}"
-    text, kept = "".join(traceback.format_exception(fault)), ""
+        # A bug of raykd or of a library.
+        line = f"unexpected error: {type(error).__name__}: {error}"
+    text, hint = "".join(traceback.format_exception(error)), ""
     if folder:
         log = append_to_log(ExperimentPaths(folder).log, text)
-        kept = f". All that is there is kept; the same command goes on. Log: {log}"
-    elif not refused and not stated:
+        hint = f". Completed work is saved; re-run to resume. Log: {log}"
+    elif not os_error and not reported:
         print(text, end="", file=sys.stderr)
-    print(f"raykd: {one_line(line)}{kept}", file=sys.stderr)
+    print(f"raykd: {one_line(line)}{hint}", file=sys.stderr)
     return 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="raykd",
-        description="Distil a language model on Ray, and measure what the teacher's prompt was worth.",
+        description="Distill a language model on Ray, and measure the effect of the teacher's prompt.",
         epilog=_EPILOG.format(configs="\n  ".join(scaffold.shipped_configs())),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -140,36 +148,39 @@ def _parser() -> argparse.ArgumentParser:
     stages = parser.add_subparsers(dest="stage", metavar="COMMAND", required=True)
     for name, text in _STAGES.items():
         stage = stages.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        also = ", or its folder, storage/experiments/NAME" if name == "report" else ""
-        file_help = f"the experiment's YAML file, or the name of a shipped configuration{also}"
+        file_help = "the experiment's YAML file, or the name of a shipped configuration"
+        if name == "report":
+            file_help += ", or the experiment's folder, storage/experiments/NAME"
         stage.add_argument("file", metavar="FILE", help=file_help)
         if name == "prompts":
-            stage.add_argument("--problem", default="0", metavar="N", help="number or id of a training problem (0)")
+            stage.add_argument("--problem", default="0", metavar="N", help="index or id of a training problem (0)")
         if name == "plan":
             _add_plan(stage)
         if name == "sweep":
-            stage.add_argument("--retry-failed", action="store_true", help="try trials that failed once more")
-        told = "fields to set, values as YAML"
-        stage.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=told)
+            stage.add_argument("--retry-failed", action="store_true", help="retry failed trials")
+        overrides_help = "fields to set, values as YAML"
+        stage.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=overrides_help)
     scaffold.add_parser(stages)
     compare = stages.add_parser(
         "compare",
-        help="the test problems that one of two students has right and the other not, with both texts",
-        description="Show how two students' answers to the same test problems differ: the counts, the paired "
-        "difference, and each problem that one alone has right, with both texts. RUN is an experiment's folder, "
-        "FOLDER:ARM where it has several arms, FOLDER:ARM:SEED for a certain seed.",
+        help="compare the test answers of two students",
+        description="Compare the answers of two students to the same test problems: the counts, the paired "
+        "difference, and the problems that only one of them solves, with both answers. RUN is an experiment's folder, "
+        "FOLDER:ARM if it has several arms, or FOLDER:ARM:SEED for one seed.",
     )
     for name in ("first", "second"):
         compare.add_argument(name, metavar="RUN", help="storage/experiments/NAME[:ARM[:SEED]]")
-    compare.add_argument("--score", choices=("strict", "flexible"), default="strict", help="what is right (strict)")
-    compare.add_argument("--limit", type=int, default=10, metavar="N", help="problems shown of each kind, 0: all (10)")
+    compare.add_argument("--score", choices=("strict", "flexible"), default="strict", help="answer extraction (strict)")
+    compare.add_argument(
+        "--limit", type=int, default=10, metavar="N", help="problems to show of each kind; 0 for all (10)"
+    )
     return parser
 
 
 def _add_plan(stage: argparse.ArgumentParser) -> None:
-    cluster = "a `ray up` file, or `live` for the running cluster that RAY_ADDRESS names: what there is, or may be"
-    stage.add_argument("--cluster", metavar="FILE", help=cluster)
-    stage.add_argument("--rates-from", metavar="RUN", help="an earlier run's folder, whose rates are taken")
+    cluster_help = "the cluster to fit: a `ray up` file, or `live` for the running cluster at RAY_ADDRESS"
+    stage.add_argument("--cluster", metavar="FILE", help=cluster_help)
+    stage.add_argument("--rates-from", metavar="RUN", help="folder of an earlier run; use its measured rates")
     for name, text in _RATES.items():
         stage.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="N", help=text)
 
@@ -187,18 +198,18 @@ def _preview(options: argparse.Namespace, experiment: Experiment) -> int:
     from raykd.planning.preview import arms_table, describe_search, render_prompts
 
     if options.stage == "plan":
-        found = describe_search(experiment)
+        search = describe_search(experiment)
         Console().print(arms_table(experiment))
-        print(found, end="\n" if found else "")
-        _show_needs(options, experiment)
+        if search:
+            print(search)
+        _show_requirements(options, experiment)
     else:
         print(render_prompts(experiment, options.problem))
     return 0
 
 
-def _show_needs(options: argparse.Namespace, experiment: Experiment) -> None:
-    """Prints what an experiment needs, and raises UserError where it cannot run."""
-    from rich.console import Console
+def _show_requirements(options: argparse.Namespace, experiment: Experiment) -> None:
+    """Print an experiment's memory, placement and cost; raise UserError if a stage does not fit."""
 
     from raykd.cluster.nodes import from_ray, read_cluster_file
     from raykd.planning import cost
@@ -206,44 +217,51 @@ def _show_needs(options: argparse.Namespace, experiment: Experiment) -> None:
 
     cluster = None
     if options.cluster:
-        cluster = from_ray(_live()) if options.cluster == "live" else read_cluster_file(Path(options.cluster))
-    known = cost.measured_rates(filesystem.resolve(options.rates_from)) if options.rates_from else cost.Rates()
-    told = _rates_of(options)
-    tables, refused = plan_tables(experiment, cluster, dataclasses.replace(known, **told))
-    # In a log lines may be long; a terminal knows its width.
-    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+        cluster = from_ray(_live_nodes()) if options.cluster == "live" else read_cluster_file(Path(options.cluster))
+    rates = cost.measured_rates(filesystem.resolve(options.rates_from)) if options.rates_from else cost.Rates()
+    tables, misfit = plan_tables(experiment, cluster, dataclasses.replace(rates, **_given_rates(options)))
+    console = _console()
     for table in tables:
         console.print(table)
-    if refused:
-        raise UserError(f"{options.file} does not fit: {refused}")
+    if misfit:
+        raise UserError(f"{options.file} does not fit: {misfit}")
 
 
-def _rates_of(options: argparse.Namespace) -> dict[str, float]:
-    """The rates that were typed.
+def _console() -> Any:
+    """Return a rich console as wide as the terminal, or wide enough for the tables in a log."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+
+
+def _given_rates(options: argparse.Namespace) -> dict[str, float]:
+    """Return the rates on the command line, by the fields of `planning.cost.Rates`.
 
     Raises:
-        UserError: where one is not above 0.
+        UserError: if one is not a positive number.
     """
-    told = {name: value for name in _RATES if (value := getattr(options, name)) is not None}
-    if bad := [f"--{name.replace('_', '-')} {value:g}" for name, value in told.items() if not 0 < value < math.inf]:
-        raise UserError(f"{', '.join(bad)}: should be above 0")
-    return {name.removesuffix("_rate"): value for name, value in told.items()}
+    rates = {name: value for name in _RATES if (value := getattr(options, name)) is not None}
+    if invalid := [f"--{name.replace('_', '-')} {rate:g}" for name, rate in rates.items() if not 0 < rate < math.inf]:
+        raise UserError(f"{', '.join(invalid)}: should be above 0")
+    return {name.removesuffix("_rate"): rate for name, rate in rates.items()}
 
 
-def _live() -> list[dict[str, Any]]:
-    """The nodes of the cluster that RAY_ADDRESS names, as for the stages: no other is joined that may run here.
+def _live_nodes() -> list[dict[str, Any]]:
+    """Return the nodes of the cluster at RAY_ADDRESS.
+
+    As for the stages, RAY_ADDRESS must be set: another cluster that runs on this machine is not joined.
 
     Raises:
-        UserError: where there is none.
+        UserError: if there is no such cluster.
     """
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        raise UserError("--cluster live: set RAY_ADDRESS to the cluster's (auto: one on this machine)")
+        raise UserError("--cluster live: set RAY_ADDRESS to its address, or to auto for a cluster on this machine")
     import ray
 
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    # A ValueError where it is no address.
+    # Ray raises ValueError for a malformed address.
     except (ConnectionError, ValueError):
         raise UserError(f"--cluster live: no Ray cluster at RAY_ADDRESS={address}") from None
     try:
@@ -253,7 +271,7 @@ def _live() -> list[dict[str, Any]]:
 
 
 def _run_stage(stage: str, experiment: Experiment, command: str, retry_failed: bool) -> int:
-    # Not before the experiment was read: torch and Ray take seconds, a typing error should not.
+    # torch and Ray take seconds to import: a typing error in the experiment is reported without them.
     from raykd.cluster.connection import connected
     from raykd.pipeline import preflight, run
     from raykd.pipeline.plan import resolve
@@ -279,10 +297,10 @@ def _run_stage(stage: str, experiment: Experiment, command: str, retry_failed: b
 
 
 def _report(options: argparse.Namespace, command: str) -> int:
-    """Render a finished experiment from its folder alone: neither its models nor Ray need be here."""
-    folder = _finished(options.file, options.overrides)
+    """Render a finished experiment from its folder alone, without its models and without Ray."""
+    folder = _report_folder(options.file, options.overrides)
     if not filesystem.is_remote(folder) and not folder.is_dir():
-        raise UserError(f"{folder}: no such folder, nothing to report yet; `raykd run` makes it")
+        raise UserError(f"{folder}: no such folder, nothing to report yet; run the experiment first with `raykd run`")
     from raykd.report.build import write_report
 
     with lock.folder_lock(folder, command):
@@ -290,15 +308,15 @@ def _report(options: argparse.Namespace, command: str) -> int:
         return _show_results(folder)
 
 
-def _finished(file: str, overrides: Sequence[str]) -> Path:
-    """Return the experiment's folder that `report` is given, by itself or by the experiment's YAML file."""
+def _report_folder(file: str, overrides: Sequence[str]) -> Path:
+    """Return the folder of the experiment to report, given as that folder or as the experiment's YAML file."""
     if "://" in file or Path(file).is_dir():
         if overrides:
-            raise UserError(f"{overrides[0]!r}: {file} is a folder; fields can be set where FILE is a YAML file")
+            raise UserError(f"{overrides[0]!r}: {file} is a folder; fields can be set only if FILE is a YAML file")
         return filesystem.resolve(file)
     experiment = load_experiment(scaffold.find_config(file), overrides)
     folder = _folder(experiment)
-    # What the folder holds may be another experiment of that name.
+    # The folder may hold another experiment of the same name.
     from raykd.pipeline import run_record
 
     run_record.check_compatible(experiment, folder)
@@ -310,15 +328,12 @@ def _folder(experiment: Experiment) -> Path:
 
 
 def _show_results(folder: Path) -> int:
-    """Prints the result table, and tells whether a trial failed."""
-    from rich.console import Console
-
+    """Print the result tables, and return the exit status: 1 if a trial failed."""
     from raykd.report.build import result_tables
     from raykd.report.results import read_results
 
     results = read_results(folder, with_attention=False)
-    # In a log lines may be long; a terminal knows its width.
-    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+    console = _console()
     for table in result_tables(results):
         console.print(table)
     console.print(f"report: {ExperimentPaths(folder).report_html}", soft_wrap=True)

@@ -98,7 +98,7 @@ def test_a_run_goes_on_when_there_is_room_again(disk: Path, tmp_path: Path):
     fails_clearly(lambda: any(checkpoints.rglob("*.pt")), arguments, tmp_path, disk)
     fails_clearly(lambda: len(parts(plan.predictions)) >= 1, arguments, tmp_path, disk)
     done = finish(arguments, tmp_path).plan
-    (request,), (job,) = done.requests, done.jobs
+    (request,), (job,) = done.required_sets, done.trials
     rows = row_store.read_rows(request.folder, schemas.COMPLETION)
     assert len(set(rows["problem_id"].to_pylist())) == len(rows) == 200
     answers = row_store.read_rows(done.predictions, schemas.PREDICTION)

@@ -60,7 +60,7 @@ def test_the_second_is_told_who_the_first_is(holder, tmp_path: Path, capsys, sta
 @pytest.mark.timeout(300)
 def test_whoever_asks_the_same_is_told_who_asks(tmp_path: Path):
     arguments = ["generate", str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path}", "arms={one: {}}"]
-    (request,) = plan_of(arguments).requests
+    (request,) = plan_of(arguments).required_sets
     with holding(request.folder) as process:
         done = subprocess.run([RAYKD, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=250)
     assert done.returncode == 2, done.stderr

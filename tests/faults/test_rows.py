@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(600)
 
 
 def rows_of(arguments: list[str]) -> list[dict]:
-    (request,) = plan_of(arguments).requests
+    (request,) = plan_of(arguments).required_sets
     return row_store.read_rows(request.folder, schemas.COMPLETION).to_pylist()
 
 

@@ -26,7 +26,7 @@ def test_while_it_generates(tmp_path: Path):
     end_by(signal.SIGTERM, lambda: len(parts(tmp_path)) >= 1, arguments, tmp_path)
     kept = {path.name for path in parts(tmp_path)}
     finish(arguments, tmp_path)
-    (request,) = plan_of(arguments).requests
+    (request,) = plan_of(arguments).required_sets
     rows = row_store.read_rows(request.folder, schemas.COMPLETION)
     assert len(set(rows["problem_id"].to_pylist())) == len(rows) == 200
     assert kept <= {path.name for path in parts(tmp_path)}

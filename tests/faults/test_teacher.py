@@ -38,7 +38,7 @@ def command(root: Path, replicas: int) -> list[str]:
 def check_all_is_there_once(arguments: list[str]) -> int:
     """Every problem has its one completion under each strategy; returns how many there are."""
     total = 0
-    for request in plan_of(arguments).requests:
+    for request in plan_of(arguments).required_sets:
         rows = row_store.read_rows(request.folder, schemas.COMPLETION, ["problem_id", "error"])
         assert row_store.read_manifest(request.folder)["rows"] == len(rows) == 400  # type: ignore[index]
         assert len(set(rows["problem_id"].to_pylist())) == 400

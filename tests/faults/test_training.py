@@ -36,7 +36,7 @@ def command(root: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> TrialSpec:
     root = tmp_path_factory.mktemp("undisturbed")
-    return finish(command(root), root).plan.jobs[0]
+    return finish(command(root), root).plan.trials[0]
 
 
 def curve(job: TrialSpec) -> list[dict]:
@@ -78,7 +78,7 @@ def check_the_same(job: TrialSpec, undisturbed: TrialSpec) -> None:
 
 def test_a_worker_is_killed(undisturbed: TrialSpec, tmp_path: Path):
     arguments = command(tmp_path)
-    (job,) = plan_of(arguments).jobs
+    (job,) = plan_of(arguments).trials
     with started(lambda: has_come_far(job), arguments, tmp_path) as run:
 
         def kill() -> None:
@@ -94,7 +94,7 @@ def test_a_worker_is_killed(undisturbed: TrialSpec, tmp_path: Path):
 @pytest.mark.slow
 def test_a_node_is_lost_and_its_place_is_waited_for(undisturbed: TrialSpec, tmp_path: Path):
     arguments = command(tmp_path)
-    (job,) = plan_of(arguments).jobs
+    (job,) = plan_of(arguments).trials
     with cluster(1) as nodes, started(lambda: has_come_far(job), arguments, tmp_path, joining(nodes)) as run:
 
         def lose() -> None:
@@ -111,7 +111,7 @@ def test_a_node_is_lost_and_its_place_is_waited_for(undisturbed: TrialSpec, tmp_
 @pytest.mark.slow
 def test_a_node_is_lost_and_those_that_are_left_go_on(undisturbed: TrialSpec, tmp_path: Path):
     arguments = command(tmp_path, "train.min_workers=1")
-    (job,) = plan_of(arguments).jobs
+    (job,) = plan_of(arguments).trials
     with cluster(1) as nodes, started(lambda: has_come_far(job), arguments, tmp_path, joining(nodes)) as run:
         goes_on(job, run, lambda: nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False))
     check_the_same(job, undisturbed)

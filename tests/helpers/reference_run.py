@@ -233,11 +233,11 @@ def reference(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -
         environment, seen, output = head.environment, Seen(head.page), folder / "output"
         with output.open("w") as stream:
             run = subprocess.Popen(
-                submission("rayjobs/run.py", *arguments), env=environment, cwd=ROOT, stdout=stream, stderr=stream
+                submission("rayjobs/run.py", "run", *arguments), env=environment, cwd=ROOT, stdout=stream, stderr=stream
             )
         try:
             # While the teacher's engine loads.
-            mistaken = submit(environment, "rayjobs/train.py", "configs/quickstart.yaml", "train.epoch=3")
+            mistaken = submit(environment, "rayjobs/run.py", "train", "configs/quickstart.yaml", "train.epoch=3")
             (folder / "other").write_text("another-token-altogether-0123456789abcdef")
             other = {**environment, "RAY_AUTH_TOKEN_PATH": str(folder / "other")}
             unknown = submit(other, "rayjobs/run.py", "--version")

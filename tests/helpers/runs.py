@@ -110,7 +110,7 @@ def end_by(signum: int, condition: Callable[[], bool], arguments: list[str], cwd
         assert run.wait(30) == 128 + signum
         wait_for_end(family, max(0, since + 30 - time.monotonic()))
     said = (cwd / "started.log").read_text()
-    assert "the same command goes on from here: raykd" in said
+    assert "interrupted; re-run to resume: raykd" in said
     assert "Traceback" not in said
 
 

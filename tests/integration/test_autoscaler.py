@@ -14,7 +14,7 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 from autoscaling_cluster import autoscaling_head
 from raykd.cluster import autoscaler, connection
 from raykd.config.sections import Train
-from raykd.tuning import tuner
+from raykd.tuning import slots
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -32,14 +32,14 @@ def grow(address: str, file: Path, log: Path) -> tuple[float, int, int, float]:
     have come. For more trials than that there is never room: their request should bring what there may be."""
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address, "RAYKD_CLUSTER": str(file)}
     with connection.connected(log, "growing", "test") as capacity:
-        room = tuner.free_trial_slots([(Train(num_workers=1), "cpu")], {}, at_most=4)
-        before = room()
+        groups = [slots.WorkerGroup(Train(num_workers=1), "cpu")]
+        before = slots.num_trial_slots(groups, {}, limit=4)
         with autoscaler.node_requests() as ask:
-            tuner.request_trial_nodes(ask, [{"CPU": 1}], 1, [], at_a_time=9)(before, 9)
+            slots.AutoscalerRequester(ask, trial_bundles=[{"CPU": 1}], min_workers=1, max_trials=9).update(before, 9)
             deadline = time.monotonic() + 240
             while ray.cluster_resources()["CPU"] < 5 and time.monotonic() < deadline:
                 time.sleep(1)
-            return capacity["CPU"], before, room(), ray.cluster_resources()["CPU"]
+            return capacity["CPU"], before, slots.num_trial_slots(groups, {}, limit=4), ray.cluster_resources()["CPU"]
 
 
 def test_nodes_come_when_trials_want_room_and_trials_when_nodes_come(two_nodes: tuple[str, Path], tmp_path: Path):

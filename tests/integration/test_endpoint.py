@@ -100,7 +100,7 @@ def endpoint_identity(experiment_file: Path, root: Path, url: str) -> Ran:
 
 
 def rows_of(plan: Plan, arm: str) -> dict[tuple[str, int], dict]:
-    request = plan.asked[arm]
+    request = plan.completion_sets[arm]
     assert request is not None
     rows = row_store.read_rows(request.folder, schemas.COMPLETION).to_pylist()
     return {(row["problem_id"], row["sample_index"]): row for row in rows}
@@ -188,6 +188,6 @@ def test_a_wrong_key_ends_it_in_a_line_that_names_the_variable(
             root,
         )
     last = str(caught.value).strip().splitlines()[-1]
-    for word in (f"teacher.endpoint {url}: refused, status 401", KEY_ENV, "the same command goes on"):
+    for word in (f"teacher.endpoint {url}: refused, status 401", KEY_ENV, "re-run to resume"):
         assert word in last
     assert "planted7" not in str(caught.value)

@@ -23,7 +23,7 @@ ROUNDS = (0, 1)
 
 @pytest.fixture(scope="module")
 def job(reference: Reference) -> TrialSpec:
-    return next(job for job in reference.plan.jobs if job.arm_name == "own")
+    return next(job for job in reference.plan.trials if job.arm_name == "own")
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def test_every_student_read_the_same_texts_and_what_its_heads_did_is_what_the_mo
     assert plan.attention
     rows = row_store.read_rows(plan.attention, schemas.ATTENTION).to_pylist()
     problems = pyarrow.parquet.read_table(plan.problems / "test.parquet").to_pylist()
-    students = {"base": None, **{job.trial_id: job.folder / "adapter" for job in plan.jobs}}
+    students = {"base": None, **{job.trial_id: job.folder / "adapter" for job in plan.trials}}
     expected = sorted(f"{trial}/{problem['problem_id']}" for trial in students for problem in problems)
     assert sorted(row["attention_id"] for row in rows) == expected
     assert not any(row["error"] for row in rows)
@@ -67,7 +67,7 @@ def test_the_report_tells_what_heads_did(reference: Reference):
 def test_lm_evaluation_harness_hears_the_same_answers(reference: Reference, tmp_path: Path):
     """By the command that the report gives: the harness' own backend, prompts, extraction and score."""
     plan = reference.plan
-    job = next(job for job in plan.jobs if job.arm_name == "scored")
+    job = next(job for job in plan.trials if job.arm_name == "scored")
     command = lm_eval_task.lm_eval_command(
         plan.experiment, ExperimentPaths(plan.folder).lm_eval, str(job.folder / "adapter")
     )

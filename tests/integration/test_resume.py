@@ -33,13 +33,13 @@ def ended(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ra
     arms = yaml.safe_dump({name: ARMS[name] for name in KEPT}, default_flow_style=True, width=10_000).strip()
     arguments = ["run", str(experiment_file), f"storage={root}", f"arms={arms}"]
     plan = plan_of(arguments)
-    (request,) = plan.requests
+    (request,) = plan.required_sets
 
     end_by(signal.SIGTERM, lambda: len(parts(request.folder)) >= 3, arguments, root)
     kept = parts(request.folder)
     assert row_store.read_manifest(request.folder) is None, "ended too late to test anything"
 
-    first = plan.jobs[0]
+    first = plan.trials[0]
     checkpoints = plan.folder / "checkpoints" / first.trial_id
     family = kill_when(lambda: any(checkpoints.glob("checkpoint_*/checkpoint/*.pt")), arguments, root)
     assert {name: time for name, time in parts(request.folder).items() if name in kept} == kept, (
@@ -57,12 +57,12 @@ def ended(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ra
 
 def undisturbed(reference: Reference, job: TrialSpec) -> TrialSpec:
     """The same trial of the reference run."""
-    return next(each for each in reference.plan.jobs if each.arm_name == job.arm_name)
+    return next(each for each in reference.plan.trials if each.arm_name == job.arm_name)
 
 
 def test_completions_are_those_of_an_undisturbed_run(reference: Reference, ended: Ran):
-    (request,) = ended.plan.requests
-    whole = reference.plan.asked["soft"]
+    (request,) = ended.plan.required_sets
+    whole = reference.plan.completion_sets["soft"]
     assert whole and whole.folder.name == request.folder.name
     columns = ["completion_id", "prompt_token_ids", "completion_token_ids", "error"]
     tables = [
@@ -73,8 +73,8 @@ def test_completions_are_those_of_an_undisturbed_run(reference: Reference, ended
 
 
 def test_training_went_on_from_its_checkpoint_to_the_same_adapter(reference: Reference, ended: Ran):
-    assert [job.arm_name for job in ended.plan.jobs] == list(KEPT)
-    for resumed in ended.plan.jobs:
+    assert [job.arm_name for job in ended.plan.trials] == list(KEPT)
+    for resumed in ended.plan.trials:
         whole = undisturbed(reference, resumed)
         assert whole.trial_id == resumed.trial_id
         curves = [(job.folder / "metrics.jsonl").read_text().splitlines() for job in (whole, resumed)]

@@ -70,7 +70,7 @@ def rows(folder: Path) -> list[dict]:
 
 
 def job_of(ran: Ran, arm: str) -> TrialSpec:
-    return next(job for job in ran.plan.jobs if job.arm_name == arm)
+    return next(job for job in ran.plan.trials if job.arm_name == arm)
 
 
 def problems_of(ran: Ran) -> dict[str, dict]:
@@ -206,11 +206,11 @@ def test_the_same_command_again_does_nothing_again(taught: Ran, own_answers: Pat
 
 def test_killed_in_its_second_round_it_ends_as_an_undisturbed_run(taught: Ran, own_answers: Path, tmp_path: Path):
     arguments = ["run", str(own_answers), f"storage={tmp_path}"]
-    second = [job.round_folder(1) / "answers" for job in plan_of(arguments).jobs]
+    second = [job.round_folder(1) / "answers" for job in plan_of(arguments).trials]
     family = kill_when(lambda: any(any(folder.glob("part-*.parquet")) for folder in second), arguments, tmp_path)
     done = finish(arguments, tmp_path)
     wait_for_end(family)
-    for whole, resumed in zip(taught.plan.jobs, done.plan.jobs, strict=True):
+    for whole, resumed in zip(taught.plan.trials, done.plan.trials, strict=True):
         files = [job.folder / "adapter" / "adapter_model.safetensors" for job in (whole, resumed)]
         weights = [safetensors.torch.load_file(file) for file in files]
         for name, tensor in weights[0].items():

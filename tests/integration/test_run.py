@@ -45,7 +45,7 @@ def plan(reference: Reference) -> Plan:
 
 
 def all_completions(plan: Plan, arm: str) -> list[dict]:
-    request = plan.asked[arm]
+    request = plan.completion_sets[arm]
     assert request is not None
     return row_store.read_rows(request.folder, schemas.COMPLETION).to_pylist()
 
@@ -158,7 +158,7 @@ def test_the_prime_is_before_the_teacher_and_never_before_the_student(plan: Plan
         assert not any(prime in tokenizer.decode(row["prompt_token_ids"]) for row in completions(plan, "greedy"))
     questions = {row["problem_id"]: row["question"] for row in split(plan, "train")}
     counts = {}
-    trained = [job for job in plan.jobs if job.arm_name != "own"]
+    trained = [job for job in plan.trials if job.arm_name != "own"]
     for job in trained:
         rows, dropped = examples.build_examples(job.arm, job.problems, job.completions, tokenizer, job.same_tokens)
         counts[job.arm_name] = (len(rows), dropped)
@@ -179,7 +179,7 @@ def test_no_row_that_a_student_is_asked_holds_a_prime(plan: Plan, tokenizer):
     test = pyarrow.parquet.read_table(plan.problems / "test.parquet")
     experiment = plan.experiment
     told = (experiment.student, experiment.evaluate, experiment.prompt.instruction, set())
-    asked = student_batch.BuildEvalPrompts(plan.eval_models, *told)(test)
+    asked = student_batch.BuildEvalPrompts(plan.eval_models(), *told)(test)
     texts = [tokenizer.decode(row["tokenized_prompt"]) for row in asked.to_pylist()]
     assert len(texts) == len(STUDENTS) * NUM_TEST
     primes = [strategy.text.split("{")[0] for strategy in experiment.strategies.values() if strategy.text]
@@ -196,7 +196,7 @@ def test_nothing_but_evaluation_reads_the_test_split(plan: Plan):
 
 @pytest.mark.parametrize("arm", list(ARMS))
 def test_an_adapter_is_peft_s_and_vllm_answered_with_it(plan: Plan, tokenizer, arm: str):
-    job = next(job for job in plan.jobs if job.arm_name == arm)
+    job = next(job for job in plan.trials if job.arm_name == arm)
     base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(job.folder / "adapter")).eval()
     weights = safetensors.torch.load_file(job.folder / "adapter" / "adapter_model.safetensors")
@@ -222,7 +222,7 @@ def test_the_untouched_student_answers_as_the_base_model_does(plan: Plan, tokeni
 
 
 def test_training_lowered_the_loss_and_the_adapters_differ(plan: Plan):
-    for job in plan.jobs:
+    for job in plan.trials:
         trial = files.read_json(job.folder / "trial.json")
         assert trial["steps"] == STEPS or job.arm_name == "own"
         # Its own answers are other texts in each round.

@@ -17,9 +17,9 @@ pytestmark = pytest.mark.timeout(1800)
 
 def rows_of(reference: Reference, arm: str) -> list[dict[str, Any]]:
     """All that the teacher wrote or scored for an arm."""
-    request = reference.plan.asked[arm]
+    request = reference.plan.completion_sets[arm]
     assert request
-    own = [folder for job in reference.plan.jobs if job.arm_name == arm for folder in scored_folders(job)]
+    own = [folder for job in reference.plan.trials if job.arm_name == arm for folder in scored_folders(job)]
     folders = own if arm == "own" else [request.folder]
     return [row for folder in folders for row in row_store.read_rows(folder, COMPLETION).to_pylist()]
 
@@ -50,7 +50,7 @@ def test_completions_are_counted_as_they_were_written(reference: Reference, arm:
 
 
 def test_a_trials_training_is_seen_from_its_workers(reference: Reference):
-    for job in reference.plan.jobs:
+    for job in reference.plan.trials:
         tags = {"experiment": NAME, "trial": job.trial_id}
         found = reference.seen.of(metrics.LOSS.exported, **tags)
         assert found, job.trial_id

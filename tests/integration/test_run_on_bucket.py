@@ -57,13 +57,13 @@ def in_a_bucket(bucket: str, experiment_of_two_arms: Path, tmp_path_factory: pyt
     here = tmp_path_factory.mktemp("elsewhere")
     arguments = ["run", str(experiment_of_two_arms), f"storage={bucket}/whole run"]
     plan = plan_of(arguments)
-    answers = plan.requests[0].folder
+    answers = plan.required_sets[0].folder
 
     family = kill_when(lambda: len(row_store.list_parts(answers)) >= 3, arguments, here)
     kept = filesystem.file_states(answers)
     assert row_store.read_manifest(answers) is None, "killed too late to test anything"
 
-    first = plan.jobs[0]
+    first = plan.trials[0]
     checkpoints = plan.root / "experiments/bucket/checkpoints" / first.trial_id
     saved = lambda: any(file.name.endswith(".pt") for file in filesystem.list_files(checkpoints))  # noqa: E731
     family += kill_when(saved, arguments, here)
@@ -82,7 +82,7 @@ def ids(folder: Path, schema: object, column: str) -> list[str]:
 
 
 def test_each_row_is_there_once(in_a_folder: Ran, in_a_bucket: Ran):
-    for one, other in zip(in_a_folder.plan.requests, in_a_bucket.plan.requests, strict=True):
+    for one, other in zip(in_a_folder.plan.required_sets, in_a_bucket.plan.required_sets, strict=True):
         found = ids(other.folder, schemas.COMPLETION, "completion_id")
         assert found == ids(one.folder, schemas.COMPLETION, "completion_id")
         assert len(found) == len(set(found)) == NUM_TRAIN

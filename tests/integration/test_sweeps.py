@@ -107,11 +107,11 @@ def swept(sweep_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
         kill_a_worker(driver, plan)
 
     def one_is_complete() -> bool:
-        return hide("started.log") and any(trial_status(job) == COMPLETE for job in plan.jobs)
+        return hide("started.log") and any(trial_status(job) == COMPLETE for job in plan.trials)
 
     family = kill_when(one_is_complete, ["train", *told], folder)
     hidden.rename(test)
-    first = next(job for job in plan.jobs if trial_status(job) == COMPLETE)
+    first = next(job for job in plan.trials if trial_status(job) == COMPLETE)
     written = adapter(first).stat().st_mtime_ns
     trained = command("train", told, folder, status=0, meanwhile=disturb)
     hidden.rename(test)
@@ -143,7 +143,7 @@ def command(
 
 def kill_a_worker(driver: subprocess.Popen, plan: Plan) -> None:
     """Kills a process that trains, as soon as a trial is past its first checkpoint."""
-    under_way = [job for job in plan.jobs if not trial_status(job)]
+    under_way = [job for job in plan.trials if not trial_status(job)]
     deadline = time.monotonic() + 600
     while driver.poll() is None and time.monotonic() < deadline:
         if any(any((plan.folder / "checkpoints" / job.trial_id).glob("checkpoint_*")) for job in under_way):
@@ -162,15 +162,15 @@ def adapter(job: TrialSpec) -> Path:
 
 def by_arm(swept: Swept, arm: str) -> dict[float, TrialSpec]:
     """An arm's trials by their learning rate."""
-    return {job.hparams["train.learning_rate"]: job for job in swept.plan.jobs if job.arm_name == arm}
+    return {job.hparams["train.learning_rate"]: job for job in swept.plan.trials if job.arm_name == arm}
 
 
 def told(job: TrialSpec) -> dict[str, Any]:
     return files.read_json(job.folder / "trial.json")
 
 
-def test_the_teacher_was_asked_once_for_all_trials(swept: Swept, scripted: fake_openai_server.FakeServer):
-    (request,) = swept.plan.requests
+def test_the_teacher_was_asked_once_for_all_trials(swept: Swept, scripted: fake_openai_server.Elsewhere):
+    (request,) = swept.plan.required_sets
     rows = row_store.read_rows(request.folder, schemas.COMPLETION, ["problem_id"])
     assert len(rows) == len(set(rows["problem_id"].to_pylist())) == 96
     assert {job.completions for job in by_arm(swept, "scored").values()} == {request.folder}
@@ -196,7 +196,7 @@ def test_a_trial_that_cannot_be_trained_fails_and_the_others_finish(swept: Swept
     for job in by_arm(swept, "nothing").values():
         assert told(job)["status"] == FAILED
         assert "no row is left to train on" in told(job)["error"]
-    assert {trial_status(job) for job in swept.plan.jobs if job.arm_name != "nothing"} == {COMPLETE, STOPPED}
+    assert {trial_status(job) for job in swept.plan.trials if job.arm_name != "nothing"} == {COMPLETE, STOPPED}
     assert "no row is left to train on" in swept.stdout
 
 
@@ -205,7 +205,7 @@ def test_what_was_complete_when_the_driver_was_killed_was_not_trained_again(swep
 
 
 def test_a_lost_worker_left_no_gap(swept: Swept):
-    for job in swept.plan.jobs:
+    for job in swept.plan.trials:
         if trial_status(job) == COMPLETE:
             steps = [json.loads(line)["step"] for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
             assert steps == list(range(1, 25))
@@ -225,8 +225,8 @@ def test_the_best_of_each_arm_and_the_untouched_student_were_tested(swept: Swept
 def test_the_table_has_every_trial(swept: Swept):
     with (swept.plan.folder / "results.csv").open() as file:
         rows = {row["trial_id"]: row for row in csv.DictReader(file)}
-    assert rows.keys() == {job.trial_id for job in swept.plan.jobs} | {"base"}
-    for job in swept.plan.jobs:
+    assert rows.keys() == {job.trial_id for job in swept.plan.trials} | {"base"}
+    for job in swept.plan.trials:
         row, record = rows[job.trial_id], told(job)
         assert float(row["train.learning_rate"]) == job.hparams["train.learning_rate"]
         assert row["status"] == record["status"]
@@ -239,7 +239,7 @@ def test_the_table_has_every_trial(swept: Swept):
 
 
 def test_tensorboard_s_files_are_there(swept: Swept):
-    for job in swept.plan.jobs:
+    for job in swept.plan.trials:
         if trial_status(job) == COMPLETE:
             assert any((swept.plan.folder / "tune" / job.trial_id).glob("events.out.tfevents.*"))
 

@@ -1,4 +1,4 @@
-"""What is published: the wheel, its metadata, the versions that files name, and the choice of a Python."""
+"""Packaging: the wheel, its metadata, version numbers in files, and the choice of a Python."""
 
 import email
 import re
@@ -27,8 +27,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
-    found = (file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
-    return {str(file.relative_to(folder)): file.read_bytes() for file in found}
+    files = (file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 @pytest.mark.parametrize(
@@ -37,35 +37,35 @@ def files_below(folder: Path) -> dict[str, bytes]:
         ("raykd/assets/configs", "configs"),
         ("raykd/assets/cluster", "cluster"),
         ("raykd/demo/models", "src/raykd/demo/models"),
-        ("raykd/templates", "src/raykd/templates"),
+        ("raykd/report/templates", "src/raykd/report/templates"),
     ],
 )
-def test_the_wheel_contains_every_data_file(wheel: zipfile.ZipFile, inside: str, source: str):
+def test_wheel_contains_every_data_file(wheel: zipfile.ZipFile, inside: str, source: str):
     expected = files_below(ROOT / source)
     assert expected
     names = [name for name in wheel.namelist() if name.startswith(f"{inside}/") and not name.endswith("/")]
     assert {name.removeprefix(f"{inside}/"): wheel.read(name) for name in names} == expected
 
 
-def test_the_wheel_contains_every_module_and_nothing_of_the_tests(wheel: zipfile.ZipFile):
+def test_wheel_contains_every_module_and_no_tests(wheel: zipfile.ZipFile):
     modules = {f"raykd/{file.relative_to(ROOT / 'src/raykd')}" for file in (ROOT / "src/raykd").rglob("*.py")}
     assert {name for name in wheel.namelist() if name.endswith(".py")} == modules
     assert "raykd/__main__.py" in modules and "raykd/py.typed" in wheel.namelist()
     assert {name.split("/")[0] for name in wheel.namelist()} == {"raykd", f"raykd-{raykd.__version__}.dist-info"}
 
 
-def test_the_metadata_of_the_wheel(wheel: zipfile.ZipFile):
-    told = email.message_from_bytes(wheel.read(f"raykd-{raykd.__version__}.dist-info/METADATA"))
-    assert told["Author"] == "raykd developers" and told["License-Expression"] == "Apache-2.0"
-    assert told["Description-Content-Type"] == "text/markdown" and "# raykd" in str(told.get_payload())
-    assert any("https://github.com/raykd/raykd" in url for url in told.get_all("Project-URL", []))
-    assert SpecifierSet(told["Requires-Python"]) == SpecifierSet(">=3.11,<3.14")
-    classifiers = told.get_all("Classifier", [])
+def test_wheel_metadata(wheel: zipfile.ZipFile):
+    metadata = email.message_from_bytes(wheel.read(f"raykd-{raykd.__version__}.dist-info/METADATA"))
+    assert metadata["Author"] == "raykd developers" and metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Description-Content-Type"] == "text/markdown" and "# raykd" in str(metadata.get_payload())
+    assert any("https://github.com/raykd/raykd" in url for url in metadata.get_all("Project-URL", []))
+    assert SpecifierSet(metadata["Requires-Python"]) == SpecifierSet(">=3.11,<3.14")
+    classifiers = metadata.get_all("Classifier", [])
     assert [each.split(" :: ")[-1] for each in classifiers if re.search(r":: 3\.\d+$", each)] == list(PYTHONS)
-    assert set(told.get_all("Provides-Extra", [])) == {"gpu", "s3", "gcs", "azure", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"gpu", "s3", "gcs", "azure", "dev"}
 
 
-def test_one_version_everywhere():
+def test_all_files_name_the_same_version():
     version = PROJECT["project"]["version"]
     assert raykd.__version__ == version
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
@@ -76,7 +76,7 @@ def test_one_version_everywhere():
 
 
 @pytest.mark.parametrize("lock", ["cpu", "gpu"])
-def test_the_locks_are_inside_the_ranges(lock: str):
+def test_locked_versions_satisfy_the_requirements(lock: str):
     lines = (ROOT / "requirements" / f"{lock}.txt").read_text().splitlines()
     pinned = dict(line.split(" ;")[0].split("==") for line in lines if line and not line.startswith("#"))
     versions = {canonicalize_name(name.split("[")[0]): version for name, version in pinned.items()}
@@ -87,7 +87,7 @@ def test_the_locks_are_inside_the_ranges(lock: str):
         assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), text
 
 
-def test_continuous_integration_calls_targets_of_the_makefile():
+def test_ci_calls_targets_of_the_makefile():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     called = set()
@@ -101,7 +101,7 @@ def test_continuous_integration_calls_targets_of_the_makefile():
 
 
 def python_on(folder: Path, **scripts: str) -> subprocess.CompletedProcess[str]:
-    """tools/python.sh, with nothing on the PATH but commands that are shell scripts of the given text."""
+    """Run tools/python.sh with only the given shell scripts on the PATH."""
     for name, text in scripts.items():
         script = folder / name.replace("_", ".")
         script.write_text(f"#!/bin/sh\n{text}\n")
@@ -110,28 +110,28 @@ def python_on(folder: Path, **scripts: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(shell, env={"PATH": str(folder)}, capture_output=True, text=True, timeout=60)
 
 
-def test_the_newest_python_that_runs_is_installed_with(tmp_path: Path):
-    # Python is given `-c CODE`; a shim of pyenv's fails with 127, one without ensurepip with 1.
+def test_newest_working_python_is_chosen(tmp_path: Path):
+    # A shim of pyenv without that version exits with 127, a Python without ensurepip with 1.
     ran = python_on(tmp_path, python3_13="exit 127", python3_12="exit 1", python3_11="exit 0", python3="exit 0")
     assert (ran.returncode, ran.stdout) == (0, f"{tmp_path}/python3.11\n")
     (tmp_path / "python3.13").write_text("#!/bin/sh\nexit 0\n")
     assert python_on(tmp_path).stdout == f"{tmp_path}/python3.13\n"
 
 
-def test_no_python_is_said_in_a_line(tmp_path: Path):
+def test_missing_python_is_reported_in_one_line(tmp_path: Path):
     ran = python_on(tmp_path, python3="exit 1")
     assert ran.returncode == 1 and ran.stdout == ""
     assert "make install PYTHON=" in ran.stderr and ran.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("version", "status"), [("3, 10, 9", 1), ("3, 11, 0", 0), ("3, 13, 5", 0), ("3, 14, 0", 1)])
-def test_a_python_of_an_unsupported_version_is_not_taken(version: str, status: int, tmp_path: Path):
+def test_unsupported_python_versions_are_skipped(version: str, status: int, tmp_path: Path):
     code = f"import sys; sys.version_info = ({version}); exec(sys.argv[1])"
     ran = python_on(tmp_path, python3=f'exec {sys.executable} -c "{code}" "$2"')
     assert ran.returncode == status
 
 
 @pytest.mark.parametrize("module", ["raykd", "raykd.cli"])
-def test_python_runs_the_module(module: str):
+def test_python_m_runs_the_command_line(module: str):
     ran = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=120)
     assert (ran.returncode, ran.stdout) == (0, f"raykd {raykd.__version__}\n")

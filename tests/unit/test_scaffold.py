@@ -1,4 +1,4 @@
-"""`raykd init`, and the configurations that are found by name."""
+"""`raykd init`, and shipped configurations by name."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from raykd.config.loading import load_experiment
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_file_of_configs_has_a_name():
+def test_every_configuration_is_shipped():
     assert set(scaffold.shipped_configs()) == {
         str(file.relative_to(ROOT / "configs").with_suffix("")) for file in (ROOT / "configs").rglob("*.yaml")
     }
@@ -35,7 +35,7 @@ def test_a_file_takes_precedence_over_a_name(tmp_path: Path, monkeypatch: pytest
     assert scaffold.find_config("quickstart") == "quickstart"
 
 
-def test_paths_are_left_to_the_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_find_config_returns_paths_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")  # as `<(command)` of a shell
     for file in ("nowhere.yaml", "x.json", "pipe", f"{'long' * 100}.yaml", str(tmp_path)):
@@ -51,7 +51,7 @@ def test_an_unknown_name_lists_the_shipped_ones(tmp_path: Path, monkeypatch: pyt
     assert cli.main(["plan", "x" * 300]) == 2
 
 
-def test_plan_and_prompts_take_a_name_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_plan_and_prompts_accept_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["plan", "gsm8k/8b-to-1b"]) == 0
     assert cli.main(["prompts", "quickstart", "dataset.num_train=8", "dataset.num_test=4"]) == 0
@@ -73,7 +73,7 @@ def test_init_writes_an_experiment_that_loads(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("name", ["1e3", "on", "0x10", "2026-01-01", "null"])
-def test_init_keeps_names_that_yaml_reads_otherwise(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_init_quotes_names_that_yaml_would_convert(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     scaffold.write_experiment(name)
     assert load_experiment(f"{name}.yaml").name == name
@@ -87,9 +87,9 @@ def test_init_copies_any_shipped_configuration(source: str, tmp_path: Path, monk
     assert load_experiment("mine.yaml") == shipped.model_copy(update={"name": "mine"})
 
 
-def test_the_alternatives_in_the_starters_comments_load(tmp_path: Path):
+def test_commented_alternatives_of_the_starter_load(tmp_path: Path):
     text = (ROOT / "configs" / "starter.yaml").read_text()
-    # Of two alternatives of a section, the one that begins with `problems` is tried by itself.
+    # Each commented section replaces the section of the same name.
     sections: dict[str, list[str]] = {}
     for line in re.findall(r"^#: (.*)$", text, re.MULTILINE):
         key = line.split(":")[0] if not line.startswith(" ") else list(sections)[-1].split("/")[0]
@@ -116,7 +116,7 @@ def test_init_writes_the_files_of_a_cluster(cluster: str, tmp_path: Path, monkey
     for file in written:
         assert file.read_text() == (ROOT / file.relative_to(tmp_path)).read_text()
         assert str(file.relative_to(tmp_path)) in shown
-    # What the printed commands name is there, and `raykd plan` reads it.
+    # The files in the printed commands exist, and `raykd plan` reads the cluster file.
     (plan,) = re.findall(r"raykd plan mine.yaml --cluster (\S+)", shown)
     assert cluster == "local" or nodes.read_cluster_file(Path(plan))
     for named in re.findall(r"cluster/\S+\.yaml", shown):
@@ -144,7 +144,9 @@ def test_init_never_overwrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         (["mine", "--from", "nothing"], "--from nothing: no such shipped configuration"),
     ],
 )
-def test_init_refuses_in_one_line(arguments, words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_init_reports_invalid_arguments_in_one_line(
+    arguments, words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["init", *arguments]) == 2
     error = capsys.readouterr().err
@@ -152,7 +154,7 @@ def test_init_refuses_in_one_line(arguments, words, tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_init_reports_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_init_reports_an_unwritable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("cluster").write_text("a file where a folder is needed")
     assert cli.main(["init", "mine", "--cluster", "aws"]) == 2

@@ -27,7 +27,9 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
         text = (Path(path) if isinstance(path, str) else path).read_text(encoding="utf-8")
         tree = parse_yaml(text)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise UserError(f"{path}: no such file; see `configs/` for example experiments") from None
+        raise UserError(
+            f"{path}: no such file; run `raykd init` to write one, or name a shipped one (`raykd --help` lists them)"
+        ) from None
     except OSError as error:
         raise UserError(one_line(f"{path}: cannot be read: {error.strerror or error}")) from None
     except ValueError as error:

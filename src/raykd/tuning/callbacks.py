@@ -18,50 +18,59 @@ from raykd.training.trial import TrialSpec, has_adapter, last_validation_metric,
 
 
 class RecordTrialStatus(tune.Callback):
-    """Records how a trial ends, as it ends."""
+    """Records the status of each trial as it ends.
 
-    def __init__(self, jobs: Mapping[str, TrialSpec], folder: Path) -> None:
-        self._jobs, self._folder = jobs, folder
+    Args:
+        trials: the trials that this run trains, by id.
+        folder: the experiment's folder.
+    """
+
+    def __init__(self, trials: Mapping[str, TrialSpec], folder: Path) -> None:
+        self._trials, self._folder = trials, folder
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        job = self._jobs.get(trial.config["trial_id"])
-        if job is None:
+        spec = self._trials.get(trial.config["trial_id"])
+        if spec is None:
             return
-        last = last_validation_metric(job)
-        if has_adapter(job):
-            pass
-        elif last is not None and math.isnan(last):
-            write_trial_status(job, FAILED, "it diverged: its validation loss is not a number")
-        elif job.sweep is not None and job.sweep.scheduler != "none":
-            write_trial_status(job, STOPPED)
-        else:
-            # It should not.
-            write_trial_status(job, FAILED, "ended without an adapter")
-        remove_checkpoints(job, self._folder)
+        if not has_adapter(spec):
+            _record_early_end(spec)
+        remove_checkpoints(spec, self._folder)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        job = self._jobs.get(trial.config["trial_id"])
-        if job is None or has_adapter(job):
+        spec = self._trials.get(trial.config["trial_id"])
+        if spec is None or has_adapter(spec):
             return
         if isinstance(_trial_error(trial), RayActorError):
-            # Its node is gone, with the process that watched over it: the same command goes on with it.
-            print_status(f"lost {job.trial_id} with its node; the same command goes on with it")
-        else:
-            # Tune has not brought it to the storage yet, where `trial.get_error` looks for it.
-            text = Path(trial.error_file).read_text().strip()
-            if errors.os_error_message(text):
-                # The next would fail as well, and this one has done no wrong.
-                raise StageError(f"{job.trial_id}: {errors.os_error_message(text)}")
-            write_trial_status(job, FAILED, str(errors.stated_in(text) or text.splitlines()[-1]))
+            # The node of the trial's driver is lost. Without a status the trial stays pending.
+            print_status(f"lost {spec.trial_id} with its node; re-run to resume it")
+            return
+        # `trial.get_error` looks into the storage, where Tune has not copied the file yet.
+        text = Path(trial.error_file).read_text().strip()
+        if os_error := errors.os_error_message(text):
+            # A full or read-only storage is no fault of this trial, and the next one would fail as well.
+            raise StageError(f"{spec.trial_id}: {os_error}")
+        write_trial_status(spec, FAILED, str(errors.stated_in(text) or text.splitlines()[-1]))
+
+
+def _record_early_end(spec: TrialSpec) -> None:
+    """Record why a trial ended without an adapter."""
+    metric = last_validation_metric(spec)
+    if metric is not None and math.isnan(metric):
+        write_trial_status(spec, FAILED, "diverged: the validation loss is NaN")
+    elif spec.sweep is not None and spec.sweep.scheduler != "none":
+        write_trial_status(spec, STOPPED)
+    else:
+        # No known cause leads here.
+        write_trial_status(spec, FAILED, "ended without an adapter")
 
 
 def _trial_error(trial: Any) -> Exception | None:
-    """What ended a trial, as Tune was told."""
+    """Return the exception that ended a trial of Tune, if Tune has recorded one."""
     file = Path(trial.pickled_error_file or "")
     return cloudpickle.loads(file.read_bytes()) if file.is_file() else None
 
 
-def remove_checkpoints(job: TrialSpec, folder: Path) -> None:
-    """Removes the optimizer's state of a trial that has come to its end, but for a round to come."""
-    if job.output_dir == job.folder and trial_status(job) in (COMPLETE, STOPPED):
-        filesystem.remove(ExperimentPaths(folder).checkpoints / job.trial_id, ignore_errors=True)
+def remove_checkpoints(trial: TrialSpec, folder: Path) -> None:
+    """Remove the training checkpoints of a finished trial; those of an on-policy round stay for the next round."""
+    if trial.output_dir == trial.folder and trial_status(trial) in (COMPLETE, STOPPED):
+        filesystem.remove(ExperimentPaths(folder).checkpoints / trial.trial_id, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Scoreboard: what the user sees while trials are trained: how far they are, and in a sweep what each has reached."""
+"""Training progress on the user's screen: steps and throughput, and for a sweep a table of its trials."""
 
 import io
 from collections.abc import Mapping
@@ -19,144 +19,162 @@ from raykd.storage.paths import TrialPaths
 from raykd.storage.schemas import FAILED
 from raykd.training.trial import TrialSpec, read_loss_curve, trial_status
 
-# Lines of a terminal that a live table leaves free.
-MARGIN = 6
+# Lines of the terminal that the live table leaves free, and its fewest rows.
+MARGIN, MIN_ROWS = 6, 4
+RUNNING_STATES = ("", metrics.TRAINING)
 
 
 class TrialProgressTable(tune.Callback):
-    """Shows all trials' steps on one line, and of a sweep how each trial ends.
+    """Shows the steps of all trials on one line, and the state of each trial of a sweep.
 
-    On a terminal that is a table which changes; in a log a line is added whenever a trial ends.
+    A terminal shows a live table; a log gets a line whenever a trial ends.
 
     Args:
-        jobs: the trials by id; more may be added while it runs.
-        num_trials: how many they will be.
+        trials: the trials by id; the search may add some while the table is shown.
+        num_trials: the final number of trials.
     """
 
-    def __init__(self, jobs: Mapping[str, TrialSpec], num_trials: int) -> None:
-        self._jobs = jobs
+    def __init__(self, trials: Mapping[str, TrialSpec], num_trials: int) -> None:
+        self._trials = trials
         self._num_trials = num_trials
-        self._seen: dict[str, dict[str, Any]] = {}
-        self._furthest: dict[str, tuple[int, int]] = {}
-        self._measured: dict[str, dict[str, Any]] = {}
+        self._last_results: dict[str, dict[str, Any]] = {}
+        self._counted: dict[str, tuple[int, int]] = {}
+        """Steps and target tokens of each trial that the progress bar has counted."""
+        self._validations: dict[str, dict[str, Any]] = {}
         self._states: dict[str, str] = {}
-        self._meter: ProgressBar | None = None
+        self._bar: ProgressBar | None = None
         self._live: Live | None = None
 
     def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
-        # Not before Tune has pickled what it was given.
-        stream = runtime_console.output_stream()
+        # Not in the constructor: Tune pickles its callbacks before it calls `setup`, and streams cannot be pickled.
+        stream = runtime_console.stream()
         if self._is_sweep and stream.isatty():
-            # The table shows the meter's line beneath it; by itself it writes to nobody.
-            self._meter = ProgressBar("training", None, unit="steps", stream=io.StringIO())
+            # The table renders the bar's text below its rows; the bar's own output is discarded.
+            self._bar = ProgressBar("training", None, unit="steps", stream=io.StringIO())
             console = Console(file=stream)
             self._live = Live(
-                get_renderable=lambda: self._rendered(console.height), console=console, refresh_per_second=2
+                get_renderable=lambda: self._render(console.height), console=console, refresh_per_second=2
             )
             self._live.start()
         else:
-            self._meter = ProgressBar("training", None, unit="steps").__enter__()
+            self._bar = ProgressBar("training", None, unit="steps").__enter__()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._be(trial.config["trial_id"], metrics.TRAINING)
+        self._set_state(trial.config["trial_id"], metrics.TRAINING)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         trial_id = trial.config["trial_id"]
-        if trial_id not in self._jobs or self._meter is None:
+        if trial_id not in self._trials or self._bar is None:
             return
         if "validation" in result:
-            self._measured[trial_id] = result["validation"]
+            self._validations[trial_id] = result["validation"]
         if "step" in result:
             self._count(trial_id, result)
 
     def _count(self, trial_id: str, result: dict[str, Any]) -> None:
-        assert self._meter is not None, "it is there before any result"
-        self._seen[trial_id] = result
-        self._meter.total = self._total()
-        # Steps that are done again, from a checkpoint on, were counted.
-        before = self._furthest.get(trial_id, (0, 0))
-        self._furthest[trial_id] = (max(before[0], result["step"]), max(before[1], result["target_tokens"]))
-        self._meter.add(*(now - then for now, then in zip(self._furthest[trial_id], before, strict=True)))
+        assert self._bar is not None, "Tune calls setup before any result"
+        self._last_results[trial_id] = result
+        self._bar.total = self._total_steps()
+        # Steps that are repeated after a checkpoint count once.
+        steps_before, tokens_before = self._counted.get(trial_id, (0, 0))
+        steps, tokens = max(steps_before, result["step"]), max(tokens_before, result["target_tokens"])
+        self._counted[trial_id] = (steps, tokens)
+        self._bar.add(steps - steps_before, tokens - tokens_before)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._ended(trial.config["trial_id"])
+        self._on_end(trial.config["trial_id"])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._ended(trial.config["trial_id"])
+        self._on_end(trial.config["trial_id"])
 
     def close(self) -> None:
-        """Takes the table or the line off the screen, as it stands."""
+        """Stop updating the screen and leave its last state."""
         if self._live is not None:
             self._live.stop()
-        elif self._meter is not None:
-            self._meter.__exit__()
+        elif self._bar is not None:
+            self._bar.__exit__()
 
     @property
     def _is_sweep(self) -> bool:
-        # With none yet, they are the points of a search.
-        return all(job.sweep for job in self._jobs.values())
+        # Without any trial yet, all of them come from a search.
+        return all(trial.sweep for trial in self._trials.values())
 
-    def _be(self, trial_id: str, state: str) -> None:
+    def _set_state(self, trial_id: str, state: str) -> None:
         self._states[trial_id] = state
-        if job := self._jobs.get(trial_id):
-            metrics.show_trials(job.experiment, {trial_id: state})
+        if trial := self._trials.get(trial_id):
+            metrics.show_trials(trial.experiment, {trial_id: state})
 
-    def _ended(self, trial_id: str) -> None:
-        job = self._jobs.get(trial_id)
-        if job is None:
+    def _on_end(self, trial_id: str) -> None:
+        trial = self._trials.get(trial_id)
+        if trial is None:
             return
-        self._be(trial_id, trial_status(job))
-        if self._meter is not None and (curve := read_loss_curve(TrialPaths(job.folder).metrics)):
-            # Of a trial whose workers were lost Tune is not told the last.
+        self._set_state(trial_id, trial_status(trial))
+        if self._bar is not None and (curve := read_loss_curve(TrialPaths(trial.folder).metrics)):
+            # Tune does not receive the last result of a trial whose workers were lost.
             self._count(trial_id, curve[-1])
-        if job.sweep and self._live is None and self._meter is not None:
-            over = sum(state not in ("", metrics.TRAINING) for state in self._states.values())
-            at = f" at {format_hparams(job.hparams)}" if job.hparams else ""
-            reached = format_score(job.sweep, self._measured.get(trial_id))
-            self._meter.note(
-                f"{over}/{self._num_trials} {job.arm_name}, seed {job.seed}{at}: {self._states[trial_id]}, {reached}"
-            )
+        if trial.sweep and self._live is None and self._bar is not None:
+            self._bar.note(self._end_message(trial, trial.sweep))
 
-    def _total(self) -> int:
-        """Steps of all trials; until one reports, it is taken to have as many as those that did."""
-        # What a trial left undone at its end is not waited for.
+    def _end_message(self, trial: TrialSpec, sweep: Sweep) -> str:
+        num_ended = sum(state not in RUNNING_STATES for state in self._states.values())
+        point = f" at {format_hparams(trial.hparams)}" if trial.hparams else ""
+        score = format_score(sweep, self._validations.get(trial.trial_id))
+        return (
+            f"{num_ended}/{self._num_trials} {trial.arm_name}, seed {trial.seed}{point}: "
+            f"{self._states[trial.trial_id]}, {score}"
+        )
+
+    def _total_steps(self) -> int:
+        """Return the steps of all trials, where trials without a result count as the mean of the others."""
         steps = [
-            seen["steps"] if self._states.get(trial_id, "") in ("", metrics.TRAINING) else seen["step"]
-            for trial_id, seen in self._seen.items()
+            # A trial that was stopped early has no more steps to do.
+            result["steps"] if self._states.get(trial_id, "") in RUNNING_STATES else result["step"]
+            for trial_id, result in self._last_results.items()
         ]
         return round(sum(steps) / len(steps) * self._num_trials)
 
-    def _rendered(self, height: int) -> Group:
-        assert self._meter is not None, "it is there before the table"
+    def _render(self, height: int) -> Group:
+        assert self._bar is not None, "setup creates the bar before the table"
         table = Table(box=None, pad_edge=False)
         for column in ("Arm", "Seed", "At", "State", "Step", "Validation"):
             table.add_column(column, justify="right" if column in ("Seed", "Step") else "left")
-        room = max(height - MARGIN, 4)
-        # What is under way first, then what has come furthest.
+        num_rows = max(height - MARGIN, MIN_ROWS)
+        trial_ids = sorted(self._trials, key=self._sort_key)
+        for trial_id in trial_ids[:num_rows]:
+            table.add_row(*(Text(cell) for cell in self._row(trial_id)))
+        num_hidden = len(trial_ids) - num_rows
+        more = [Text(f"and {num_hidden} more")] if num_hidden > 0 else []
+        return Group(table, *more, Text(self._bar.text()))
+
+    def _row(self, trial_id: str) -> tuple[str, ...]:
+        trial, result = self._trials[trial_id], self._last_results.get(trial_id)
+        steps = f"{result['step']}/{result['steps']}" if result else ""
+        score = format_score(trial.sweep, self._validations.get(trial_id)) if trial.sweep else ""
+        state = self._states.get(trial_id, "") or metrics.WAITING
+        return trial.arm_name, str(trial.seed), format_hparams(trial.hparams), state, steps, score
+
+    def _sort_key(self, trial_id: str) -> tuple[int, float]:
+        """Sort running trials first, then ended, failed and waiting ones, each by their metric, the best first."""
         order = {metrics.TRAINING: 0, FAILED: 2, "": 3}
-        ids = sorted(self._jobs, key=lambda each: (order.get(self._states.get(each, ""), 1), self._rank(each)))
-        for trial_id in ids[:room]:
-            job, seen = self._jobs[trial_id], self._seen.get(trial_id)
-            steps = f"{seen['step']}/{seen['steps']}" if seen else ""
-            reached = format_score(job.sweep, self._measured.get(trial_id)) if job.sweep else ""
-            state = self._states.get(trial_id, "") or metrics.WAITING
-            cells = (job.arm_name, str(job.seed), format_hparams(job.hparams), state, steps, reached)
-            table.add_row(*(Text(cell) for cell in cells))
-        rest = [Text(f"and {len(ids) - room} more")] if len(ids) > room else []
-        return Group(table, *rest, Text(self._meter.text()))
+        return order.get(self._states.get(trial_id, ""), 1), self._metric_key(trial_id)
 
-    def _rank(self, trial_id: str) -> float:
-        measured, sweep = self._measured.get(trial_id), self._jobs[trial_id].sweep
-        if not measured or not sweep:
+    def _metric_key(self, trial_id: str) -> float:
+        validation, sweep = self._validations.get(trial_id), self._trials[trial_id].sweep
+        if not validation or not sweep:
             return float("inf")
-        return -measured["accuracy"] if sweep.metric == "accuracy" else measured["loss"]
+        return -validation["accuracy"] if sweep.metric == "accuracy" else validation["loss"]
 
 
-def format_score(sweep: Sweep, measured: dict[str, Any] | None) -> str:
-    """What a trial reached when it was last measured: `48.0 % of 50 (2 of 4)`."""
-    if not measured:
+def format_score(sweep: Sweep, validation: dict[str, Any] | None) -> str:
+    """Return the last validation result of a trial as text: `48.0 % of 50 (2 of 4)`.
+
+    Args:
+        sweep: the section `sweep`, which names the metric.
+        validation: the result, as the trial reported it; None if there is none yet.
+    """
+    if not validation:
         return "not measured"
-    reached = f"{100 * measured['accuracy']:.1f} %" if sweep.metric == "accuracy" else f"{measured['loss']:.3f} nats"
-    return f"{reached} of {measured['n']} ({measured['number']} of {sweep.num_validations})"
+    metric = f"{100 * validation['accuracy']:.1f} %" if sweep.metric == "accuracy" else f"{validation['loss']:.3f} nats"
+    return f"{metric} of {validation['n']} ({validation['number']} of {sweep.num_validations})"

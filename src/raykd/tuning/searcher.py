@@ -3,7 +3,7 @@
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,35 +22,36 @@ from raykd.storage.paths import ExperimentPaths
 from raykd.storage.schemas import FAILED
 from raykd.training.trial import TrialSpec, last_validation_metric, trial_status
 from raykd.tuning import variants
+from raykd.tuning.trials import TrialRegistry
 from raykd.tuning.variants import Hparams, Variant
 
-# Optuna draws so many points at random before it looks at what was reached; here not more than this share of all.
+# Optuna draws its first points at random: `STARTUP` of them, but at most this share of all points.
 STARTUP, STARTUP_SHARE = 10, 1 / 3
 METRIC = "reached"
-# Points that do not go with an arm before the search is given up.
+# Consecutive points that are invalid for an arm, after which the search fails.
 MAX_DRAWS = 100
 
 MakeTrials = Callable[[str, Hparams], list[TrialSpec]]
-"""From an arm's name and a point to its trials, one for each seed."""
+"""Returns the trials of an arm, by name, at a point: one for each seed."""
 
 
 @dataclass(frozen=True)
 class PendingSearch:
-    """Points of a sweep that will be chosen by what others reach."""
+    """The points of a sweep that depend on the results of earlier ones."""
 
-    make: MakeTrials
-    corners: list[Variant]
-    """What bounds them (`raykd.tuning.variants.boundary_configs`)."""
+    make_trials: MakeTrials
+    boundary_configs: list[Variant]
+    """The bounds of the search space (`raykd.tuning.variants.boundary_configs`)."""
     num_trials: int
-    """How many trials they will be, or fewer where a point is drawn twice."""
+    """The number of trials to come; fewer if Optuna draws a point twice."""
 
 
 def known_points(experiment: Experiment, folder: Path) -> dict[str, list[Hparams]]:
-    """Each arm's points: all of a random search; of Optuna's those that have been chosen so far.
+    """Return each arm's points: all points of a random search, the points so far of a search by Optuna.
 
     Args:
         experiment: the experiment.
-        folder: its folder.
+        folder: the experiment's folder.
     """
     sweep = experiment.sweep
     if sweep is None:
@@ -61,7 +62,7 @@ def known_points(experiment: Experiment, folder: Path) -> dict[str, list[Hparams
 
 
 def _points_file(sweep: Sweep, folder: Path, arm: str) -> Path:
-    """Where an arm's points are noted. With more of them it is the same search; any other change begins a new one."""
+    """Return the file of an arm's points. Only `num_samples` may change in the same search."""
     return ExperimentPaths(folder).points / hashing.content_key(identity.search_settings(sweep)) / f"{arm}.json"
 
 
@@ -70,130 +71,153 @@ def _read_points(file: Path) -> list[Hparams]:
 
 
 class ArmSearch:
-    """An arm's search by the tree-structured Parzen estimator (Bergstra et al., NeurIPS 2011), as Ray Tune wraps it.
+    """The search of one arm by the tree-structured Parzen estimator (Bergstra et al., NeurIPS 2011) in Optuna.
 
-    A point is drawn once for all seeds, and told the mean of what they reached. It is noted before it is trained, so
-    that the search goes on after whatever ended it.
+    Each point is drawn once for all seeds, and Optuna receives the mean of their metrics. A point is written to a file
+    before its trials start, so that an interrupted search resumes.
 
     Args:
         arm: the arm's name.
-        sweep: what is searched.
+        sweep: the section `sweep`.
         folder: the experiment's folder.
-        make: the trials of a point.
-        pending: ids of the trials that have not come to their end.
+        make_trials: returns the trials of a point.
+        pending: ids of the trials that are not finished.
     """
 
-    def __init__(self, arm: str, sweep: Sweep, folder: Path, make: MakeTrials, pending: Container[str]) -> None:
+    def __init__(self, arm: str, sweep: Sweep, folder: Path, make_trials: MakeTrials, pending: Container[str]) -> None:
         self.arm = arm
-        self._sweep, self._make = sweep, make
+        self._sweep, self._make_trials = sweep, make_trials
         self._file = _points_file(sweep, folder, arm)
         self._points = _read_points(self._file)
-        self._followed: dict[str, _PointTrials] = {}
-        self._num_asked = 0
-        known = [(point, make(arm, point)) for point in self._points]
-        under_way = [(point, jobs) for point, jobs in known if any(job.trial_id in pending for job in jobs)]
-        self._optuna = _optuna(sweep, len(self._points), [self._encoded(point) for point, _ in under_way])
-        for point, jobs in known:
-            followed = _PointTrials(
-                reached=[value for job in jobs if (value := _final_metric(job, pending)) is not None]
-            )
-            if (point, jobs) not in under_way:
-                self._followed[jobs[0].config_id] = followed
-                self._optuna.add_evaluated_point(
-                    self._encoded(point), followed.mean or 0.0, error=followed.mean is None
-                )
-        for _, jobs in under_way:
-            # What Optuna was given to evaluate comes before all else.
-            number, _ = self._ask()
-            self._follow(number, [job for job in jobs if job.trial_id in pending])
-            self._followed[jobs[0].config_id].reached = [
-                value for job in jobs if (value := _final_metric(job, pending)) is not None
-            ]
+        self._point_trials: dict[str, _PointTrials] = {}
+        """By config id."""
+        self._num_drawn = 0
+        finished: list[tuple[Hparams, list[TrialSpec]]] = []
+        running: list[tuple[Hparams, list[TrialSpec]]] = []
+        for point in self._points:
+            trials = make_trials(arm, point)
+            is_running = any(trial.trial_id in pending for trial in trials)
+            (running if is_running else finished).append((point, trials))
+        self._optuna = _optuna_search(sweep, len(self._points), [self._encoded(point) for point, _ in running])
+        for point, trials in finished:
+            self._add_finished(point, trials, pending)
+        for _, trials in running:
+            self._resume(trials, pending)
+
+    def _add_finished(self, point: Hparams, trials: list[TrialSpec], pending: Container[str]) -> None:
+        """Give Optuna the result of a point from an earlier run."""
+        point_trials = _PointTrials(metrics=_final_metrics(trials, pending))
+        self._point_trials[trials[0].config_id] = point_trials
+        mean = point_trials.mean
+        self._optuna.add_evaluated_point(self._encoded(point), mean or 0.0, error=mean is None)
+
+    def _resume(self, trials: list[TrialSpec], pending: Container[str]) -> None:
+        """Draw the next point that was running when an earlier run ended."""
+        # Optuna draws its `points_to_evaluate` before any other point, in their order.
+        optuna_id, _ = self._draw_point()
+        self._start_point(optuna_id, [trial for trial in trials if trial.trial_id in pending])
+        self._point_trials[trials[0].config_id].metrics = _final_metrics(trials, pending)
 
     @property
     def num_open(self) -> int:
-        """Points that are still to be drawn."""
+        """The number of points that remain to be drawn."""
         return max(self._sweep.num_samples - len(self._points), 0)
 
     def draw(self) -> list[TrialSpec]:
-        """The trials of the next point; none where the arm has been there."""
-        refused = None
+        """Draw a point and return its new trials: none if the arm already had the same point.
+
+        Raises:
+            UserError: if no valid point was found in `MAX_DRAWS` draws.
+        """
+        last_error: UserError | None = None
         for _ in range(MAX_DRAWS):
-            number, point = self._ask()
+            optuna_id, point = self._draw_point()
             try:
-                jobs = self._make(self.arm, point)
+                trials = self._make_trials(self.arm, point)
             except UserError as error:
-                # Each value goes with the others' first ones, but not with these.
-                self._optuna.on_trial_complete(number, error=True)
-                refused = error
+                # Each value was checked with the first values of the other fields, but not with these.
+                self._optuna.on_trial_complete(optuna_id, error=True)
+                last_error = error
                 continue
             self._points.append(point)
             files.write_json(self._file, {"points": self._points})
-            return self._follow(number, jobs)
-        raise UserError(f"sweep: {MAX_DRAWS} points in a row that no arm can be at, the last of them: {refused}")
+            return self._start_point(optuna_id, trials)
+        raise UserError(
+            f"sweep.space: arm {self.arm!r}: no valid configuration in {MAX_DRAWS} consecutive draws; remove values "
+            f"that conflict; last error: {last_error}"
+        )
 
-    def tell(self, job: TrialSpec, value: float | None) -> None:
-        """Tells what a trial reached by the validation problems; None where it failed."""
-        followed = self._followed.get(job.config_id)
-        if followed is None or job.trial_id not in followed.open:
+    def record(self, trial: TrialSpec, metric: float | None) -> None:
+        """Record the final metric of a trial; after the last seed Optuna receives the mean.
+
+        Args:
+            trial: the trial that ended.
+            metric: its last validation metric; None if it failed.
+        """
+        point_trials = self._point_trials.get(trial.config_id)
+        if point_trials is None or trial.trial_id not in point_trials.running:
             return
-        followed.open.remove(job.trial_id)
-        if value is not None and math.isfinite(value):
-            followed.reached.append(value)
-        if not followed.open:
-            for number in followed.numbers:
-                self._end(number, followed)
+        point_trials.running.remove(trial.trial_id)
+        if metric is not None and math.isfinite(metric):
+            point_trials.metrics.append(metric)
+        if not point_trials.running:
+            for optuna_id in point_trials.optuna_ids:
+                self._complete_point(optuna_id, point_trials)
 
-    def _ask(self) -> tuple[str, Hparams]:
-        number = str(self._num_asked)
-        self._num_asked += 1
-        drawn = self._optuna.suggest(number)
-        assert drawn, "Optuna always has a point"
-        return number, {path: _decoded(self._sweep.space[path], value) for path, value in drawn.items()}
+    def _draw_point(self) -> tuple[str, Hparams]:
+        optuna_id = str(self._num_drawn)
+        self._num_drawn += 1
+        encoded = self._optuna.suggest(optuna_id)
+        assert encoded, "Optuna has no limit of points"
+        return optuna_id, {path: _decode(self._sweep.space[path], value) for path, value in encoded.items()}
 
-    def _follow(self, number: str, jobs: list[TrialSpec]) -> list[TrialSpec]:
-        lesson = jobs[0].config_id
-        if before := self._followed.get(lesson):
-            # Drawn again: it is known already what it reaches, or will be.
-            before.numbers.append(number)
-            if not before.open:
-                self._end(number, before)
+    def _start_point(self, optuna_id: str, trials: list[TrialSpec]) -> list[TrialSpec]:
+        config_id = trials[0].config_id
+        if earlier := self._point_trials.get(config_id):
+            # A repeated point has the result of the first one.
+            earlier.optuna_ids.append(optuna_id)
+            if not earlier.running:
+                self._complete_point(optuna_id, earlier)
             return []
-        self._followed[lesson] = _PointTrials({job.trial_id for job in jobs}, [number])
-        return jobs
+        self._point_trials[config_id] = _PointTrials({trial.trial_id for trial in trials}, [optuna_id])
+        return trials
 
-    def _end(self, number: str, followed: "_PointTrials") -> None:
-        mean = followed.mean
-        self._optuna.on_trial_complete(number, None if mean is None else {METRIC: mean}, error=mean is None)
+    def _complete_point(self, optuna_id: str, point_trials: "_PointTrials") -> None:
+        mean = point_trials.mean
+        if mean is None:
+            self._optuna.on_trial_complete(optuna_id, None, error=True)
+        else:
+            self._optuna.on_trial_complete(optuna_id, {METRIC: mean})
 
     def _encoded(self, point: Hparams) -> Hparams:
-        return {path: _encoded(self._sweep.space[path], value) for path, value in point.items()}
+        return {path: _encode(self._sweep.space[path], value) for path, value in point.items()}
 
 
 @dataclass
 class _PointTrials:
-    """A point whose trials are under way, or were."""
+    """The trials of one point of an arm."""
 
-    open: set[str] = field(default_factory=set)
-    """Ids of its trials that are."""
-    numbers: list[str] = field(default_factory=list)
-    """What Optuna calls it: each time it was drawn."""
-    reached: list[float] = field(default_factory=list)
+    running: set[str] = field(default_factory=set)
+    """Ids of the trials that are not finished."""
+    optuna_ids: list[str] = field(default_factory=list)
+    """Optuna's ids of the point, one for each time that it was drawn."""
+    metrics: list[float] = field(default_factory=list)
+    """The final metrics of the finished trials."""
 
     @property
     def mean(self) -> float | None:
-        return sum(self.reached) / len(self.reached) if self.reached else None
+        return sum(self.metrics) / len(self.metrics) if self.metrics else None
 
 
-def _optuna(sweep: Sweep, num_drawn: int, points: list[Hparams]) -> OptunaSearch:
-    """Optuna, as Ray Tune wraps it, with points that it gives first."""
-    # What it has to say of each point is in the result table.
+def _optuna_search(sweep: Sweep, num_drawn: int, first_points: list[Hparams]) -> OptunaSearch:
+    """Return Ray Tune's wrapper of Optuna, which draws some given points first."""
+    # Optuna logs each point at level INFO; the result table shows the same.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(
-        # The same numbers again would be the same points again.
+        # With the seed of the first run, a resumed search would draw the first points again.
         seed=sweep.seed + num_drawn,
         n_startup_trials=min(STARTUP, math.ceil(STARTUP_SHARE * sweep.num_samples)),
-        # Points that are under way are kept away from.
+        # Avoids points near those that are running.
         constant_liar=True,
     )
     space = {path: variants.tune_domain(_categorical_axis(axis)) for path, axis in sweep.space.items()}
@@ -202,88 +226,104 @@ def _optuna(sweep: Sweep, num_drawn: int, points: list[Hparams]) -> OptunaSearch
         metric=METRIC,
         mode=sweep.mode,
         sampler=sampler,
-        points_to_evaluate=points or None,
+        points_to_evaluate=first_points or None,
     )
 
 
-def _final_metric(job: TrialSpec, pending: Container[str]) -> float | None:
-    value = None if job.trial_id in pending or trial_status(job) == FAILED else last_validation_metric(job)
-    return value if value is not None and math.isfinite(value) else None
+def _final_metrics(trials: Sequence[TrialSpec], pending: Container[str]) -> list[float]:
+    """Return the finite metrics of the trials that finished without failing."""
+    metrics = []
+    for trial in trials:
+        if trial.trial_id in pending or trial_status(trial) == FAILED:
+            continue
+        metric = last_validation_metric(trial)
+        if metric is not None and math.isfinite(metric):
+            metrics.append(metric)
+    return metrics
 
 
 def _categorical_axis(axis: Axis) -> Axis:
-    """Optuna's categories are strings: a list, or null, is none that it knows."""
-    return Axis(choice=tuple(_encoded(axis, value) for value in axis.choice)) if axis.choice else axis
+    """Return a choice with its values as JSON: Optuna's categories cannot be lists or None."""
+    return Axis(choice=tuple(_encode(axis, value) for value in axis.choice)) if axis.choice else axis
 
 
-def _encoded(axis: Axis, value: Any) -> Any:
+def _encode(axis: Axis, value: Any) -> Any:
     return json.dumps(value) if axis.choice else value
 
 
-def _decoded(axis: Axis, value: Any) -> Any:
+def _decode(axis: Axis, value: Any) -> Any:
     return json.loads(value) if axis.choice else value
 
 
 class TrialSearcher(Searcher):
-    """Hands trials to Ray Tune.
+    """Hands trials to Ray Tune: known trials first, then those of new points.
 
     Args:
-        known: trials to begin with.
-        jobs: trials by id, to which those of new points are added.
-        room: how many trials there is room for at a time, as things are. It is told how many are not over, as far as
-            that is known.
-        studies: the searches of the arms whose points are chosen by what earlier ones reached.
+        queue: the trials to begin with.
+        registry: the trials of the run, to which those of new points are added.
+        update_slots: returns how many trials fit now, given how many are unfinished (`TrialSlots.update`).
+        searches: the searches of the arms whose points depend on earlier results.
     """
 
     def __init__(
         self,
-        known: Sequence[TrialSpec],
-        jobs: dict[str, TrialSpec],
-        room: Callable[[float], int],
-        studies: Sequence[ArmSearch] = (),
+        queue: Iterable[TrialSpec],
+        registry: TrialRegistry,
+        update_slots: Callable[[float], int],
+        searches: Sequence[ArmSearch] = (),
     ) -> None:
         super().__init__()
-        self._jobs = jobs
-        self._room = room
-        self._queue = deque(known)
-        self._studies = {study.arm: study for study in studies}
-        self._under_way: dict[str, TrialSpec] = {}
+        self._queue = deque(queue)
+        self._registry = registry
+        self._update_slots = update_slots
+        self._searches = {search.arm: search for search in searches}
+        self._running: dict[str, TrialSpec] = {}
 
     def suggest(self, trial_id: str) -> Any:
-        """The next trial, as what Tune calls its configuration; None for not yet, or `Searcher.FINISHED`."""
-        # First of all: where nodes were lost there may be no room any more, for which nothing needs to wait.
-        if not self._queue and not self._may_draw():
+        """Return Tune's configuration of the next trial; None to wait, or `Searcher.FINISHED`.
+
+        Args:
+            trial_id: Tune's id of the trial.
+        """
+        # Before the slots: after a loss of nodes there may be none, and a finished run must not wait for them.
+        if not self._queue and not self._can_draw():
             return Searcher.FINISHED
-        if len(self._under_way) >= self._room(self._num_left()):
+        if len(self._running) >= self._update_slots(self._num_unfinished()):
             return None
         while not self._queue:
-            # In turns, so that the arms get on alike.
-            study = max(self._studies.values(), key=lambda each: each.num_open)
-            if not study.num_open:
+            # The arm with the most open points is next, so that all arms progress alike.
+            search = max(self._searches.values(), key=lambda each: each.num_open)
+            if not search.num_open:
                 return Searcher.FINISHED
-            for job in study.draw():
-                self._jobs[job.trial_id] = job
-                self._queue.append(job)
-        job = self._under_way[trial_id] = self._queue.popleft()
-        return {"trial_id": job.trial_id, "arm": job.arm_name, "seed": job.seed, **job.hparams}
+            for trial in search.draw():
+                self._registry.add(trial)
+                self._queue.append(trial)
+        trial = self._running[trial_id] = self._queue.popleft()
+        return {"trial_id": trial.trial_id, "arm": trial.arm_name, "seed": trial.seed, **trial.hparams}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tells the arm's study what a trial reached."""
-        job = self._under_way.pop(trial_id)
-        if job.arm_name in self._studies:
-            self._studies[job.arm_name].tell(job, None if error else last_validation_metric(job))
-        if left := self._num_left():
-            # What is asked of the autoscaler falls with it, when there is nothing more to hand on, too.
-            self._room(left)
+        """Record the trial's metric in its arm's search, and lower the request for nodes.
 
-    def _may_draw(self) -> bool:
-        return any(study.num_open for study in self._studies.values())
+        Args:
+            trial_id: Tune's id of the trial.
+            result: its last result.
+            error: whether it failed.
+        """
+        trial = self._running.pop(trial_id)
+        if trial.arm_name in self._searches:
+            self._searches[trial.arm_name].record(trial, None if error else last_validation_metric(trial))
+        if num_unfinished := self._num_unfinished():
+            # Tune does not call `suggest` any more after FINISHED, but the last trials need fewer nodes too.
+            self._update_slots(num_unfinished)
 
-    def _num_left(self) -> float:
-        return math.inf if self._may_draw() else len(self._queue) + len(self._under_way)
+    def _can_draw(self) -> bool:
+        return any(search.num_open for search in self._searches.values())
+
+    def _num_unfinished(self) -> float:
+        return math.inf if self._can_draw() else len(self._queue) + len(self._running)
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the points, and what the trials came to, are in the experiment's folder."""
+        """Save nothing: the experiment's folder holds the points and the results."""

@@ -1,4 +1,4 @@
-"""Finalists: which trials of a sweep are asked the test problems, chosen by the validation problems."""
+"""Select the trials of a sweep that answer the test problems, by their validation results."""
 
 from collections.abc import Sequence
 
@@ -6,26 +6,28 @@ from raykd.config.sections import Sweep
 from raykd.training.trial import TrialSpec, filter_parallel, has_adapter, last_validation_metric, rank_by_validation
 
 
-def selected_trials(jobs: Sequence[TrialSpec], sweep: Sweep | None) -> list[TrialSpec]:
-    """The trials that answer the test problems: all that have an adapter, or those at each arm's best points.
+def selected_trials(trials: Sequence[TrialSpec], sweep: Sweep | None) -> list[TrialSpec]:
+    """Return the trials to test: those with an adapter, limited to each arm's best points by `sweep.test_top_n`.
 
     Args:
-        jobs: all trials.
-        sweep: how many points of an arm go so far.
+        trials: all trials.
+        sweep: the section `sweep`; without it, or without `test_top_n`, every trial with an adapter is tested.
     """
-    complete = filter_parallel(jobs, has_adapter)
+    trained = filter_parallel(trials, has_adapter)
     if sweep is None or sweep.test_top_n is None:
-        return complete
+        return trained
     by_arm: dict[str, list[TrialSpec]] = {}
-    for job in complete:
-        by_arm.setdefault(job.arm_name, []).append(job)
-    chosen = {lesson for own in by_arm.values() for lesson in _by_score(own, sweep)[: sweep.test_top_n]}
-    return [job for job in complete if job.config_id in chosen]
+    for trial in trained:
+        by_arm.setdefault(trial.arm_name, []).append(trial)
+    selected: set[str] = set()
+    for arm_trials in by_arm.values():
+        selected.update(_ranked_config_ids(arm_trials, sweep)[: sweep.test_top_n])
+    return [trial for trial in trained if trial.config_id in selected]
 
 
-def _by_score(jobs: Sequence[TrialSpec], sweep: Sweep) -> list[str]:
-    found: dict[str, list[float]] = {}
-    for each in jobs:
-        if (value := last_validation_metric(each)) is not None:
-            found.setdefault(each.config_id, []).append(value)
-    return rank_by_validation(found, sweep.metric)
+def _ranked_config_ids(trials: Sequence[TrialSpec], sweep: Sweep) -> list[str]:
+    metrics: dict[str, list[float]] = {}
+    for trial in trials:
+        if (metric := last_validation_metric(trial)) is not None:
+            metrics.setdefault(trial.config_id, []).append(metric)
+    return rank_by_validation(metrics, sweep.metric)

@@ -1,4 +1,4 @@
-"""Tracking: the trials' curves for TensorBoard, and for MLflow or Weights & Biases where that is asked for."""
+"""Experiment trackers: the trials' curves in TensorBoard, and optionally in MLflow or Weights & Biases."""
 
 import importlib.util
 import os
@@ -17,76 +17,80 @@ from raykd.training.trial import TrialSpec
 
 
 def check_tracker(tracker: Tracker | None, folder: Path) -> None:
-    """Raises UserError where what trials are to be told to is not installed, or would write into a bucket.
+    """Raise UserError if a tracker is not installed, or would write its files into a bucket.
 
     Args:
-        tracker: who is told.
+        tracker: the tracker to log to in addition to TensorBoard; None for none.
         folder: the experiment's folder.
     """
-    needed = {"mlflow": "MLFLOW_TRACKING_URI", "wandb": "WANDB_API_KEY"}
-    if tracker and filesystem.is_remote(folder) and not os.environ.get(needed[tracker]):
+    server_variables = {"mlflow": "MLFLOW_TRACKING_URI", "wandb": "WANDB_API_KEY"}
+    if tracker and filesystem.is_remote(folder) and not os.environ.get(server_variables[tracker]):
         raise UserError(
-            f"tracking={tracker}: without a server it writes into a folder, and {folder} is in a bucket: set "
-            f"{needed[tracker]}, or leave tracking out"
+            f"tracking={tracker}: without a server it writes local files, but {folder} is in a bucket: set "
+            f"{server_variables[tracker]}, or remove tracking"
         )
     if tracker and importlib.util.find_spec(tracker) is None:
-        raise UserError(f"tracking={tracker}: {tracker} is not installed: pip install {tracker}, or leave tracking out")
+        raise UserError(f"tracking={tracker}: {tracker} is not installed: pip install {tracker}, or remove tracking")
 
 
-def tracker_callbacks(tracker: Tracker | None, folder: Path, jobs: Mapping[str, TrialSpec]) -> list[tune.Callback]:
-    """What tells others of trials.
+def tracker_callbacks(tracker: Tracker | None, folder: Path, trials: Mapping[str, TrialSpec]) -> list[tune.Callback]:
+    """Return Tune's callbacks that log the trials.
 
-    Without a word of where to, all stays below the experiment's folder: nothing goes over the network unless
-    MLFLOW_TRACKING_URI or WANDB_API_KEY says so.
+    All logs stay below the experiment's folder unless MLFLOW_TRACKING_URI or WANDB_API_KEY names a server.
 
     Args:
-        tracker: who is told besides TensorBoard.
+        tracker: the tracker to log to in addition to TensorBoard; None for none.
         folder: the experiment's folder, whose name is the experiment's.
-        jobs: the trials that are told of, by id; those that only tell again what they reached were told before.
+        trials: the trials to log, by id; replayed trials are not among them, as an earlier run logged them.
     """
-    told: list[tune.Callback] = [JsonLoggerCallback(), TBXLoggerCallback()]
+    callbacks: list[tune.Callback] = [JsonLoggerCallback(), TBXLoggerCallback()]
     if tracker == "mlflow":
         from ray.air.integrations.mlflow import MLflowLoggerCallback
 
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{ExperimentPaths(folder).mlflow_db}"
-        told.append(MLflowLoggerCallback(uri, experiment_name=folder.name))
+        callbacks.append(MLflowLoggerCallback(uri, experiment_name=folder.name))
     if tracker == "wandb":
         from ray.air.integrations.wandb import WandbLoggerCallback
 
         local = filesystem.scratch(folder)
         local.mkdir(parents=True, exist_ok=True)
-        # Ray asks for a key unless the environment says that it needs none.
+        # Ray's callback requires an API key unless WANDB_MODE is offline.
         mode = os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         project = os.environ.get("WANDB_PROJECT") or "raykd"
-        told.append(WandbLoggerCallback(project, group=folder.name, mode=mode, dir=str(local)))
-    return [_WithTrialSpecs(each, jobs) for each in told]
+        callbacks.append(WandbLoggerCallback(project, group=folder.name, mode=mode, dir=str(local)))
+    return [OnlyTrials(callback, trials) for callback in callbacks]
 
 
-class _WithTrialSpecs(tune.Callback):
-    """Passes on what concerns some trials."""
+class OnlyTrials(tune.Callback):
+    """Forwards the events of some trials to another callback.
 
-    def __init__(self, inner: tune.Callback, jobs: Mapping[str, TrialSpec]) -> None:
-        self._inner, self._jobs = inner, jobs
+    Args:
+        inner: the callback that receives the events.
+        trials: the trials whose events are forwarded, by id.
+    """
 
-    def setup(self, *told: Any, **info: Any) -> None:
-        self._inner.setup(*told, **info)
+    def __init__(self, inner: tune.Callback, trials: Mapping[str, TrialSpec]) -> None:
+        self._inner, self._trials = inner, trials
+
+    def setup(self, *args: Any, **info: Any) -> None:
+        self._inner.setup(*args, **info)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if trial.config["trial_id"] in self._jobs:
+        if trial.config["trial_id"] in self._trials:
             self._inner.on_trial_start(iteration, trials, trial, **info)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        if trial.config["trial_id"] in self._jobs:
+        if trial.config["trial_id"] in self._trials:
             self._inner.on_trial_result(iteration, trials, trial, result, **info)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if trial.config["trial_id"] in self._jobs:
+        if trial.config["trial_id"] in self._trials:
             self._inner.on_trial_complete(iteration, trials, trial, **info)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if trial.config["trial_id"] in self._jobs:
+        if trial.config["trial_id"] in self._trials:
             self._inner.on_trial_error(iteration, trials, trial, **info)
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:

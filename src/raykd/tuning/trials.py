@@ -1,6 +1,6 @@
-"""The trials of an experiment: arms x hyper-parameters x seeds."""
+"""The trials of an experiment (arms x hyper-parameters x seeds), and their registry during training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from raykd import identity
@@ -14,38 +14,71 @@ from raykd.training.trial import TrialSpec, filter_parallel, has_adapter, trial_
 from raykd.tuning.variants import Variant
 
 
+class TrialRegistry(Mapping[str, TrialSpec]):
+    """The trials that one Tune run trains, by id.
+
+    The searcher adds the trials of new points. The progress table, the trackers and the status callback only read it.
+
+    Args:
+        pending: the trials that are known before the run.
+        replayed: finished trials of the same sweep, which only report their validation results again. They are not
+            items of the mapping.
+    """
+
+    def __init__(self, pending: Iterable[TrialSpec], replayed: Iterable[TrialSpec] = ()) -> None:
+        self._trials = {trial.trial_id: trial for trial in pending}
+        self.replayed = {trial.trial_id: trial for trial in replayed}
+
+    def __getitem__(self, trial_id: str) -> TrialSpec:
+        return self._trials[trial_id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._trials)
+
+    def __len__(self) -> int:
+        return len(self._trials)
+
+    def add(self, trial: TrialSpec) -> None:
+        """Add a trial that the search created."""
+        self._trials[trial.trial_id] = trial
+
+    def all_trials(self) -> list[TrialSpec]:
+        """Return the replayed trials, then those to train."""
+        return [*self.replayed.values(), *self._trials.values()]
+
+
 def trial_specs(
     experiment: Experiment,
     variants: Sequence[Variant],
     splits: Splits,
-    asked: Mapping[str, CompletionSet | None],
-    student: Mapping[str, str],
+    completion_sets: Mapping[str, CompletionSet | None],
+    student_model: Mapping[str, str],
     same_tokens: bool,
     folder: Path,
 ) -> list[TrialSpec]:
-    """The trials of an experiment: every arm at every point with every seed.
+    """Return one trial for each variant and seed.
 
-    A trial's id ends in a hash of all that determines its adapter, so a changed setting is another trial.
+    A trial's id ends in a hash of everything that determines its adapter: a changed setting makes another trial.
 
     Args:
         experiment: the experiment.
-        variants: what is trained on.
+        variants: the arms with their hyper-parameters.
         splits: the problems.
-        asked: the completion set of each config id; None where the teacher is not asked.
-        student: what identifies the student's weights.
+        completion_sets: the completion set of each config id; None where the teacher is not used.
+        student_model: the identity of the student's weights.
         same_tokens: whether the teacher's token ids are the student's.
         folder: the experiment's folder.
     """
-    made = []
+    specs = []
     for variant in variants:
-        arm, request = variant.arm, asked[variant.config_id]
-        # A student's own answers are not there yet: what is given is what it begins with.
-        given = asked.get(f"{variant.config_id}/warmup") if arm.targets.source == "student" else request
+        arm, completions = variant.arm, completion_sets[variant.config_id]
+        # On-policy answers do not exist yet: such a student starts from the completions of its warm-up rounds.
+        initial = completion_sets.get(f"{variant.config_id}/warmup") if arm.targets.source == "student" else completions
         for seed in experiment.seeds:
-            completion_content = request.content if request else None
-            content = identity.trial(experiment, arm, seed, splits.content, completion_content, student)
+            completion_content = completions.content if completions else None
+            content = identity.trial(experiment, arm, seed, splits.content, completion_content, student_model)
             trial_id = f"{variant.arm_name}-s{seed}-{hashing.content_key(content)[:8]}"
-            made.append(
+            specs.append(
                 TrialSpec(
                     trial_id=trial_id,
                     arm_name=variant.arm_name,
@@ -53,7 +86,7 @@ def trial_specs(
                     seed=seed,
                     overrides=dict(experiment.arms[variant.arm_name]),
                     problems=splits.folder,
-                    completions=given.folder if given else None,
+                    completions=initial.folder if initial else None,
                     same_tokens=same_tokens,
                     experiment=experiment.name,
                     folder=ExperimentPaths(folder).trial(trial_id),
@@ -63,22 +96,26 @@ def trial_specs(
                     max_tokens=experiment.evaluate.sampling.max_tokens,
                 )
             )
-    return made
+    return specs
 
 
-def pending_trials(jobs: Sequence[TrialSpec], retry_failed: bool = False) -> list[TrialSpec]:
-    """The trials that have not come to their end.
+def pending_trials(trials: Sequence[TrialSpec], retry_failed: bool = False) -> list[TrialSpec]:
+    """Return the trials that are not finished.
 
     Args:
-        jobs: trials.
-        retry_failed: whether those that failed are tried again; outside a sweep they always are.
+        trials: the trials to filter.
+        retry_failed: whether failed trials of a sweep count as pending; without a sweep they always do.
     """
 
-    def is_over(job: TrialSpec) -> bool:
-        if job.sweep is None:
-            return has_adapter(job)
-        # What an earlier scheduler stopped goes to its end where there is none now.
-        stopped = {STOPPED} if job.sweep.scheduler != "none" else set()
-        return trial_status(job) in {COMPLETE} | stopped | (set() if retry_failed else {FAILED})
+    def is_pending(trial: TrialSpec) -> bool:
+        if trial.sweep is None:
+            return not has_adapter(trial)
+        finished = {COMPLETE}
+        # Without early stopping, a trial that an earlier scheduler stopped is trained to its end.
+        if trial.sweep.scheduler != "none":
+            finished.add(STOPPED)
+        if not retry_failed:
+            finished.add(FAILED)
+        return trial_status(trial) not in finished
 
-    return filter_parallel(jobs, lambda job: not is_over(job))
+    return filter_parallel(trials, is_pending)

@@ -1,4 +1,4 @@
-"""Variants: all that is trained on: every arm, at every point of the sweep where there is one."""
+"""Variants: the arms of an experiment with the hyper-parameters of a sweep's points."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,95 +16,107 @@ from raykd.config.sections import Sweep
 from raykd.storage import hashing
 
 Hparams = dict[str, Any]
-# Between an arm's name and that of a point; it is in neither.
+# Between an arm's name and a point's key; neither contains it.
 POINT_SEPARATOR = "@"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """An arm at a point of the sweep: what its trials have in common but for the seed."""
+    """An arm at a point of the sweep; its trials differ in the seed only."""
 
     arm_name: str
     arm: Arm
     hparams: Hparams = field(default_factory=dict)
-    """The searched fields by dotted path, without those that play no part in the arm."""
+    """The searched fields by dotted path, limited to those that affect the arm."""
 
     @property
     def config_id(self) -> str:
-        """What it is called."""
-        return self.arm_name + (f"{POINT_SEPARATOR}{hparams_key(self.hparams)}" if self.hparams else "")
+        """The arm's name, followed by the point's key in a sweep."""
+        return f"{self.arm_name}{POINT_SEPARATOR}{hparams_key(self.hparams)}" if self.hparams else self.arm_name
 
 
-def variants(experiment: Experiment, drawn: Mapping[str, Sequence[Hparams]]) -> list[Variant]:
-    """Every arm at every one of its points; without a sweep, as it stands.
+def variants(experiment: Experiment, points: Mapping[str, Sequence[Hparams]]) -> list[Variant]:
+    """Return every arm at each of its points; without a sweep, the arms alone.
 
-    Points that differ in nothing that bears on an arm are one to it: a search over temperatures trains an arm with hard
-    targets once.
+    Points that differ only in fields that do not affect an arm are one variant: a search over loss temperatures trains
+    an arm with hard targets once.
 
     Args:
         experiment: the experiment.
-        drawn: each arm's points (`raykd.tuning.searcher.known_points`).
+        points: each arm's points (`raykd.tuning.searcher.known_points`).
 
     Raises:
-        UserError: where a point and an arm do not go together.
+        UserError: if a point is invalid for an arm.
     """
     if experiment.sweep is None:
         return [Variant(name, experiment.arm(name)) for name in experiment.arms]
-    found = [variant_at(experiment, name, point) for name, points in drawn.items() for point in points]
-    return list({each.config_id: each for each in found}.values())
+    every = [variant_at(experiment, name, point) for name, arm_points in points.items() for point in arm_points]
+    return list({variant.config_id: variant for variant in every}.values())
 
 
 def boundary_configs(experiment: Experiment) -> list[Variant]:
-    """What bounds a search whose points are chosen by results: all that it may ask of the teacher, and the ends of the
-    other fields, one at a time.
+    """Return the bounds of a search that depends on results, for checks before it starts.
+
+    They hold every combination of the fields that affect the teacher, and the extremes of the other fields, one at a
+    time.
+
+    Args:
+        experiment: the experiment.
 
     Raises:
-        UserError: where some of it and an arm do not go together.
+        UserError: if one of them is invalid for an arm.
     """
     space = experiment.sweep.space if experiment.sweep else {}
-    asked = {path: axis.values for path, axis in space.items() if affects_teacher(path)}
-    others = {path: axis.extremes for path, axis in space.items() if path not in asked}
-    middle = {path: ends[0] for path, ends in others.items()}
-    star = [middle, *({**middle, path: end} for path, ends in others.items() for end in ends)]
-    found = [
-        {**point, **dict(zip(asked, values, strict=True))}
-        for values in itertools.product(*asked.values())
-        for point in star
+    teacher_axes = {path: axis.values for path, axis in space.items() if affects_teacher(path)}
+    other_extremes = {path: axis.extremes for path, axis in space.items() if path not in teacher_axes}
+    center = {path: extremes[0] for path, extremes in other_extremes.items()}
+    other_points = [center]
+    for path, extremes in other_extremes.items():
+        other_points += [{**center, path: value} for value in extremes]
+    points = [
+        {**point, **dict(zip(teacher_axes, values, strict=True))}
+        for values in itertools.product(*teacher_axes.values())
+        for point in other_points
     ]
-    return variants(experiment, dict.fromkeys(experiment.arms, found))
+    return variants(experiment, dict.fromkeys(experiment.arms, points))
 
 
-def variant_at(experiment: Experiment, name: str, point: Hparams) -> Variant:
-    """An arm at a point.
+def variant_at(experiment: Experiment, arm_name: str, point: Hparams) -> Variant:
+    """Return an arm at a point.
+
+    Args:
+        experiment: the experiment.
+        arm_name: the arm's name.
+        point: the searched fields by dotted path.
 
     Raises:
-        UserError: where they do not go together.
+        UserError: if the point is invalid for the arm.
     """
-    arm = experiment.arm(name, point)
-    bearing = dict(overrides.flatten(identity.effective_config(arm), ""))
-    # As they bear on it: two ways of saying one thing are one point.
-    hparams = {path: bearing[path] for path, _ in overrides.flatten(point, "") if path in bearing}
-    return Variant(name, arm, hparams)
+    arm = experiment.arm(arm_name, point)
+    effective = dict(overrides.flatten(identity.effective_config(arm), ""))
+    # Values of the effective configuration, not of the point: two spellings of one setting are one variant.
+    hparams = {path: effective[path] for path, _ in overrides.flatten(point, "") if path in effective}
+    return Variant(arm_name, arm, hparams)
 
 
 def arms_by_config_id(variants: Iterable[Variant]) -> dict[str, Arm]:
-    """What is trained on by name, and as `<name>/warmup` what those learn first that begin with something else."""
-    arms = {each.config_id: each.arm for each in variants}
-    begun = {f"{name}/warmup": arm.warmup for name, arm in arms.items() if arm.warmup}
-    return {**arms, **begun}
+    """Return the arms by config id; the warm-up of an on-policy arm has the id `<config id>/warmup`."""
+    arms = {variant.config_id: variant.arm for variant in variants}
+    warmups = {f"{config_id}/warmup": arm.warmup for config_id, arm in arms.items() if arm.warmup}
+    return {**arms, **warmups}
 
 
-def arm_of_config_id(lesson: str) -> str:
-    """The arm that a lesson is of, with `/warmup` where it is what the arm begins with."""
-    name, _, point = lesson.partition(POINT_SEPARATOR)
-    return name + "/warmup" * point.endswith("/warmup")
+def arm_of_config_id(config_id: str) -> str:
+    """Return the name of a config id's arm, followed by `/warmup` for the config id of a warm-up."""
+    name, _, point = config_id.partition(POINT_SEPARATOR)
+    return f"{name}/warmup" if point.endswith("/warmup") else name
 
 
 def random_points(sweep: Sweep) -> list[Hparams]:
-    """The points of a random search: the same for the same sweep, and for more samples the same and more."""
+    """Return the points of a random search. More samples only add points to those of fewer."""
     space = {path: tune_domain(axis) for path, axis in sweep.space.items()}
     random = np.random.default_rng(sweep.seed)
-    # One draw serves all combinations of the grids, so that they can be compared at equal values of the rest.
+    # All combinations of the grids share a draw, so that they can be compared at equal values of the other fields.
     drawn = [
         {path: _plain(value) for path, value in point.items()}
         for _ in range(sweep.num_samples)
@@ -114,7 +126,7 @@ def random_points(sweep: Sweep) -> list[Hparams]:
 
 
 def tune_domain(axis: Axis) -> Any:
-    """An axis in Ray Tune's terms."""
+    """Return an axis as a domain of Ray Tune."""
     if axis.grid:
         return tune.grid_search(axis.grid)
     if axis.choice:
@@ -123,10 +135,10 @@ def tune_domain(axis: Axis) -> Any:
         return tune.uniform(*axis.uniform)
     if axis.loguniform:
         return tune.loguniform(*axis.loguniform)
-    assert axis.randint, "an axis has one way"
+    assert axis.randint, "an axis has exactly one kind"
     return tune.randint(*axis.randint)
 
 
 def _plain(value: Any) -> Any:
-    """A value without numpy's types, which neither JSON nor pydantic takes."""
+    """Return a value as a Python type: JSON and pydantic reject numpy's types."""
     return value.item() if isinstance(value, np.generic) else value

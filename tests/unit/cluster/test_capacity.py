@@ -7,7 +7,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config
 
 from raykd.cluster import capacity, connection, nodes
-from raykd.tuning import tuner
+from raykd.tuning import slots
 
 
 def test_gpus_are_counted_by_type_too():
@@ -54,14 +54,32 @@ def test_requests_stay_within_the_autoscalers_limits(tmp_path: Path, monkeypatch
     monkeypatch.setenv("RAYKD_CLUSTER", str(tmp_path / "cluster.yaml"))
     asked: list[list[nodes.Bundle]] = []
     of_a_kind = [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:A10G": 0.001}] * 4
-    tuner.request_trial_nodes(lambda bundles: asked.append(list(bundles)), of_a_kind, 4, [], at_a_time=21)(0, 21)
+    slots.AutoscalerRequester(
+        lambda bundles: asked.append(list(bundles)),
+        trial_bundles=of_a_kind,
+        min_workers=4,
+        other_groups=[],
+        max_trials=21,
+    ).update(0, 21)
     assert asked.pop() == of_a_kind * 4
-    tuner.request_trial_nodes(lambda bundles: asked.append(list(bundles)), of_a_kind, 4, [], at_a_time=2)(0, 2)
+    slots.AutoscalerRequester(
+        lambda bundles: asked.append(list(bundles)),
+        trial_bundles=of_a_kind,
+        min_workers=4,
+        other_groups=[],
+        max_trials=2,
+    ).update(0, 2)
     assert asked.pop() == of_a_kind * 2
     # What stays up meanwhile has to have room as well.
     teacher = [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:H100": 0.001}] * 8
     anywhere = [{"CPU": 1.0, "GPU": 1.0}] * 8
-    tuner.request_trial_nodes(lambda bundles: asked.append(list(bundles)), anywhere, 8, [teacher], at_a_time=21)(0, 21)
+    slots.AutoscalerRequester(
+        lambda bundles: asked.append(list(bundles)),
+        trial_bundles=anywhere,
+        min_workers=8,
+        other_groups=[teacher],
+        max_trials=21,
+    ).update(0, 21)
     assert asked.pop() == [*teacher, *anywhere * 3]
 
 
@@ -72,7 +90,13 @@ def test_elastic_trial_requests_as_many_workers_as_the_limits_allow(tmp_path: Pa
     # There may be sixteen of them.
     of_a_kind = [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:A10G": 0.001}] * 24
     for least, expected in ((4, 16), (24, 24)):
-        tuner.request_trial_nodes(lambda bundles: asked.append(list(bundles)), of_a_kind, least, [], at_a_time=3)(0, 3)
+        slots.AutoscalerRequester(
+            lambda bundles: asked.append(list(bundles)),
+            trial_bundles=of_a_kind,
+            min_workers=least,
+            other_groups=[],
+            max_trials=3,
+        ).update(0, 3)
         assert asked.pop() == of_a_kind[:expected]
 
 
@@ -81,19 +105,19 @@ def test_without_limits_one_more_trial_is_requested(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     asked: list[int] = []
     now = [100.0]
-    monkeypatch.setattr(tuner.time, "monotonic", lambda: now[0])
-    ask_for = tuner.request_trial_nodes(
-        lambda bundles: asked.append(len(bundles)), [{"CPU": 1.0}] * 2, 2, [], at_a_time=3
+    monkeypatch.setattr(slots.time, "monotonic", lambda: now[0])
+    requester = slots.AutoscalerRequester(
+        lambda bundles: asked.append(len(bundles)), trial_bundles=[{"CPU": 1.0}] * 2, min_workers=2, max_trials=3
     )
     for room in (0, 0, 1, 1, 2, 5):
-        ask_for(room, 9)
+        requester.update(room, 9)
     assert asked == [2, 4, 6]
     # Another experiment may have asked for something else since.
     now[0] += 61
-    ask_for(5, 9)
+    requester.update(5, 9)
     assert asked == [2, 4, 6, 6]
     # Fewer than there is room for are left.
-    ask_for(5, 1)
+    requester.update(5, 1)
     assert asked == [2, 4, 6, 6, 2]
 
 

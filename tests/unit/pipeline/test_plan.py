@@ -1,4 +1,4 @@
-"""Pipeline: what does not go together is told before anything is started."""
+"""Plan and preflight: conflicts and shortages are reported before anything starts."""
 
 import shutil
 from pathlib import Path
@@ -35,7 +35,7 @@ def prepare(tmp_path: Path, **tree: Any) -> Plan:
         ({"teacher": {"model": "nowhere/at-all"}}, ["model 'nowhere/at-all'"]),
     ],
 )
-def test_what_does_not_go_together_is_refused(tmp_path: Path, tree: dict[str, Any], words: list[str]):
+def test_conflicting_settings_are_refused(tmp_path: Path, tree: dict[str, Any], words: list[str]):
     with pytest.raises(ValueError) as caught:
         prepare(tmp_path, **tree)
     for word in words:
@@ -54,10 +54,10 @@ def test_soft_targets_need_one_tokenizer(tmp_path: Path):
     student = {"model": str(other)}
     with pytest.raises(ValueError, match=r"arm 'default': soft targets need one tokenizer.*targets\.kind=hard"):
         prepare(tmp_path, student=student, targets={"kind": "top_k"})
-    assert not prepare(tmp_path, student=student, name="hard").same_tokens
+    assert not any(trial.same_tokens for trial in prepare(tmp_path, student=student, name="hard").trials)
 
 
-def test_resolve_writes_nothing_and_a_refusal_comes_before_the_first_write(tmp_path: Path):
+def test_resolve_writes_nothing(tmp_path: Path):
     (tmp_path / "storage").mkdir()
     tree: dict[str, Any] = {
         "name": "small",
@@ -69,11 +69,11 @@ def test_resolve_writes_nothing_and_a_refusal_comes_before_the_first_write(tmp_p
     plan = resolve(Experiment.model_validate(tree))
     assert list((tmp_path / "storage").iterdir()) == []
     # The same trials and completions as those of an experiment that is written.
-    ids = [job.trial_id for job in plan.jobs]
+    ids = [trial.trial_id for trial in plan.trials]
     run.start(plan, "raykd run small.yaml")
     again = resolve(Experiment.model_validate(tree))
-    assert [job.trial_id for job in again.jobs] == ids
-    assert [each.folder for each in again.requests] == [each.folder for each in plan.requests]
+    assert [trial.trial_id for trial in again.trials] == ids
+    assert [each.folder for each in again.required_sets] == [each.folder for each in plan.required_sets]
     assert (plan.problems / "train.parquet").is_file() and (plan.folder / "run.json").is_file()
     written = sorted((tmp_path / "storage").rglob("*"))
     with pytest.raises(UserError, match="2 optimizer steps"):
@@ -95,7 +95,7 @@ ON_POLICY = {"targets": {"source": "student", "kind": "top_k", "rounds": 2}, "tr
             {"CPU": 2},
             ["teacher, strategy 'none'", "of 20 prompts", "520 tokens", "raise teacher.engine"],
         ),
-        # What comes long after the teacher has answered is told before it is asked.
+        # The students answer long after the teacher, but their prompts are checked before it starts.
         (
             {"evaluate": {"engine": {"engine_kwargs": {"max_model_len": 520}}}},
             {"CPU": 2},
@@ -116,7 +116,7 @@ ON_POLICY = {"targets": {"source": "student", "kind": "top_k", "rounds": 2}, "tr
         ),
     ],
 )
-def test_what_does_not_fit_is_told_before_anything_is_started(
+def test_preflight_reports_what_does_not_fit(
     tmp_path: Path, tree: dict[str, Any], resources: dict[str, float], words: list[str]
 ):
     plan = prepare(tmp_path, **tree)
@@ -126,18 +126,29 @@ def test_what_does_not_fit_is_told_before_anything_is_started(
         assert word in str(caught.value)
 
 
+def test_preflight_reports_missing_vllm_with_the_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plan = prepare(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"teacher\.engine and evaluate\.engine: vLLM is not installed.*raykd\[gpu\]"):
+        preflight.preflight(plan, {"CPU": 4})
+    with pytest.raises(UserError, match=r"^evaluate\.engine: vLLM is not installed"):
+        preflight.preflight(plan, {"CPU": 4}, ["evaluate"])
+    # Training needs no engine.
+    preflight.preflight(plan, {"CPU": 4}, ["train"])
+
+
 def refused(plan: Plan, resources: dict[str, float]) -> list[str]:
-    """The stages that do not fit."""
-    found = []
+    """Return the stages that do not fit."""
+    stages = []
     for stage in ("generate", "train", "evaluate"):
         try:
             preflight.preflight(plan, resources, [stage])
         except ValueError:
-            found.append(stage)
-    return found
+            stages.append(stage)
+    return stages
 
 
-def test_what_fits_is_not_refused_for_a_stage_that_does_not_run(tmp_path: Path):
+def test_preflight_checks_only_the_given_stages(tmp_path: Path):
     plan = prepare(tmp_path, train={"num_workers": 4, "batch_size": 8})
     assert refused(plan, {"CPU": 4}) == []
     assert refused(plan, {"CPU": 3}) == ["train"]
@@ -145,31 +156,31 @@ def test_what_fits_is_not_refused_for_a_stage_that_does_not_run(tmp_path: Path):
     assert refused(plan, {"CPU": 1}) == ["generate", "train", "evaluate"]
 
 
-def test_a_mistake_can_be_mended_under_the_same_name(tmp_path: Path):
+def test_corrected_experiment_keeps_its_name(tmp_path: Path):
     with pytest.raises(ValueError, match="rounds=3"):
         prepare(tmp_path, targets={"source": "student", "rounds": 3}, train={"batch_size": 40})
     prepare(tmp_path, targets={"source": "student", "rounds": 2}, train={"batch_size": 40})
 
 
-def test_other_content_under_the_same_names_is_refused(tmp_path: Path):
+def test_changed_model_files_are_refused(tmp_path: Path):
     model = tmp_path / "model"
     shutil.copytree(resolve_model("raykd/demo-student"), model)
     prepare(tmp_path, student={"model": str(model)})
     prepare(tmp_path, student={"model": str(model)})
     settings = model / "config.json"
     settings.write_text(settings.read_text() + "\n")
-    with pytest.raises(ValueError, match=r"begun with other content: the student was .* name of its own"):
+    with pytest.raises(ValueError, match=r"started with other content: the student was .* name of its own"):
         prepare(tmp_path, student={"model": str(model)})
 
 
-def test_a_trial_is_another_one_only_where_something_bears_on_it(tmp_path: Path):
+def test_trial_ids_change_only_with_fields_that_affect_training(tmp_path: Path):
     def ids(**tree: Any) -> set[str]:
         arms = {
             "hard": {},
             "soft": {"targets.kind": "top_k"},
             "own": {"targets": {"source": "student", "kind": "top_k"}, "train": {"batch_size": 5}},
         }
-        return {job.trial_id for job in prepare(tmp_path, **{"arms": arms, **tree}).jobs}
+        return {trial.trial_id for trial in prepare(tmp_path, **{"arms": arms, **tree}).trials}
 
     def changed(name: str, **tree: Any) -> set[str]:
         return {trial_id.split("-")[0] for trial_id in ids(name=name, **tree) - ids()}

@@ -1,4 +1,4 @@
-"""The stages on a bucket, as far as they need no cluster: what they write and read is what a folder would hold."""
+"""The stages on a bucket, as far as they need no cluster: they read and write the same as in a folder."""
 
 import json
 import os
@@ -53,33 +53,33 @@ def copied(folder: Path, target: Path) -> None:
             (local / file.relative_to(folder)).write_bytes(file.read_bytes())
 
 
-def test_an_experiment_has_the_same_keys_and_files_wherever_it_lies(bucket: str, tmp_path: Path):
+def test_bucket_and_folder_have_the_same_keys_and_files(bucket: str, tmp_path: Path):
     remote, local = plan_in(filesystem.resolve(f"{bucket}/keys")), plan_in(tmp_path)
-    assert [each.folder.name for each in remote.requests] == [each.folder.name for each in local.requests]
-    assert [job.trial_id for job in remote.jobs] == [job.trial_id for job in local.jobs]
+    assert [each.folder.name for each in remote.required_sets] == [each.folder.name for each in local.required_sets]
+    assert [trial.trial_id for trial in remote.trials] == [trial.trial_id for trial in local.trials]
     assert names(remote.root) == names(local.root) != set()
     for split in ("train", "validation", "test"):
         tables = [files.read_table(each.problems / f"{split}.parquet") for each in (remote, local)]
         assert tables[0].equals(tables[1])
-    # What is there is found, and not made anew.
+    # Existing problems are reused.
     before = filesystem.file_states(remote.problems)
     again = plan_in(filesystem.resolve(f"{bucket}/keys"))
-    assert filesystem.file_states(again.problems) == before and again.jobs == remote.jobs
-    assert pickle.loads(pickle.dumps(remote.jobs)) == remote.jobs
+    assert filesystem.file_states(again.problems) == before and again.trials == remote.trials
+    assert pickle.loads(pickle.dumps(remote.trials)) == remote.trials
     assert not remote.is_complete() and str(remote.folder) == f"{bucket}/keys/experiments/small"
 
 
-def test_rows_to_train_on_are_the_same(bucket: str, tmp_path: Path):
+def test_bucket_and_folder_have_the_same_training_examples(bucket: str, tmp_path: Path):
     from raykd.models import loading
 
     tokenizer = loading.load_tokenizer(Student(model="raykd/demo-student"))
     plans = (plan_in(filesystem.resolve(f"{bucket}/rows")), plan_in(tmp_path))
-    jobs = [next(job for job in plan.jobs if job.arm_name == "reference") for plan in plans]
-    rows = [examples.build_examples(job.arm, job.problems, None, tokenizer, True)[0] for job in jobs]
+    trials_of_plans = [next(trial for trial in plan.trials if trial.arm_name == "reference") for plan in plans]
+    rows = [examples.build_examples(trial.arm, trial.problems, None, tokenizer, True)[0] for trial in trials_of_plans]
     assert [row.prompt_token_ids for row in rows[0]] == [row.prompt_token_ids for row in rows[1]] != []
 
 
-def test_a_report_in_a_bucket_is_that_of_a_folder(bucket: str, tmp_path: Path):
+def test_bucket_and_folder_have_the_same_report(bucket: str, tmp_path: Path):
     local, remote = (
         full_experiment(tmp_path / "mine").write(),
         filesystem.resolve(f"{bucket}/reported/experiments/mine"),
@@ -93,7 +93,7 @@ def test_a_report_in_a_bucket_is_that_of_a_folder(bucket: str, tmp_path: Path):
     assert (remote / "report.html").read_bytes().startswith(b"<!doctype html>")
 
 
-def test_two_students_of_a_bucket_are_compared(bucket: str, tmp_path: Path):
+def test_compare_reads_a_bucket(bucket: str, tmp_path: Path):
     local, remote = full_experiment(tmp_path / "mine").write(), filesystem.resolve(f"{bucket}/compared/mine")
     copied(local, remote)
     arms = list(dict.fromkeys(trial["arm"] for trial in trials(local)))[:2]
@@ -117,7 +117,7 @@ def adapter(bucket: str) -> Path:
     return made
 
 
-def test_an_adapter_is_saved_and_the_one_that_adds_nothing_is_made_of_it(adapter: Path, bucket: str):
+def test_adapter_and_null_adapter_are_saved(adapter: Path, bucket: str):
     adapters.check_adapter(adapter, 4)
     adapted = student_batch.StudentModel("trial", "arm", 0, adapter, 4)
     folder = filesystem.resolve(f"{bucket}/saved/predictions/null_adapter")
@@ -126,7 +126,7 @@ def test_an_adapter_is_saved_and_the_one_that_adds_nothing_is_made_of_it(adapter
     adapters.check_adapter(folder, 4)
 
 
-def test_the_harness_command_copies_what_it_reads(adapter: Path, bucket: str, tmp_path: Path):
+def test_lm_eval_command_copies_its_inputs(adapter: Path, bucket: str, tmp_path: Path):
     experiment = Experiment.model_validate(SMALL)
     plan, folder = plan_in(filesystem.resolve(f"{bucket}/asked")), filesystem.resolve(f"{bucket}/asked/lm_eval")
     lm_eval_task.write_task(experiment, plan.problems, folder)
@@ -141,9 +141,7 @@ def test_the_harness_command_copies_what_it_reads(adapter: Path, bucket: str, tm
     assert json.loads(words[words.index("--model_args") + 1])["peft"] == "adapter"
 
 
-def test_what_libraries_say_is_copied_at_the_end_and_nobody_elses_is_replaced(
-    bucket: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_each_process_copies_its_own_log(bucket: str, monkeypatch: pytest.MonkeyPatch):
     log = filesystem.resolve(f"{bucket}/logged/experiments/mine") / "driver.log"
     for host in ("one", "another"):
         monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
@@ -154,7 +152,7 @@ def test_what_libraries_say_is_copied_at_the_end_and_nobody_elses_is_replaced(
         assert f"said by {host}" in (log.parent / f"driver-{host}-{os.getpid()}.log").read_text()
 
 
-def test_a_fault_of_a_run_is_in_the_log_that_is_named(
+def test_traceback_is_in_the_named_log(
     bucket: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     storage_of_run = f"{bucket}/faulty"
@@ -174,7 +172,7 @@ def test_a_fault_of_a_run_is_in_the_log_that_is_named(
     assert "said by a library" in log and "Traceback" in log and "3 of 4 rows failed" in log
 
 
-def test_a_log_that_the_bucket_does_not_take_is_named_where_it_is(bucket: str, monkeypatch: pytest.MonkeyPatch):
+def test_log_stays_local_if_the_bucket_refuses_it(bucket: str, monkeypatch: pytest.MonkeyPatch):
     def refuse(*_: object) -> None:
         raise ConnectionError
 
@@ -185,7 +183,7 @@ def test_a_log_that_the_bucket_does_not_take_is_named_where_it_is(bucket: str, m
     assert not filesystem.is_remote(told) and told.read_text().endswith("Traceback\n")
 
 
-def test_all_answers_are_collected_into_one_file(place: Path):
+def test_predictions_are_collected_into_one_file(place: Path):
     rows = pa.Table.from_pylist(drawn("none", 0, 0.5, 0.5), schema=schemas.PREDICTION)
     for way in ("zero_shot_chat-1", "zero_shot_raw-2"):
         row_store.write_part(place / "predictions" / way, rows)

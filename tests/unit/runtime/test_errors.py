@@ -66,7 +66,7 @@ def test_a_fault_is_told_in_a_line_and_kept_in_the_log(tmp_path: Path, monkeypat
     assert cli.main(["run", str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path}"]) == 1
     said = capsys.readouterr().err
     log = tmp_path / "experiments" / "quickstart" / "driver.log"
-    assert told in said and str(log) in said and "the same command goes on" in said
+    assert told in said and str(log) in said and "re-run to resume" in said
     assert said.count("\n") == 1
     assert "Traceback" in log.read_text() or "ray::f" in log.read_text()
 

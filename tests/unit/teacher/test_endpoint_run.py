@@ -57,10 +57,10 @@ def at(server: FakeServer, **endpoint: Any) -> dict[str, Any]:
     return {"url": server.url, "max_retries": 0, "api_key_env": KEY_ENV, **endpoint}
 
 
-def prepared(config: Experiment) -> tuple[Plan, CompletionSet]:
-    plan = started_plan(config)
-    (completions,) = plan.requests
-    return plan, completions
+def prepared(told: Experiment) -> tuple[Plan, CompletionSet]:
+    plan = started_plan(told)
+    (request,) = plan.required_sets
+    return plan, request
 
 
 def make(plan: Plan, completions: CompletionSet) -> list[dict[str, Any]]:
@@ -128,12 +128,12 @@ def test_chat_teacher_needs_no_local_model(tmp_path: Path):
     messages = [
         prompts.teacher_messages(each, config.strategies["teacher"], config.prompt.instruction) for each in problems
     ]
-    bodies = [each.body for each in server.requests[1:]]
-    assert sorted(map(str, messages)) == sorted(str(each["messages"]) for each in bodies)
-    assert {each["model"] for each in bodies} == {"large-1"}
-    tokenizer = loading.load_tokenizer(config.student)
-    (job,) = plan.jobs
-    found, dropped = examples.build_examples(job.arm, job.problems, completions.folder, tokenizer, job.same_tokens)
+    asked = [each.body for each in elsewhere.asked[1:]]
+    assert sorted(map(str, messages)) == sorted(str(each["messages"]) for each in asked)
+    assert {each["model"] for each in asked} == {"large-1"}
+    tokenizer = loading.load_tokenizer(told.student)
+    (job,) = plan.trials
+    found, dropped = examples.build_examples(job.arm, job.problems, request.folder, tokenizer, job.same_tokens)
     said = {row["problem_id"]: row["completion"] for row in rows}
     assert len(found) == len(problems) and not dropped
     for target in found:

@@ -1,4 +1,4 @@
-"""What the user sees while trials are trained: a table on a terminal, lines in a log."""
+"""Training progress: a table on a terminal, lines in a log."""
 
 import fcntl
 import io
@@ -21,7 +21,7 @@ from runs import started_plan
 
 
 @pytest.fixture
-def jobs(tmp_path: Path) -> dict[str, TrialSpec]:
+def trials(tmp_path: Path) -> dict[str, TrialSpec]:
     tree = {
         "name": "swept",
         "storage": str(tmp_path),
@@ -32,42 +32,42 @@ def jobs(tmp_path: Path) -> dict[str, TrialSpec]:
         "sweep": {"space": {"train.learning_rate": {"grid": [0.01, 0.001, 0.0001]}}, "num_validations": 2},
     }
     plan = started_plan(Experiment.model_validate(tree))
-    return {job.trial_id: job for job in plan.jobs}
+    return {trial.trial_id: trial for trial in plan.trials}
 
 
 class Trial:
-    """What callbacks look at of a trial of Tune."""
+    """The attributes of Tune's trial that callbacks read."""
 
-    def __init__(self, job: TrialSpec) -> None:
-        self.config = {"trial_id": job.trial_id}
+    def __init__(self, trial: TrialSpec) -> None:
+        self.config = {"trial_id": trial.trial_id}
 
 
-def follow(jobs: dict[str, TrialSpec]) -> None:
+def follow(trials: dict[str, TrialSpec]) -> None:
     """One trial trains to its end, one is stopped, one has not begun."""
-    scoreboard = TrialProgressTable(jobs, len(jobs))
-    scoreboard.setup()
-    good, poor, _ = jobs.values()
+    progress_table = TrialProgressTable(trials, len(trials))
+    progress_table.setup()
+    good, poor, _ = trials.values()
     measured: dict[str, Any] = {"number": 1, "n": 10, "accuracy": 0.4}
-    for job in (good, poor):
-        scoreboard.on_trial_start(1, [], Trial(job))
-        told = {"step": 5, "steps": 10, "target_tokens": 100, "validation": measured}
-        scoreboard.on_trial_result(1, [], Trial(job), told)
+    for trial in (good, poor):
+        progress_table.on_trial_start(1, [], Trial(trial))
+        result = {"step": 5, "steps": 10, "target_tokens": 100, "validation": measured}
+        progress_table.on_trial_result(1, [], Trial(trial), result)
     write_trial_status(poor, STOPPED)
-    scoreboard.on_trial_complete(1, [], Trial(poor))
-    told = {"step": 10, "steps": 10, "target_tokens": 200, "validation": measured | {"number": 2, "accuracy": 0.9}}
-    scoreboard.on_trial_result(1, [], Trial(good), told)
+    progress_table.on_trial_complete(1, [], Trial(poor))
+    result = {"step": 10, "steps": 10, "target_tokens": 200, "validation": measured | {"number": 2, "accuracy": 0.9}}
+    progress_table.on_trial_result(1, [], Trial(good), result)
     write_trial_status(good, COMPLETE)
-    scoreboard.on_trial_complete(1, [], Trial(good))
-    scoreboard.close()
+    progress_table.on_trial_complete(1, [], Trial(good))
+    progress_table.close()
 
 
-def test_on_a_terminal_the_trials_are_a_table(jobs: dict[str, TrialSpec], monkeypatch: pytest.MonkeyPatch):
+def test_terminal_shows_a_table(trials: dict[str, TrialSpec], monkeypatch: pytest.MonkeyPatch):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 110, 0, 0))
     monkeypatch.setenv("TERM", "xterm")
     with os.fdopen(theirs, "w") as terminal:
         monkeypatch.setattr(console, "stream", lambda: terminal)
-        follow(jobs)
+        follow(trials)
         terminal.flush()
         shown = ""
         while select.select([ours], [], [], 0.2)[0]:
@@ -86,10 +86,10 @@ def test_on_a_terminal_the_trials_are_a_table(jobs: dict[str, TrialSpec], monkey
         assert all(word in line for word in words), line
 
 
-def test_in_a_log_every_end_is_a_line(jobs: dict[str, TrialSpec], monkeypatch: pytest.MonkeyPatch):
+def test_log_has_a_line_for_each_ended_trial(trials: dict[str, TrialSpec], monkeypatch: pytest.MonkeyPatch):
     log = io.StringIO()
     monkeypatch.setattr(console, "stream", lambda: log)
-    follow(jobs)
+    follow(trials)
     lines = [line for line in log.getvalue().splitlines() if "bare" in line]
     assert lines == [
         "1/3 bare, seed 0 at train.learning_rate=0.001: stopped, 40.0 % of 10 (1 of 2)",
@@ -97,15 +97,15 @@ def test_in_a_log_every_end_is_a_line(jobs: dict[str, TrialSpec], monkeypatch: p
     ]
 
 
-def test_steps_that_are_done_again_count_once(jobs: dict[str, TrialSpec], monkeypatch: pytest.MonkeyPatch):
+def test_repeated_steps_count_once(trials: dict[str, TrialSpec], monkeypatch: pytest.MonkeyPatch):
     log = io.StringIO()
     monkeypatch.setattr(console, "stream", lambda: log)
-    job = next(iter(jobs.values()))
-    scoreboard = TrialProgressTable({job.trial_id: job}, 1)
-    scoreboard.setup()
-    scoreboard.on_trial_start(1, [], Trial(job))
+    trial = next(iter(trials.values()))
+    progress_table = TrialProgressTable({trial.trial_id: trial}, 1)
+    progress_table.setup()
+    progress_table.on_trial_start(1, [], Trial(trial))
     # A worker is lost after the eighth step; the checkpoint is of the fifth.
     for step in (5, 8, 6, 9, 10):
-        scoreboard.on_trial_result(1, [], Trial(job), {"step": step, "steps": 10, "target_tokens": 20 * step})
-    scoreboard.close()
+        progress_table.on_trial_result(1, [], Trial(trial), {"step": step, "steps": 10, "target_tokens": 20 * step})
+    progress_table.close()
     assert "training: 10/10 steps" in log.getvalue().splitlines()[-1]

@@ -1,4 +1,4 @@
-"""A search that is told what earlier points reached: what it draws, notes, and draws again."""
+"""The search by Optuna: drawing points, resuming, repeated points, failures, and the order of trials."""
 
 import json
 import math
@@ -14,6 +14,7 @@ from raykd.storage import files, row_store
 from raykd.storage.schemas import COMPLETE, FAILED, STOPPED
 from raykd.training.trial import TrialSpec, write_trial_status
 from raykd.tuning.searcher import ArmSearch, TrialSearcher
+from raykd.tuning.trials import TrialRegistry
 from runs import started_plan
 
 BEST = 1e-3
@@ -33,195 +34,203 @@ def plan(folder: Path, space: dict[str, Any] = RATES, retry_failed: bool = False
     return started_plan(Experiment.model_validate(tree), retry_failed)
 
 
-def studies(plan: Plan) -> dict[str, ArmSearch]:
-    sweep, pending = plan.experiment.sweep, {job.trial_id for job in plan.pending}
+def searches(plan: Plan) -> dict[str, ArmSearch]:
+    sweep, pending = plan.experiment.sweep, {trial.trial_id for trial in plan.pending_trials()}
     assert sweep and plan.pending_search
-    make = plan.pending_search.make
+    make = plan.pending_search.make_trials
     return {name: ArmSearch(name, sweep, plan.folder, make, pending) for name in plan.experiment.arms}
 
 
-def trained(job: TrialSpec, loss: float, status: str = COMPLETE) -> float:
+def trained(trial: TrialSpec, loss: float, status: str = COMPLETE) -> float:
     """Writes what a trial came to."""
     point = {"step": 5, "loss": 1.0, "validation": {"number": 4, "n": 10, "loss": loss}}
-    files.write_text(job.folder / "metrics.jsonl", json.dumps(point) + "\n")
-    write_trial_status(job, status, "out of memory" if status == FAILED else "")
+    files.write_text(trial.folder / "metrics.jsonl", json.dumps(point) + "\n")
+    write_trial_status(trial, status, "out of memory" if status == FAILED else "")
     return loss
 
 
-def away(job: TrialSpec) -> float:
+def decades_off(trial: TrialSpec) -> float:
     """A loss that is least at the best learning rate."""
-    return abs(math.log10(job.hparams["train.learning_rate"] / BEST))
+    return abs(math.log10(trial.hparams["train.learning_rate"] / BEST))
 
 
 @pytest.mark.parametrize(("metric", "least", "most"), [("loss", 0.0, 0.8), ("accuracy", 1.6, 3.0)])
-def test_what_was_reached_draws_the_search_to_where_it_is_good(metric: str, least: float, most: float, tmp_path: Path):
-    study = studies(plan(tmp_path, num_samples=40, metric=metric))["none"]
+def test_search_converges_to_the_best_learning_rate(metric: str, least: float, most: float, tmp_path: Path):
+    search = searches(plan(tmp_path, num_samples=40, metric=metric))["none"]
     found = []
     for _ in range(40):
-        jobs = study.draw()
-        assert [job.seed for job in jobs] == [0, 1]
-        found.append(away(jobs[0]))
-        for job in jobs:
-            study.tell(job, away(job))
-    assert study.num_open == 0
+        trials = search.draw()
+        assert [trial.seed for trial in trials] == [0, 1]
+        found.append(decades_off(trials[0]))
+        for trial in trials:
+            search.record(trial, decades_off(trial))
+    assert search.num_open == 0
     # At random they are 1.3 decades away in the mean.
     assert least < sum(found[20:]) / 20 < most
 
 
-def test_a_search_goes_on_where_it_was_broken_off(tmp_path: Path):
-    begun = studies(plan(tmp_path, num_samples=4))
+def test_interrupted_search_resumes(tmp_path: Path):
+    begun = searches(plan(tmp_path, num_samples=4))
     first, second = begun["none"].draw(), begun["none"].draw()
-    for job in first:
-        trained(job, away(job))
-    trained(second[0], away(second[0]))
+    for trial in first:
+        trained(trial, decades_off(trial))
+    trained(second[0], decades_off(second[0]))
     again = plan(tmp_path, num_samples=4)
-    assert {job.trial_id for job in again.jobs} == {job.trial_id for job in [*first, *second]}
-    assert [job.trial_id for job in again.pending] == [second[1].trial_id]
+    assert {trial.trial_id for trial in again.trials} == {trial.trial_id for trial in [*first, *second]}
+    assert [trial.trial_id for trial in again.pending_trials()] == [second[1].trial_id]
     assert again.pending_search and again.pending_search.num_trials == 2 * (2 + 4)
-    study = studies(again)["none"]
-    states = [(trial.state.name, trial.params, trial.value) for trial in study._optuna._ot_study.trials]
+    search = searches(again)["none"]
+    states = [(trial.state.name, trial.params, trial.value) for trial in search._optuna._ot_study.trials]
     # The point under way is told at its end, with what its other seed had reached before.
     assert sorted(states, key=str) == [
-        ("COMPLETE", first[0].hparams, pytest.approx(away(first[0]))),
+        ("COMPLETE", first[0].hparams, pytest.approx(decades_off(first[0]))),
         ("RUNNING", second[0].hparams, None),
     ]
-    study.tell(second[1], 7.0)
-    told = [trial.value for trial in study._optuna._ot_study.trials if trial.params == second[0].hparams]
-    assert told == [pytest.approx((7.0 + away(second[0])) / 2)]
-    third = study.draw()
+    search.record(second[1], 7.0)
+    told = [trial.value for trial in search._optuna._ot_study.trials if trial.params == second[0].hparams]
+    assert told == [pytest.approx((7.0 + decades_off(second[0])) / 2)]
+    third = search.draw()
     assert third[0].hparams not in (first[0].hparams, second[0].hparams)
-    assert [len(each) for each in (study.draw(), begun["soft"].draw())] == [2, 2]
+    assert [len(each) for each in (search.draw(), begun["soft"].draw())] == [2, 2]
     over = plan(tmp_path, num_samples=2)
-    assert {job.trial_id for job in over.jobs if job.arm_name == "none"} == {job.trial_id for job in [*first, *second]}
+    assert {trial.trial_id for trial in over.trials if trial.arm_name == "none"} == {
+        trial.trial_id for trial in [*first, *second]
+    }
 
 
-def test_another_search_has_points_of_its_own(tmp_path: Path):
-    studies(plan(tmp_path))["none"].draw()
-    assert len(plan(tmp_path, num_samples=20, test_top_n=1).jobs) == 2
-    assert plan(tmp_path, seed=1).jobs == []
-    assert plan(tmp_path, space={"train.learning_rate": {"loguniform": [1e-5, 1e-2]}}).jobs == []
+def test_changed_search_settings_start_a_new_search(tmp_path: Path):
+    searches(plan(tmp_path))["none"].draw()
+    assert len(plan(tmp_path, num_samples=20, test_top_n=1).trials) == 2
+    assert plan(tmp_path, seed=1).trials == []
+    assert plan(tmp_path, space={"train.learning_rate": {"loguniform": [1e-5, 1e-2]}}).trials == []
 
 
-def test_a_point_that_is_drawn_again_is_not_trained_again(tmp_path: Path):
+def test_repeated_point_is_not_trained_again(tmp_path: Path):
     # Lists and null are no categories of Optuna's own.
     space = {"student.lora.target_modules": {"choice": [["q_proj"], ["q_proj", "v_proj"]]}}
     some = plan(tmp_path, space, num_samples=6)
-    study = studies(some)["none"]
-    drawn = [study.draw() for _ in range(6)]
-    new = [jobs for jobs in drawn if jobs]
-    assert sorted(jobs[0].arm.student.lora.target_modules for jobs in new) == [("q_proj",), ("q_proj", "v_proj")]
-    for jobs in new:
-        for job in jobs:
-            study.tell(job, trained(job, 0.25))
-    assert [(trial.state.name, trial.value) for trial in study._optuna._ot_study.trials] == [("COMPLETE", 0.25)] * 6
-    assert len(plan(tmp_path, space, num_samples=6).jobs) == 4
+    search = searches(some)["none"]
+    drawn = [search.draw() for _ in range(6)]
+    new = [trials for trials in drawn if trials]
+    assert sorted(trials[0].arm.student.lora.target_modules for trials in new) == [("q_proj",), ("q_proj", "v_proj")]
+    for trials in new:
+        for trial in trials:
+            search.record(trial, trained(trial, 0.25))
+    assert [(trial.state.name, trial.value) for trial in search._optuna._ot_study.trials] == [("COMPLETE", 0.25)] * 6
+    assert len(plan(tmp_path, space, num_samples=6).trials) == 4
 
 
-def test_a_seed_that_failed_is_not_counted_and_a_point_that_failed_is_told_so(tmp_path: Path):
+def test_failed_seeds_are_excluded_from_the_mean(tmp_path: Path):
     some = plan(tmp_path, num_samples=3)
-    study = studies(some)["none"]
-    half, whole = study.draw(), study.draw()
-    study.tell(half[0], trained(half[0], 0.5))
-    for job in (half[1], *whole):
-        trained(job, 0.1, FAILED)
-        study.tell(job, None)
-    for each in (study, studies(plan(tmp_path, num_samples=3))["none"]):
+    search = searches(some)["none"]
+    half, whole = search.draw(), search.draw()
+    search.record(half[0], trained(half[0], 0.5))
+    for trial in (half[1], *whole):
+        trained(trial, 0.1, FAILED)
+        search.record(trial, None)
+    for each in (search, searches(plan(tmp_path, num_samples=3))["none"]):
         trials = each._optuna._ot_study.trials
         assert sorted((trial.state.name, trial.value) for trial in trials) == [("COMPLETE", 0.5), ("FAIL", None)]
     # What is tried again is under way again.
-    trials = studies(plan(tmp_path, num_samples=3, retry_failed=True))["none"]._optuna._ot_study.trials
+    trials = searches(plan(tmp_path, num_samples=3, retry_failed=True))["none"]._optuna._ot_study.trials
     assert [trial.state.name for trial in trials] == ["RUNNING", "RUNNING"]
 
 
-def test_a_point_that_no_arm_can_be_at_is_passed_over(tmp_path: Path):
+def test_invalid_points_are_skipped(tmp_path: Path):
     # Each goes with the first of the others: renormalised at any temperature, one bucket at 1.
     space = {
         "loss.missing_mass": {"choice": ["renormalize", "bucket"]},
         "loss.temperature": {"choice": [1.0, 2.0, 4.0]},
         **RATES,
     }
-    study = studies(plan(tmp_path, space, num_samples=8))["soft"]
-    drawn = [study.draw() for _ in range(8)]
-    states = [trial.state.name for trial in study._optuna._ot_study.trials]
+    search = searches(plan(tmp_path, space, num_samples=8))["soft"]
+    drawn = [search.draw() for _ in range(8)]
+    states = [trial.state.name for trial in search._optuna._ot_study.trials]
     assert "FAIL" in states, "none of them was drawn: the test shows nothing"
     assert all(
-        jobs[0].arm.loss.missing_mass == "renormalize" or jobs[0].arm.loss.temperature == 1 for jobs in drawn if jobs
+        trials[0].arm.loss.missing_mass == "renormalize" or trials[0].arm.loss.temperature == 1
+        for trials in drawn
+        if trials
     )
-    assert len(plan(tmp_path, space, num_samples=8).jobs) == 2 * len({jobs[0].config_id for jobs in drawn if jobs})
+    assert len(plan(tmp_path, space, num_samples=8).trials) == 2 * len(
+        {trials[0].config_id for trials in drawn if trials}
+    )
 
 
-def test_a_trial_that_diverged_does_not_end_the_search(tmp_path: Path):
-    study = studies(plan(tmp_path, num_samples=3))["none"]
-    for job in study.draw():
-        study.tell(job, trained(job, math.nan, STOPPED))
-    again = studies(plan(tmp_path, num_samples=3))["none"]
-    for each in (study, again):
+def test_diverged_trial_does_not_end_the_search(tmp_path: Path):
+    search = searches(plan(tmp_path, num_samples=3))["none"]
+    for trial in search.draw():
+        search.record(trial, trained(trial, math.nan, STOPPED))
+    again = searches(plan(tmp_path, num_samples=3))["none"]
+    for each in (search, again):
         assert [trial.state.name for trial in each._optuna._ot_study.trials] == ["FAIL"]
 
 
-def test_tune_is_handed_what_is_known_and_then_new_points_arm_by_arm(tmp_path: Path):
+def test_known_trials_come_first_then_new_points_of_each_arm(tmp_path: Path):
     some = plan(tmp_path, num_samples=2)
-    known = studies(some)["soft"].draw()
+    known = searches(some)["soft"].draw()
     some = plan(tmp_path, num_samples=2)
-    jobs = {job.trial_id: job for job in some.pending}
-    room = 0
-    search = TrialSearcher(some.pending, jobs, lambda left: room, list(studies(some).values()))
-    assert search.suggest("0") is None
-    room = 1
-    handed = []
-    while (config := search.suggest(str(len(handed)))) != Searcher.FINISHED:
-        assert config and search.suggest("not yet") in (None, Searcher.FINISHED)
-        handed.append(config)
-        trained(jobs[config["trial_id"]], 0.5)
-        search.on_trial_complete(str(len(handed) - 1), {"loss": 0.1})
-    room = 0
-    assert search.suggest("none is left") == Searcher.FINISHED, "a cluster that shrank is not waited for"
-    assert [each["trial_id"] for each in handed[:2]] == [job.trial_id for job in known]
-    assert [each["arm"] for each in handed] == ["soft", "soft", "none", "none", "none", "none", "soft", "soft"]
-    assert [each["seed"] for each in handed] == [0, 1] * 4
-    assert all(1e-6 <= each["train.learning_rate"] <= 1e-1 for each in handed)
+    registry = TrialRegistry(some.pending_trials())
+    num_slots = 0
+    searcher = TrialSearcher(
+        some.pending_trials(), registry, lambda num_unfinished: num_slots, list(searches(some).values())
+    )
+    assert searcher.suggest("0") is None
+    num_slots = 1
+    suggested = []
+    while (config := searcher.suggest(str(len(suggested)))) != Searcher.FINISHED:
+        assert config and searcher.suggest("not yet") in (None, Searcher.FINISHED)
+        suggested.append(config)
+        trained(registry[config["trial_id"]], 0.5)
+        searcher.on_trial_complete(str(len(suggested) - 1), {"loss": 0.1})
+    num_slots = 0
+    assert searcher.suggest("none is left") == Searcher.FINISHED, "a finished search must not wait for slots"
+    assert [each["trial_id"] for each in suggested[:2]] == [trial.trial_id for trial in known]
+    assert [each["arm"] for each in suggested] == ["soft", "soft", "none", "none", "none", "none", "soft", "soft"]
+    assert [each["seed"] for each in suggested] == [0, 1] * 4
+    assert all(1e-6 <= each["train.learning_rate"] <= 1e-1 for each in suggested)
     over = plan(tmp_path, num_samples=2)
-    assert over.pending_search is None and not over.pending and len(over.jobs) == 8
+    assert over.pending_search is None and not over.pending_trials() and len(over.trials) == 8
 
 
-def test_no_more_room_is_asked_for_than_trials_are_left(tmp_path: Path):
+def test_slots_are_requested_for_unfinished_trials_only(tmp_path: Path):
     some = plan(tmp_path, num_samples=2)
-    jobs = {job.trial_id: job for job in some.pending}
-    told: list[float] = []
+    registry = TrialRegistry(some.pending_trials())
+    requested: list[float] = []
 
-    def room(left: float) -> int:
-        told.append(left)
+    def update_slots(num_unfinished: float) -> int:
+        requested.append(num_unfinished)
         return 3
 
-    search = TrialSearcher(studies(some)["soft"].draw() * 2, jobs, room)
-    assert [bool(search.suggest(str(number))) for number in range(4)] == [True, True, True, False]
+    searcher = TrialSearcher(searches(some)["soft"].draw() * 2, registry, update_slots)
+    assert [bool(searcher.suggest(str(number))) for number in range(4)] == [True, True, True, False]
     for number in range(3):
-        search.on_trial_complete(str(number), {"loss": 0.1})
-    assert search.suggest("3") and search.suggest("4") == Searcher.FINISHED
-    search.on_trial_complete("3", {"loss": 0.1})
-    # It falls with the last ones, when there is nothing more to hand on, too.
-    assert told == [4, 4, 4, 4, 3, 2, 1, 1]
+        searcher.on_trial_complete(str(number), {"loss": 0.1})
+    assert searcher.suggest("3") and searcher.suggest("4") == Searcher.FINISHED
+    searcher.on_trial_complete("3", {"loss": 0.1})
+    # The request shrinks with the last trials, although the queue is empty by then.
+    assert requested == [4, 4, 4, 4, 3, 2, 1, 1]
 
 
-def test_the_teacher_is_asked_beforehand_for_whatever_may_be_drawn(tmp_path: Path):
+def test_completion_sets_cover_every_point_of_the_search(tmp_path: Path):
     space = {
         "prompt.strategy": {"choice": ["none", "teacher", "confidence"]},
         "targets.top_k": {"randint": [2, 5]},
         **RATES,
     }
     some = plan(tmp_path, space, num_samples=1)
-    assert {(request.strategy_name, request.top_k) for request in some.requests} == {
+    assert {(request.strategy_name, request.top_k) for request in some.required_sets} == {
         ("none", 4),
         ("teacher", 4),
         ("confidence", 4),
     }
-    for request in some.requests:
+    for request in some.required_sets:
         files.write_json(request.folder / row_store.MANIFEST, {"content": request.content})
-    folders = {request.folder for request in some.requests}
-    assert all(job.completions in folders for study in studies(some).values() for job in study.draw())
+    folders = {request.folder for request in some.required_sets}
+    assert all(trial.completions in folders for search in searches(some).values() for trial in search.draw())
 
 
-def test_an_arm_in_rounds_cannot_be_searched_by_results(tmp_path: Path):
+def test_on_policy_arm_cannot_be_searched_with_optuna(tmp_path: Path):
     tree = TREE | {"arms": {"own": {"targets.source": "student"}}}
     with pytest.raises(ValueError, match=r"arm 'own' has targets\.source=student.*sweep\.search=random"):
         Experiment.model_validate(tree | {"sweep": {"search": "optuna", "scheduler": "none", "space": RATES}})

@@ -1,4 +1,4 @@
-"""What a sweep decides: who is stopped, who is asked the test problems, and what a trial came to."""
+"""Decisions of a sweep: early stopping, the trials to test, and the status of each trial."""
 
 import json
 from dataclasses import dataclass
@@ -34,14 +34,14 @@ def plan(folder: Path, retry_failed: bool = False, **tree: Any) -> Plan:
     return started_plan(experiment, retry_failed)
 
 
-def measured(job: TrialSpec, *reached: float, status: str = COMPLETE) -> None:
+def measured(trial: TrialSpec, *reached: float, status: str = COMPLETE) -> None:
     """Writes what a trial reached each time it was measured."""
     points = [
         {"step": 5 * number, "loss": 1.0, "validation": {"number": number, "n": 10, "correct": 10 * r, "accuracy": r}}
         for number, r in enumerate(reached, start=1)
     ]
-    files.write_text(job.folder / "metrics.jsonl", "".join(json.dumps(point) + "\n" for point in points))
-    write_trial_status(job, status, "out of memory" if status == FAILED else "")
+    files.write_text(trial.folder / "metrics.jsonl", "".join(json.dumps(point) + "\n" for point in points))
+    write_trial_status(trial, status, "out of memory" if status == FAILED else "")
 
 
 @dataclass(eq=False)
@@ -70,7 +70,7 @@ def stopped(told: Sweep, reached: dict[str, list[float]]) -> dict[str, int]:
 
 @pytest.mark.parametrize("scheduler", ["asha", "median"])
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
-def test_a_trial_is_stopped_for_being_worse_than_others_of_its_arm(scheduler: str, metric: str):
+def test_trial_is_stopped_if_worse_than_others_of_its_arm(scheduler: str, metric: str):
     told = Sweep.model_validate({"scheduler": scheduler, "metric": metric})
     good = [[0.5, 0.6, 0.7, 0.8], [0.5, 0.6, 0.7, 0.9], [0.4, 0.6, 0.7, 0.9]]
     bad = [[0.01, 0.02, 0.02, 0.03], [0.01, 0.02, 0.03, 0.04], [0.0, 0.02, 0.03, 0.04]]
@@ -93,56 +93,56 @@ def test_nobody_is_stopped_at_the_end_nor_without_a_scheduler():
 
 
 def test_what_came_to_its_end_is_not_trained_again(tmp_path: Path):
-    first, second, third, *_ = jobs = plan(tmp_path).jobs
+    first, second, third, *_ = trials = plan(tmp_path).trials
     measured(first, 0.5, 0.6)
     measured(second, 0.1, status=STOPPED)
     measured(third, 0.2, status=FAILED)
-    assert [job.trial_id for job in plan(tmp_path).pending] == [job.trial_id for job in jobs[3:]]
-    again = plan(tmp_path, retry_failed=True).pending
-    assert [job.trial_id for job in again] == [third.trial_id, *(job.trial_id for job in jobs[3:])]
+    assert [trial.trial_id for trial in plan(tmp_path).pending_trials()] == [trial.trial_id for trial in trials[3:]]
+    again = plan(tmp_path, retry_failed=True).pending_trials()
+    assert [trial.trial_id for trial in again] == [third.trial_id, *(trial.trial_id for trial in trials[3:])]
     told = files.read_json(third.folder / "trial.json")
     assert (told["status"], told["error"], told["adapter"]) == (FAILED, "out of memory", None)
     assert told["validation"] == {"number": 1, "n": 10, "correct": 2.0, "accuracy": 0.2}
     assert list(told["hparams"]) == ["train.learning_rate"]
 
 
-def test_how_long_answers_may_be_makes_other_trials_only_where_they_are_measured(tmp_path: Path):
+def test_max_tokens_changes_trial_ids_only_where_accuracy_is_measured(tmp_path: Path):
     def ids(metric: str, max_tokens: int) -> list[str]:
         told = {"sweep": TREE["sweep"] | {"metric": metric}, "evaluate": {"sampling": {"max_tokens": max_tokens}}}
-        return [job.trial_id for job in plan(tmp_path / metric / str(max_tokens), **told).jobs]
+        return [trial.trial_id for trial in plan(tmp_path / metric / str(max_tokens), **told).trials]
 
     assert ids("loss", 64) == ids("loss", 65)
     assert not set(ids("accuracy", 64)) & set(ids("accuracy", 65))
 
 
-def test_what_failed_outside_a_sweep_is_tried_again(tmp_path: Path):
-    job, *_ = plan(tmp_path, sweep=None).jobs
-    write_trial_status(job, FAILED, "out of memory")
-    assert job.trial_id in {each.trial_id for each in plan(tmp_path, sweep=None).pending}
+def test_failed_trial_without_sweep_is_pending(tmp_path: Path):
+    trial, *_ = plan(tmp_path, sweep=None).trials
+    write_trial_status(trial, FAILED, "out of memory")
+    assert trial.trial_id in {each.trial_id for each in plan(tmp_path, sweep=None).pending_trials()}
 
 
-def test_finalists_are_each_arms_best_points_by_validation(tmp_path: Path):
+def test_selected_trials_are_the_best_points_of_each_arm(tmp_path: Path):
     some = plan(tmp_path, seeds=[0, 1], sweep=TREE["sweep"] | {"test_top_n": 1})
     by_arm: dict[str, dict[str, list[TrialSpec]]] = {}
-    for job in some.jobs:
-        by_arm.setdefault(job.arm_name, {}).setdefault(job.config_id, []).append(job)
+    for trial in some.trials:
+        by_arm.setdefault(trial.arm_name, {}).setdefault(trial.config_id, []).append(trial)
     for of_arm in by_arm.values():
         steady, lucky, halved, failed = of_arm.values()
-        for job, reached in zip([*steady, *lucky], (0.6, 0.6, 0.9, 0.2), strict=True):
-            measured(job, 0.0, reached)
+        for trial, reached in zip([*steady, *lucky], (0.6, 0.6, 0.9, 0.2), strict=True):
+            measured(trial, 0.0, reached)
         # Of two seeds one was stopped: what is left is no match for points that both seeds came through.
         measured(halved[0], 0.0, 0.95)
         measured(halved[1], 0.0, status=STOPPED)
-        for job in failed:
-            measured(job, 0.99, status=FAILED)
-    chosen = {job.config_id for job in selection.selected_trials(some.jobs, some.experiment.sweep)}
+        for trial in failed:
+            measured(trial, 0.99, status=FAILED)
+    chosen = {trial.config_id for trial in selection.selected_trials(some.trials, some.experiment.sweep)}
     assert chosen == {next(iter(of_arm)) for of_arm in by_arm.values()}
-    assert len(some.eval_models) == 1 + 2 * 2
-    everyone = selection.selected_trials(some.jobs, Sweep())
+    assert len(some.eval_models()) == 1 + 2 * 2
+    everyone = selection.selected_trials(some.trials, Sweep())
     assert len(everyone) == 2 * 5
 
 
-def test_the_teacher_is_asked_for_all_points_before_any_is_trained(tmp_path: Path):
+def test_completion_sets_cover_all_points(tmp_path: Path):
     space = {
         "prompt.strategy": {"grid": ["teacher", "confidence"]},
         "targets.top_k": {"grid": [4, 8]},
@@ -150,64 +150,67 @@ def test_the_teacher_is_asked_for_all_points_before_any_is_trained(tmp_path: Pat
     }
     arms = {"soft": {"targets.kind": "top_k"}, "hard": {}}
     some = plan(tmp_path, arms=arms, sweep={"space": space, "num_samples": 3})
-    assert len(some.jobs) == 3 * 4 + 3 * 2
-    assert [(request.strategy_name, request.top_k) for request in some.requests] == [("teacher", 8), ("confidence", 8)]
-    assert {job.completions for job in some.jobs} == {request.folder for request in some.requests}
-    assert [teaching.arms for teaching in some.teacher_usages] == [["soft", "hard"], ["soft", "hard"]]
+    assert len(some.trials) == 3 * 4 + 3 * 2
+    assert [(each.strategy_name, each.top_k) for each in some.required_sets] == [
+        ("teacher", 8),
+        ("confidence", 8),
+    ]
+    assert {trial.completions for trial in some.trials} == {each.folder for each in some.required_sets}
+    assert [usage.arms for usage in some.teacher_usages] == [["soft", "hard"], ["soft", "hard"]]
 
 
-def test_of_points_that_are_as_good_the_one_that_is_tested_is_the_one_that_is_reported(tmp_path: Path):
+def test_tied_points_are_tested_and_reported_alike(tmp_path: Path):
     rates = {"train.learning_rate": {"grid": [0.001 * number for number in range(1, 13)]}}
     some = plan(tmp_path, sweep={"space": rates, "num_samples": 1, "test_top_n": 1})
-    for job in some.jobs:
-        measured(job, 0.2, 0.5)
-    chosen = [job.trial_id for job in selection.selected_trials(some.jobs, some.experiment.sweep)]
+    for trial in some.trials:
+        measured(trial, 0.2, 0.5)
+    chosen = [trial.trial_id for trial in selection.selected_trials(some.trials, some.experiment.sweep)]
     best = {trial.trial_id for arm in read_results(some.folder).arms for trial in arm.trials}
     assert len(chosen) == 2 and best == set(chosen)
 
 
-def test_points_that_look_alike_are_not_one(tmp_path: Path):
+def test_points_with_close_values_stay_separate(tmp_path: Path):
     rates = {"train.learning_rate": {"grid": [0.00100001, 0.00100002, 0.00100003]}}
     some = plan(tmp_path, sweep={"space": rates, "num_samples": 1})
-    for job in some.jobs:
-        measured(job, 0.2, 0.5)
+    for trial in some.trials:
+        measured(trial, 0.2, 0.5)
     results = read_results(some.folder)
     assert [len(arm.trials) for arm in results.arms] == [1, 1]
     assert {row[3] for row in best_points(results).rows} == {"3"}
 
 
-def test_what_was_stopped_goes_to_its_end_where_nobody_is_stopped(tmp_path: Path):
-    job, *_ = plan(tmp_path).jobs
-    measured(job, 0.1, status=STOPPED)
-    assert job.trial_id not in {each.trial_id for each in plan(tmp_path).pending}
+def test_stopped_trial_is_pending_without_a_scheduler(tmp_path: Path):
+    trial, *_ = plan(tmp_path).trials
+    measured(trial, 0.1, status=STOPPED)
+    assert trial.trial_id not in {each.trial_id for each in plan(tmp_path).pending_trials()}
     unstopped = TREE["sweep"] | {"scheduler": "none"}
-    assert job.trial_id in {each.trial_id for each in plan(tmp_path, sweep=unstopped).pending}
+    assert trial.trial_id in {each.trial_id for each in plan(tmp_path, sweep=unstopped).pending_trials()}
 
 
 @pytest.mark.parametrize("scheduler", ["asha", "median", "none"])
-def test_a_trial_that_diverged_is_ended(scheduler: str):
+def test_diverged_trial_is_stopped(scheduler: str):
     told = Sweep.model_validate({"scheduler": scheduler, "metric": "loss"})
     reached = {"a0": [2.0, 1.5, 1.2, 1.0], "a1": [1.9, float("nan"), float("nan")]}
     assert stopped(told, reached) == {"a1": 2}
 
 
-def test_where_primes_are_searched_no_arm_is_the_unprimed_one_by_chance(tmp_path: Path):
+def test_searched_strategy_does_not_make_an_arm_the_baseline(tmp_path: Path):
     """Which strategy an arm's last trial had decides nothing."""
     space = {"prompt.strategy": {"grid": ["none", "teacher", "confidence"]}}
     arms = {"hard": {}, "soft": {"targets.kind": "top_k"}}
     some = plan(tmp_path, arms=arms, sweep={"space": space, "num_samples": 1})
     for number in range(3):
-        for job in some.jobs:
-            good = job.hparams["prompt.strategy"] == ("none", "teacher", "confidence")[number]
-            measured(job, 0.1, 0.9 if good else 0.2)
+        for trial in some.trials:
+            good = trial.hparams["prompt.strategy"] == ("none", "teacher", "confidence")[number]
+            measured(trial, 0.1, 0.9 if good else 0.2)
         kinds = {arm.name: arm.kind for arm in read_results(some.folder).arms}
         assert kinds["hard"] == "baseline" and kinds["soft"] != "baseline"
 
 
-def test_a_search_without_a_point_yet_has_nothing_to_report(tmp_path: Path):
+def test_search_without_points_has_nothing_to_report(tmp_path: Path):
     some = plan(tmp_path)
-    for job in some.jobs:
-        measured(job, 0.2, 0.5)
+    for trial in some.trials:
+        measured(trial, 0.2, 0.5)
     searched = plan(tmp_path, sweep=TREE["sweep"] | {"search": "optuna", "metric": "loss"})
     with pytest.raises(ValueError, match="nothing to report yet"):
         read_results(searched.folder)

@@ -1,4 +1,4 @@
-"""A sweep's points: drawn by Tune, the same for every arm, and refused where they go with nothing."""
+"""A sweep's points: random draws shared by all arms, and the configurations that are refused."""
 
 import json
 import math
@@ -33,28 +33,28 @@ def experiment(space: dict[str, Any], **sweep: Any) -> Experiment:
     return Experiment.model_validate(TREE | {"sweep": {"space": space, **sweep}})
 
 
-def found(space: dict[str, Any], **sweep: Any) -> list[Variant]:
-    return everywhere(experiment(space, **sweep))
+def random_variants(space: dict[str, Any], **sweep: Any) -> list[Variant]:
+    return all_variants(experiment(space, **sweep))
 
 
-def everywhere(experiment: Experiment) -> list[Variant]:
-    """Every arm at every point of a random search."""
+def all_variants(experiment: Experiment) -> list[Variant]:
+    """Return every arm at every point of a random search."""
     drawn = random_points(experiment.sweep) if experiment.sweep else []
     return variants(experiment, dict.fromkeys(experiment.arms, drawn))
 
 
-def of_arm(variants: list[Variant], arm: str) -> list[Variant]:
+def variants_of(variants: list[Variant], arm: str) -> list[Variant]:
     return [each for each in variants if each.arm_name == arm]
 
 
-def test_without_a_sweep_there_are_the_arms():
+def test_variants_without_a_sweep_are_the_arms():
     both = variants(Experiment.model_validate(TREE), {})
     assert [(each.config_id, each.hparams) for each in both] == [("hard", {}), ("soft", {})]
 
 
-def test_every_arm_is_trained_at_the_same_points():
-    drawn = found(SPACE, num_samples=5)
-    hard, soft = of_arm(drawn, "hard"), of_arm(drawn, "soft")
+def test_all_arms_share_their_points():
+    drawn = random_variants(SPACE, num_samples=5)
+    hard, soft = variants_of(drawn, "hard"), variants_of(drawn, "soft")
     assert len(soft) == 10, "five points, each with both values of the grid"
     shared = {json.dumps({k: v for k, v in each.hparams.items() if k != "loss.temperature"}) for each in soft}
     assert {json.dumps(each.hparams) for each in hard} == shared
@@ -86,21 +86,23 @@ def test_loguniform_is_uniform_in_the_logarithm():
     assert distance < 1.95 / math.sqrt(400)
 
 
-def test_the_same_sweep_draws_the_same_and_a_larger_one_adds_to_it():
-    few, same, more = (found(SPACE, num_samples=n) for n in (3, 3, 6))
+def test_more_samples_add_points_to_the_same_ones():
+    few, same, more = (random_variants(SPACE, num_samples=n) for n in (3, 3, 6))
     assert [each.config_id for each in few] == [each.config_id for each in same]
     assert {each.config_id for each in few} < {each.config_id for each in more}
-    assert {each.config_id for each in few}.isdisjoint(each.config_id for each in found(SPACE, num_samples=3, seed=1))
+    assert {each.config_id for each in few}.isdisjoint(
+        each.config_id for each in random_variants(SPACE, num_samples=3, seed=1)
+    )
 
 
-def test_a_field_that_plays_no_part_makes_no_trials():
-    drawn = found({"loss.temperature": {"grid": [1, 2, 3]}})
-    assert [each.hparams for each in of_arm(drawn, "hard")] == [{}]
-    assert [each.hparams for each in of_arm(drawn, "soft")] == [{"loss.temperature": value} for value in (1, 2, 3)]
+def test_fields_without_effect_make_no_variants():
+    drawn = random_variants({"loss.temperature": {"grid": [1, 2, 3]}})
+    assert [each.hparams for each in variants_of(drawn, "hard")] == [{}]
+    assert [each.hparams for each in variants_of(drawn, "soft")] == [{"loss.temperature": value} for value in (1, 2, 3)]
 
 
-def test_lessons_are_found_back():
-    named = arms_by_config_id(found(SPACE, num_samples=2))
+def test_arm_of_config_id():
+    named = arms_by_config_id(random_variants(SPACE, num_samples=2))
     assert {arm_of_config_id(name) for name in named} == {"hard", "soft"}
     assert arm_of_config_id("own@0123abcd/warmup") == "own/warmup"
     assert arm_of_config_id("own/warmup") == "own/warmup"
@@ -142,46 +144,48 @@ def test_lessons_are_found_back():
         ({"num_sample": 3}, ["sweep.num_sample: unknown key", "'num_samples'"]),
     ],
 )
-def test_a_mistake_is_told_with_its_place(sweep: dict[str, Any], words: list[str], tmp_path: Path):
+def test_invalid_sweep_is_reported_with_its_path(sweep: dict[str, Any], words: list[str], tmp_path: Path):
     file = tmp_path / "swept.yaml"
     file.write_text(json.dumps(TREE | {"sweep": sweep}))
     with pytest.raises(ValueError) as caught:
-        everywhere(load_experiment(file))
+        all_variants(load_experiment(file))
     for word in words:
         assert word in str(caught.value)
 
 
-def test_a_sweep_needs_validation_problems():
-    problems = {"source": "demo", "num_train": 8, "num_test": 2}
-    with pytest.raises(ValueError, match=r"set problems\.num_validation"):
-        Experiment.model_validate(TREE | {"sweep": {}, "problems": problems})
+def test_sweep_needs_validation_problems():
+    dataset = {"source": "demo", "num_train": 8, "num_test": 2}
+    with pytest.raises(ValueError, match=r"set dataset\.num_validation"):
+        Experiment.model_validate(TREE | {"sweep": {}, "dataset": dataset})
 
 
-def test_who_learns_from_its_own_answers_is_not_stopped_early():
+def test_on_policy_arm_cannot_be_stopped_early():
     arms = {"own": {"targets.source": "student"}}
     with pytest.raises(ValueError, match=r"arm 'own' has targets\.source=student.*sweep\.scheduler=none"):
         Experiment.model_validate(TREE | {"sweep": {}, "arms": arms})
     Experiment.model_validate(TREE | {"sweep": {"scheduler": "none"}, "arms": arms})
 
 
-def test_what_does_not_go_together_at_a_point_is_told_with_the_point():
+def test_invalid_point_is_reported_with_its_values():
     space = {"train.zero_stage": {"grid": [2, 0]}, "train.dtype": {"grid": ["float32", "bfloat16"]}}
     with pytest.raises(
         ValueError, match=r"arm 'hard' at train\.zero_stage=0, train\.dtype=.?bfloat16.?: .*zero_stage=0 with dtype"
     ):
-        found(space)
+        random_variants(space)
 
 
-def test_two_ways_of_saying_one_thing_are_one_point():
-    drawn = found({"loss.divergence": {"grid": [None, "forward_kl"]}, "train.learning_rate": {"grid": [1, 1.0]}})
-    assert [each.hparams for each in of_arm(drawn, "soft")] == [
+def test_equal_settings_are_one_variant():
+    drawn = random_variants(
+        {"loss.divergence": {"grid": [None, "forward_kl"]}, "train.learning_rate": {"grid": [1, 1.0]}}
+    )
+    assert [each.hparams for each in variants_of(drawn, "soft")] == [
         {"loss.divergence": "forward_kl", "train.learning_rate": 1.0}
     ]
 
 
-def test_how_the_teacher_answers_is_searched_where_it_answers():
+def test_teacher_sampling_is_searched_only_where_it_generates():
     tree = TREE | {"arms": {"taught": {}, "reference": {"targets.source": "reference"}}}
     space = {"teacher.sampling.temperature": {"grid": [0.0, 0.7]}, "teacher.num_samples": {"grid": [1]}}
-    found = everywhere(Experiment.model_validate(tree | {"sweep": {"space": space, "num_samples": 1}}))
-    assert [each.hparams.get("teacher.sampling.temperature") for each in of_arm(found, "taught")] == [0.0, 0.7]
-    assert [each.hparams for each in of_arm(found, "reference")] == [{}]
+    every = all_variants(Experiment.model_validate(tree | {"sweep": {"space": space, "num_samples": 1}}))
+    assert [each.hparams.get("teacher.sampling.temperature") for each in variants_of(every, "taught")] == [0.0, 0.7]
+    assert [each.hparams for each in variants_of(every, "reference")] == [{}]
