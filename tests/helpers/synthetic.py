@@ -73,7 +73,7 @@ class Experiment:
             "seeds": [0],
             "demonstration": False,
             "completions": [],
-            "dataset": {"source": "gsm8k", "num_train": 500, "num_validation": 0, "num_test": NUM_TEST},
+            "problems": {"source": "gsm8k", "num_train": 500, "num_validation": 0, "num_test": NUM_TEST},
             "stages": {"generate": 812.4, "train": 4210.0, "evaluate": 95.2},
         } | run
 
@@ -157,7 +157,7 @@ def write_json_into(path: Path, value) -> None:
 
 def full_experiment(folder: Path, num_test: int = NUM_TEST) -> Experiment:
     """The base student, reference, none, three primes, a control and a failed trial, two seeds each."""
-    run = {"seeds": [0, 1], "demonstration": True, "dataset": {"source": "demo", "num_test": num_test}}
+    run = {"seeds": [0, 1], "demonstration": True, "problems": {"source": "demo", "num_test": num_test}}
     experiment = Experiment(folder, **run)
     experiment.rows += drawn(BASE, 0, 0.35, 0.3, num_test)
     arms = {

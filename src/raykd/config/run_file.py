@@ -21,7 +21,7 @@ class TeacherCounts(TypedDict, total=False):
 
     strategy: str
     teacher: str
-    sequence: str
+    source: str
     content_keys: list[str]
     arms: list[str]
     num_samples: int

@@ -14,7 +14,7 @@ def against(arms: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, str]
         for name, (strategy, more) in arms.items()
     }
     found = baselines(overrides, {name: strategy for name, (strategy, _) in arms.items()})
-    return {name: baseline.arm + ("" if baseline.prime_alone else "+") for name, baseline in found.items()}
+    return {name: baseline.arm + ("" if baseline.only_prompt_differs else "+") for name, baseline in found.items()}
 
 
 def test_an_arm_stands_against_the_one_that_differs_in_the_prime_alone():

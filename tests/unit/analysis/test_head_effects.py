@@ -57,7 +57,7 @@ def test_of_heads_that_differ_by_chance_one_experiment_in_twenty_finds_any(probl
         if kind == "skewed":
             # Weights have long tails: two students that look alike have the same ones.
             arm, base = rng.lognormal(sigma=1.5, size=(2, problems, 200))
-        clear.append(difference(arm, base, seed=number).is_clear.any())
+        clear.append(difference(arm, base, seed=number).is_significant.any())
     # 3 of 60 expected; 9 or more would come up in one of 500 tests, were that true.
     assert sum(clear) < 9, sum(clear)
 
@@ -72,13 +72,13 @@ def test_of_heads_that_go_with_being_right_by_chance_one_experiment_in_twenty_fi
         # Problems that one student has right are easy for the other too.
         other = np.where(rng.random(100) < 0.8, right, rng.random(100) < 0.1).astype(float)
         values = [rng.normal(size=(100, 100)) for _ in range(2)]
-        clear.append(correlation(values, [right, other], seed=number).is_clear.any())
+        clear.append(correlation(values, [right, other], seed=number).is_significant.any())
     assert sum(clear) < 9, sum(clear)
 
 
 def test_of_heads_that_go_with_accuracy_by_chance_one_experiment_in_twenty_finds_any():
     rng = np.random.default_rng(5)
-    clear = [across_arms(rng.normal(size=(7, 100)), rng.random(7), seed=n).is_clear.any() for n in range(60)]
+    clear = [across_arms(rng.normal(size=(7, 100)), rng.random(7), seed=n).is_significant.any() for n in range(60)]
     assert sum(clear) < 9, sum(clear)
 
 
@@ -87,9 +87,9 @@ def test_a_head_that_differs_is_found_among_many():
     noise = rng.normal(size=(100, 64))
     noise[:, 17] += 1.0
     found = difference(noise, np.zeros_like(noise))
-    assert found.is_clear[17]
+    assert found.is_significant[17]
     assert found.p[17] == pytest.approx(1 / 2001)
-    assert found.is_clear.sum() <= 2
+    assert found.is_significant.sum() <= 2
 
 
 def test_a_head_that_never_moves_is_not_told_from_chance():
@@ -99,12 +99,12 @@ def test_a_head_that_never_moves_is_not_told_from_chance():
 
 def test_a_head_that_moves_on_every_problem_alike_is_clear():
     found = difference(np.tile([0.75, 0.25], (30, 1)), np.full((30, 2), 0.25))
-    assert found.is_clear.tolist() == [True, False]
+    assert found.is_significant.tolist() == [True, False]
 
 
 def test_of_few_problems_there_is_a_mean_and_nothing_else():
     found = difference(np.ones((FEWEST_PROBLEMS - 1, 2)), np.zeros((FEWEST_PROBLEMS - 1, 2)))
-    assert (found.value == 1).all() and np.isnan(found.p).all() and not found.is_clear.any()
+    assert (found.value == 1).all() and np.isnan(found.p).all() and not found.is_significant.any()
 
 
 def test_a_correlation_is_the_mean_of_the_students_own_by_what_there_is_to_explain():
@@ -139,8 +139,8 @@ def test_a_head_that_goes_with_being_right_is_found_among_many():
     values = [rng.normal(size=(100, 50)) for _ in range(2)]
     right = [(each[:, 8] + 0.7 * rng.normal(size=100) > 0).astype(float) for each in values]
     found = correlation(values, right)
-    assert found.is_clear[8] and found.low[8] > 0.4
-    assert found.is_clear.sum() <= 2
+    assert found.is_significant[8] and found.low[8] > 0.4
+    assert found.is_significant.sum() <= 2
 
 
 def test_across_arms_it_is_pearson_s_with_fisher_s_interval_and_a_permutation_test():

@@ -51,7 +51,7 @@ def test_answers_that_failed_have_no_vote_and_no_length():
         answer(2, "3", num_tokens=30, finish_reason="length", completion="a b c d a b c d a b c d"),
     ]
     found = compute_scores(rows)
-    assert (found.n, found.errors, found.samples) == (2, 1, 1)
+    assert (found.n, found.errors, found.num_samples) == (2, 1, 1)
     assert found.tokens.value == 20
     assert found.truncated.value == 0.5
     # Nine runs of four words, four of them different.
@@ -60,9 +60,9 @@ def test_answers_that_failed_have_no_vote_and_no_length():
 
 def test_accuracy_among_answers_in_form_counts_those_problems_alone():
     found = compute_scores([answer(1, "1"), answer(2, None), answer(3, "4"), answer(4, "4", seed=1)])
-    assert found.answer_in_form.value == pytest.approx(3 / 4)
-    assert found.right_in_form.value == pytest.approx(2 / 3)
-    assert (found.right_in_form.low, found.right_in_form.high) == pytest.approx(wilson_interval(2, 3))
+    assert found.format_rate.value == pytest.approx(3 / 4)
+    assert found.accuracy_given_format.value == pytest.approx(2 / 3)
+    assert (found.accuracy_given_format.low, found.accuracy_given_format.high) == pytest.approx(wilson_interval(2, 3))
 
 
 def test_the_interval_of_a_mean_is_over_problems():

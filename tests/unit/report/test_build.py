@@ -143,9 +143,9 @@ def test_differences_against_pairs_counted_anew(tmp_path: Path) -> None:
 def test_pooled_interval_counts_problems_and_not_seeds(tmp_path: Path) -> None:
     results = write_report(full_experiment(tmp_path).write())
     arm = results.arm("ground_truth")
-    assert arm is not None and (arm.measured.n, arm.measured.num_problems) == (2 * NUM_TEST, NUM_TEST)
-    bounds = arm.measured.strict.low, arm.measured.strict.high
-    assert bounds == pytest.approx(wilson_by_bisection(arm.measured.strict.value or 0, NUM_TEST), abs=1e-9)
+    assert arm is not None and (arm.scores.n, arm.scores.num_problems) == (2 * NUM_TEST, NUM_TEST)
+    bounds = arm.scores.strict.low, arm.scores.strict.high
+    assert bounds == pytest.approx(wilson_by_bisection(arm.scores.strict.value or 0, NUM_TEST), abs=1e-9)
 
 
 def test_page_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_trials_of_an_earlier_configuration_are_left_out(tmp_path: Path) -> None
     (tmp_path / "trials" / "teacher-3").mkdir()
     results = write_report(experiment.write())
     assert [trial.trial_id for trial in results.trials] == ["none-0"]
-    assert results.arms[0].measured.n == 60
+    assert results.arms[0].scores.n == 60
     assert results.notes == ["Excluded, of an earlier configuration of this experiment: 1 trial (none-7)"]
 
 
