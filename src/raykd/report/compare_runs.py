@@ -88,7 +88,7 @@ def _summary(left: Side, right: Side, pairs: list[tuple[Row, Row]], column: str,
     )
     comparison = compare_pairs(left.label, Baseline(right.label, only_prompt_differs=False), by_problem)
     yield (
-        f"  difference {points(comparison.difference)} points (95 % interval {points_interval(comparison)}; "
+        f"  difference {points(comparison.difference)} points (95 % confidence interval {points_interval(comparison)}; "
         f"{test_name(comparison)} {p_with_relation(comparison.p)})"
     )
 

@@ -59,7 +59,8 @@ def _accuracy(results: Results) -> Figure | None:
     return _forest(
         "accuracy",
         "Accuracy by arm",
-        "Seeds are pooled. Lines are 95 % intervals and short ticks are single seeds. The n of an interval is the "
+        "Seeds are pooled. Lines are 95 % confidence intervals and short ticks are single seeds. The n of an interval "
+        "is the "
         "number of problems, because every seed answers the same ones; variation between training seeds is not in it.",
         rows,
         axis=_share_axis(rows),
@@ -79,7 +80,7 @@ def _differences(results: Results) -> Figure | None:
     return _forest(
         "differences",
         "Differences from the baseline",
-        "Lines are 95 % intervals of the paired difference.",
+        "Lines are 95 % confidence intervals of the paired difference.",
         rows,
         axis=axis_over([0, *_bounds(rows)], -100, 100),
         symbols=(_STRICT, _FLEXIBLE),
@@ -166,7 +167,7 @@ def _scatter(
     symbols = [_STRICT.symbol, _FLEXIBLE.symbol]
     content, height = scatter_plot(points, x, y, symbols, keys, (x_title, "Accuracy, %"))
     words = "; ".join(point.text for point in points)
-    return Figure(name, title, "Lines are 95 % intervals.", f"{x_title}: {words}", height, content)
+    return Figure(name, title, "Lines are 95 % confidence intervals.", f"{x_title}: {words}", height, content)
 
 
 def _training(results: Results) -> Figure | None:

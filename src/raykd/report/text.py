@@ -115,7 +115,7 @@ def answer(results: Results) -> Answer:
     if comparison is None or baseline is None:
         return Answer(
             (
-                f"{first} (strict match, 95 % interval {interval(accuracy)}).",
+                f"{first} (strict match, 95 % confidence interval {interval(accuracy)}).",
                 "The effect of the prompt cannot be estimated: no unprimed arm with the same seed and problems matches "
                 "this one in all other settings.",
             ),
@@ -129,7 +129,8 @@ def answer(results: Results) -> Answer:
         ),
         figure=points(comparison.difference),
         figure_caption=(
-            f"percentage points: “{best.name}” against “{baseline.name}”; 95 % interval {points_interval(comparison)}"
+            f"percentage points: “{best.name}” against “{baseline.name}”; 95 % confidence interval "
+            f"{points_interval(comparison)}"
         ),
         remarks=_remarks(results, comparison, len(primed)),
     )
@@ -143,7 +144,7 @@ def _answer_without_primed(results: Results) -> Answer:
     sentence = (
         f"The student of arm “{arm.name}” answers {percent(arm.scores.strict.value)} % of "
         f"{amount(arm.scores.num_problems)} test problems correctly "
-        f"(strict match, 95 % interval {interval(arm.scores.strict)})."
+        f"(strict match, 95 % confidence interval {interval(arm.scores.strict)})."
     )
     return Answer(
         (sentence, "The effect of the prompt cannot be estimated: no arm with a primed teacher has predictions."),
@@ -157,14 +158,14 @@ def _verdict(comparison: Comparison, num_comparisons: int) -> str:
         tests += f", {p_with_relation(comparison.p_holm)} corrected for {num_comparisons} comparisons"
     difference = (
         f"The difference of {points(comparison.difference)} percentage points "
-        f"(95 % interval {points_interval(comparison)}; {tests})"
+        f"(95 % confidence interval {points_interval(comparison)}; {tests})"
     )
     if comparison.is_significant and comparison.difference > 0:
         return f"{difference} is statistically significant."
     if comparison.is_significant:
         return f"{difference} is statistically significant: priming the teacher reduced the student's accuracy."
     if comparison.low <= 0 <= comparison.high:
-        return f"{difference} is not statistically significant (the 95 % interval includes 0)."
+        return f"{difference} is not statistically significant (the 95 % confidence interval includes 0)."
     return f"{difference} is not statistically significant (the corrected p is 0.05 or more)."
 
 
@@ -185,7 +186,7 @@ def _remarks(results: Results, strict: Comparison, num_primed: int) -> list[str]
     if flexible is not None:
         remark = (
             f"By flexible extract (the last number in the answer, in any format), the difference is "
-            f"{points(flexible.difference)} percentage points (95 % interval {points_interval(flexible)})."
+            f"{points(flexible.difference)} percentage points (95 % confidence interval {points_interval(flexible)})."
         )
         if strict.is_significant and not flexible.is_significant:
             remark += " The effect may therefore be one of answer format alone."
@@ -201,7 +202,7 @@ def _remarks(results: Results, strict: Comparison, num_primed: int) -> list[str]
             remarks.append(
                 f"The control arm “{arm.name}”, whose teacher received another problem's answer, differs from "
                 f"“{comparison.baseline.arm}” by {points(comparison.difference)} percentage points "
-                f"(95 % interval {points_interval(comparison)})."
+                f"(95 % confidence interval {points_interval(comparison)})."
             )
     seeds = {trial.seed for arm in results.arms if arm.name == strict.arm for trial in arm.trials}
     if len(seeds) == 1:

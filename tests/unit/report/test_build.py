@@ -219,15 +219,15 @@ def two_arms(folder: Path, only_primed: int, only_none: int, both: int, neither:
     [
         ((40, 5, 30, 25), "is statistically significant.", "+35.0"),
         ((5, 40, 30, 25), "priming the teacher reduced the student's accuracy", "−35.0"),
-        ((9, 7, 50, 34), "is not statistically significant (the 95 % interval includes 0)", "+2.0"),
-        ((0, 0, 50, 50), "is not statistically significant (the 95 % interval includes 0)", "0.0"),
+        ((9, 7, 50, 34), "is not statistically significant (the 95 % confidence interval includes 0)", "+2.0"),
+        ((0, 0, 50, 50), "is not statistically significant (the 95 % confidence interval includes 0)", "0.0"),
     ],
 )
 def test_the_answer_is_worded_by_its_tests(tmp_path: Path, counts, words: str, figure: str) -> None:
     found = answer(write_report(two_arms(tmp_path, *counts).write()))
     assert words in found.sentences[1]
     assert found.figure == figure
-    assert "95 % interval" in found.sentences[1] and "McNemar p" in found.sentences[1]
+    assert "95 % confidence interval" in found.sentences[1] and "McNemar p" in found.sentences[1]
     assert ("is statistically significant" in found.sentences[1]) == ("is not" not in words)
     page = Page((tmp_path / "report.html").read_text())
     assert found.sentences[1] in page.text
