@@ -3,7 +3,8 @@
     python benchmarks/sweep.py [--runs 12]
 
 Both cover twelve points of learning rate and rank with the built-in models. The sweep generates completions once,
-trains in parallel where resources allow, and evaluates all students in one engine. The runs repeat everything. With fewer `--runs` the time of all twelve is extrapolated, and the table says so.
+trains in parallel where resources allow, and evaluates all students in one engine. The runs repeat everything.
+With fewer `--runs` the time of all twelve is extrapolated, and the table says so.
 """
 
 import itertools

@@ -175,7 +175,7 @@ def test_page_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
     ]
 
 
-def test_what_comes_from_outside_is_escaped(tmp_path: Path) -> None:
+def test_external_text_is_escaped(tmp_path: Path) -> None:
     experiment = Experiment(tmp_path, name=SCRIPT, command=f"raykd run {SCRIPT}", versions={SCRIPT: SCRIPT})
     arm = f"arm|{SCRIPT}"
     bad = {"question": f"{SCRIPT} | how many?", "completion": f"{SCRIPT}\n#### 1"}
@@ -384,5 +384,5 @@ def test_examples_show_where_arms_differ(tmp_path: Path) -> None:
         (p_value(1.0), "1.00"),
     ],
 )
-def test_numbers_are_written_to_be_read(text: str, expected: str) -> None:
+def test_numbers_are_formatted_for_readers(text: str, expected: str) -> None:
     assert text == expected

@@ -64,7 +64,7 @@ def add(experiment: Experiment, arm: str, point: int, rate: float, seed: int) ->
     assert read_json(folder / trial_id / "trial.json")["trial_id"] == trial_id
 
 
-def test_each_arm_is_at_its_best_point_by_validation_and_not_by_test(results: Results):
+def test_best_point_is_selected_by_validation_metric(results: Results):
     best = {arm.name: {trial.values["train.learning_rate"] for trial in arm.trials} for arm in results.arms[1:]}
     assert best == {"none": {1e-3}, "teacher": {1e-4}}
     assert [(arm.name, arm.scores.n) for arm in results.arms] == [(BASE, 60), ("none", 120), ("teacher", 120)]
@@ -77,7 +77,7 @@ def test_each_arm_is_at_its_best_point_by_validation_and_not_by_test(results: Re
     assert "500 rows" in table.note and "12 trials" in table.note
 
 
-def test_arms_are_compared_at_their_best_and_at_equal_points(results: Results):
+def test_arms_are_compared_at_best_and_equal_points(results: Results):
     rows = {trial.trial_id: trial for trial in results.trials}
     of_best = next(c for c in results.strict if c.arm == "teacher")
     assert of_best.num_pairs == 2 * 60
@@ -96,7 +96,7 @@ def test_arms_are_compared_at_their_best_and_at_equal_points(results: Results):
     assert row[:2] == ["teacher", "none"]
 
 
-def test_the_tables_hold_every_trial(results: Results, tmp_path: Path):
+def test_tables_have_every_trial(results: Results, tmp_path: Path):
     with (tmp_path / "results.csv").open() as file:
         written = list(csv.DictReader(file))
     paths = ["train.learning_rate", "student.lora.r"]
@@ -122,11 +122,11 @@ def test_the_tables_hold_every_trial(results: Results, tmp_path: Path):
         assert "Best point of each arm" in text and "Differences at equal points" in text and "All trials" in text
 
 
-def test_what_was_stopped_is_not_called_missing(results: Results):
+def test_stopped_trials_are_not_noted_as_missing(results: Results):
     assert results.notes == []
 
 
-def test_points_are_named_by_the_last_word_where_that_is_enough(results: Results):
+def test_point_text_uses_last_part_of_unambiguous_paths(results: Results):
     values = {"train.learning_rate": 0.00012345, "student.lora.r": 4}
     assert point_text(results, values) == "learning_rate 0.000123, r 4"
     assert point_text(results, {}) == "–"
