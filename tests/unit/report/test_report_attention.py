@@ -37,7 +37,7 @@ def test_table_gives_base_mean_and_differences(results: Results):
     assert attention.changed_heads(results.attention).rows[0][first] in ("0↑ 0↓", "1↑ 0↓", "0↑ 1↓")
 
 
-def test_the_strongest_head_is_named(results: Results):
+def test_correctness_table_names_strongest_head(results: Results):
     assert results.attention
     table = attention.correctness(results.attention)
     assert len(table.rows) == 8
@@ -47,7 +47,7 @@ def test_the_strongest_head_is_named(results: Results):
     assert "5 students" in table.note and "3 arms" in table.note
 
 
-def test_the_files_hold_every_head(results: Results):
+def test_csv_files_have_every_head(results: Results):
     assert results.attention
     with (results.folder / "attention.csv").open() as file:
         rows = list(csv.DictReader(file))
