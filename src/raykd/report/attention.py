@@ -93,15 +93,14 @@ def correctness(attention: AttentionResults) -> Table:
             "Significant heads",
         ],
         rows,
-        "Answers are scored by flexible extract, so that the answer format plays no part. By problem: Pearson's r of a "
-        f"head's statistic with the correctness of the student's answer, over {num_problems} problems. It is averaged "
-        f"over {num_students} students, weighted by the variance of each student's correctness; p is from a "
+        "Answers are scored by flexible extract, so that the answer format plays no part. By problem: Pearson's r of "
+        f"a head's statistic with the correctness of the student's answer, over {num_problems} problems. It is "
+        f"averaged over {num_students} students, weighted by the variance of each student's correctness; p is from a "
         "permutation test over problems. By arm: r of an arm's mean statistic with its accuracy, over "
-        f"{amount(attention.num_arms)} arms, including the base student; p is from a permutation test over arms, which "
-        "needs at least five arms. Brackets are 95 % confidence intervals of the single head. p is corrected for the "
-        "number of "
-        "heads, but not for the number of statistics. Significant heads have p < 0.05. Layers and heads are counted "
-        "from 0. A correlation is no evidence that a head causes correct answers.",
+        f"{amount(attention.num_arms)} arms, including the base student; p is from a permutation test over arms, "
+        "which needs at least five arms. Brackets are 95 % confidence intervals of the single head. p is corrected "
+        "for the number of heads, but not for the number of statistics. Significant heads have p < 0.05. Layers and "
+        "heads are counted from 0. A correlation is no evidence that a head causes correct answers.",
         text_columns=(0, 1, 5),
     )
 

@@ -59,9 +59,9 @@ def _accuracy(results: Results) -> Figure | None:
     return _forest(
         "accuracy",
         "Accuracy by arm",
-        "Seeds are pooled. Lines are 95 % confidence intervals and short ticks are single seeds. The n of an interval "
-        "is the "
-        "number of problems, because every seed answers the same ones; variation between training seeds is not in it.",
+        "Seeds are pooled. Lines are 95 % confidence intervals and short ticks are single seeds. The n of an "
+        "interval is the number of problems, because every seed answers the same ones; variation between training "
+        "seeds is not in it.",
         rows,
         axis=_share_axis(rows),
         symbols=(_STRICT, _FLEXIBLE),

@@ -46,9 +46,8 @@ def result(results: Results) -> Table:
     ]
     note = (
         f"Students were {results.evaluation}. Accuracy is in percent with its 95 % Wilson confidence interval. Strict "
-        "match "
-        "scores the number after “####” and flexible extract the last number, both as lm-evaluation-harness does for "
-        "gsm8k. Predictions with errors are excluded from n."
+        "match scores the number after “####” and flexible extract the last number, both as lm-evaluation-harness "
+        "does for gsm8k. Predictions with errors are excluded from n."
     )
     if results.arm(BASE):
         note += f" Arm “{BASE}” is the base student without an adapter."
@@ -121,12 +120,11 @@ def differences(results: Results) -> Table:
             "Problems",
         ],
         rows,
-        "The baseline is the unprimed arm that matches in all other settings; † marks a baseline that differs in more "
-        "than the prompt. Pairs have the same problem, seed and sample. Confidence intervals are 95 % and from a "
-        "paired "
-        "bootstrap over problems. p is on strict match: exact McNemar test, or a sign-flip test of problem means where "
-        "a problem has several pairs. p (Holm) is corrected for all rows of this table. Variation between training "
-        "seeds is included only as far as there are several seeds.",
+        "The baseline is the unprimed arm that matches in all other settings; † marks a baseline that differs in "
+        "more than the prompt. Pairs have the same problem, seed and sample. Confidence intervals are 95 % and from "
+        "a paired bootstrap over problems. p is on strict match: exact McNemar test, or a sign-flip test of problem "
+        "means where a problem has several pairs. p (Holm) is corrected for all rows of this table. Variation "
+        "between training seeds is included only as far as there are several seeds.",
         text_columns=(0, 1),
     )
 
@@ -154,11 +152,10 @@ def form(results: Results) -> Table:
         ],
         rows,
         "Seeds are pooled; intervals are 95 % confidence intervals. The format rate is the share of answers with a "
-        "number after “####”. "
-        "Accuracy given format is strict accuracy among those answers. Truncated answers reached the token limit. "
-        "Repeated 4-grams are the mean share of an answer's sequences of four words that occurred in it before. If the "
-        "format rate rises and neither flexible accuracy nor accuracy given format does, the arm has learned the "
-        "answer format rather than better reasoning.",
+        "number after “####”. Accuracy given format is strict accuracy among those answers. Truncated answers "
+        "reached the token limit. Repeated 4-grams are the mean share of an answer's sequences of four words that "
+        "occurred in it before. If the format rate rises and neither flexible accuracy nor accuracy given format "
+        "does, the arm has learned the answer format rather than better reasoning.",
         share_columns=(1, 2, 3, 4, 5),
     )
 
