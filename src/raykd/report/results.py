@@ -183,7 +183,7 @@ def _baselines(trials: list[TrialResult], sweep: Mapping[str, Any] | None) -> di
     by_arm = {trial.arm: trial for trial in trials if trial.arm != BASE}
     overrides = {name: trial.overrides for name, trial in by_arm.items()}
     # Where the strategy is searched, an arm is neither primed nor unprimed.
-    is_searched = bool(sweep) and "prompt.strategy" in (sweep.get("space") or {})
+    is_searched = sweep is not None and "prompt.strategy" in (sweep.get("space") or {})
     return baselines(overrides, {name: "" if is_searched else trial.strategy for name, trial in by_arm.items()})
 
 
