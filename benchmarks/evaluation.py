@@ -1,9 +1,9 @@
-"""Evaluation: many adapters in one engine against an engine for each of them.
+"""Evaluation: many adapters in one engine, compared with one engine for each adapter.
 
     python benchmarks/evaluation.py [--adapters 16] [--problems 64] [--rounds 1]
 
-The built-in student with random adapters. Ours is raykd's evaluation, Ray's start included; the peer is offline vLLM,
-a process for each adapter, one after another, with its start-up as users have it.
+The student is the built-in one with random adapters. raykd's time includes the start of Ray. The peer is offline vLLM
+with a process for each adapter, one after another, start-up included.
 """
 
 import json
@@ -13,10 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import bench
-import peer
 import torch
 
+from lib import bench, peer
 from raykd.cluster.connection import connected
 from raykd.cluster.engine import engine_settings
 from raykd.cluster.resources import resolve_accelerator
@@ -28,7 +27,7 @@ from raykd.models import loading
 from raykd.models.builtin import resolve_model
 from raykd.training import student
 
-OURS, PEER = "one engine", "an engine each"
+OURS, PEER = "one engine for all adapters", "one engine per adapter"
 
 
 def main() -> int:
@@ -36,21 +35,21 @@ def main() -> int:
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument("--problems", type=int, default=64)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="bench") as made:
-        folder = Path(made)
+    with tempfile.TemporaryDirectory(prefix="bench") as temporary:
+        folder = Path(temporary)
         file = folder / "experiment.yaml"
         file.write_text(json.dumps(experiment_of(options)))
         experiment = load_experiment(file, [f"storage={folder}"])
         splits = datasets.write_splits(experiment.dataset, folder)
-        eval_models = [eval_model(experiment, number, folder) for number in range(options.adapters)]
+        eval_models = [random_student(experiment, number, folder) for number in range(options.adapters)]
         sides = {
             OURS: lambda: one_engine(eval_models, experiment, splits, folder),
-            PEER: lambda: an_engine_each(eval_models, experiment, splits, folder),
+            PEER: lambda: one_engine_each(eval_models, experiment, splits, folder),
         }
-        measured = bench.by_turns(sides, options.rounds)
+        measured = bench.alternate(sides, options.rounds)
     ratio = bench.ratios(measured, PEER, OURS, "seconds")
     rows: dict[str, dict[str, Any]] = {**bench.medians(measured)}
-    rows["times as fast"] = {"seconds": f"{ratio[0]:.1f}"}
+    rows["speed-up"] = {"seconds": f"{ratio[0]:.1f}"}
     bench.table(f"{options.adapters} adapters, {options.problems} problems each", rows)
     bench.write(options.out, options=vars(options), measured=measured, ratio=ratio)
     return 0
@@ -68,8 +67,8 @@ def experiment_of(options: Any) -> dict[str, Any]:
     }
 
 
-def eval_model(experiment: Experiment, number: int, folder: Path) -> student_batch.StudentModel:
-    """A student with an adapter that nobody trained."""
+def random_student(experiment: Experiment, number: int, folder: Path) -> student_batch.StudentModel:
+    """Return a student with a random adapter."""
     model: Any = student.add_lora(
         loading.load_base_model(experiment.student, torch.float32), experiment.student, number
     )
@@ -79,7 +78,7 @@ def eval_model(experiment: Experiment, number: int, folder: Path) -> student_bat
                 parameter.normal_(0, 0.01)
     adapter = folder / f"adapter-{number}"
     student.save_adapter(model, adapter, experiment.student, write=True)
-    return student_batch.StudentModel(f"student-{number}", "drawn", number, adapter, experiment.student.lora.r)
+    return student_batch.StudentModel(f"student-{number}", "random", number, adapter, experiment.student.lora.r)
 
 
 def one_engine(
@@ -100,7 +99,7 @@ def one_engine(
     return {"seconds": time.monotonic() - began}
 
 
-def an_engine_each(
+def one_engine_each(
     eval_models: list[student_batch.StudentModel], experiment: Experiment, splits: Path, folder: Path
 ) -> dict[str, float]:
     import pyarrow.parquet as pq
@@ -115,10 +114,14 @@ def an_engine_each(
         "max_lora_rank": experiment.student.lora.r,
     }
     began = time.monotonic()
-    for each in eval_models:
+    for eval_model in eval_models:
         with peer.running(kwargs, env) as process:
-            told = {"conversations": str(conversations), "adapter": str(each.adapter)}
-            peer.ask(process, **told, max_tokens=experiment.evaluate.sampling.max_tokens)
+            peer.generate(
+                process,
+                conversations=str(conversations),
+                adapter=str(eval_model.adapter),
+                max_tokens=experiment.evaluate.sampling.max_tokens,
+            )
     return {"seconds": time.monotonic() - began}
 
 

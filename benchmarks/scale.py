@@ -1,10 +1,10 @@
-"""Scale: many rows and many replicas, by simulation: an engine of fixed latency behind raykd's own Serve and Data path.
+"""Scale: many rows and many replicas, with a simulated engine of fixed latency behind raykd's Ray Serve and Data path.
 
     python benchmarks/scale.py [--rows 1000,10000,100000] [--replicas 1,2,4,8,16] [--rounds 1]
 
-What is measured is everything but the engine: reading problems, rendering prompts, calls, checking answers, writing
-Parquet. Nodes are pretended: each is a raylet of its own on this machine. A simulated replica answers four calls at a
-time, each in `latency` seconds, and so has a known rate; as many calls again wait for it.
+The measurement covers everything except the engine: reading problems, rendering prompts, calls, checking answers and
+writing Parquet. Nodes are simulated too: each is a separate raylet on this machine. A simulated replica processes four
+calls at a time, each in `latency` seconds, so its maximum rate is known. Four more calls wait in its queue.
 """
 
 import json
@@ -13,78 +13,76 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import bench
-import scale_side
+from lib import bench
 
-HERE = Path(__file__).parent
-# Of each replica, where replicas are counted.
-ROWS_EACH, REPLICAS_A_NODE = 1280, 2
+SIDE = Path(__file__).parent / "lib" / "scale_side.py"
+ROWS_PER_REPLICA, REPLICAS_PER_NODE = 1280, 2
+CALLS_PER_REPLICA = 4
 
 
 def main() -> int:
     parser = bench.parser(__doc__, "scale", rounds=1)
-    parser.add_argument("--rows", default="1000,10000,100000,1000000", help="separated by commas")
-    parser.add_argument("--replicas", default="1,2,4,8,16", help="separated by commas")
-    parser.add_argument("--latency", default="4,2,1", help="seconds of a call, where replicas are counted")
-    parser.add_argument("--rows-latency", type=float, default=0.5, help="seconds of a call, where rows are counted")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows of a call")
+    parser.add_argument("--rows", default="1000,10000,100000,1000000", help="numbers of rows, comma-separated")
+    parser.add_argument("--replicas", default="1,2,4,8,16", help="numbers of replicas, comma-separated")
+    parser.add_argument("--latency", default="4,2,1", help="seconds of a call in the replica series, comma-separated")
+    parser.add_argument("--rows-latency", type=float, default=0.5, help="seconds of a call in the row series")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows per call")
     options = parser.parse_args()
-    batch = {"batch": options.batch_size}
+    common = {"batch": options.batch_size, "calls": CALLS_PER_REPLICA}
     by_rows = [
-        {"rows": rows, "replicas": 2, "nodes": 1, "latency_s": options.rows_latency, **batch}
+        {"rows": rows, "replicas": 2, "nodes": 1, "latency_s": options.rows_latency, **common}
         for rows in numbers(options.rows)
     ]
     by_replicas = [
         {
-            "rows": ROWS_EACH * replicas,
+            "rows": ROWS_PER_REPLICA * replicas,
             "replicas": replicas,
-            "nodes": max(1, replicas // REPLICAS_A_NODE),
+            "nodes": max(1, replicas // REPLICAS_PER_NODE),
             "latency_s": latency,
-            **batch,
+            **common,
         }
         for latency in numbers(options.latency)
         for replicas in numbers(options.replicas)
     ]
-    simulated = f"simulated engines, {options.batch_size} rows a call"
+    simulated = f"simulated engines, {options.batch_size} rows per call"
     rows = table(f"Rows ({simulated})", by_rows, options.rounds)
-    replicas = table(f"Replicas ({simulated}, pretended nodes)", by_replicas, options.rounds)
+    replicas = table(f"Replicas ({simulated}, simulated nodes)", by_replicas, options.rounds)
     bench.write(options.out, options=vars(options), rows=rows, replicas=replicas)
     return 0
 
 
 def numbers(text: str) -> list[int]:
-    return [int(each) for each in text.split(",") if each]
+    return [int(number) for number in text.split(",") if number]
 
 
 def table(title: str, points: list[dict[str, Any]], rounds: int) -> dict[str, dict[str, float]]:
-    """Measures points, and prints them beside what their simulated engines could do."""
-    sides = {named(point): lambda point=point: measure(point) for point in points}
-    found = bench.medians(bench.by_turns(sides, rounds)) if points else {}
+    """Measure points, and print their rates as a fraction of the simulated engines' maximum rate."""
+    sides = {point_name(point): lambda point=point: measure(point) for point in points}
+    rows = bench.medians(bench.alternate(sides, rounds)) if points else {}
     for point in points:
-        figures = found[named(point)]
+        figures = rows[point_name(point)]
         figures["of the engines' rate"] = figures["rows/s"] / capacity(point)
-    bench.table(title, found)
-    return found
+    bench.table(title, rows)
+    return rows
 
 
-def named(point: dict[str, Any]) -> str:
-    replicas, nodes = (f"{point[name]} {name[:-1]}{'s' * (point[name] > 1)}" for name in ("replicas", "nodes"))
-    return f"{point['rows']:,} rows, {replicas} on {nodes}, {point['latency_s']:g} s a call"
+def point_name(point: dict[str, Any]) -> str:
+    replicas = "1 replica" if point["replicas"] == 1 else f"{point['replicas']} replicas"
+    nodes = "1 node" if point["nodes"] == 1 else f"{point['nodes']} nodes"
+    return f"{point['rows']:,} rows, {replicas} on {nodes}, {point['latency_s']:g} s per call"
 
 
 def capacity(point: dict[str, Any]) -> float:
-    """Rows per second that the simulated engines make when they never wait."""
-    return point["replicas"] * scale_side.CALLS * point["batch"] / point["latency_s"]
+    """Return the rows per second of simulated engines that are never idle."""
+    return point["replicas"] * point["calls"] * point["batch"] / point["latency_s"]
 
 
 def measure(point: dict[str, Any]) -> dict[str, float]:
-    """One point, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, str(HERE / "scale_side.py"), json.dumps(point)], capture_output=True, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(f"{named(point)}: {done.stderr[-3000:]}")
-    return json.loads(done.stdout)
+    """Measure one point in a separate process."""
+    process = subprocess.run([sys.executable, str(SIDE), json.dumps(point)], capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(f"{point_name(point)}: {process.stderr[-3000:]}")
+    return json.loads(process.stdout)
 
 
 if __name__ == "__main__":

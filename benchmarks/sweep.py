@@ -1,10 +1,10 @@
-"""Sweep: one sweep of many trials against as many runs of the whole pipeline.
+"""Sweep: one sweep of many trials, compared with one run of the pipeline for each trial.
 
     python benchmarks/sweep.py [--runs 12]
 
-Twelve points of learning rate and rank, a small demonstration each. As a sweep, the teacher answers once, trials stand
-beside each other where there is room, and one engine evaluates all; as runs, everything is done twelve times. With
-fewer `--runs` than twelve only so many are made, and their time is multiplied: the table says so.
+Both cover twelve points of learning rate and rank with the built-in models. The sweep generates completions once,
+trains in parallel where resources allow, and evaluates all students in one engine. The runs repeat everything.
+With fewer `--runs` the time of all twelve is extrapolated, and the table says so.
 """
 
 import itertools
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import bench
+from lib import bench
 
 RAYKD = str(Path(sys.executable).parent / "raykd")
 SPACE: dict[str, list[Any]] = {"train.learning_rate": [1e-3, 2e-3, 5e-3, 1e-2], "student.lora.r": [4, 8, 16]}
@@ -25,32 +25,32 @@ POINTS = [dict(zip(SPACE, values, strict=True)) for values in itertools.product(
 
 def main() -> int:
     parser = bench.parser(__doc__, "sweep", rounds=1)
-    parser.add_argument("--runs", type=int, default=len(POINTS), help="how many of the twelve are made")
+    parser.add_argument("--runs", type=int, default=len(POINTS), help="number of runs, at most twelve")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="bench") as made:
-        folder = Path(made)
+    with tempfile.TemporaryDirectory(prefix="bench") as temporary:
+        folder = Path(temporary)
 
         def sweep() -> dict[str, float]:
-            swept = {"space": {name: {"grid": values} for name, values in SPACE.items()}, "test_top_n": len(POINTS)}
-            return {"seconds": seconds(folder, "sweep", {**experiment_of(), "sweep": swept})}
+            section = {"space": {name: {"grid": values} for name, values in SPACE.items()}, "test_top_n": len(POINTS)}
+            return {"seconds": seconds(folder, "sweep", {**experiment_of(), "sweep": section})}
 
         def runs() -> dict[str, float]:
-            each = [seconds(folder, "run", {**experiment_of(), **nested(point)}) for point in POINTS[: options.runs]]
-            return {"seconds": sum(each) * len(POINTS) / len(each)}
+            times = [seconds(folder, "run", {**experiment_of(), **nested(point)}) for point in POINTS[: options.runs]]
+            return {"seconds": sum(times) * len(POINTS) / len(times)}
 
         peer = f"{len(POINTS)} runs" + (f" (from {options.runs})" if options.runs < len(POINTS) else "")
         ours = f"a sweep of {len(POINTS)} trials"
-        measured = bench.by_turns({ours: sweep, peer: runs}, options.rounds)
+        measured = bench.alternate({ours: sweep, peer: runs}, options.rounds)
     ratio = bench.ratios(measured, peer, ours, "seconds")
     rows: dict[str, dict[str, Any]] = {**bench.medians(measured)}
-    rows["times as fast"] = {"seconds": f"{ratio[0]:.1f}"}
-    bench.table("A sweep against runs", rows)
+    rows["speed-up"] = {"seconds": f"{ratio[0]:.1f}"}
+    bench.table("One sweep and separate runs", rows)
     bench.write(options.out, options=vars(options), measured=measured, ratio=ratio)
     return 0
 
 
 def experiment_of() -> dict[str, Any]:
-    """A small demonstration."""
+    """Return a small experiment with the built-in models."""
     engine = {"engine_kwargs": {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 64}}
     return {
         "dataset": {"source": "demo", "num_train": 200, "num_validation": 20, "num_test": 60},
@@ -69,7 +69,7 @@ def experiment_of() -> dict[str, Any]:
 
 
 def nested(point: dict[str, Any]) -> dict[str, Any]:
-    """A point's values in the sections that they belong to, beside what is there."""
+    """Return the sections of the experiment that a point changes."""
     base = experiment_of()
     return {
         "train": {**base["train"], "learning_rate": point["train.learning_rate"]},
@@ -78,13 +78,13 @@ def nested(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def seconds(folder: Path, command: str, experiment: dict[str, Any]) -> float:
-    """How long a command takes with nothing there yet."""
+    """Return the seconds of a command in an empty storage folder."""
     root = Path(tempfile.mkdtemp(dir=folder))
     (root / "experiment.yaml").write_text(json.dumps({"name": "timed", "storage": str(root), **experiment}))
     began = time.monotonic()
-    done = subprocess.run([RAYKD, command, str(root / "experiment.yaml")], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
+    process = subprocess.run([RAYKD, command, str(root / "experiment.yaml")], capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(process.stderr[-3000:])
     return time.monotonic() - began
 
 

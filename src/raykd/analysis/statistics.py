@@ -1,4 +1,4 @@
-"""Statistics: intervals of shares and means, two arms on the same problems, several samples of one problem."""
+"""Statistics: confidence intervals, paired tests, and scores over several samples of a problem."""
 
 import math
 from collections import Counter
@@ -10,11 +10,11 @@ from numpy.typing import ArrayLike
 
 
 def wilson_interval(correct: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The Wilson score interval of a share (Wilson 1927), sound near 0 and 1 where the normal one fails.
+    """Return the Wilson score interval of a proportion (Wilson 1927), which is valid near 0 and 1 too.
 
     Args:
-        correct: how many of `n` are right; a mean over seeds may be a fraction.
-        n: how many were counted.
+        correct: number of successes; a fraction where it is a mean over seeds.
+        n: number of trials.
         confidence: the nominal coverage, between 0 and 1.
 
     Returns:
@@ -24,7 +24,7 @@ def wilson_interval(correct: float, n: int, confidence: float = 0.95) -> tuple[f
         ValueError: `n` is not positive, `correct` lies outside 0..n, or `confidence` outside 0..1.
     """
     if n <= 0:
-        raise ValueError(f"an interval needs at least one counted row, got n={n}")
+        raise ValueError(f"a confidence interval needs at least one row, got n={n}")
     if not 0 <= correct <= n:
         raise ValueError(f"correct must lie between 0 and n={n}, got {correct}")
     z = NormalDist().inv_cdf(0.5 + _checked(confidence) / 2)
@@ -32,17 +32,17 @@ def wilson_interval(correct: float, n: int, confidence: float = 0.95) -> tuple[f
     centre = share + z * z / (2 * n)
     half_width = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    # At 0 and n the bound is exactly 0 or 1; rounding must not push it past the share itself.
+    # At 0 and n the bound is exactly 0 or 1: without this, rounding could put it on the wrong side of the proportion.
     low = 0.0 if correct == 0 else (centre - half_width) / scale
     high = 1.0 if correct == n else (centre + half_width) / scale
     return low, high
 
 
 def mean_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
-    """The normal interval of a mean: the mean, plus and minus so many of its standard errors.
+    """Return the normal confidence interval of a mean.
 
     Args:
-        values: one for each problem, at least two; for a few dozen and more the normal form is good enough.
+        values: one for each problem, at least two; the normal approximation suffices from a few dozen on.
         confidence: the nominal coverage, between 0 and 1.
 
     Raises:
@@ -57,14 +57,14 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, f
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
-    """The exact two-sided McNemar test: is the one arm right where the other is wrong more often than chance?
+    """Return the two-sided p-value of the exact McNemar test.
 
-    Only discordant pairs bear on it: under the null hypothesis each is a fair coin, so p is twice the smaller
-    tail of Binomial(only_a + only_b, 1/2), at most 1. Without discordant pairs p is 1.
+    Only discordant pairs count. Under the null hypothesis either arm is the correct one with probability 1/2, so p is
+    twice the smaller tail of Binomial(only_a + only_b, 1/2), at most 1. Without discordant pairs p is 1.
 
     Args:
-        only_a: pairs that only the first arm has right.
-        only_b: pairs that only the second arm has right.
+        only_a: number of pairs in which only the first arm is correct.
+        only_b: number of pairs in which only the second arm is correct.
 
     Raises:
         ValueError: a count is negative.
@@ -72,7 +72,7 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     if only_a < 0 or only_b < 0:
         raise ValueError(f"counts of pairs cannot be negative, got {only_a} and {only_b}")
     n = only_a + only_b
-    # Whole numbers to the end: no tail is too small for them.
+    # Integers: a float would underflow in the tail of a large sample.
     term = tail = 1
     for k in range(min(only_a, only_b)):
         term = term * (n - k) // (k + 1)
@@ -81,26 +81,27 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
 
 
 def sign_flip(differences: ArrayLike, num_draws: int = 10_000, seed: int = 0) -> float:
-    """The two-sided randomisation test of no difference: each problem's might as well have had the other sign.
+    """Return the two-sided p-value of the sign-flip randomisation test of paired differences.
 
-    Where each is -1, 0 or 1, this is McNemar's test but for the draws; where a problem has several pairs, its
-    difference is their mean, and pairs of one problem are not taken for independent.
+    Under the null hypothesis the sign of each problem's difference is random. Where all differences are -1, 0 or 1,
+    this is a Monte Carlo version of McNemar's test. A problem with several pairs has one difference, their mean, so
+    its pairs are not treated as independent.
 
     Args:
         differences: one for each problem.
-        num_draws: how many times the signs are drawn.
-        seed: of the draws.
+        num_draws: number of random sign assignments.
+        seed: of the random signs.
     """
     sizes, counts = np.unique(np.abs(np.asarray(differences, dtype=np.float64)), return_counts=True)
-    found = abs(float(np.sum(differences)))
+    observed = abs(float(np.sum(differences)))
     rng = np.random.default_rng(seed)
-    # Of as many differences of one size, so many are positive.
+    # The number of positive signs among differences of one size is binomial.
     drawn = np.abs((2 * rng.binomial(counts, 0.5, size=(num_draws, len(counts))) - counts) @ sizes)
-    return float((1 + np.sum(drawn >= found - 1e-9)) / (1 + num_draws))
+    return float((1 + np.sum(drawn >= observed - 1e-9)) / (1 + num_draws))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for how many were computed (Holm 1979), in the order given."""
+    """Return the p-values after Holm's correction for multiple comparisons (Holm 1979), in the order given."""
     corrected = [0.0] * len(p_values)
     largest = 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
@@ -112,14 +113,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def paired_bootstrap(
     a: ArrayLike, b: ArrayLike, confidence: float = 0.95, num_resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """The mean of a - b, with a percentile bootstrap interval that resamples problems.
+    """Return the mean of a - b, with a percentile bootstrap confidence interval over problems.
 
     Args:
-        a: one value for each problem: right or wrong, or the mean of that over seeds.
+        a: one value for each problem: correct (1) or not (0), or the mean of that over seeds.
         b: the other arm's values, for the same problems in the same order.
         confidence: the nominal coverage, between 0 and 1.
-        num_resamples: how many times the problems are drawn anew, with replacement.
-        seed: of the draws; the same seed gives the same interval.
+        num_resamples: number of bootstrap resamples of the problems.
+        seed: of the resamples; the same seed gives the same interval.
 
     Returns:
         The difference of the means, and the lower and upper bound, in the unit of the values.
@@ -129,14 +130,16 @@ def paired_bootstrap(
     """
     a_P, b_P = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a_P.ndim != 1 or a_P.shape != b_P.shape:
-        raise ValueError(f"pairs need one value a problem on each side, got shapes {a_P.shape} and {b_P.shape}")
+        raise ValueError(
+            f"a paired difference needs one value a problem on each side, got shapes {a_P.shape} and {b_P.shape}"
+        )
     if a_P.size == 0:
         raise ValueError("a paired difference needs at least one problem that both arms answered")
     difference_P = a_P - b_P
     if not np.isfinite(difference_P).all():
         raise ValueError("a paired difference needs finite values; leave out problems that one side did not answer")
-    # Drawing n problems with replacement is drawing how often each distinct difference occurs. They take few
-    # values, so the same distribution costs a handful of counts instead of n indices.
+    # Differences take few distinct values: a multinomial draw of their counts has the same distribution as drawing
+    # n problems with replacement, and is much faster.
     values, counts = np.unique(difference_P, return_counts=True)
     draws = np.random.default_rng(seed).multinomial(a_P.size, counts / a_P.size, size=num_resamples)
     means = draws @ values / a_P.size
@@ -146,9 +149,9 @@ def paired_bootstrap(
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """The chance that one of k samples is right, from n of which `correct` are: 1 - C(n - c, k) / C(n, k).
+    """Return pass@k, the probability that one of k samples is correct: 1 - C(n - correct, k) / C(n, k).
 
-    Unbiased, where 1 - (1 - c/n)^k is not (Chen et al. 2021, arXiv 2107.03374).
+    The estimate is unbiased, where 1 - (1 - c/n)^k is not (Chen et al. 2021, arXiv 2107.03374).
 
     Raises:
         ValueError: unless 1 <= k <= n and 0 <= correct <= n.
@@ -159,9 +162,9 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def majority(answers: Sequence[str | None]) -> str | None:
-    """The answer that most samples give (self-consistency, Wang et al. 2022, arXiv 2203.11171).
+    """Return the most frequent answer (self-consistency, Wang et al. 2022, arXiv 2203.11171).
 
-    Samples without an answer have no vote; of answers with as many votes the one that came first wins.
+    Samples without an answer are not counted. Of equally frequent answers the first one wins.
     """
     votes = Counter(answer for answer in answers if answer is not None)
     return max(votes, key=votes.__getitem__) if votes else None

@@ -71,10 +71,10 @@ def correctness(attention: AttentionResults) -> Table:
     """Return the correlation of heads' statistics with correct answers, across problems and across arms."""
     rows = []
     for name, title in NAMES.items():
-        if name not in attention.right:
+        if name not in attention.correctness_by_problem:
             continue
         cells = [title]
-        for effect in (attention.right[name], attention.accurate[name]):
+        for effect in (attention.correctness_by_problem[name], attention.accuracy_by_arm[name]):
             cells += _strongest(effect, attention)
             cells.append(num_significant(effect) if np.isfinite(effect.p).any() else NOTHING)
         rows.append(cells)
@@ -93,21 +93,21 @@ def correctness(attention: AttentionResults) -> Table:
             "Significant heads",
         ],
         rows,
-        "Answers are scored by flexible extract, so that the answer format plays no part. By problem: Pearson's r of a "
-        f"head's statistic with the correctness of the student's answer, over {num_problems} problems. It is averaged "
-        f"over {num_students} students, weighted by the variance of each student's correctness; p is from a "
+        "Answers are scored by flexible extract, so that the answer format plays no part. By problem: Pearson's r of "
+        f"a head's statistic with the correctness of the student's answer, over {num_problems} problems. It is "
+        f"averaged over {num_students} students, weighted by the variance of each student's correctness; p is from a "
         "permutation test over problems. By arm: r of an arm's mean statistic with its accuracy, over "
-        f"{amount(attention.num_arms)} arms, including the base student; p is from a permutation test over arms, which "
-        "needs at least five arms. Brackets are 95 % intervals of the single head. p is corrected for the number of "
-        "heads, but not for the number of statistics. Significant heads have p < 0.05. Layers and heads are counted "
-        "from 0. A correlation is no evidence that a head causes correct answers.",
+        f"{amount(attention.num_arms)} arms, including the base student; p is from a permutation test over arms, "
+        "which needs at least five arms. Brackets are 95 % confidence intervals of the single head. p is corrected "
+        "for the number of heads, but not for the number of statistics. Significant heads have p < 0.05. Layers and "
+        "heads are counted from 0. A correlation is no evidence that a head causes correct answers.",
         text_columns=(0, 1, 5),
     )
 
 
 def mean_by_layer(means_LH: np.ndarray) -> np.ndarray:
     """Return the mean over the heads of each layer, (L); NaN where none is defined."""
-    return np.array([np.nanmean(each_H) if _is_there(each_H) else np.nan for each_H in means_LH])
+    return np.array([np.nanmean(layer_H) if _any_defined(layer_H) else np.nan for layer_H in means_LH])
 
 
 def heads_csv(attention: AttentionResults) -> str:
@@ -119,9 +119,9 @@ def heads_csv(attention: AttentionResults) -> str:
         for name in attention.statistics:
             for layer in range(attention.num_layers):
                 for head in range(attention.num_heads):
-                    at, effect = layer * attention.num_heads + head, arm.heads.get(name)
-                    of_effect = _of_head(effect, at) if effect else (np.nan, np.nan, np.nan, np.nan)
-                    values = [arm.means[name][layer, head], *of_effect]
+                    index, effect = layer * attention.num_heads + head, arm.heads.get(name)
+                    head_effect = _of_head(effect, index) if effect else (np.nan, np.nan, np.nan, np.nan)
+                    values = [arm.means[name][layer, head], *head_effect]
                     writer.writerow([arm.name, name, layer, head, *map(_cell, values)])
     return text.getvalue()
 
@@ -133,29 +133,31 @@ def correctness_csv(attention: AttentionResults) -> str:
     kinds = ("problem", "arm")
     columns = [f"{value}_by_{kind}" for kind in kinds for value in ("r", "low", "high", "p_corrected")]
     writer.writerow(["statistic", "layer", "head", *columns])
-    for name in attention.right:
-        for at in range(attention.num_layers * attention.num_heads):
-            values = [*_of_head(attention.right[name], at), *_of_head(attention.accurate[name], at)]
-            writer.writerow([name, *divmod(at, attention.num_heads), *map(_cell, values)])
+    for name in attention.correctness_by_problem:
+        by_problem, by_arm = attention.correctness_by_problem[name], attention.accuracy_by_arm[name]
+        for index in range(attention.num_layers * attention.num_heads):
+            values = [*_of_head(by_problem, index), *_of_head(by_arm, index)]
+            writer.writerow([name, *divmod(index, attention.num_heads), *map(_cell, values)])
     return text.getvalue()
 
 
-def _of_head(effect: Effect, at: int) -> tuple[float, float, float, float]:
-    return effect.value[at], effect.low[at], effect.high[at], effect.p[at]
+def _of_head(effect: Effect, index: int) -> tuple[float, float, float, float]:
+    """Return the value, interval and p of one head."""
+    return effect.value[index], effect.low[index], effect.high[index], effect.p[index]
 
 
 def _strongest(effect: Effect, attention: AttentionResults) -> list[str]:
-    """The head with the largest r, its r and interval, and p."""
-    if not _is_there(effect.value):
+    """Return the head with the largest absolute r, its r and interval, and p."""
+    if not _any_defined(effect.value):
         return [NOTHING] * 3
-    at = int(np.nanargmax(np.abs(effect.value)))
-    layer, head = divmod(at, attention.num_heads)
-    p = effect.p[at]
-    return [f"layer {layer}, head {head}", _with_interval(effect, at), p_value(p) if np.isfinite(p) else NOTHING]
+    index = int(np.nanargmax(np.abs(effect.value)))
+    layer, head = divmod(index, attention.num_heads)
+    p = effect.p[index]
+    return [f"layer {layer}, head {head}", _with_interval(effect, index), p_value(p) if np.isfinite(p) else NOTHING]
 
 
-def _with_interval(effect: Effect, at: int, decimals: int = 3) -> str:
-    value, low, high, _ = _of_head(effect, at)
+def _with_interval(effect: Effect, index: int, decimals: int = 3) -> str:
+    value, low, high, _ = _of_head(effect, index)
     if not np.isfinite(value):
         return NOTHING
     if not np.isfinite(low):
@@ -165,17 +167,17 @@ def _with_interval(effect: Effect, at: int, decimals: int = 3) -> str:
 
 def num_significant(effect: Effect) -> str:
     """Return how many heads have a significant positive and negative effect: `3↑ 1↓`."""
-    up = (effect.is_clear & (effect.value > 0)).sum()
-    down = (effect.is_clear & (effect.value < 0)).sum()
+    up = (effect.is_significant & (effect.value > 0)).sum()
+    down = (effect.is_significant & (effect.value < 0)).sum()
     return f"{up}↑ {down}↓"
 
 
-def _is_there(values: np.ndarray) -> bool:
+def _any_defined(values: np.ndarray) -> bool:
     return bool(np.isfinite(values).any())
 
 
 def _mean(values: np.ndarray, decimals: int) -> str:
-    return f"{np.nanmean(values):.{decimals}f}" if _is_there(values) else NOTHING
+    return f"{np.nanmean(values):.{decimals}f}" if _any_defined(values) else NOTHING
 
 
 def _signed(value: float, decimals: int) -> str:

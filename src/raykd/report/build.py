@@ -1,4 +1,4 @@
-"""Report: an experiment's results.csv, report.md and report.html, and its tables in the terminal."""
+"""Report: an experiment's `results.csv`, `report.md` and `report.html`, and its tables in the terminal."""
 
 import csv
 import io
@@ -24,8 +24,9 @@ from raykd.storage import filesystem
 from raykd.storage.files import write_text
 from raykd.storage.paths import ExperimentPaths
 
+"""The folder of the Markdown report's figures, in the experiment's folder."""
 LONGEST_WORD = 14
-"""Characters of a word that always fit into a column of a terminal's table."""
+"""Number of characters of a word that are never wrapped in a table in the terminal."""
 CSV_COLUMNS = (
     "arm",
     "seed",
@@ -72,7 +73,7 @@ SWEEP_COLUMNS = (
     "gpu_seconds",
     "adapter",
 )
-"""Further columns of a sweep's results.csv, besides one for each searched field."""
+"""Additional columns of a sweep's results.csv, besides one for each searched field."""
 DEMONSTRATION = (
     "This run uses the built-in toy models or generated problems. It shows that every stage works and what a report "
     "contains. Its numbers say nothing about large language models or about the effect of prompts on them."
@@ -86,20 +87,20 @@ def write_report(folder: Path) -> Results:
         folder: an experiment's folder (layout: `raykd.storage.paths`).
 
     Returns:
-        The numbers behind them.
+        The numbers that these files show.
 
     Raises:
-        UserError: the folder is not an experiment's, or holds nothing to report yet.
+        UserError: the folder is not an experiment's, or has neither trials nor predictions.
     """
     results = read_results(folder)
     write_text(ExperimentPaths(folder).results_csv, _csv(results))
     if results.attention:
         write_text(ExperimentPaths(folder).attention_csv, attention.heads_csv(results.attention))
         write_text(ExperimentPaths(folder).attention_correctness_csv, attention.correctness_csv(results.attention))
-    drawn = figures(results)
-    _write_figures(drawn, ExperimentPaths(folder).figures)
-    write_text(ExperimentPaths(folder).report_md, _markdown(results, drawn))
-    write_text(ExperimentPaths(folder).report_html, _html(results, drawn))
+    plots = figures(results)
+    _write_figures(plots, ExperimentPaths(folder).figures)
+    write_text(ExperimentPaths(folder).report_md, _markdown(results, plots))
+    write_text(ExperimentPaths(folder).report_html, _html(results, plots))
     return results
 
 
@@ -113,7 +114,7 @@ def result_tables(results: Results) -> list[RichTable]:
 
 
 def _for_terminal(shown: Table, title: str) -> RichTable:
-    # A terminal has no room for how a trial went, nor for columns of failures where there are none.
+    # A terminal is too narrow for the progress of a trial and for columns without any failure.
     kept = [
         number
         for number, column in enumerate(shown.columns)
@@ -123,7 +124,7 @@ def _for_terminal(shown: Table, title: str) -> RichTable:
     table = RichTable(title=Text(title), box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for number in kept:
         column = shown.columns[number]
-        # A narrow terminal breaks lines between words.
+        # In a narrow terminal lines are wrapped between words.
         words = " ".join([column, *(row[number] for row in shown.rows)]).split()
         table.add_column(
             column,
@@ -132,7 +133,7 @@ def _for_terminal(shown: Table, title: str) -> RichTable:
             overflow="fold",
         )
     for row in shown.rows:
-        # Text, because rich reads brackets in a string as markup.
+        # rich parses brackets in a string as markup, but not in a Text.
         table.add_row(*(Text(row[number]) for number in kept))
     return table
 
@@ -152,22 +153,22 @@ def _csv(results: Results) -> str:
 
 
 def _scores(trial: TrialResult) -> dict[str, Any]:
-    """The columns of a trial's predictions."""
-    measured = trial.measured
+    """Return the cells of a trial's predictions."""
+    scores = trial.scores
     values = {
-        "accuracy_strict": measured.strict,
-        "accuracy_flexible": measured.flexible,
-        "majority_strict": measured.majority_strict,
-        "majority_flexible": measured.majority_flexible,
-        "pass_strict": measured.pass_strict.get(measured.num_samples, Proportion()),
-        "pass_flexible": measured.pass_flexible.get(measured.num_samples, Proportion()),
-        "format_rate": measured.answer_in_form,
-        "accuracy_given_format": measured.right_in_form,
-        "truncated": measured.truncated,
-        "mean_tokens": measured.tokens,
-        "repetition": measured.repetition,
+        "accuracy_strict": scores.strict,
+        "accuracy_flexible": scores.flexible,
+        "majority_strict": scores.majority_strict,
+        "majority_flexible": scores.majority_flexible,
+        "pass_strict": scores.pass_strict.get(scores.num_samples, Proportion()),
+        "pass_flexible": scores.pass_flexible.get(scores.num_samples, Proportion()),
+        "format_rate": scores.format_rate,
+        "accuracy_given_format": scores.accuracy_given_format,
+        "truncated": scores.truncated,
+        "mean_tokens": scores.tokens,
+        "repetition": scores.repetition,
     }
-    row: dict[str, Any] = {"n": measured.n, "errors": measured.errors, "num_samples": measured.num_samples}
+    row: dict[str, Any] = {"n": scores.n, "errors": scores.errors, "num_samples": scores.num_samples}
     for name, value in values.items():
         row[name] = value.value
         if f"{name}_low" in CSV_COLUMNS:
@@ -176,7 +177,7 @@ def _scores(trial: TrialResult) -> dict[str, Any]:
 
 
 def _validation(trial: TrialResult) -> dict[str, Any]:
-    """The columns of a sweep's trial."""
+    """Return the cells of a sweep's trial."""
     validation, accuracy = trial.validation or {}, sweep.validation_share(trial)
     return {
         "validation_accuracy": accuracy.value,
@@ -191,15 +192,15 @@ def _validation(trial: TrialResult) -> dict[str, Any]:
 
 
 def _cell(value: Any) -> Any:
-    """A value of the configuration in one cell."""
+    """Return a value of the configuration as a cell."""
     return json.dumps(value) if isinstance(value, list | dict | bool) else value
 
 
-def _write_figures(drawn: list[Figure], folder: Path) -> None:
-    """Writes each figure as a file, and removes those of an earlier report that there is nothing to draw for."""
+def _write_figures(plots: list[Figure], folder: Path) -> None:
+    """Write each figure to a file, and remove the files of an earlier report's other figures."""
     template = _templates().get_template("figure.svg.j2")
-    names = {f"{figure.name}.svg" for figure in drawn}
-    for figure in drawn:
+    names = {f"{figure.name}.svg" for figure in plots}
+    for figure in plots:
         write_text(folder / f"{figure.name}.svg", _without_controls(template.render(figure=figure)))
     for file in filesystem.list_files(folder):
         if file.name not in names:
@@ -207,11 +208,11 @@ def _write_figures(drawn: list[Figure], folder: Path) -> None:
 
 
 def _without_controls(text: str) -> str:
-    """Text without the characters that XML does not allow."""
+    """Return a text with the characters replaced that XML does not allow."""
     return re.sub("[^\\t\\n\\r\\x20-\\ud7ff\\ue000-\\ufffd\\U00010000-\\U0010ffff]", "\ufffd", text)
 
 
-def _markdown(results: Results, drawn: list[Figure]) -> str:
+def _markdown(results: Results, plots: list[Figure]) -> str:
     run, result = results.run, answer(results)
     blocks = [f"# {escape_markdown(results.name)}"]
     if run.demonstration:
@@ -221,7 +222,7 @@ def _markdown(results: Results, drawn: list[Figure]) -> str:
         if lines:
             blocks.append("\n".join(f"- {escape_markdown(line)}" for line in lines))
     captions = set()
-    for figure in drawn:
+    for figure in plots:
         blocks.append(
             f"![{escape_markdown(figure.title)}]({ExperimentPaths(results.folder).figures.name}/{figure.name}.svg)"
         )
@@ -235,7 +236,7 @@ def _markdown(results: Results, drawn: list[Figure]) -> str:
             blocks.append(escape_markdown(table.note))
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     blocks.append("## Reproduction")
-    # Indented lines are a code block, whatever they contain.
+    # Indented lines are a code block, in which Markdown needs no escapes.
     blocks.append("\n".join(f"    {line}" for line in run.command.splitlines()))
     made_with = f"raykd {run.raykd_version}; {versions}"
     blocks.append(f"{escape_markdown(made_with)}. Configuration: `experiment.yaml`.")
@@ -249,17 +250,17 @@ def _markdown_table(table: Table) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Escape text for Markdown, which then shows it as it is."""
+    """Return a text escaped for Markdown, on one line."""
     for character in "\\`*_[]|#~$":
         text = text.replace(character, "\\" + character)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    # Some viewers turn names and addresses into links.
+    # Some viewers turn user names and URLs into links.
     text = text.replace("@", "&#64;").replace("://", "&#58;//").replace("www.", "www&#46;")
     return " ".join(text.split())
 
 
-def _html(results: Results, drawn: list[Figure]) -> str:
-    by_name = {figure.name: figure for figure in drawn}
+def _html(results: Results, plots: list[Figure]) -> str:
+    by_name = {figure.name: figure for figure in plots}
     return (
         _templates()
         .get_template("report.html.j2")
@@ -273,7 +274,7 @@ def _html(results: Results, drawn: list[Figure]) -> str:
             attention=attention,
             costs=cost,
             figures=by_name,
-            head_figures=[figure for figure in drawn if figure.name.startswith(HEADS)],
+            head_figures=[figure for figure in plots if figure.name.startswith(HEADS)],
         )
     )
 

@@ -1,4 +1,4 @@
-"""Disagreements: the test problems that one of two students answers correctly and the other does not."""
+"""Compare runs: the paired comparison of two students, and the problems that only one answers correctly."""
 
 import re
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ from raykd.analysis.statistics import wilson_interval
 from raykd.config.errors import did_you_mean
 from raykd.config.experiment import BASE
 from raykd.errors import UserError
-from raykd.report.results import Arm, Results, read_results
-from raykd.report.text import p_value, percent, points, points_interval, test_name
+from raykd.report.results import ArmResult, Results, read_results
+from raykd.report.text import p_with_relation, percent, points, points_interval, test_name
 from raykd.storage import filesystem
 
 RULE = "─" * 72
@@ -25,7 +25,7 @@ class Side:
 
     label: str
     evaluation: str
-    """Its evaluation settings, in words."""
+    """The evaluation settings, in words."""
     answers: Answers
 
 
@@ -33,8 +33,8 @@ def compare(first: str, second: str, score: str = "strict", limit: int | None = 
     """Compare two students' answers to the same problems, and list each problem that only one answers correctly.
 
     Args:
-        first: an experiment's folder, with `:ARM` where it has several arms, and `:ARM:SEED` for another seed than the
-            first that both sides have.
+        first: an experiment's folder, with `:ARM` where it has several arms, and `:ARM:SEED` to choose the seed; by
+            default the first seed that both sides have.
         second: the same.
         score: `strict` or `flexible`.
         limit: number of problems to list for each student; None for all.
@@ -69,36 +69,35 @@ def compare(first: str, second: str, score: str = "strict", limit: int | None = 
 
 def _summary(left: Side, right: Side, pairs: list[tuple[Row, Row]], column: str, score: str) -> Iterator[str]:
     by_problem: dict[str, list[tuple[bool, bool]]] = {}
-    for mine, theirs in pairs:
-        by_problem.setdefault(mine["problem_id"], []).append((mine[column], theirs[column]))
-    every = [pair for of_problem in by_problem.values() for pair in of_problem]
+    for left_row, right_row in pairs:
+        by_problem.setdefault(left_row["problem_id"], []).append((left_row[column], right_row[column]))
+    outcomes = [pair for problem_pairs in by_problem.values() for pair in problem_pairs]
     n = len(by_problem)
     yield f"{n:,} problem{'s' if n > 1 else ''} in common, {SCORES[score]}"
     width = max(len(left.label), len(right.label))
     for number, side in enumerate((left, right)):
-        share = sum(pair[number] for pair in every) / len(every)
-        low, high = wilson_interval(share * n, n)
-        yield f"  {side.label:<{width}}  {percent(share)} % ({percent(low)}–{percent(high)}), {side.evaluation}"
+        accuracy = sum(pair[number] for pair in outcomes) / len(outcomes)
+        low, high = wilson_interval(accuracy * n, n)
+        yield f"  {side.label:<{width}}  {percent(accuracy)} % ({percent(low)}–{percent(high)}), {side.evaluation}"
     if left.evaluation != right.evaluation:
         yield "  The evaluation settings differ, so the difference may not come from the students."
-    counts = {pair: every.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))}
+    counts = {pair: outcomes.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))}
     yield (
         f"  both correct {counts[True, True]:,}, neither {counts[False, False]:,}, only {left.label} "
         f"{counts[True, False]:,}, only {right.label} {counts[False, True]:,}"
     )
-    comparison = compare_pairs(left.label, Baseline(right.label, prime_alone=False), by_problem)
-    p = p_value(comparison.p)
+    comparison = compare_pairs(left.label, Baseline(right.label, only_prompt_differs=False), by_problem)
     yield (
-        f"  difference {points(comparison.difference)} points (95 % interval {points_interval(comparison)}; "
-        f"{test_name(comparison)} p {p if p.startswith('<') else '= ' + p})"
+        f"  difference {points(comparison.difference)} points (95 % confidence interval {points_interval(comparison)}; "
+        f"{test_name(comparison)} {p_with_relation(comparison.p)})"
     )
 
 
 def _problem(left: Side, right: Side, pair: tuple[Row, Row]) -> Iterator[str]:
-    mine = pair[0]
-    sample = f", sample {mine['sample_index']}" if mine["sample_index"] else ""
-    yield f"{mine['problem_id']}{sample}: {printable(mine['question']).strip()}"
-    yield f"reference answer: {mine['reference_answer']}"
+    first = pair[0]
+    sample = f", sample {first['sample_index']}" if first["sample_index"] else ""
+    yield f"{first['problem_id']}{sample}: {printable(first['question']).strip()}"
+    yield f"reference answer: {first['reference_answer']}"
     for side, row in zip((left, right), pair, strict=True):
         truncated = ", truncated" if row["finish_reason"] == "length" else ""
         answer = row["answer_strict"] if row["answer_strict"] is not None else "no formatted answer"
@@ -108,30 +107,30 @@ def _problem(left: Side, right: Side, pair: tuple[Row, Row]) -> Iterator[str]:
 
 def printable(text: str) -> str:
     """Replace the characters of a text that a terminal could interpret as commands."""
-    return "".join(each if each in "\n\t" or each.isprintable() else "\ufffd" for each in text)
+    return "".join(char if char in "\n\t" or char.isprintable() else "\ufffd" for char in text)
 
 
 def _sides(first: str, second: str) -> tuple[Side, Side]:
     texts = (first, second)
-    named = [parse_student(text) for text in texts]
-    folders = dict.fromkeys(folder for folder, _, _ in named)
+    parsed = [parse_student(text) for text in texts]
+    folders = dict.fromkeys(folder for folder, _, _ in parsed)
     results = {folder: read_results(folder, with_attention=False) for folder in folders}
-    arms = [_arm(text, results[folder], arm) for text, (folder, arm, _) in zip(texts, named, strict=True)]
-    seeds = [[trial.seed for trial in arm.trials if trial.measured.n] for arm in arms]
-    named_seeds = [seed for _, _, seed in named if seed is not None]
-    common = [seed for seed in [*named_seeds, *seeds[0]] if all(seed in own for own in seeds)]
+    arms = [_arm(text, results[folder], arm) for text, (folder, arm, _) in zip(texts, parsed, strict=True)]
+    seeds = [[trial.seed for trial in arm.trials if trial.scores.n] for arm in arms]
+    given_seeds = [seed for _, _, seed in parsed if seed is not None]
+    common = [seed for seed in [*given_seeds, *seeds[0]] if all(seed in arm_seeds for arm_seeds in seeds)]
     sides = []
-    for text, (folder, _, seed), arm, own in zip(texts, named, arms, seeds, strict=True):
+    for text, (folder, _, seed), arm, arm_seeds in zip(texts, parsed, arms, seeds, strict=True):
         if seed is None:
-            seed = common[0] if common else own[0]
-        trial = next((each for each in arm.trials if each.seed == seed and each.measured.n), None)
+            seed = common[0] if common else arm_seeds[0]
+        trial = next((trial for trial in arm.trials if trial.seed == seed and trial.scores.n), None)
         if trial is None:
-            raise UserError(f"{text}: arm {arm.name!r} has predictions for the seeds {own} only")
+            raise UserError(f"{text}: arm {arm.name!r} has predictions for the seeds {arm_seeds} only")
         # The base student has no seed.
         label = arm.name if arm.name == BASE else f"{arm.name} (seed {seed})"
         sides.append(Side(label, results[folder].evaluation, results[folder].answers[trial.trial_id]))
     if sides[0].label == sides[1].label:
-        # The same arm of two experiments.
+        # Arms of the same name in two experiments.
         sides = [Side(text, side.evaluation, side.answers) for text, side in zip(texts, sides, strict=True)]
     return sides[0], sides[1]
 
@@ -140,24 +139,24 @@ def parse_student(text: str) -> tuple[Path, str | None, int | None]:
     """Return the folder, arm and seed of `FOLDER[:ARM[:SEED]]`.
 
     Raises:
-        ValueError: the text has more parts, or a seed that is no integer.
+        UserError: the text has more parts, or a seed that is no integer.
     """
-    # The colon of a bucket's scheme is no separator.
-    scheme, is_uri, rest = text.rpartition("://")
+    # The colon of a URI's scheme is no separator.
+    scheme, separator, rest = text.rpartition("://")
     folder, *more = rest.split(":")
     arm = more[0] if more else ""
     seed = more[1] if len(more) > 1 else None
     if len(more) > 2 or (seed is not None and not re.fullmatch("-?[0-9]{1,18}", seed)):
         raise UserError(f"{text!r}: write FOLDER, FOLDER:ARM or FOLDER:ARM:SEED")
-    path = filesystem.resolve(scheme + is_uri + folder) if is_uri else Path(folder)
+    path = filesystem.resolve(scheme + separator + folder) if separator else Path(folder)
     return path, arm or None, int(seed) if seed else None
 
 
-def _arm(text: str, results: Results, name: str | None) -> Arm:
-    answered = [arm.name for arm in results.arms if arm.measured.n]
+def _arm(text: str, results: Results, name: str | None) -> ArmResult:
+    answered = [arm.name for arm in results.arms if arm.scores.n]
     if not answered:
         raise UserError(f"{text}: no arm has predictions yet")
-    trained = [each for each in answered if each != BASE]
+    trained = [arm for arm in answered if arm != BASE]
     if name is None and len(trained) != 1:
         raise UserError(f"{text} has several arms: write {text}:ARM; arms with predictions: {', '.join(answered)}")
     arm = results.arm(name or trained[0])

@@ -15,10 +15,9 @@ from raykd.report.trials import finite
 TRAINING = "training"
 
 
-def written_by_the_teacher(results: Results) -> list[Mapping[str, Any]]:
+def teacher_generated(results: Results) -> list[Mapping[str, Any]]:
     """Return the completion sets that the teacher generated, without those that it only scored."""
-    completion_sets = results.run.completions
-    return [each for each in completion_sets if each.get("source", "teacher") == "teacher"]
+    return [completions for completions in results.run.completions if completions.get("source", "teacher") == "teacher"]
 
 
 def teacher_share(completions: Mapping[str, Any]) -> Proportion:
@@ -91,15 +90,6 @@ def stages(results: Results) -> Table:
 
 def processors(results: Results) -> Table:
     """Return the processor time of each stage, and its cost where prices are configured."""
-    usage: dict[str, dict[str, float]] = {
-        stage: {kind: float(seconds) for kind, seconds in kinds.items()}
-        for stage, kinds in results.run.processor_seconds.items()
-    }
-    for trial in results.trials:
-        if trial.train_seconds is not None and trial.num_workers and trial.accelerator:
-            of_training = usage.setdefault(TRAINING, {})
-            seconds = of_training.get(trial.accelerator, 0.0) + trial.train_seconds * trial.num_workers
-            of_training[trial.accelerator] = seconds
     prices = validated(Prices, results.tree.get("prices") or {}, f"{results.folder / 'experiment.yaml'}: prices")
     columns = ["Stage", "Processor", "Processor-seconds (at most)", "Processor-hours (at most)"]
     note = (
@@ -109,23 +99,37 @@ def processors(results: Results) -> Table:
         "attempts."
     )
     rows, costs = [], []
-    for stage, kinds in usage.items():
+    for stage, kinds in _processor_seconds(results).items():
         for kind, seconds in kinds.items():
             hours, price = seconds / 3600, _price(prices, stage, kind)
             rows.append([stage, kind.upper(), amount(seconds), amount(hours, 2)])
             costs.append(None if price is None else hours * price)
-    known = [each for each in costs if each is not None]
+    known = [price for price in costs if price is not None]
     if not known:
         note += " Set `prices.gpu_hour` or `prices.cpu_hour` in the experiment to add the cost."
         return Table("Processor time", columns, rows, note, text_columns=(0, 1))
-    rows = [[*row, amount(each, 2)] for row, each in zip(rows, costs, strict=True)]
+    rows = [[*row, amount(price, 2)] for row, price in zip(rows, costs, strict=True)]
     if len(rows) > 1 and sum(known):
         label = "all" if len(known) == len(costs) else "all with a price"
         rows.append([label, "", "", "", amount(sum(known), 2)])
     return Table("Processor time", [*columns, f"Cost, {prices.currency} (at most)"], rows, note, text_columns=(0, 1))
 
 
-def _price(prices: Prices, role: str, kind: str) -> float | None:
-    if (role, kind) == ("teacher", "gpu") and prices.teacher_gpu_hour is not None:
+def _processor_seconds(results: Results) -> dict[str, dict[str, float]]:
+    """Return the processor-seconds by stage and by kind of processor, training included."""
+    usage: dict[str, dict[str, float]] = {
+        stage: {kind: float(seconds) for kind, seconds in kinds.items()}
+        for stage, kinds in results.run.processor_seconds.items()
+    }
+    for trial in results.trials:
+        if trial.train_seconds is not None and trial.num_workers and trial.accelerator:
+            training = usage.setdefault(TRAINING, {})
+            seconds = trial.train_seconds * trial.num_workers
+            training[trial.accelerator] = training.get(trial.accelerator, 0.0) + seconds
+    return usage
+
+
+def _price(prices: Prices, stage: str, kind: str) -> float | None:
+    if (stage, kind) == ("teacher", "gpu") and prices.teacher_gpu_hour is not None:
         return prices.teacher_gpu_hour
     return prices.gpu_hour if kind == "gpu" else prices.cpu_hour

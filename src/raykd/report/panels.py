@@ -1,4 +1,4 @@
-"""Report panels: figures of several small plots side by side: curves, and heat maps of attention heads."""
+"""Report panels: figures of small multiples: curves, and heat maps of attention heads."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ _HEAD_LEVELS = 5  # Steps of a heat map's colour scale on each side of 0.
 
 @dataclass(frozen=True)
 class Panel:
-    """One of several small plots over each other's width."""
+    """A small plot of a figure with several."""
 
     title: str
     content: Markup
-    """SVG elements, in a viewport of the panel's width and of the height that all panels share."""
+    """SVG elements, for a viewport of the panel's width and of the panels' common height."""
     above: str = ""
-    """The text on top of the plot, such as the end of its scale."""
+    """The text above the plot, such as the end of its scale."""
     below: tuple[str, str] = ("", "")
-    """The texts under its left and right ends."""
+    """The texts below its left and right ends."""
 
 
 def panel_grid(panels: Sequence[Panel], height: int, columns: int, heading: tuple[Markup, int]) -> tuple[Markup, int]:
@@ -36,7 +36,7 @@ def panel_grid(panels: Sequence[Panel], height: int, columns: int, heading: tupl
     Args:
         panels: in reading order.
         height: of each plot, in pixels.
-        columns: how many stand side by side.
+        columns: number of panels in a row.
         heading: a legend or a scale above them, with its height.
 
     Returns:
@@ -50,7 +50,7 @@ def panel_grid(panels: Sequence[Panel], height: int, columns: int, heading: tupl
         titles = [wrapped(panel.title, LINE_CHARACTERS // columns - 2) for panel in row]
         plot_y = LINE_PX * max(map(len, titles)) + (LINE_PX if any(panel.above for panel in row) else 4)
         for number, (panel, title) in enumerate(zip(row, titles, strict=True)):
-            # The last line of every title stands right above its plot.
+            # Titles are aligned at their last lines.
             first_y = plot_y - LINE_PX * len(title) - (LINE_PX if panel.above else 4) + 12
             texts = [svg_text("0", first_y + LINE_PX * line, text, css="name") for line, text in enumerate(title)]
             texts.append(svg_text("0", plot_y - 4, panel.above, css="small"))
@@ -73,15 +73,15 @@ def curves_panel(
 
     Args:
         title: of the panel.
-        curves: the class of colour and the points of each; values that are not finite are left out.
+        curves: the colour class and the points of each; values that are not finite are left out.
         scale: the values at the bottom and at the top.
-        above: the text on top.
-        below: the texts under the left and right ends.
+        above: the text above the plot.
+        below: the texts below its left and right ends.
     """
     low, high = scale
-    places = [x for _, curve in curves for x, _ in curve]
-    first = min(places, default=0.0)
-    width = (max(places, default=1.0) - first) or 1
+    xs = [x for _, curve in curves for x, _ in curve]
+    first = min(xs, default=0.0)
+    width = (max(xs, default=1.0) - first) or 1
     lines = [
         Markup('<polyline class="{}" points="{}"/>').format(
             color,
@@ -99,38 +99,37 @@ def curves_panel(
     return Panel(title, plot, above, below)
 
 
-def heat_map(effect: Effect, most: float, shape: tuple[int, int], height: int) -> Markup:
-    """Draw each head's effect as a cell: a row a layer, from the top down, and a column a head.
+def heat_map(effect: Effect, largest: float, shape: tuple[int, int], height: int) -> Markup:
+    """Draw each head's effect as a cell: a row for each layer, from the top, and a column for each head.
 
     Blue is negative and red is positive. Cells of effects that are not significant are pale, and those of undefined
     effects are not drawn.
 
     Args:
         effect: of L x H heads, layer by layer.
-        most: the largest absolute value of the colour scale.
+        largest: the largest absolute value of the colour scale.
         shape: L and H.
         height: in pixels.
     """
     num_layers, num_heads = shape
     is_defined = np.isfinite(effect.value)
-    levels = np.rint(_HEAD_LEVELS * np.where(is_defined, effect.value, 0.0) / most).clip(-_HEAD_LEVELS, _HEAD_LEVELS)
-    classes = [
-        f"h{level + _HEAD_LEVELS:.0f}{'' if is_significant else ' pale'}" if is_drawn else ""
-        for level, is_significant, is_drawn in zip(levels, effect.is_clear, is_defined, strict=True)
-    ]
+    levels = np.rint(_HEAD_LEVELS * np.where(is_defined, effect.value, 0.0) / largest).clip(-_HEAD_LEVELS, _HEAD_LEVELS)
+    classes = np.array([f"h{level + _HEAD_LEVELS:.0f}" for level in levels], dtype=object)
+    classes[~effect.is_significant] += " pale"
+    classes[~is_defined] = ""
     cells: dict[str, list[str]] = {}
     for layer in range(num_layers):
         for css, first, length in _runs(classes[layer * num_heads : (layer + 1) * num_heads]):
             if css:
                 cells.setdefault(css, []).append(f"M{first} {layer}.5h{length}")
-    paths = [Markup('<path class="{}" d="{}"/>').format(css, "".join(own)) for css, own in sorted(cells.items())]
+    paths = [Markup('<path class="{}" d="{}"/>').format(css, "".join(moves)) for css, moves in sorted(cells.items())]
     return Markup(
         '<svg class="heads" width="100%" height="{0}" viewBox="0 0 {1} {2}" preserveAspectRatio="none">'
         '<rect width="{1}" height="{2}"/>{3}</svg>'
     ).format(height, num_heads, num_layers, join(paths))
 
 
-def heat_scale(most: float) -> tuple[Markup, int]:
+def heat_scale(largest: float) -> tuple[Markup, int]:
     """Draw the colour scale of heat maps, and return it with its height in pixels."""
     num_levels = 2 * _HEAD_LEVELS + 1
     cells = [Markup('<path class="h{}" d="M{} .5h1"/>').format(level, level) for level in range(num_levels)]
@@ -138,15 +137,15 @@ def heat_scale(most: float) -> tuple[Markup, int]:
         '<svg class="heads" width="50%" height="10" y="2" viewBox="0 0 {} 1" preserveAspectRatio="none">{}</svg>'
     ).format(num_levels, join(cells))
     texts = [
-        svg_text("0", 26, f"−{most:.3g}", css="small"),
+        svg_text("0", 26, f"−{largest:.3g}", css="small"),
         svg_text("25%", 26, "0", css="small", anchor="middle"),
-        svg_text("50%", 26, f"+{most:.3g}", css="small", anchor="end"),
+        svg_text("50%", 26, f"+{largest:.3g}", css="small", anchor="end"),
     ]
     return join([scale, *texts]), 40
 
 
 def _runs(values: Sequence[str]) -> Iterator[tuple[str, int, int]]:
-    """Equal neighbours: the value, the index of the first and how many there are."""
+    """Yield each run of equal values: the value, the index of its first element and its length."""
     first = 0
     for value, run in groupby(values):
         length = len(list(run))
@@ -155,13 +154,11 @@ def _runs(values: Sequence[str]) -> Iterator[tuple[str, int, int]]:
 
 
 def _thinned(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most `_MAX_POINTS` points: the mean of each stretch, and both ends as they are."""
+    """Return at most `_MAX_POINTS` points: the means of equal segments between the unchanged ends."""
     if len(curve) <= _MAX_POINTS:
         return list(curve)
     size = ceil((len(curve) - 2) / (_MAX_POINTS - 2))
     inner = curve[1:-1]
-    stretches = [inner[start : start + size] for start in range(0, len(inner), size)]
-    means = [
-        (stretch[len(stretch) // 2][0], sum(value for _, value in stretch) / len(stretch)) for stretch in stretches
-    ]
+    segments = [inner[start : start + size] for start in range(0, len(inner), size)]
+    means = [(segment[len(segment) // 2][0], sum(value for _, value in segment) / len(segment)) for segment in segments]
     return [curve[0], *means, curve[-1]]

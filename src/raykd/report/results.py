@@ -1,4 +1,4 @@
-"""Results: the numbers of an experiment's report, each computed from the rows in its folder, with n."""
+"""Results: the numbers of an experiment's report, computed from the rows in its folder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,19 +28,16 @@ NUM_EXAMPLES = 10
 
 
 @dataclass(frozen=True)
-class Arm:
-    """An arm, its seeds pooled, at its best point where there was a sweep.
-
-    An interval's n is the number of problems, because every seed answers the same ones.
-    """
+class ArmResult:
+    """The result of an arm, its seeds pooled; of a sweep at the arm's best point."""
 
     name: str
     kind: str
-    """`base` (the base student), `baseline` (others are compared with it), `primed`, `control` (its teacher received
-    another problem's answer) or `unprimed`."""
+    """`base` (the base student), `baseline` (of another arm), `primed`, `control` (the teacher received another
+    problem's answer) or `unprimed`."""
     strategy: str
     trials: list[TrialResult]
-    measured: Scores
+    scores: Scores
 
 
 @dataclass(frozen=True)
@@ -53,16 +50,16 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepResult:
     """The results of a sweep. `Results.arms` are at their best points by validation, `Results.trials` are all."""
 
     metric: str
     """`accuracy` or `loss`."""
     num_validations: int
-    """Number of validations of a trial that completes."""
+    """Number of validations of a complete trial."""
     paths: list[str]
-    """The searched fields that affect some trial."""
-    equal: list[Comparison]
+    """The searched fields that affect any trial."""
+    comparisons: list[Comparison]
     """Every arm against its baseline by strict match, at equal values of the searched fields."""
 
 
@@ -75,33 +72,32 @@ class Results:
     config: str
     """The text of `experiment.yaml`."""
     tree: Mapping[str, Any]
-    """The same, parsed."""
+    """The parsed `experiment.yaml`."""
     trials: list[TrialResult]
-    arms: list[Arm]
+    arms: list[ArmResult]
     strict: list[Comparison]
     """Every arm against its baseline by strict match; arms without one are left out."""
     flexible: list[Comparison]
     examples: list[Example]
     answers: Mapping[str, Answers]
-    """By trial."""
+    """Prediction rows by trial."""
     notes: list[str]
-    """What is missing or failed."""
-    sweep: Sweep | None = None
+    """Missing and failed trials and predictions."""
+    sweep: SweepResult | None = None
     attention: AttentionResults | None = None
     """None where it was not measured."""
 
     @property
     def evaluation(self) -> str:
         """The evaluation settings of the students, in words."""
-        where = f"{ExperimentPaths(self.folder).config}: evaluate"
-        return protocol_description(validated(Evaluate, self.tree.get("evaluate") or {}, where))
+        path = f"{self.folder / 'experiment.yaml'}: evaluate"
+        return protocol_description(validated(Evaluate, self.tree.get("evaluate") or {}, path))
 
     @property
     def other_predictions(self) -> list[str]:
         """The folders of complete predictions with other evaluation settings."""
-        complete = [
-            each.parent.name for each in filesystem.find_in_subdirs(ExperimentPaths(self.folder).predictions, MANIFEST)
-        ]
+        manifests = filesystem.find_in_subdirs(self.folder / "predictions", MANIFEST)
+        complete = [manifest.parent.name for manifest in manifests]
         return [name for name in complete if f"predictions/{name}" != self.run.predictions]
 
     @property
@@ -109,9 +105,9 @@ class Results:
         """The experiment's name."""
         return self.run.name or self.folder.name
 
-    def arm(self, name: str) -> Arm | None:
-        """The arm of that name; None where it has no predictions."""
-        return next((arm for arm in self.arms if arm.name == name and arm.measured.n), None)
+    def arm(self, name: str) -> ArmResult | None:
+        """Return the arm of that name; None where it has no predictions."""
+        return next((arm for arm in self.arms if arm.name == name and arm.scores.n), None)
 
 
 def read_results(folder: Path, with_attention: bool = True) -> Results:
@@ -125,40 +121,21 @@ def read_results(folder: Path, with_attention: bool = True) -> Results:
         UserError: the folder is not an experiment's, or holds neither trials nor predictions.
     """
     run = read_run(folder)
-    try:
-        config = ExperimentPaths(folder).config.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} has no experiment.yaml: give the folder of an experiment that `raykd run` made"
-        ) from None
+    config = _read_config(folder)
+    tree = _parse(config)
     rows = read_predictions(folder / run.predictions)
-    trials = read_trials(ExperimentPaths(folder).trials, rows)
-    # Trials of an earlier configuration, or of an arm that was removed, are not results of this experiment.
-    current = {BASE, *run.trials} if run.trials is not None else {trial.trial_id for trial in trials}
-    earlier = [trial.trial_id for trial in trials if trial.trial_id not in current]
-    trials = [trial for trial in trials if trial.trial_id in current]
-    if not trials:
-        raise UserError(f"{folder} has no trials and no predictions: there is nothing to report yet")
-    tree = _tree(config)
-    # The order of the configuration.
-    order = [BASE, *(str(name) for name in tree.get("arms") or ())]
-    trials.sort(key=lambda t: (_rank(t.arm, order), t.arm, t.seed, t.trial_id))
+    trials, excluded = _current_trials(folder, run, tree, rows)
     sweep = tree.get("sweep")
-    best = _best(trials, sweep["metric"]) if sweep else trials
-    trained = {trial.arm: trial for trial in trials if trial.arm != BASE}
-    overrides = {name: trial.overrides for name, trial in trained.items()}
-    # Where the strategy is searched too, an arm is neither primed nor unprimed.
-    is_searched = bool(sweep) and "prompt.strategy" in (sweep.get("space") or {})
-    against = baselines(overrides, {name: "" if is_searched else trial.strategy for name, trial in trained.items()})
-    names = dict.fromkeys(trial.arm for trial in trials)
-    compared = {baseline.arm for baseline in against.values()}
-    controls = _controls(tree, folder)
-    arms = [_arm(name, name in compared, controls, best, rows) for name in names]
+    best = _best_trials(trials, sweep["metric"]) if sweep else trials
+    arm_baselines = _baselines(trials, sweep)
+    arms = _arm_results(trials, best, arm_baselines, _controls(tree, folder), rows)
     attention = _attention(folder, run, arms, rows) if with_attention else None
-    notes = _notes(folder, run, trials, best, earlier) + (attention.notes if attention else [])
-    if with_attention and run.attention and not attention:
+    notes = _notes(folder, run, trials, best, excluded)
+    if attention:
+        notes += attention.notes
+    elif with_attention and run.attention:
         notes.append("Attention: not measured yet; run `raykd attention`")
-    by_seed = {arm.name: [(Setting(t.seed), rows.get(t.trial_id, {})) for t in arm.trials] for arm in arms}
+    paired = {arm.name: [(Setting(t.seed), rows.get(t.trial_id, {})) for t in arm.trials] for arm in arms}
     return Results(
         folder=folder,
         run=run,
@@ -166,91 +143,133 @@ def read_results(folder: Path, with_attention: bool = True) -> Results:
         tree=tree,
         trials=trials,
         arms=arms,
-        strict=compare_arms(by_seed, against, "is_correct_strict"),
-        flexible=compare_arms(by_seed, against, "is_correct_flexible"),
+        strict=compare_arms(paired, arm_baselines, "is_correct_strict"),
+        flexible=compare_arms(paired, arm_baselines, "is_correct_flexible"),
         examples=_examples(arms, rows),
         answers=rows,
         notes=notes,
         attention=attention,
-        sweep=_sweep(sweep, trials, against, rows) if sweep else None,
+        sweep=_sweep(sweep, trials, arm_baselines, rows) if sweep else None,
     )
 
 
-def _best(trials: list[TrialResult], metric: str) -> list[TrialResult]:
-    """The trials of each arm at its best point; all of an arm without a complete trial."""
+def _read_config(folder: Path) -> str:
+    try:
+        return (ExperimentPaths(folder).config).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} has no experiment.yaml: give the folder of an experiment that `raykd run` made"
+        ) from None
+
+
+def _current_trials(
+    folder: Path, run: RunRecord, tree: Mapping[str, Any], rows: Mapping[str, Answers]
+) -> tuple[list[TrialResult], list[str]]:
+    """Return the trials of the current configuration in its order, and the ids of other trials."""
+    trials = read_trials(ExperimentPaths(folder).trials, rows)
+    excluded: list[str] = []
+    if run.trials is not None:
+        # Trials of an earlier configuration, or of an arm that was removed, are not results of this experiment.
+        current = {BASE, *run.trials}
+        excluded = [trial.trial_id for trial in trials if trial.trial_id not in current]
+        trials = [trial for trial in trials if trial.trial_id in current]
+    if not trials:
+        raise UserError(f"{folder} has no trials and no predictions: there is nothing to report yet")
+    order = [BASE, *(str(name) for name in tree.get("arms") or ())]
+    trials.sort(key=lambda trial: (_rank(trial.arm, order), trial.arm, trial.seed, trial.trial_id))
+    return trials, excluded
+
+
+def _baselines(trials: list[TrialResult], sweep: Mapping[str, Any] | None) -> dict[str, Baseline]:
+    by_arm = {trial.arm: trial for trial in trials if trial.arm != BASE}
+    overrides = {name: trial.overrides for name, trial in by_arm.items()}
+    # Where the strategy is searched, an arm is neither primed nor unprimed.
+    is_searched = sweep is not None and "prompt.strategy" in (sweep.get("space") or {})
+    return baselines(overrides, {name: "" if is_searched else trial.strategy for name, trial in by_arm.items()})
+
+
+def _best_trials(trials: list[TrialResult], metric: str) -> list[TrialResult]:
+    """Return the trials of each arm at its best point, and all trials of an arm without a complete one."""
     best = []
     for arm in dict.fromkeys(trial.arm for trial in trials):
-        own = [trial for trial in trials if trial.arm == arm]
-        reached: dict[str, list[float]] = {}
-        for trial in own:
+        arm_trials = [trial for trial in trials if trial.arm == arm]
+        metrics: dict[str, list[float]] = {}
+        for trial in arm_trials:
             if trial.status == COMPLETE and trial.validation:
-                reached.setdefault(hparams_key(trial.values), []).append(trial.validation[metric])
-        points = rank_by_validation(reached, metric)[:1]
-        best += [trial for trial in own if not points or hparams_key(trial.values) == points[0]]
+                metrics.setdefault(hparams_key(trial.values), []).append(trial.validation[metric])
+        points = rank_by_validation(metrics, metric)
+        best += [trial for trial in arm_trials if not points or hparams_key(trial.values) == points[0]]
     return best
 
 
 def _sweep(
     section: Mapping[str, Any],
     trials: list[TrialResult],
-    against: Mapping[str, Baseline],
+    baselines: Mapping[str, Baseline],
     rows: Mapping[str, Answers],
-) -> Sweep:
+) -> SweepResult:
     by_arm: dict[str, list[tuple[Setting, Answers]]] = {}
     for trial in trials:
         if trial.arm == BASE:
             continue
         setting = Setting(trial.seed, trial.values)
         by_arm.setdefault(trial.arm, []).append((setting, rows.get(trial.trial_id, {})))
-    return Sweep(
+    return SweepResult(
         metric=section["metric"],
         num_validations=section["num_validations"],
         paths=list(dict.fromkeys(path for trial in trials for path in trial.values)),
-        equal=compare_arms(by_arm, against, "is_correct_strict"),
+        comparisons=compare_arms(by_arm, baselines, "is_correct_strict"),
     )
 
 
-def _arm(
-    name: str, is_baseline: bool, controls: set[str], trials: list[TrialResult], rows: Mapping[str, Answers]
-) -> Arm:
-    own = [trial for trial in trials if trial.arm == name]
-    strategy = own[0].strategy
-    if name == BASE:
-        kind = "base"
-    elif is_baseline:
-        kind = "baseline"
-    elif strategy in ("", BASELINE):
-        kind = "unprimed"
-    else:
-        kind = "control" if strategy in controls else "primed"
-    pooled = [row for trial in own for row in rows.get(trial.trial_id, {}).values()]
-    return Arm(name, kind, strategy, own, compute_scores(pooled))
+def _arm_results(
+    trials: list[TrialResult],
+    best: list[TrialResult],
+    baselines: Mapping[str, Baseline],
+    controls: set[str],
+    rows: Mapping[str, Answers],
+) -> list[ArmResult]:
+    baseline_names = {baseline.arm for baseline in baselines.values()}
+    arms = []
+    for name in dict.fromkeys(trial.arm for trial in trials):
+        arm_trials = [trial for trial in best if trial.arm == name]
+        strategy = arm_trials[0].strategy
+        if name == BASE:
+            kind = "base"
+        elif name in baseline_names:
+            kind = "baseline"
+        elif strategy in ("", BASELINE):
+            kind = "unprimed"
+        else:
+            kind = "control" if strategy in controls else "primed"
+        pooled = [row for trial in arm_trials for row in rows.get(trial.trial_id, {}).values()]
+        arms.append(ArmResult(name, kind, strategy, arm_trials, compute_scores(pooled)))
+    return arms
 
 
-def _attention(folder: Path, run: RunRecord, arms: list[Arm], rows: Mapping[str, Answers]) -> AttentionResults | None:
-    measured = folder / run.attention if run.attention else None
-    if measured is None or not (measured / MANIFEST).is_file():
+def _attention(
+    folder: Path, run: RunRecord, arms: list[ArmResult], rows: Mapping[str, Answers]
+) -> AttentionResults | None:
+    attention = folder / run.attention if run.attention else None
+    if attention is None or not (attention / MANIFEST).is_file():
         return None
     trained = {arm.name: [trial.trial_id for trial in arm.trials if trial.status == COMPLETE] for arm in arms}
-    return read_attention(measured, trained, rows)
+    return read_attention(attention, trained, rows)
 
 
-def _examples(arms: list[Arm], rows: Mapping[str, Answers]) -> list[Example]:
-    """The problems on which the arms disagree most, by each arm's first trial with predictions."""
-    shown: dict[str, Answers] = {}
-    for arm in arms:
-        first = next((trial for trial in arm.trials if trial.measured.n), None)
-        if first:
-            shown[arm.name] = rows[first.trial_id]
+def _examples(arms: list[ArmResult], rows: Mapping[str, Answers]) -> list[Example]:
+    """Return the problems on which the arms disagree most, by each arm's first trial with predictions."""
     by_problem: dict[str, dict[str, Row]] = {}
-    for name, of_trial in shown.items():
-        for (problem_id, sample), row in of_trial.items():
-            if not row["error"] and not sample:
-                by_problem.setdefault(problem_id, {})[name] = row
+    for arm in arms:
+        trial = next((trial for trial in arm.trials if trial.scores.n), None)
+        if trial:
+            for (problem_id, sample), row in rows[trial.trial_id].items():
+                if not row["error"] and sample == 0:
+                    by_problem.setdefault(problem_id, {})[arm.name] = row
 
     def agreement(problem_id: str) -> tuple[int, int, str]:
-        right = [row["is_correct_strict"] for row in by_problem[problem_id].values()]
-        return -min(right.count(True), right.count(False)), -len(right), problem_id
+        correct = [row["is_correct_strict"] for row in by_problem[problem_id].values()]
+        return -min(correct.count(True), correct.count(False)), -len(correct), problem_id
 
     examples = []
     for problem_id in sorted(by_problem, key=agreement)[:NUM_EXAMPLES]:
@@ -261,36 +280,37 @@ def _examples(arms: list[Arm], rows: Mapping[str, Answers]) -> list[Example]:
 
 
 def _notes(
-    folder: Path, run: RunRecord, trials: list[TrialResult], best: list[TrialResult], earlier: list[str]
+    folder: Path, run: RunRecord, trials: list[TrialResult], best: list[TrialResult], excluded: list[str]
 ) -> list[str]:
     notes = []
-    if earlier:
-        notes.append(f"Excluded, of an earlier configuration of this experiment: {_counted(earlier)}")
-    expected = run.problems.num_test
-    samples = max((trial.measured.num_samples for trial in trials), default=1)
+    if excluded:
+        notes.append(f"Excluded, of an earlier configuration of this experiment: {_count_and_names(excluded)}")
+    expected = (run.problems.num_test or 0) * max((trial.scores.num_samples for trial in trials), default=1)
     for trial in trials:
-        name = f"Arm {trial.arm}, seed {trial.seed}" + (f", {format_hparams(trial.values)}" if trial.values else "")
-        total = trial.measured.n + trial.measured.errors
+        name = f"Arm {trial.arm}, seed {trial.seed}"
+        if trial.values:
+            name += f", {format_hparams(trial.values)}"
+        total = trial.scores.n + trial.scores.errors
         if trial.status == FAILED:
             notes.append(f"{name} failed: {trial.error or 'no reason was recorded'}")
         elif not total and trial.status == COMPLETE and trial in best:
             notes.append(f"{name} has no predictions: it was trained but not evaluated")
-        elif total and expected and total != expected * samples:
-            notes.append(f"{name} has {total} of {expected * samples} predictions: its evaluation is incomplete")
-        if trial.measured.errors:
-            notes.append(f"{name}: {trial.measured.errors} of {total} predictions are errors and are excluded from n")
-    begun = [
+        elif total and expected and total != expected:
+            notes.append(f"{name} has {total} of {expected} predictions: its evaluation is incomplete")
+        if trial.scores.errors:
+            notes.append(f"{name}: {trial.scores.errors} of {total} predictions are errors and are excluded from n")
+    started = [
         path.name
         for path in filesystem.list_dirs(ExperimentPaths(folder).trials)
         if not TrialPaths(path).record.is_file()
     ]
-    unfinished = [name for name in begun if name in (run.trials or begun)]
+    unfinished = [name for name in started if name in (run.trials or started)]
     if unfinished:
-        notes.append(f"Unfinished and therefore in no table: {_counted(unfinished)}")
+        notes.append(f"Unfinished and therefore in no table: {_count_and_names(unfinished)}")
     return notes
 
 
-def _tree(config: str) -> Mapping[str, Any]:
+def _parse(config: str) -> Mapping[str, Any]:
     try:
         tree = parse_yaml(config)
     except UserError:
@@ -299,15 +319,15 @@ def _tree(config: str) -> Mapping[str, Any]:
 
 
 def _controls(config: Mapping[str, Any], folder: Path) -> set[str]:
-    """The strategies that give the teacher another problem's answer."""
-    own = (config.get("prompt") or {}).get("strategies") or {}
-    where = f"{ExperimentPaths(folder).config}: prompt.strategies"
-    known = BUILT_IN | {name: validated(Strategy, each, f"{where}.{name}") for name, each in own.items()}
-    return {name for name, strategy in known.items() if strategy.is_control}
+    """Return the names of the strategies that give the teacher another problem's answer."""
+    sections = (config.get("prompt") or {}).get("strategies") or {}
+    path = f"{folder / 'experiment.yaml'}: prompt.strategies"
+    custom = {name: validated(Strategy, section, f"{path}.{name}") for name, section in sections.items()}
+    return {name for name, strategy in (BUILT_IN | custom).items() if strategy.is_control}
 
 
-def _counted(trials: list[str]) -> str:
-    """How many trials, and the names of the first three."""
+def _count_and_names(trials: list[str]) -> str:
+    """Return the number of trials, and the names of the first three."""
     more = ", …" if len(trials) > 3 else ""
     return f"{len(trials)} {'trial' if len(trials) == 1 else 'trials'} ({', '.join(trials[:3])}{more})"
 

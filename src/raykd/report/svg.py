@@ -1,7 +1,7 @@
-"""Report SVG: a figure drawn once, which the page holds inline and the Markdown report as a file.
+"""Report SVG: figures as SVG elements, inline in the HTML page and as files for the Markdown report.
 
-Positions across are percentages of the width and positions down are pixels, so that a figure fits a phone and a wide
-screen with its text unscaled. Colours are classes of `templates/style.j2`.
+Horizontal positions are percentages of the width and vertical positions are pixels, so that a figure fits narrow and
+wide screens without scaling its text. Colours are classes of `templates/style.j2`.
 """
 
 import textwrap
@@ -13,36 +13,36 @@ from markupsafe import Markup
 
 _TICK_STEPS = (0.5, 1, 2, 5, 10, 20, 25, 50, 100, 200, 500, 1000, 2000, 5000)
 LINE_PX = 16  # Height of a line of text.
-_MARK_PX = 13  # Height of one mark's line in a forest plot.
+_MARK_PX = 13  # Height of a mark's line in a forest plot.
 _SCATTER_PX = 260
 LINE_CHARACTERS = 44  # A line of this length fits a figure of 360 pixels.
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure: what is drawn, and the words that go with it."""
+    """A figure: its SVG elements, title, caption and description."""
 
     name: str
     """Name of its file, without the suffix."""
     title: str
     caption: str
-    """What the marks mean, for the line below the figure."""
+    """The explanation of the marks, below the figure."""
     description: str
     """The numbers in words, for a screen reader."""
     height: int
     """In pixels."""
     content: Markup
-    """SVG elements, to be put into an `<svg class="chart">` of any width."""
+    """SVG elements for an `<svg class="chart">` of any width."""
 
 
 @dataclass(frozen=True)
-class Axis:
+class PlotAxis:
     """An axis from the first to the last of its ticks."""
 
     ticks: list[float]
 
     def position(self, value: float) -> float:
-        """Where a value lies, in percent of the axis' length."""
+        """Return the position of a value, in percent of the axis' length."""
         low, high = self.ticks[0], self.ticks[-1]
         return 100 * (value - low) / (high - low)
 
@@ -66,7 +66,7 @@ class Key:
     """`dot`, `ring`, `diamond`, `line` or `dashed`."""
     text: str
     color: str = ""
-    """A class of colour; none for a symbol whose colour varies."""
+    """A colour class; empty for a symbol whose colour varies."""
 
 
 @dataclass(frozen=True)
@@ -81,17 +81,17 @@ class ForestRow:
 
 @dataclass(frozen=True)
 class ScatterPoint:
-    """An arm in a scatter plot: where it lies across, and one mark up for each symbol of the plot."""
+    """An arm in a scatter plot: its x value, and one y value for each symbol of the plot."""
 
     name: str
     color: str
-    across: Mark
-    up: Sequence[Mark]
+    x: Mark
+    ys: Sequence[Mark]
     text: str
 
 
-def axis_over(values: Iterable[float | None], least: float, most: float) -> Axis:
-    """Return an axis with up to nine round ticks that holds all values, clipped to `least` and `most`."""
+def axis_over(values: Iterable[float | None], minimum: float, maximum: float) -> PlotAxis:
+    """Return an axis with up to nine round ticks that contains all values, clipped to `minimum` and `maximum`."""
     known = [value for value in values if value is not None]
     low, high = (min(known), max(known)) if known else (0.0, 100.0)
     step = next((step for step in _TICK_STEPS if (high - low) / step <= 7), _TICK_STEPS[-1])
@@ -99,20 +99,20 @@ def axis_over(values: Iterable[float | None], least: float, most: float) -> Axis
     if first == last:
         first, last = first - 1, last + 1
     ticks = [step * k for k in range(first, last + 1)]
-    clipped = [tick for tick in ticks if least <= tick <= most]
-    return Axis(clipped if len(clipped) > 1 else ticks)
+    clipped = [tick for tick in ticks if minimum <= tick <= maximum]
+    return PlotAxis(clipped if len(clipped) > 1 else ticks)
 
 
 def forest_plot(
-    rows: Sequence[ForestRow], axis: Axis, symbols: Sequence[str], keys: Sequence[Key], title: str
+    rows: Sequence[ForestRow], axis: PlotAxis, symbols: Sequence[str], keys: Sequence[Key], title: str
 ) -> tuple[Markup, int]:
     """Draw rows of values with intervals over one axis.
 
     Args:
-        rows: from the top down.
+        rows: from top to bottom.
         axis: shared by all rows.
         symbols: of the marks of a row, in their order.
-        keys: what the symbols and colours mean.
+        keys: the entries of the legend.
         title: of the axis, with its unit.
 
     Returns:
@@ -143,21 +143,21 @@ def forest_plot(
 
 def scatter_plot(
     points: Sequence[ScatterPoint],
-    x: Axis,
-    y: Axis,
+    x: PlotAxis,
+    y: PlotAxis,
     symbols: Sequence[str],
     keys: Sequence[Key],
     titles: tuple[str, str],
 ) -> tuple[Markup, int]:
-    """Draw points with intervals both ways.
+    """Draw points with horizontal and vertical intervals.
 
     Args:
         points: one for each arm.
-        x: the axis across.
-        y: the axis up.
+        x: the horizontal axis.
+        y: the vertical axis.
         symbols: of the marks of a point, in their order.
-        keys: what the symbols and colours mean.
-        titles: of the axis across and of the axis up.
+        keys: the entries of the legend.
+        titles: of the x axis and of the y axis.
 
     Returns:
         SVG elements and their height in pixels.
@@ -170,24 +170,27 @@ def scatter_plot(
         for tick in x.ticks
     ]
     lines += [
-        Markup('<line class="grid" x1="0" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>').format(_up(y, tick))
-        + svg_text("-8", _up(y, tick) + 4, f"{tick:g}", anchor="end")
+        Markup('<line class="grid" x1="0" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>').format(_scatter_y(y, tick))
+        + svg_text("-8", _scatter_y(y, tick) + 4, f"{tick:g}", anchor="end")
         for tick in y.ticks
     ]
-    for point in points:
-        drawn = [Markup("<title>{}</title>").format(point.text)]
-        at = x.position(point.across.value)
-        for symbol, mark in reversed(list(zip(symbols, point.up, strict=True))):
-            drawn.append(_interval(f"{at:.2f}%", f"{at:.2f}%", _up(y, mark.low), _up(y, mark.high)))
-            drawn.append(_symbol(symbol, f"{at:.2f}%", _up(y, mark.value)))
-        low, high = (f"{x.position(bound):.2f}%" for bound in (point.across.low, point.across.high))
-        height = _up(y, point.up[0].value)
-        drawn.append(_interval(low, high, height, height))
-        lines.append(Markup('<g class="{}">{}</g>').format(point.color, join(drawn)))
+    lines += [_scatter_point(point, x, y, symbols) for point in points]
     parts.append(viewport("9%", "88%", top + 24, _SCATTER_PX, join(lines)))
     bottom = top + 24 + _SCATTER_PX
     parts.append(svg_text("53%", bottom + 36, titles[0], anchor="middle"))
     return join(parts), bottom + 42
+
+
+def _scatter_point(point: ScatterPoint, x: PlotAxis, y: PlotAxis, symbols: Sequence[str]) -> Markup:
+    parts = [Markup("<title>{}</title>").format(point.text)]
+    value = f"{x.position(point.x.value):.2f}%"
+    for symbol, mark in reversed(list(zip(symbols, point.ys, strict=True))):
+        parts.append(_interval(value, value, _scatter_y(y, mark.low), _scatter_y(y, mark.high)))
+        parts.append(_symbol(symbol, value, _scatter_y(y, mark.value)))
+    low, high = (f"{x.position(bound):.2f}%" for bound in (point.x.low, point.x.high))
+    height = _scatter_y(y, point.ys[0].value)
+    parts.append(_interval(low, high, height, height))
+    return Markup('<g class="{}">{}</g>').format(point.color, join(parts))
 
 
 def legend(keys: Sequence[Key]) -> tuple[Markup, int]:
@@ -204,9 +207,9 @@ def _key(column: int, num_columns: int, y: float, key: Key) -> Markup:
 
 
 def _symbol(symbol: str, x: str, y: float) -> Markup:
-    """A mark at a place across, with its unit, and a place down."""
+    """Draw a symbol at `x`, a length with its unit, and `y` in pixels."""
     if symbol == "diamond":
-        # A nested viewport puts a path in pixels at a place in percent.
+        # A path has no percentages: a nested viewport positions it.
         path = '<svg x="{}" y="{:.1f}" overflow="visible"><path class="hollow" d="M0-6L6 0L0 6L-6 0Z"/></svg>'
         return Markup(path).format(x, y)
     if symbol in ("line", "dashed"):
@@ -215,8 +218,8 @@ def _symbol(symbol: str, x: str, y: float) -> Markup:
     return Markup('<circle class="{}" cx="{}" cy="{:.1f}" r="4.5"/>').format(css, x, y)
 
 
-def _mark_across(axis: Axis, mark: Mark, symbol: str, y: float, text: str) -> Markup:
-    low, value, high = (f"{axis.position(each):.2f}%" for each in (mark.low, mark.value, mark.high))
+def _mark_across(axis: PlotAxis, mark: Mark, symbol: str, y: float, text: str) -> Markup:
+    low, value, high = (f"{axis.position(bound):.2f}%" for bound in (mark.low, mark.value, mark.high))
     seeds = [
         Markup('<line class="seed" x1="{0:.2f}%" x2="{0:.2f}%" y1="{1}" y2="{2}"/>').format(
             axis.position(seed), y - 6, y + 6
@@ -231,8 +234,8 @@ def _interval(x1: str, x2: str, y1: float, y2: float) -> Markup:
     return Markup('<line class="interval" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(x1, x2, y1, y2)
 
 
-def _grid(axis: Axis, height: float) -> Markup:
-    """Vertical lines at an axis' ticks."""
+def _grid(axis: PlotAxis, height: float) -> Markup:
+    """Draw vertical lines at an axis' ticks."""
     return join(
         Markup('<line class="{0}" x1="{1:.2f}%" x2="{1:.2f}%" y1="0" y2="{2}"/>').format(
             "zero" if tick == 0 else "grid", axis.position(tick), height
@@ -242,13 +245,14 @@ def _grid(axis: Axis, height: float) -> Markup:
 
 
 def viewport(x: str, width: str, y: float, height: float, content: Markup) -> Markup:
-    """Elements in a part of the width, of which their percentages are."""
+    """Return a nested viewport; percentages inside its content are of its width."""
     return Markup('<svg x="{}" y="{}" width="{}" height="{}" overflow="visible">{}</svg>').format(
         x, y, width, height, content
     )
 
 
 def svg_text(x: str, y: float, text: str, css: str = "", anchor: str = "start") -> Markup:
+    """Draw a line of text; nothing for an empty text."""
     if not text:
         return Markup("")
     return Markup('<text class="{}" x="{}" y="{:.1f}" text-anchor="{}">{}</text>').format(
@@ -256,20 +260,22 @@ def svg_text(x: str, y: float, text: str, css: str = "", anchor: str = "start") 
     )
 
 
-def _up(axis: Axis, value: float) -> float:
-    """Where a value lies in a scatter plot, in pixels from the top."""
+def _scatter_y(axis: PlotAxis, value: float) -> float:
+    """Return the vertical position of a value in a scatter plot, in pixels from the top."""
     return _SCATTER_PX * (1 - axis.position(value) / 100)
 
 
-def _tick_text(axis: Axis, tick: float) -> str:
-    """A tick's number, with its sign where the axis goes below 0."""
+def _tick_text(axis: PlotAxis, tick: float) -> str:
+    """Return a tick's number, with its sign where the axis includes negative values."""
     text = f"{tick:+g}" if axis.ticks[0] < 0 and tick else f"{tick:g}"
     return text.replace("-", "−")
 
 
 def wrapped(text: str, width: int) -> list[str]:
+    """Return a text as lines of at most `width` characters; an empty text is one empty line."""
     return textwrap.wrap(text, width) or [""]
 
 
 def join(parts: Iterable[Markup]) -> Markup:
+    """Return the elements as one piece of markup."""
     return Markup("").join(parts)

@@ -1,4 +1,4 @@
-"""Report sweep: the tables of a sweep: each arm's best point, arms at equal points, all trials."""
+"""Report sweep: the tables of a sweep: best points, comparisons at equal points, all trials."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,16 +20,16 @@ def best_points(results: Results) -> Table:
     for arm in results.arms:
         if results.sweep is None or arm.name == BASE:
             continue
-        own = [trial for trial in results.trials if trial.arm == arm.name]
-        status = [trial.status for trial in own]
-        # Trials that were stopped early at that point took no part in its selection.
+        trials = [trial for trial in results.trials if trial.arm == arm.name]
+        status = [trial.status for trial in trials]
+        # Trials that were stopped early were not part of the selection.
         complete = [trial for trial in arm.trials if trial.status == COMPLETE]
         rows.append(
             [
                 arm.name,
-                at(results, arm.trials[0].values) if COMPLETE in status else NOTHING,
-                _reached(results, complete),
-                amount(len({hparams_key(trial.values) for trial in own})),
+                point_text(results, arm.trials[0].values) if COMPLETE in status else NOTHING,
+                _mean_metric(results, complete),
+                amount(len({hparams_key(trial.values) for trial in trials})),
                 amount(status.count(COMPLETE)),
                 amount(status.count(STOPPED)),
                 amount(status.count(FAILED)),
@@ -51,15 +51,15 @@ def at_equal_points(results: Results) -> Table:
     """Return the paired test of every arm against its baseline at equal values of the searched fields."""
     rows = [
         [
-            each.arm,
-            baseline_name(each),
-            points_and_interval(each),
-            p_value(each.p),
-            p_value(each.p_holm),
-            amount(each.num_pairs),
-            amount(each.num_problems),
+            comparison.arm,
+            baseline_name(comparison),
+            points_and_interval(comparison),
+            p_value(comparison.p),
+            p_value(comparison.p_holm),
+            amount(comparison.num_pairs),
+            amount(comparison.num_problems),
         ]
-        for each in (results.sweep.equal if results.sweep else [])
+        for comparison in (results.sweep.comparisons if results.sweep else [])
     ]
     return Table(
         "Differences at equal points",
@@ -78,18 +78,18 @@ def all_trials(results: Results) -> Table:
     for arm in results.arms:
         if results.sweep is None or arm.name == BASE:
             continue
-        own = [trial for trial in results.trials if trial.arm == arm.name]
-        for trial in sorted(own, key=lambda trial: _order(results, trial)):
+        trials = [trial for trial in results.trials if trial.arm == arm.name]
+        for trial in sorted(trials, key=lambda trial: _order(results, trial)):
             validation = trial.validation
             rows.append(
                 [
                     trial.arm,
                     str(trial.seed),
-                    at(results, trial.values),
+                    point_text(results, trial.values),
                     trial.status,
-                    _reached(results, [trial]),
+                    _mean_metric(results, [trial]),
                     f"{validation['number']}/{results.sweep.num_validations}" if validation else NOTHING,
-                    share_and_interval(trial.measured.strict),
+                    share_and_interval(trial.scores.strict),
                     amount(trial.train_steps),
                     duration(trial.train_seconds),
                 ]
@@ -112,7 +112,7 @@ def all_trials(results: Results) -> Table:
     )
 
 
-def at(results: Results, values: Mapping[str, Any]) -> str:
+def point_text(results: Results, values: Mapping[str, Any]) -> str:
     """Return a point as text, each field by the last part of its path where that is unambiguous."""
     paths = results.sweep.paths if results.sweep else list(values)
     last_parts = [path.rpartition(".")[2] for path in paths]
@@ -136,12 +136,12 @@ def _metric_column(results: Results) -> str:
     return "Validation loss" if results.sweep and results.sweep.metric == "loss" else "Validation %"
 
 
-def _reached(results: Results, trials: list[TrialResult]) -> str:
-    """The mean validation metric of the trials of one point; with an interval over problems where it is accuracy."""
+def _mean_metric(results: Results, trials: list[TrialResult]) -> str:
+    """Return the mean validation metric of the trials of a point; accuracy with its interval over problems."""
     validations = [trial.validation for trial in trials if trial.validation]
     if not validations or results.sweep is None:
         return NOTHING
-    mean = sum(each[results.sweep.metric] for each in validations) / len(validations)
+    mean = sum(validation[results.sweep.metric] for validation in validations) / len(validations)
     if results.sweep.metric == "loss":
         return amount(mean, 3)
     n = validations[0]["n"]

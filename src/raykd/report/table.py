@@ -1,11 +1,11 @@
-"""Table: a table of the report as text cells, the same for Markdown, HTML and the terminal."""
+"""Table: a table of the report as text cells, for Markdown, HTML and the terminal."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text cells. Numbers are set to the right, the columns of `text_columns` to the left."""
+    """A table of text cells. The columns of `text_columns` are aligned left, all others right."""
 
     title: str
     columns: list[str]
@@ -13,4 +13,4 @@ class Table:
     note: str = ""
     text_columns: tuple[int, ...] = (0,)
     share_columns: tuple[int, ...] = ()
-    """Columns of percentages, for which the page draws a bar."""
+    """Columns of percentages, which the HTML page shows with a bar."""

@@ -1,9 +1,9 @@
-"""Report tables: the report's tables as text cells, the same for Markdown, HTML and the terminal."""
+"""Report tables: accuracy, differences, answer format and training, and the order of all tables of the report."""
 
 from raykd.analysis.scores import Scores, passes
 from raykd.config.experiment import BASE
 from raykd.report.attention import changed_heads, changes, correctness
-from raykd.report.cost import answered_rows, cost, processors, stages, teacher_share, written_by_the_teacher
+from raykd.report.cost import answered_rows, cost, processors, stages, teacher_generated, teacher_share
 from raykd.report.results import Results
 from raykd.report.sweep import all_trials, at_equal_points, best_points
 from raykd.report.table import Table
@@ -39,15 +39,15 @@ def result(results: Results) -> Table:
         _accuracy(
             arm.name,
             ", ".join(dict.fromkeys(str(trial.seed) for trial in arm.trials)),
-            arm.measured,
+            arm.scores,
             _status(arm.trials),
         )
         for arm in results.arms
     ]
     note = (
-        f"Students were {results.evaluation}. Accuracy is in percent with its 95 % Wilson interval. Strict match "
-        "scores the number after “####” and flexible extract the last number, both as lm-evaluation-harness does for "
-        "gsm8k. Predictions with errors are excluded from n."
+        f"Students were {results.evaluation}. Accuracy is in percent with its 95 % Wilson confidence interval. Strict "
+        "match scores the number after “####” and flexible extract the last number, both as lm-evaluation-harness "
+        "does for gsm8k. Predictions with errors are excluded from n."
     )
     if results.arm(BASE):
         note += f" Arm “{BASE}” is the base student without an adapter."
@@ -55,7 +55,7 @@ def result(results: Results) -> Table:
         note += f" Predictions with other evaluation settings are stored in: {', '.join(results.other_predictions)}."
     if results.sweep:
         note += " Each arm is shown at its best point of the sweep, selected on the validation problems."
-    if any(arm.measured.n > arm.measured.num_problems for arm in results.arms):
+    if any(arm.scores.n > arm.scores.num_problems for arm in results.arms):
         note += " Seeds and samples are pooled; the n of an interval is the number of problems."
     return Table("Results", ["Arm", "Seed", *_ACCURACY], rows, note, text_columns=(0, 6))
 
@@ -64,21 +64,21 @@ def trials(results: Results) -> Table:
     """Return every trial, failed ones too, with its accuracy; no rows where each arm has one trial."""
     has_seeds = any(len(arm.trials) > 1 for arm in results.arms)
     shown = _shown(results) if has_seeds else []
-    rows = [_accuracy(trial.arm, str(trial.seed), trial.measured, _status([trial])) for trial in shown]
+    rows = [_accuracy(trial.arm, str(trial.seed), trial.scores, _status([trial])) for trial in shown]
     return Table("Results by seed", ["Arm", "Seed", *_ACCURACY], rows, text_columns=(0, 6))
 
 
 def _shown(results: Results) -> list[TrialResult]:
-    """The trials of the arms; of a sweep those at the best points, because all of them have their own table."""
+    """Return the trials of the arms; of a sweep those at the best points, because another table has all trials."""
     return [trial for arm in results.arms for trial in arm.trials]
 
 
 _ACCURACY = ("Strict %", "Flexible %", "n", "Errors", "Status")
 
 
-def _accuracy(arm: str, seed: str, measured: Scores, status: str) -> list[str]:
-    scores = [share_and_interval(measured.strict), share_and_interval(measured.flexible)]
-    return [arm, seed, *scores, amount(measured.n), amount(measured.errors), status]
+def _accuracy(arm: str, seed: str, scores: Scores, status: str) -> list[str]:
+    accuracy = [share_and_interval(scores.strict), share_and_interval(scores.flexible)]
+    return [arm, seed, *accuracy, amount(scores.n), amount(scores.errors), status]
 
 
 def _status(trials: list[TrialResult]) -> str:
@@ -120,11 +120,11 @@ def differences(results: Results) -> Table:
             "Problems",
         ],
         rows,
-        "The baseline is the unprimed arm that matches in all other settings; † marks a baseline that differs in more "
-        "than the prompt. Pairs have the same problem, seed and sample. Intervals are 95 % and come from a paired "
-        "bootstrap over problems. p is on strict match: exact McNemar test, or a sign-flip test of problem means where "
-        "a problem has several pairs. p (Holm) is corrected for all rows of this table. Variation between training "
-        "seeds is included only as far as there are several seeds.",
+        "The baseline is the unprimed arm that matches in all other settings; † marks a baseline that differs in "
+        "more than the prompt. Pairs have the same problem, seed and sample. Confidence intervals are 95 % and from "
+        "a paired bootstrap over problems. p is on strict match: exact McNemar test, or a sign-flip test of problem "
+        "means where a problem has several pairs. p (Holm) is corrected for all rows of this table. Variation "
+        "between training seeds is included only as far as there are several seeds.",
         text_columns=(0, 1),
     )
 
@@ -133,10 +133,10 @@ def form(results: Results) -> Table:
     """Return accuracy with the statistics of answer format and length that may explain it."""
     rows = []
     for arm in results.arms:
-        m = arm.measured
-        shares = [m.strict, m.flexible, m.answer_in_form, m.right_in_form, m.truncated]
-        means = [mean_and_interval(m.tokens), mean_and_interval(m.repetition, 100)]
-        rows.append([arm.name, *(share_and_interval(share) for share in shares), *means, amount(m.n)])
+        scores = arm.scores
+        shares = [scores.strict, scores.flexible, scores.format_rate, scores.accuracy_given_format, scores.truncated]
+        means = [mean_and_interval(scores.tokens), mean_and_interval(scores.repetition, 100)]
+        rows.append([arm.name, *(share_and_interval(share) for share in shares), *means, amount(scores.n)])
     return Table(
         "Accuracy and answer format",
         [
@@ -151,11 +151,11 @@ def form(results: Results) -> Table:
             "n",
         ],
         rows,
-        "Seeds are pooled; intervals are 95 %. The format rate is the share of answers with a number after “####”. "
-        "Accuracy given format is strict accuracy among those answers. Truncated answers reached the token limit. "
-        "Repeated 4-grams are the mean share of an answer's sequences of four words that occurred in it before. If the "
-        "format rate rises and neither flexible accuracy nor accuracy given format does, the arm has learned the "
-        "answer format rather than better reasoning.",
+        "Seeds are pooled; intervals are 95 % confidence intervals. The format rate is the share of answers with a "
+        "number after “####”. Accuracy given format is strict accuracy among those answers. Truncated answers "
+        "reached the token limit. Repeated 4-grams are the mean share of an answer's sequences of four words that "
+        "occurred in it before. If the format rate rises and neither flexible accuracy nor accuracy given format "
+        "does, the arm has learned the answer format rather than better reasoning.",
         share_columns=(1, 2, 3, 4, 5),
     )
 
@@ -164,29 +164,30 @@ def samples(results: Results) -> Table:
     """Return majority and pass@k accuracy, where problems have several samples."""
     rows = []
     for arm in results.arms:
-        m = arm.measured
-        if m.num_samples > 1:
-            shares = [m.strict, m.majority_strict, *m.pass_strict.values()]
-            shares += [m.flexible, m.majority_flexible, *m.pass_flexible.values()]
-            rows.append([arm.name, *(share_and_interval(each) for each in shares)])
-    most = max((arm.measured.num_samples for arm in results.arms), default=1)
-    # A row with fewer samples than the others has fewer cells and is left out.
-    scores = [f"maj@{most}", *(f"pass@{k}" for k in passes(most))]
+        scores = arm.scores
+        if scores.num_samples > 1:
+            shares = [scores.strict, scores.majority_strict, *scores.pass_strict.values()]
+            shares += [scores.flexible, scores.majority_flexible, *scores.pass_flexible.values()]
+            rows.append([arm.name, *(share_and_interval(share) for share in shares)])
+    num_samples = max((arm.scores.num_samples for arm in results.arms), default=1)
+    columns = [f"maj@{num_samples}", *(f"pass@{k}" for k in passes(num_samples))]
     return Table(
         "Multiple samples per problem",
-        ["Arm", "Strict %", *scores, "Flexible %", *scores],
-        [row for row in rows if len(row) == 2 * len(scores) + 3],
-        f"Strict and flexible are means over all samples. maj@{most}: the most frequent answer of a problem's {most} "
-        "samples is correct. pass@k: at least one of k samples is correct, averaged over all subsets of k.",
+        ["Arm", "Strict %", *columns, "Flexible %", *columns],
+        # A row with fewer samples than the others has fewer cells and is left out.
+        [row for row in rows if len(row) == 2 * len(columns) + 3],
+        f"Strict and flexible are means over all samples. maj@{num_samples}: the most frequent answer of a problem's "
+        f"{num_samples} samples is correct. pass@k: at least one of k samples is correct, averaged over all subsets of "
+        "k.",
     )
 
 
 def teachers(results: Results) -> Table:
     """Return the teacher's accuracy by strategy, with that of the students distilled from it."""
     rows = []
-    for completions in written_by_the_teacher(results):
+    for completions in teacher_generated(results):
         answered, answer_first = answered_rows(completions), finite(completions.get("answer_first"))
-        of_teacher = [
+        teacher_cells = [
             str(completions.get("strategy", "")),
             share_and_interval(teacher_share(completions)),
             amount(answered),
@@ -194,9 +195,9 @@ def teachers(results: Results) -> Table:
         ]
         students = [arm for name in completions.get("arms") or [] if (arm := results.arm(name))]
         for arm in students:
-            rows.append([*of_teacher, arm.name, share_and_interval(arm.measured.strict)])
+            rows.append([*teacher_cells, arm.name, share_and_interval(arm.scores.strict)])
         if not students:
-            rows.append([*of_teacher, NOTHING, NOTHING])
+            rows.append([*teacher_cells, NOTHING, NOTHING])
     return Table(
         "Teacher and student accuracy",
         ["Strategy", "Teacher %", "Teacher n", "Answer first %", "Arm", "Student %"],

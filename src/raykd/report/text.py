@@ -1,4 +1,4 @@
-"""Report text: numbers as text, and the experiment's main result in words."""
+"""Report text: numbers as text, and the experiment's main result in sentences."""
 
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ NOTHING = "–"
 
 @dataclass(frozen=True)
 class Answer:
-    """The experiment's main result: a number, two sentences on it, and remarks that limit it."""
+    """The experiment's main result: a number, two sentences and remarks on its limits."""
 
     sentences: tuple[str, str]
     figure: str = ""
@@ -22,12 +22,12 @@ class Answer:
 
 
 def percent(share: float | None) -> str:
-    """A share as percent with one decimal, without the sign."""
+    """Return a share in percent with one decimal, without the percent sign."""
     return NOTHING if share is None else f"{100 * share:.1f}"
 
 
 def points(difference: float | None) -> str:
-    """A difference of shares in percentage points, with its sign."""
+    """Return a difference of shares in percentage points, with its sign."""
     if difference is None:
         return NOTHING
     text = f"{100 * difference:+.1f}"
@@ -35,17 +35,17 @@ def points(difference: float | None) -> str:
 
 
 def interval(share: Proportion) -> str:
-    """The interval of a share, in percent."""
+    """Return the confidence interval of a share, in percent."""
     return NOTHING if share.low is None else f"{percent(share.low)}–{percent(share.high)}"
 
 
 def share_and_interval(share: Proportion) -> str:
-    """A share and its interval, in percent: `61.3 (55.7–66.7)`."""
+    """Return a share and its interval, in percent: `61.3 (55.7–66.7)`."""
     return NOTHING if share.value is None else f"{percent(share.value)} ({interval(share)})"
 
 
 def mean_and_interval(mean: MeanCI, unit: float = 1) -> str:
-    """A mean and its interval, multiplied by `unit`: `61.3 (55.7–66.7)`."""
+    """Return a mean and its interval, multiplied by `unit`: `61.3 (55.7–66.7)`."""
     if mean.value is None:
         return NOTHING
     value = amount(unit * mean.value, 1)
@@ -55,32 +55,34 @@ def mean_and_interval(mean: MeanCI, unit: float = 1) -> str:
 
 
 def points_interval(comparison: Comparison) -> str:
-    """The interval of a difference, in percentage points."""
+    """Return the confidence interval of a difference, in percentage points."""
     return f"{points(comparison.low)} to {points(comparison.high)}"
 
 
 def points_and_interval(comparison: Comparison) -> str:
-    """A difference and its interval, in percentage points: `+3.0 (−1.2 to +7.1)`."""
+    """Return a difference and its interval, in percentage points: `+3.0 (−1.2 to +7.1)`."""
     return f"{points(comparison.difference)} ({points_interval(comparison)})"
 
 
 def baseline_name(comparison: Comparison) -> str:
-    """The arm that another is compared with, marked where the two differ in more than the prompt."""
-    return comparison.baseline.arm if comparison.baseline.prime_alone else f"{comparison.baseline.arm} †"
+    """Return the name of the baseline, marked with † where more than the prompt differs."""
+    return comparison.baseline.arm if comparison.baseline.only_prompt_differs else f"{comparison.baseline.arm} †"
 
 
 def p_value(p: float) -> str:
-    """A p-value with two significant digits; `<0.001` below that."""
-    return "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+    """Return a p-value with two or three decimals; `<0.001` below 0.001."""
+    if p < 0.001:
+        return "<0.001"
+    return f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
 def amount(value: float | None, decimals: int = 0) -> str:
-    """A count or a mean, with thousands separators."""
+    """Return a count or a mean, with thousands separators."""
     return NOTHING if value is None else f"{value:,.{decimals}f}"
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as text: `8.2 s`, `3 min 20 s`, `2 h 05 min`."""
+    """Return seconds as text: `8.2 s`, `3 min 20 s`, `2 h 05 min`."""
     if seconds is None:
         return NOTHING
     if seconds < 59.95:
@@ -95,29 +97,31 @@ def answer(results: Results) -> Answer:
     Only an arm that differs from its baseline in the prompt alone can show the effect of the prompt, so such an arm is
     preferred to a better one without.
     """
-    primed = [arm for arm in results.arms if arm.kind == "primed" and arm.measured.n]
+    primed = [arm for arm in results.arms if arm.kind == "primed" and arm.scores.n]
     if not primed:
         return _answer_without_primed(results)
-    comparisons = {each.arm: each for each in results.strict if each.baseline.prime_alone}
+    comparisons = {
+        comparison.arm: comparison for comparison in results.strict if comparison.baseline.only_prompt_differs
+    }
     comparable = [arm for arm in primed if arm.name in comparisons]
-    best = max(comparable or primed, key=lambda arm: arm.measured.strict.value or 0.0)
-    accuracy = best.measured.strict
+    best = max(comparable or primed, key=lambda arm: arm.scores.strict.value or 0.0)
+    accuracy = best.scores.strict
     first = (
         f"The student distilled from a teacher primed with “{best.strategy}” answers {percent(accuracy.value)} % of "
-        f"{amount(best.measured.num_problems)} test problems correctly"
+        f"{amount(best.scores.num_problems)} test problems correctly"
     )
     comparison = comparisons.get(best.name)
     baseline = results.arm(comparison.baseline.arm) if comparison else None
     if comparison is None or baseline is None:
         return Answer(
             (
-                f"{first} (strict match, 95 % interval {interval(accuracy)}).",
+                f"{first} (strict match, 95 % confidence interval {interval(accuracy)}).",
                 "The effect of the prompt cannot be estimated: no unprimed arm with the same seed and problems matches "
                 "this one in all other settings.",
             ),
             remarks=_base_remarks(results),
         )
-    unprimed = percent(baseline.measured.strict.value)
+    unprimed = percent(baseline.scores.strict.value)
     return Answer(
         (
             f"{first}; the student of the unprimed teacher answers {unprimed} % (strict match).",
@@ -125,21 +129,22 @@ def answer(results: Results) -> Answer:
         ),
         figure=points(comparison.difference),
         figure_caption=(
-            f"percentage points: “{best.name}” against “{baseline.name}”; 95 % interval {points_interval(comparison)}"
+            f"percentage points: “{best.name}” against “{baseline.name}”; 95 % confidence interval "
+            f"{points_interval(comparison)}"
         ),
         remarks=_remarks(results, comparison, len(primed)),
     )
 
 
 def _answer_without_primed(results: Results) -> Answer:
-    trained = [arm for arm in results.arms if arm.measured.n and arm.name != BASE]
+    trained = [arm for arm in results.arms if arm.scores.n and arm.name != BASE]
     arm = results.arm(BASELINE) or (trained[0] if trained else results.arm(BASE))
     if arm is None:
         return Answer(("No arm has predictions to score.", "The table below shows the status of each trial."))
     sentence = (
-        f"The student of arm “{arm.name}” answers {percent(arm.measured.strict.value)} % of "
-        f"{amount(arm.measured.num_problems)} test problems correctly "
-        f"(strict match, 95 % interval {interval(arm.measured.strict)})."
+        f"The student of arm “{arm.name}” answers {percent(arm.scores.strict.value)} % of "
+        f"{amount(arm.scores.num_problems)} test problems correctly "
+        f"(strict match, 95 % confidence interval {interval(arm.scores.strict)})."
     )
     return Answer(
         (sentence, "The effect of the prompt cannot be estimated: no arm with a primed teacher has predictions."),
@@ -148,19 +153,19 @@ def _answer_without_primed(results: Results) -> Answer:
 
 
 def _verdict(comparison: Comparison, num_comparisons: int) -> str:
-    tests = f"{test_name(comparison)} p {_with_relation(p_value(comparison.p))}"
+    tests = f"{test_name(comparison)} {p_with_relation(comparison.p)}"
     if num_comparisons > 1:
-        tests += f", p {_with_relation(p_value(comparison.p_holm))} corrected for {num_comparisons} comparisons"
+        tests += f", {p_with_relation(comparison.p_holm)} corrected for {num_comparisons} comparisons"
     difference = (
         f"The difference of {points(comparison.difference)} percentage points "
-        f"(95 % interval {points_interval(comparison)}; {tests})"
+        f"(95 % confidence interval {points_interval(comparison)}; {tests})"
     )
-    if comparison.is_clear and comparison.difference > 0:
+    if comparison.is_significant and comparison.difference > 0:
         return f"{difference} is statistically significant."
-    if comparison.is_clear:
+    if comparison.is_significant:
         return f"{difference} is statistically significant: priming the teacher reduced the student's accuracy."
     if comparison.low <= 0 <= comparison.high:
-        return f"{difference} is not statistically significant (the 95 % interval includes 0)."
+        return f"{difference} is not statistically significant (the 95 % confidence interval includes 0)."
     return f"{difference} is not statistically significant (the corrected p is 0.05 or more)."
 
 
@@ -169,19 +174,21 @@ def test_name(comparison: Comparison) -> str:
     return "McNemar" if comparison.num_pairs == comparison.num_problems else "sign-flip"
 
 
-def _with_relation(p: str) -> str:
-    return f"< {p[1:]}" if p.startswith("<") else f"= {p}"
+def p_with_relation(p: float) -> str:
+    """Return a p-value for a sentence: `p = 0.021`, `p < 0.001`."""
+    text = p_value(p)
+    return f"p < {text[1:]}" if text.startswith("<") else f"p = {text}"
 
 
 def _remarks(results: Results, strict: Comparison, num_primed: int) -> list[str]:
     remarks = []
-    flexible = next((each for each in results.flexible if each.arm == strict.arm), None)
+    flexible = next((flexible for flexible in results.flexible if flexible.arm == strict.arm), None)
     if flexible is not None:
         remark = (
             f"By flexible extract (the last number in the answer, in any format), the difference is "
-            f"{points(flexible.difference)} percentage points (95 % interval {points_interval(flexible)})."
+            f"{points(flexible.difference)} percentage points (95 % confidence interval {points_interval(flexible)})."
         )
-        if strict.is_clear and not flexible.is_clear:
+        if strict.is_significant and not flexible.is_significant:
             remark += " The effect may therefore be one of answer format alone."
         remarks.append(remark)
     if num_primed > 1:
@@ -190,12 +197,12 @@ def _remarks(results: Results, strict: Comparison, num_primed: int) -> list[str]
             "therefore biased upward."
         )
     for arm in results.arms:
-        comparison = next((each for each in results.strict if each.arm == arm.name), None)
+        comparison = next((comparison for comparison in results.strict if comparison.arm == arm.name), None)
         if arm.kind == "control" and comparison and comparison.baseline == strict.baseline:
             remarks.append(
                 f"The control arm “{arm.name}”, whose teacher received another problem's answer, differs from "
                 f"“{comparison.baseline.arm}” by {points(comparison.difference)} percentage points "
-                f"(95 % interval {points_interval(comparison)})."
+                f"(95 % confidence interval {points_interval(comparison)})."
             )
     seeds = {trial.seed for arm in results.arms if arm.name == strict.arm for trial in arm.trials}
     if len(seeds) == 1:
@@ -211,6 +218,6 @@ def _base_remarks(results: Results) -> list[str]:
     if base is None:
         return []
     return [
-        f"The base student (no adapter) answers {percent(base.measured.strict.value)} % correctly by strict match and "
-        f"{percent(base.measured.flexible.value)} % by flexible extract."
+        f"The base student (no adapter) answers {percent(base.scores.strict.value)} % correctly by strict match and "
+        f"{percent(base.scores.flexible.value)} % by flexible extract."
     ]

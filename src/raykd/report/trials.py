@@ -1,4 +1,4 @@
-"""Trial: the result of a trial, or of the base student, read from its folder and its predictions."""
+"""Report trials: the results of trials and of the base student, read from their folders and predictions."""
 
 import math
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from raykd.training.trial import read_loss_curve
 
 @dataclass(frozen=True)
 class TrialResult:
-    """A trial, or the base student: its trial.json and the scores of its predictions."""
+    """The result of a trial, or of the base student: its `trial.json` and the scores of its predictions."""
 
     trial_id: str
     arm: str
@@ -28,7 +28,7 @@ class TrialResult:
     strategy: str
     overrides: Mapping[str, Any]
     dropped: Mapping[str, int]
-    measured: Scores
+    scores: Scores
     train_rows: int | None = None
     train_steps: int | None = None
     target_tokens: int | None = None
@@ -48,34 +48,34 @@ class TrialResult:
 
     @property
     def gpu_seconds(self) -> float | None:
-        """Seconds of training times its GPUs; None where it had none, or that is not known."""
+        """Seconds of training multiplied by the number of GPUs; None without GPUs or where a number is not recorded."""
         if self.accelerator != "gpu" or self.train_seconds is None or not self.num_workers:
             return None
         return self.train_seconds * self.num_workers
 
 
 def finite(value: Any) -> float | None:
-    """The number, or None where there is none or it is not finite."""
+    """Return the value where it is a finite number; else None."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number and math.isfinite(value) else None
 
 
 def read_predictions(folder: Path) -> dict[str, dict[tuple[str, int], Row]]:
-    """Prediction rows by trial, problem and sample; an answer replaces the error that an earlier attempt left."""
+    """Return prediction rows by trial, problem and sample; an answer replaces the error of an earlier attempt."""
     rows: dict[str, dict[tuple[str, int], Row]] = {}
     if not folder.is_dir():
         return rows
     for row in read_rows(folder, PREDICTION).to_pylist():
-        of_trial = rows.setdefault(row["trial_id"], {})
-        answer = (row["problem_id"], row["sample_index"])
-        earlier = of_trial.get(answer)
+        trial_rows = rows.setdefault(row["trial_id"], {})
+        key = (row["problem_id"], row["sample_index"])
+        earlier = trial_rows.get(key)
         if earlier is None or (earlier["error"] and not row["error"]):
-            of_trial[answer] = row
+            trial_rows[key] = row
     return rows
 
 
 def read_trials(folder: Path, rows: Mapping[str, Answers]) -> list[TrialResult]:
-    """Return all trials that have ended, and the base student.
+    """Return the results of all trials that have ended, and of the base student.
 
     Args:
         folder: of the trials.
@@ -86,9 +86,9 @@ def read_trials(folder: Path, rows: Mapping[str, Answers]) -> list[TrialResult]:
     """
     trials = [_trial(file.parent, rows) for file in filesystem.find_in_subdirs(folder, TRIAL_FILE)]
     with_folder = {trial.trial_id for trial in trials}
-    for trial_id, of_trial in rows.items():
+    for trial_id, trial_rows in rows.items():
         if trial_id not in with_folder:
-            first = next(iter(of_trial.values()))
+            first = next(iter(trial_rows.values()))
             trials.append(
                 TrialResult(
                     trial_id=trial_id,
@@ -99,7 +99,7 @@ def read_trials(folder: Path, rows: Mapping[str, Answers]) -> list[TrialResult]:
                     strategy="",
                     overrides={},
                     dropped={},
-                    measured=compute_scores(of_trial.values()),
+                    scores=compute_scores(trial_rows.values()),
                 )
             )
     return trials
@@ -118,7 +118,7 @@ def _trial(folder: Path, rows: Mapping[str, Answers]) -> TrialResult:
         strategy=record.get("strategy") or "",
         overrides=record.get("overrides") or {},
         dropped=record.get("dropped") or {},
-        measured=compute_scores(rows.get(record["trial_id"], {}).values()),
+        scores=compute_scores(rows.get(record["trial_id"], {}).values()),
         train_rows=record.get("rows"),
         train_steps=record.get("steps"),
         target_tokens=record.get("target_tokens"),

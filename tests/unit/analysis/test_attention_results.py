@@ -1,4 +1,4 @@
-"""Attention results: rows of what heads did, and what is said of them."""
+"""Attention results: synthetic rows, compared with numpy."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def answers_of(arm: str, seed: int, right: np.ndarray) -> dict:
     return {(row["problem_id"], 0): row for row in rows}
 
 
-def test_arms_are_compared_with_the_base_student_on_the_problems_that_all_have_read(tmp_path: Path):
+def test_arms_are_compared_with_base_student_on_common_problems(tmp_path: Path):
     rng = np.random.default_rng(0)
     base = rng.normal(size=(30, *SHAPE))
     seeds = [base + 0.5 + rng.normal(scale=0.1, size=base.shape) for _ in range(2)]
@@ -77,27 +77,27 @@ def test_arms_are_compared_with_the_base_student_on_the_problems_that_all_have_r
         paired = (mean - base[kept])[:, number]
         assert primed.heads[name].value.reshape(LAYERS, HEADS) == pytest.approx(paired.mean(0), abs=1e-6)
         assert primed.overall[name].value == pytest.approx([paired.mean()], abs=1e-6)
-        assert primed.heads[name].is_clear.all()
+        assert primed.heads[name].is_significant.all()
         students = [base, *seeds]
         # Two arms, so that r is 1 or -1.
-        assert np.abs(found.accurate[name].value) == pytest.approx(np.ones(LAYERS * HEADS))
+        assert np.abs(found.accuracy_by_arm[name].value) == pytest.approx(np.ones(LAYERS * HEADS))
         for head in range(LAYERS * HEADS):
             own = [
                 np.corrcoef(each[kept][:, number].reshape(29, -1)[:, head], mine[kept])[0, 1]
                 for each, mine in zip(students, right.values(), strict=True)
             ]
             expected = np.average(own, weights=[mine[kept].var() for mine in right.values()])
-            assert found.right[name].value[head] == pytest.approx(expected, abs=1e-6)
+            assert found.correctness_by_problem[name].value[head] == pytest.approx(expected, abs=1e-6)
 
 
-def test_where_nothing_could_be_read_it_is_said(tmp_path: Path):
+def test_unmeasured_texts_are_noted(tmp_path: Path):
     rows = [row | {"values": [], "error": "no plain softmax"} for row in rows_of("a-0", "a", 0, np.zeros((12, *SHAPE)))]
     found = read_attention(written(tmp_path, rows), {"a": ["a-0"]}, {})
-    assert not found.arms and not found.right
+    assert not found.arms and not found.correctness_by_problem
     assert found.notes == ["Attention: 12 of 12 texts could not be measured (no plain softmax)"]
 
 
-def test_arms_stand_for_their_seeds_together(tmp_path: Path):
+def test_accuracy_by_arm_averages_seeds(tmp_path: Path):
     rng = np.random.default_rng(1)
     rows, answers, arms, means, accuracy = [], {}, {}, [], []
     for number in range(6):
@@ -115,10 +115,10 @@ def test_arms_stand_for_their_seeds_together(tmp_path: Path):
         values = np.array([each[number].ravel() for each in means])
         for head in range(LAYERS * HEADS):
             expected = np.corrcoef(values[:, head], accuracy)[0, 1]
-            assert found.accurate[name].value[head] == pytest.approx(expected, abs=1e-5)
+            assert found.accuracy_by_arm[name].value[head] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_student_that_was_begun_later_takes_nothing_from_the_others(tmp_path: Path):
+def test_incomplete_later_student_is_excluded(tmp_path: Path):
     rng = np.random.default_rng(2)
     values = rng.normal(size=(2, 30, *SHAPE))
     rows = rows_of(BASE, BASE, 0, values[0]) + rows_of("a-0", "a", 0, values[1])

@@ -1,4 +1,4 @@
-"""Comparison: which arm stands against which."""
+"""Comparison: the baseline of each arm."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from raykd.analysis.comparison import baselines
 
 
-def against(arms: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
+def baseline_names(arms: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
     """Arms by name, each as its strategy and what it overrides besides; + where they differ in more than the prime."""
     # As in a file: an arm without a prime need not say so.
     overrides = {
@@ -14,10 +14,10 @@ def against(arms: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, str]
         for name, (strategy, more) in arms.items()
     }
     found = baselines(overrides, {name: strategy for name, (strategy, _) in arms.items()})
-    return {name: baseline.arm + ("" if baseline.prime_alone else "+") for name, baseline in found.items()}
+    return {name: baseline.arm + ("" if baseline.only_prompt_differs else "+") for name, baseline in found.items()}
 
 
-def test_an_arm_stands_against_the_one_that_differs_in_the_prime_alone():
+def test_baseline_is_unprimed_arm_with_same_settings():
     arms = {
         "none": ("none", {}),
         "primed": ("teacher", {}),
@@ -28,7 +28,7 @@ def test_an_arm_stands_against_the_one_that_differs_in_the_prime_alone():
         # Nobody was asked, so nobody was primed.
         "reference": ("", {"targets.source": "reference"}),
     }
-    assert against(arms) == {
+    assert baseline_names(arms) == {
         "primed": "none",
         "soft": "bare_soft",
         "bare_soft": "none+",
@@ -38,11 +38,11 @@ def test_an_arm_stands_against_the_one_that_differs_in_the_prime_alone():
     }
 
 
-def test_the_experiments_own_baseline_needs_no_name():
+def test_default_baseline_has_any_name():
     more = {"train.epochs": 3}
-    assert against({"a": ("none", {}), "b": ("teacher", {}), "c": ("none", more)}) == {
+    assert baseline_names({"a": ("none", {}), "b": ("teacher", {}), "c": ("none", more)}) == {
         "b": "a",
         "c": "a+",
         "base": "a+",
     }
-    assert against({"a": ("teacher", {}), "b": ("teacher", more)}) == {}
+    assert baseline_names({"a": ("teacher", {}), "b": ("teacher", more)}) == {}

@@ -1,4 +1,4 @@
-"""Effects of training on heads: against loops, numpy and scipy; the corrected p against how often chance is let by."""
+"""Head effects: compared with loops, numpy and scipy; the family-wise error of the corrected p."""
 
 from itertools import permutations
 
@@ -8,7 +8,7 @@ import pytest
 from raykd.analysis.head_effects import FEWEST_PROBLEMS, across_arms, correlation, difference
 
 
-def test_a_difference_is_the_mean_over_problems_with_a_bootstrap_interval():
+def test_difference_is_mean_over_problems_with_bootstrap_interval():
     rng = np.random.default_rng(1)
     values, others = rng.normal(1, 1, (80, 3)), rng.normal(0, 1, (80, 3))
     found = difference(values, others)
@@ -21,7 +21,7 @@ def test_a_difference_is_the_mean_over_problems_with_a_bootstrap_interval():
         assert found.high[head] == pytest.approx(np.quantile(drawn[:, head], 0.975), abs=0.03)
 
 
-def test_problems_without_a_value_are_left_out_head_by_head():
+def test_undefined_values_are_excluded_by_head():
     rng = np.random.default_rng(2)
     values, others = rng.normal(size=(50, 4)), rng.normal(size=(50, 4))
     values[:20, 1] = np.nan
@@ -47,9 +47,9 @@ def test_problems_without_a_value_are_left_out_head_by_head():
         ),
     ],
 )
-def test_of_heads_that_differ_by_chance_one_experiment_in_twenty_finds_any(problems: int, kind: str):
+def test_difference_controls_family_wise_error(problems: int, kind: str):
     rng = np.random.default_rng(3)
-    clear = []
+    significant = []
     for number in range(60):
         arm, base = rng.normal(size=(2, problems, 200))
         if kind == "together":
@@ -57,57 +57,59 @@ def test_of_heads_that_differ_by_chance_one_experiment_in_twenty_finds_any(probl
         if kind == "skewed":
             # Weights have long tails: two students that look alike have the same ones.
             arm, base = rng.lognormal(sigma=1.5, size=(2, problems, 200))
-        clear.append(difference(arm, base, seed=number).is_clear.any())
+        significant.append(difference(arm, base, seed=number).is_significant.any())
     # 3 of 60 expected; 9 or more would come up in one of 500 tests, were that true.
-    assert sum(clear) < 9, sum(clear)
+    assert sum(significant) < 9, sum(significant)
 
 
 @pytest.mark.parametrize("num_right", [5, *(pytest.param(each, marks=pytest.mark.slow) for each in (2, 20, 50))])
-def test_of_heads_that_go_with_being_right_by_chance_one_experiment_in_twenty_finds_any(num_right: int):
+def test_correlation_controls_family_wise_error(num_right: int):
     rng = np.random.default_rng(4)
-    clear = []
+    significant = []
     for number in range(60):
         right = np.zeros(100)
         right[rng.permutation(100)[:num_right]] = 1
         # Problems that one student has right are easy for the other too.
         other = np.where(rng.random(100) < 0.8, right, rng.random(100) < 0.1).astype(float)
         values = [rng.normal(size=(100, 100)) for _ in range(2)]
-        clear.append(correlation(values, [right, other], seed=number).is_clear.any())
-    assert sum(clear) < 9, sum(clear)
+        significant.append(correlation(values, [right, other], seed=number).is_significant.any())
+    assert sum(significant) < 9, sum(significant)
 
 
-def test_of_heads_that_go_with_accuracy_by_chance_one_experiment_in_twenty_finds_any():
+def test_across_arms_controls_family_wise_error():
     rng = np.random.default_rng(5)
-    clear = [across_arms(rng.normal(size=(7, 100)), rng.random(7), seed=n).is_clear.any() for n in range(60)]
-    assert sum(clear) < 9, sum(clear)
+    significant = [
+        across_arms(rng.normal(size=(7, 100)), rng.random(7), seed=n).is_significant.any() for n in range(60)
+    ]
+    assert sum(significant) < 9, sum(significant)
 
 
-def test_a_head_that_differs_is_found_among_many():
+def test_difference_finds_one_head_among_many():
     rng = np.random.default_rng(4)
     noise = rng.normal(size=(100, 64))
     noise[:, 17] += 1.0
     found = difference(noise, np.zeros_like(noise))
-    assert found.is_clear[17]
+    assert found.is_significant[17]
     assert found.p[17] == pytest.approx(1 / 2001)
-    assert found.is_clear.sum() <= 2
+    assert found.is_significant.sum() <= 2
 
 
-def test_a_head_that_never_moves_is_not_told_from_chance():
+def test_constant_head_is_not_significant():
     found = difference(np.full((30, 2), 0.25), np.full((30, 2), 0.25))
     assert (found.value == 0).all() and (found.p == 1).all()
 
 
-def test_a_head_that_moves_on_every_problem_alike_is_clear():
+def test_head_with_constant_difference_is_significant():
     found = difference(np.tile([0.75, 0.25], (30, 1)), np.full((30, 2), 0.25))
-    assert found.is_clear.tolist() == [True, False]
+    assert found.is_significant.tolist() == [True, False]
 
 
-def test_of_few_problems_there_is_a_mean_and_nothing_else():
+def test_few_problems_have_no_interval_and_no_p():
     found = difference(np.ones((FEWEST_PROBLEMS - 1, 2)), np.zeros((FEWEST_PROBLEMS - 1, 2)))
-    assert (found.value == 1).all() and np.isnan(found.p).all() and not found.is_clear.any()
+    assert (found.value == 1).all() and np.isnan(found.p).all() and not found.is_significant.any()
 
 
-def test_a_correlation_is_the_mean_of_the_students_own_by_what_there_is_to_explain():
+def test_correlation_is_variance_weighted_mean_of_students():
     rng = np.random.default_rng(5)
     values = [rng.normal(size=(40, 3)) + 10 * student for student in range(3)]
     right = [(rng.random(40) < 0.1 + 0.2 * student).astype(float) for student in range(3)]
@@ -120,7 +122,7 @@ def test_a_correlation_is_the_mean_of_the_students_own_by_what_there_is_to_expla
     assert alone.value == pytest.approx([np.corrcoef(x, right[0])[0, 1] for x in values[0].T], abs=1e-9)
 
 
-def test_a_correlation_leaves_out_what_is_not_there_and_what_does_not_vary():
+def test_correlation_excludes_undefined_and_constant_values():
     rng = np.random.default_rng(6)
     values, right = rng.normal(size=(60, 3)), (rng.random(60) < 0.5).astype(float)
     values[:25, 1] = np.nan
@@ -134,16 +136,16 @@ def test_a_correlation_leaves_out_what_is_not_there_and_what_does_not_vary():
     assert np.isnan(found.value[2]) and np.isnan(found.p[2])
 
 
-def test_a_head_that_goes_with_being_right_is_found_among_many():
+def test_correlation_finds_one_head_among_many():
     rng = np.random.default_rng(7)
     values = [rng.normal(size=(100, 50)) for _ in range(2)]
     right = [(each[:, 8] + 0.7 * rng.normal(size=100) > 0).astype(float) for each in values]
     found = correlation(values, right)
-    assert found.is_clear[8] and found.low[8] > 0.4
-    assert found.is_clear.sum() <= 2
+    assert found.is_significant[8] and found.low[8] > 0.4
+    assert found.is_significant.sum() <= 2
 
 
-def test_across_arms_it_is_pearson_s_with_fisher_s_interval_and_a_permutation_test():
+def test_across_arms_matches_scipy_and_exact_permutations():
     stats = pytest.importorskip("scipy.stats", reason="scipy is the oracle of this test: pip install scipy")
     rng = np.random.default_rng(8)
     values, accuracy = rng.normal(size=(6, 2)), rng.random(6)
@@ -164,7 +166,7 @@ def test_across_arms_it_is_pearson_s_with_fisher_s_interval_and_a_permutation_te
         assert found.p[head] == pytest.approx(exact, abs=0.04)
 
 
-def test_of_few_arms_there_is_no_interval():
+def test_few_arms_have_no_interval_and_no_p():
     found = across_arms(np.array([[1.0, 2.0], [2.0, 2.0], [3.0, 2.0], [4.0, 2.0]]), np.array([0.1, 0.2, 0.4, 0.5]))
     assert found.value[0] > 0.9 and np.isnan(found.value[1])
     assert np.isnan(found.p).all() and np.isnan(found.low).all()

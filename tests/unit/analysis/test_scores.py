@@ -1,4 +1,4 @@
-"""Measured: shares and means over seeds and samples, against counts by hand."""
+"""Scores: proportions and means over seeds and samples, compared with counts by hand."""
 
 import pytest
 
@@ -14,14 +14,14 @@ def answer(number: int, said: str | None, seed: int = 0, sample: int = 0, **more
     return row | {"sample_index": sample, "answer_strict": said, "answer_flexible": said or "7"} | more
 
 
-def test_nothing_counted_is_no_number():
+def test_no_rows_have_no_scores():
     found = compute_scores([])
     assert (found.n, found.errors, found.num_problems) == (0, 0, 0)
     assert found.strict == found.majority_strict == Proportion()
     assert found.tokens.value is None
 
 
-def test_samples_of_a_problem_vote_and_seeds_vote_by_themselves():
+def test_majority_and_pass_at_k_are_per_problem_and_seed():
     rows = [
         *(answer(1, said, sample=n) for n, said in enumerate(["1", "1", "2", None])),
         *(answer(2, said, sample=n) for n, said in enumerate(["3", "2", "3", "2"])),
@@ -44,7 +44,7 @@ def test_samples_of_a_problem_vote_and_seeds_vote_by_themselves():
     assert found.majority_flexible.value == pytest.approx(1 / 5)
 
 
-def test_answers_that_failed_have_no_vote_and_no_length():
+def test_failed_rows_count_as_errors_only():
     rows = [
         answer(1, "1", num_tokens=10),
         answer(1, "2", sample=1, num_tokens=1000, error="timed out"),
@@ -58,14 +58,14 @@ def test_answers_that_failed_have_no_vote_and_no_length():
     assert found.repetition.value == pytest.approx((0 + 5 / 9) / 2)
 
 
-def test_accuracy_among_answers_in_form_counts_those_problems_alone():
+def test_accuracy_given_format_counts_formatted_answers_only():
     found = compute_scores([answer(1, "1"), answer(2, None), answer(3, "4"), answer(4, "4", seed=1)])
-    assert found.answer_in_form.value == pytest.approx(3 / 4)
-    assert found.right_in_form.value == pytest.approx(2 / 3)
-    assert (found.right_in_form.low, found.right_in_form.high) == pytest.approx(wilson_interval(2, 3))
+    assert found.format_rate.value == pytest.approx(3 / 4)
+    assert found.accuracy_given_format.value == pytest.approx(2 / 3)
+    assert (found.accuracy_given_format.low, found.accuracy_given_format.high) == pytest.approx(wilson_interval(2, 3))
 
 
-def test_the_interval_of_a_mean_is_over_problems():
+def test_mean_interval_is_over_problems():
     once = [answer(n, str(n), num_tokens=10 * n) for n in range(1, 9)]
     again = [answer(n, str(n), seed=1, num_tokens=10 * n) for n in range(1, 9)]
     # The same answers by another seed are no more problems.

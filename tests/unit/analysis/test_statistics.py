@@ -32,7 +32,7 @@ def test_wilson_interval_against_scipy(stats, n: int, confidence: float) -> None
         assert wilson_interval(correct, n, confidence) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
-def test_wilson_interval_covers_its_share_and_reaches_the_ends() -> None:
+def test_wilson_interval_contains_proportion_and_reaches_bounds() -> None:
     assert wilson_interval(0, 20)[0] == 0.0
     assert wilson_interval(20, 20)[1] == 1.0
     low, high = wilson_interval(6.5, 20)
@@ -49,7 +49,7 @@ def test_mcnemar_against_the_binomial_test(stats, only_a: int, only_b: int) -> N
 
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (1, 0), (3, 9), (9, 3), (8, 8), (250, 199)])
-def test_mcnemar_against_every_outcome_as_or_more_extreme(only_a: int, only_b: int) -> None:
+def test_mcnemar_matches_enumeration(only_a: int, only_b: int) -> None:
     n = only_a + only_b
     likely = comb(n, only_a)
     expected = sum(Fraction(comb(n, k), 2**n) for k in range(n + 1) if comb(n, k) <= likely)
@@ -62,7 +62,7 @@ def test_mcnemar_with_many_pairs_does_not_overflow() -> None:
 
 
 @pytest.mark.parametrize(("correct", "n"), [(1, 3), (404, 1319), (635, 1319), (1318, 1319)])
-def test_wilson_bounds_are_the_shares_at_1_96_standard_errors(correct: int, n: int) -> None:
+def test_wilson_bounds_solve_the_score_equation(correct: int, n: int) -> None:
     for bound in wilson_interval(correct, n):
         assert abs(correct / n - bound) / (bound * (1 - bound) / n) ** 0.5 == pytest.approx(1.959964, abs=1e-6)
 
@@ -124,19 +124,19 @@ def test_bootstrap_is_seeded_and_exact_where_nothing_varies() -> None:
         (lambda: paired_bootstrap([1, float("nan")], [1, 0]), "finite"),
     ],
 )
-def test_what_cannot_be_computed_says_why(call, named: str) -> None:
+def test_invalid_arguments_are_refused(call, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         call()
 
 
 @pytest.mark.parametrize(("n", "correct", "k"), [(5, 0, 1), (5, 2, 1), (5, 2, 3), (5, 2, 4), (6, 6, 2), (4, 1, 4)])
-def test_pass_at_k_is_the_share_of_all_draws_that_hold_a_right_one(n: int, correct: int, k: int) -> None:
+def test_pass_at_k_matches_enumeration(n: int, correct: int, k: int) -> None:
     draws = list(combinations([True] * correct + [False] * (n - correct), k))
     assert pass_at_k(n, correct, k) == pytest.approx(sum(any(draw) for draw in draws) / len(draws), abs=1e-12)
 
 
 @pytest.mark.parametrize(("n", "correct", "k"), [(3, 1, 4), (3, 1, 0), (3, 4, 1), (3, -1, 1)])
-def test_pass_at_k_refuses_what_is_no_draw(n: int, correct: int, k: int) -> None:
+def test_pass_at_k_refuses_invalid_counts(n: int, correct: int, k: int) -> None:
     with pytest.raises(ValueError, match="pass@k needs"):
         pass_at_k(n, correct, k)
 
@@ -149,7 +149,7 @@ def test_majority(answers: list, expected: str | None) -> None:
     assert majority(answers) == expected
 
 
-def test_the_interval_of_a_mean_covers_it_as_often_as_it_says() -> None:
+def test_mean_interval_has_nominal_coverage() -> None:
     rng = np.random.default_rng(5)
     intervals = [mean_interval(sample) for sample in rng.exponential(2.0, size=(2000, 200))]
     assert 0.93 < np.mean([low < 2 < high for low, high in intervals]) < 0.965
@@ -158,12 +158,12 @@ def test_the_interval_of_a_mean_covers_it_as_often_as_it_says() -> None:
 
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (5, 0), (3, 9), (12, 14), (30, 12)])
-def test_of_single_pairs_the_sign_flip_test_is_mcnemar_s(only_a: int, only_b: int) -> None:
+def test_sign_flip_of_single_pairs_matches_mcnemar(only_a: int, only_b: int) -> None:
     differences = [1.0] * only_a + [-1.0] * only_b + [0.0] * 20
     assert sign_flip(differences) == pytest.approx(mcnemar_exact(only_a, only_b), abs=0.015)
 
 
-def test_the_sign_flip_test_against_all_signs() -> None:
+def test_sign_flip_matches_enumeration() -> None:
     differences = np.array([0.5, -0.25, 1.0, 0.75, 0.5, -0.5, 0.25, 1.0, 0.0, 0.5])
     sums = [abs(np.dot(signs, differences)) for signs in product([1, -1], repeat=len(differences))]
     exact = np.mean([each >= abs(differences.sum()) - 1e-9 for each in sums])

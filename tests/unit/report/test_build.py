@@ -66,7 +66,7 @@ def wilson_by_bisection(share: float, n: int) -> tuple[float, float]:
     return bound(share, 0.0), bound(share, 1.0)
 
 
-def test_results_csv_against_figures_computed_anew(tmp_path: Path) -> None:
+def test_results_csv_matches_recomputed_numbers(tmp_path: Path) -> None:
     experiment = full_experiment(tmp_path)
     write_report(experiment.write())
     table = csv_rows(tmp_path)
@@ -102,7 +102,7 @@ def test_results_csv_against_figures_computed_anew(tmp_path: Path) -> None:
     assert all(by_trial[BASE][column] == "" for column in of_training)
 
 
-def test_a_failed_trial_is_listed_with_its_error(tmp_path: Path) -> None:
+def test_failed_trial_is_listed_with_its_error(tmp_path: Path) -> None:
     results = write_report(full_experiment(tmp_path).write())
     failed = next(row for row in csv_rows(tmp_path) if row["trial_id"] == "confidence-1")
     assert failed["status"] == "failed"
@@ -115,7 +115,7 @@ def test_a_failed_trial_is_listed_with_its_error(tmp_path: Path) -> None:
     assert "CUDA out of memory [rank 3]" in console.export_text()
 
 
-def test_differences_against_pairs_counted_anew(tmp_path: Path) -> None:
+def test_differences_match_recounted_pairs(tmp_path: Path) -> None:
     experiment = full_experiment(tmp_path)
     results = write_report(experiment.write())
     right = {(p["arm"], p["seed"], p["problem_id"]): p["is_correct_strict"] for p in experiment.rows if not p["error"]}
@@ -143,9 +143,9 @@ def test_differences_against_pairs_counted_anew(tmp_path: Path) -> None:
 def test_pooled_interval_counts_problems_and_not_seeds(tmp_path: Path) -> None:
     results = write_report(full_experiment(tmp_path).write())
     arm = results.arm("ground_truth")
-    assert arm is not None and (arm.measured.n, arm.measured.num_problems) == (2 * NUM_TEST, NUM_TEST)
-    bounds = arm.measured.strict.low, arm.measured.strict.high
-    assert bounds == pytest.approx(wilson_by_bisection(arm.measured.strict.value or 0, NUM_TEST), abs=1e-9)
+    assert arm is not None and (arm.scores.n, arm.scores.num_problems) == (2 * NUM_TEST, NUM_TEST)
+    bounds = arm.scores.strict.low, arm.scores.strict.high
+    assert bounds == pytest.approx(wilson_by_bisection(arm.scores.strict.value or 0, NUM_TEST), abs=1e-9)
 
 
 def test_page_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_page_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
     ]
 
 
-def test_what_comes_from_outside_is_escaped(tmp_path: Path) -> None:
+def test_external_text_is_escaped(tmp_path: Path) -> None:
     experiment = Experiment(tmp_path, name=SCRIPT, command=f"raykd run {SCRIPT}", versions={SCRIPT: SCRIPT})
     arm = f"arm|{SCRIPT}"
     bad = {"question": f"{SCRIPT} | how many?", "completion": f"{SCRIPT}\n#### 1"}
@@ -219,21 +219,21 @@ def two_arms(folder: Path, only_primed: int, only_none: int, both: int, neither:
     [
         ((40, 5, 30, 25), "is statistically significant.", "+35.0"),
         ((5, 40, 30, 25), "priming the teacher reduced the student's accuracy", "−35.0"),
-        ((9, 7, 50, 34), "is not statistically significant (the 95 % interval includes 0)", "+2.0"),
-        ((0, 0, 50, 50), "is not statistically significant (the 95 % interval includes 0)", "0.0"),
+        ((9, 7, 50, 34), "is not statistically significant (the 95 % confidence interval includes 0)", "+2.0"),
+        ((0, 0, 50, 50), "is not statistically significant (the 95 % confidence interval includes 0)", "0.0"),
     ],
 )
-def test_the_answer_is_worded_by_its_tests(tmp_path: Path, counts, words: str, figure: str) -> None:
+def test_verdict_follows_from_tests(tmp_path: Path, counts, words: str, figure: str) -> None:
     found = answer(write_report(two_arms(tmp_path, *counts).write()))
     assert words in found.sentences[1]
     assert found.figure == figure
-    assert "95 % interval" in found.sentences[1] and "McNemar p" in found.sentences[1]
+    assert "95 % confidence interval" in found.sentences[1] and "McNemar p" in found.sentences[1]
     assert ("is statistically significant" in found.sentences[1]) == ("is not" not in words)
     page = Page((tmp_path / "report.html").read_text())
     assert found.sentences[1] in page.text
 
 
-def test_interval_text_of_a_known_case(tmp_path: Path) -> None:
+def test_interval_text_of_known_counts(tmp_path: Path) -> None:
     # 45 of 100: the Wilson interval is 35.6 to 54.8 percent (scipy's binomtest gives the same).
     write_report(two_arms(tmp_path, 15, 5, 30, 50).write())
     markdown = (tmp_path / "report.md").read_text()
@@ -241,7 +241,7 @@ def test_interval_text_of_a_known_case(tmp_path: Path) -> None:
     assert '45.0 <span class="range">(35.6–54.8)</span>' in (tmp_path / "report.html").read_text()
 
 
-def test_one_arm_alone_claims_nothing(tmp_path: Path) -> None:
+def test_single_arm_has_no_effect_estimate(tmp_path: Path) -> None:
     experiment = Experiment(tmp_path)
     experiment.trial("default", 0, drawn("default", 0, 0.5, 0.9))
     found = answer(write_report(experiment.write()))
@@ -250,14 +250,14 @@ def test_one_arm_alone_claims_nothing(tmp_path: Path) -> None:
     assert "No arm has an unprimed baseline" in Page((tmp_path / "report.html").read_text()).text
 
 
-def test_a_prime_without_the_unprimed_arm_claims_nothing(tmp_path: Path) -> None:
+def test_primed_arm_without_baseline_has_no_effect_estimate(tmp_path: Path) -> None:
     experiment = Experiment(tmp_path)
     experiment.trial("teacher", 0, drawn("teacher", 0, 0.5, 0.9), "teacher")
     found = answer(write_report(experiment.write()))
     assert "The effect of the prompt cannot be estimated" in found.sentences[1]
 
 
-def test_a_prime_is_not_credited_with_what_the_targets_did(tmp_path: Path) -> None:
+def test_effect_of_prompt_needs_same_other_settings(tmp_path: Path) -> None:
     experiment = Experiment(tmp_path)
     soft = {"targets.kind": "top_k"}
     experiment.trial("none", 0, drawn("none", 0, 0.2, 1.0))
@@ -273,7 +273,7 @@ def test_a_prime_is_not_credited_with_what_the_targets_did(tmp_path: Path) -> No
     assert "| soft | bare\\_soft | +" in (tmp_path / "report.md").read_text()
 
 
-def test_a_hint_of_another_problem_is_a_control_whatever_its_name(tmp_path: Path) -> None:
+def test_custom_control_strategy_is_a_control(tmp_path: Path) -> None:
     experiment = Experiment(tmp_path)
     experiment.trial("none", 0, drawn("none", 0, 0.2, 1.0))
     experiment.trial("mine", 0, drawn("mine", 0, 0.9, 1.0), "lure", overrides={"prompt.strategy": "lure"})
@@ -285,7 +285,7 @@ def test_a_hint_of_another_problem_is_a_control_whatever_its_name(tmp_path: Path
     assert "no arm with a primed teacher" in answer(results).sentences[1]
 
 
-def test_samples_of_a_problem_do_not_narrow_the_teachers_interval(tmp_path: Path) -> None:
+def test_teacher_interval_counts_problems_and_not_samples(tmp_path: Path) -> None:
     experiment = two_arms(tmp_path, 3, 2, 5, 5)
     experiment.completions("none", 249, ["none"])
     experiment.run["completions"][0] |= {"num_samples": 5, "errors": 0}
@@ -294,14 +294,14 @@ def test_samples_of_a_problem_do_not_narrow_the_teachers_interval(tmp_path: Path
     assert f"| none | 49.8 ({low}–{high}) | 500 |" in (tmp_path / "report.md").read_text()
 
 
-def test_trials_of_an_earlier_configuration_are_left_out(tmp_path: Path) -> None:
+def test_trials_of_earlier_configuration_are_excluded(tmp_path: Path) -> None:
     experiment = Experiment(tmp_path, trials=["none-0"])
     experiment.trial("none", 0, drawn("none", 0, 0.5, 0.9))
     experiment.trial("none", 7, drawn("none", 7, 0.9, 0.9))
     (tmp_path / "trials" / "teacher-3").mkdir()
     results = write_report(experiment.write())
     assert [trial.trial_id for trial in results.trials] == ["none-0"]
-    assert results.arms[0].measured.n == 60
+    assert results.arms[0].scores.n == 60
     assert results.notes == ["Excluded, of an earlier configuration of this experiment: 1 trial (none-7)"]
 
 
@@ -314,7 +314,7 @@ def test_arms_without_a_common_seed_are_not_compared(tmp_path: Path) -> None:
     assert found.figure == ""
 
 
-def test_every_trial_failed_and_nothing_else(tmp_path: Path) -> None:
+def test_report_of_failed_trials_only(tmp_path: Path) -> None:
     experiment = Experiment(tmp_path)
     experiment.trial("none", 0, [], status="failed", error="", loss_first=None, rows=None, steps=None)
     results = write_report(experiment.write())
@@ -322,7 +322,7 @@ def test_every_trial_failed_and_nothing_else(tmp_path: Path) -> None:
     assert Page((tmp_path / "report.html").read_text()).open == []
 
 
-def test_what_is_missing_is_said(tmp_path: Path) -> None:
+def test_missing_predictions_are_noted(tmp_path: Path) -> None:
     experiment = Experiment(tmp_path)
     experiment.trial("none", 0, drawn("none", 0, 0.5, 0.9)[:40])
     experiment.trial("teacher", 0, [], "teacher")
@@ -337,14 +337,14 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     assert note.endswith("5 trials (killed-0, killed-1, killed-2, …)")
 
 
-def test_run_json_may_lack_what_it_does_not_know(tmp_path: Path) -> None:
+def test_run_json_fields_are_optional(tmp_path: Path) -> None:
     experiment = two_arms(tmp_path, 3, 2, 5, 5)
     experiment.run = {"name": "bare", "completions": [{"strategy": "none", "arms": ["none"]}]}
     write_report(experiment.write())
     assert "bare" in (tmp_path / "report.html").read_text()
 
 
-def test_a_folder_that_is_no_experiment_says_so(tmp_path: Path) -> None:
+def test_folder_without_experiment_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no run\.json"):
         write_report(tmp_path)
     with pytest.raises(UserError, match="nothing to report yet"):
@@ -384,5 +384,5 @@ def test_examples_show_where_arms_differ(tmp_path: Path) -> None:
         (p_value(1.0), "1.00"),
     ],
 )
-def test_numbers_are_written_to_be_read(text: str, expected: str) -> None:
+def test_numbers_are_formatted_for_readers(text: str, expected: str) -> None:
     assert text == expected

@@ -19,7 +19,7 @@ def experiment(folder: Path, right: dict[str, list[bool]], seeds: tuple[int, ...
     return made.write()
 
 
-def test_each_problem_that_one_alone_has_right_is_there_with_both_texts(tmp_path: Path):
+def test_problems_with_one_correct_student_are_listed(tmp_path: Path):
     folder = experiment(tmp_path, {"none": [True, True, False, False], "primed": [True, False, True, True]})
     text = compare(f"{folder}:none", f"{folder}:primed")
     assert "4 problems in common" in text
@@ -32,21 +32,21 @@ def test_each_problem_that_one_alone_has_right_is_there_with_both_texts(tmp_path
     assert [f"problem-00{n}" in only_primed for n in range(4)] == [False, False, True, True]
 
 
-def test_as_many_are_shown_as_asked_for(tmp_path: Path):
+def test_limit_shortens_the_list(tmp_path: Path):
     folder = experiment(tmp_path, {"none": [False] * 30, "primed": [True] * 30})
     text = compare(f"{folder}:none", f"{folder}:primed")
     assert "only primed (seed 0) is correct: 10 of 30" in text and text.count("says so") == 20
     assert compare(f"{folder}:none", f"{folder}:primed", limit=None).count("says so") == 60
 
 
-def test_one_arm_of_two_experiments_bears_their_folders(tmp_path: Path):
+def test_same_arm_of_two_experiments_is_labelled_by_folder(tmp_path: Path):
     first = experiment(tmp_path / "a", {"none": [True, False]})
     second = experiment(tmp_path / "b", {"none": [True, True]})
     text = compare(str(first), str(second))
     assert "50.0 %" in text.split(str(first))[1] and "100.0 %" in text.split(str(second))[1]
 
 
-def test_the_seed_is_the_first_that_both_have_or_the_one_that_is_named(tmp_path: Path):
+def test_default_seed_is_first_common_seed(tmp_path: Path):
     first = experiment(tmp_path / "a", {"none": [True, False]}, seeds=(0, 1, 2))
     second = experiment(tmp_path / "b", {"primed": [True, True]}, seeds=(1, 2))
     assert "none (seed 1)" in compare(str(first), str(second))
@@ -66,7 +66,7 @@ def test_the_seed_is_the_first_that_both_have_or_the_one_that_is_named(tmp_path:
         ("{}/elsewhere", "has no run.json"),
     ],
 )
-def test_what_names_no_student_is_told(tmp_path: Path, capsys: pytest.CaptureFixture, named: str, message: str):
+def test_unknown_student_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture, named: str, message: str):
     folder = experiment(tmp_path, {"none": [True], "primed": [True]})
     with pytest.raises(ValueError, match=message):
         compare(named.format(folder), f"{folder}:none")
@@ -74,13 +74,13 @@ def test_what_names_no_student_is_told(tmp_path: Path, capsys: pytest.CaptureFix
     assert "raykd: " in capsys.readouterr().err
 
 
-def test_the_command_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_command_prints_comparison(tmp_path: Path, capsys: pytest.CaptureFixture):
     folder = experiment(tmp_path, {"none": [True], "primed": [False]})
     assert cli.main(["compare", f"{folder}:none", f"{folder}:primed", "--score", "flexible", "--limit", "0"]) == 0
     assert "1 problem in common, flexible extract" in capsys.readouterr().out
 
 
-def test_students_that_were_asked_in_other_ways_are_compared_with_a_warning(tmp_path: Path):
+def test_different_evaluation_settings_give_a_warning(tmp_path: Path):
     first = experiment(tmp_path / "a", {"none": [True, False]})
     second = experiment(tmp_path / "b", {"primed": [True, True]})
     assert "evaluation settings differ" not in compare(str(first), str(second))
@@ -91,5 +91,5 @@ def test_students_that_were_asked_in_other_ways_are_compared_with_a_warning(tmp_
     assert "asked by zero_shot_chat, greedy" in text and "asked by eight_shot_cot, greedy" in text
 
 
-def test_what_a_terminal_would_take_for_commands_is_not_passed_on():
+def test_control_characters_are_replaced():
     assert printable("a\x1b]0;title\x07b\n\tc\u202ed") == "a\ufffd]0;title\ufffdb\n\tc\ufffdd"

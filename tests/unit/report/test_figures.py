@@ -13,7 +13,7 @@ from raykd.report.build import write_report
 from raykd.report.figures import figures
 from raykd.report.panels import curves_panel, heat_map
 from raykd.report.results import Results, read_results
-from raykd.report.svg import Axis, Figure, ForestRow, Mark, axis_over, forest_plot
+from raykd.report.svg import Figure, ForestRow, Mark, PlotAxis, axis_over, forest_plot
 from synthetic import Experiment, drawn, full_experiment
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -39,7 +39,7 @@ def percents(svg: str, attribute: str) -> list[float]:
 
 
 def test_forest_plot_places_marks_on_the_axis():
-    axis = Axis([20.0, 30.0, 40.0])
+    axis = PlotAxis([20.0, 30.0, 40.0])
     row = ForestRow("an arm", "primed", [Mark(25, 22, 38, seeds=[24.0, 26.0]), None], ["25.0 (22.0–38.0)", "–"])
     svg, height = forest_plot([row], axis, ["dot", "ring"], [], "Accuracy, %")
     mark = svg.split('<g class="mark">')[1].split("</g>")[0]
@@ -60,7 +60,7 @@ def test_axis_holds_all_values_within_its_limits():
 def test_accuracy_figure_has_the_numbers_of_the_results(results: Results, by_name: dict[str, Figure]):
     figure = by_name["accuracy"]
     for arm in results.arms:
-        text = f"{100 * (arm.measured.strict.value or 0):.1f} ("
+        text = f"{100 * (arm.scores.strict.value or 0):.1f} ("
         assert f"{arm.name}: strict match {text}" in figure.description
         assert text in figure.content
     # Ticks of two seeds in five of the six trained arms: one seed of the sixth failed.

@@ -83,7 +83,7 @@ def test_page_fits_screen_without_scripts(page: Path, tmp_path: Path, width: int
 
 
 @pytest.mark.parametrize("width", [400, 1400])
-def test_a_picture_of_the_page(page: Path, tmp_path: Path, width: int):
+def test_screenshot_of_page(page: Path, tmp_path: Path, width: int):
     folder = Path(KEPT) if KEPT else tmp_path
     folder.mkdir(parents=True, exist_ok=True)
     shot = folder / f"report-{width}.png"

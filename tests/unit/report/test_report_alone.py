@@ -63,7 +63,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("is_folder", [False, True])
-def test_report_needs_the_folder_alone(finished: tuple[Path, Path], is_folder: bool):
+def test_report_needs_only_the_folder(finished: tuple[Path, Path], is_folder: bool):
     file, folder = finished
     before = snapshot(folder.parents[2])
     ran = subprocess.run(
@@ -88,7 +88,7 @@ def test_report_needs_the_folder_alone(finished: tuple[Path, Path], is_folder: b
 
 
 @pytest.mark.parametrize("has_folder", [False, True])
-def test_report_of_nothing_is_one_line_and_writes_nothing(tmp_path: Path, capsys, has_folder: bool):
+def test_report_without_experiment_is_one_line_and_writes_nothing(tmp_path: Path, capsys, has_folder: bool):
     given = tmp_path / "empty"
     if has_folder:
         given.mkdir()
@@ -105,7 +105,7 @@ def test_report_of_an_experiment_that_never_ran_writes_nothing(tmp_path: Path, c
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fields_cannot_be_set_beside_a_folder(finished: tuple[Path, Path], capsys):
+def test_overrides_with_folder_are_refused(finished: tuple[Path, Path], capsys):
     assert cli.main(["report", str(finished[1]), "name=other"]) == 2
     assert "is a folder; fields can be set where FILE is a YAML file" in capsys.readouterr().err
 

@@ -37,17 +37,17 @@ def test_table_gives_base_mean_and_differences(results: Results):
     assert attention.changed_heads(results.attention).rows[0][first] in ("0↑ 0↓", "1↑ 0↓", "0↑ 1↓")
 
 
-def test_the_strongest_head_is_named(results: Results):
+def test_correctness_table_names_strongest_head(results: Results):
     assert results.attention
     table = attention.correctness(results.attention)
     assert len(table.rows) == 8
-    effect = results.attention.right["entropy"]
+    effect = results.attention.correctness_by_problem["entropy"]
     layer, head = divmod(int(np.abs(effect.value).argmax()), 2)
     assert table.rows[0][1] == f"layer {layer}, head {head}"
     assert "5 students" in table.note and "3 arms" in table.note
 
 
-def test_the_files_hold_every_head(results: Results):
+def test_csv_files_have_every_head(results: Results):
     assert results.attention
     with (results.folder / "attention.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -67,4 +67,6 @@ def test_the_files_hold_every_head(results: Results):
     with (results.folder / "attention_correctness.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8 * 6
-    assert float(rows[3]["r_by_problem"]) == pytest.approx(results.attention.right["entropy"].value[3], rel=1e-5)
+    assert float(rows[3]["r_by_problem"]) == pytest.approx(
+        results.attention.correctness_by_problem["entropy"].value[3], rel=1e-5
+    )

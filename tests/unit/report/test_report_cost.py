@@ -23,7 +23,7 @@ def table(folder: Path, prices: str = "", **held):
     return processors(read_results(folder))
 
 
-def test_processor_seconds_are_those_that_were_held_and_those_of_training(tmp_path: Path):
+def test_processor_seconds_include_training(tmp_path: Path):
     found = table(tmp_path, teacher={"gpu": 7200.0}, attention={"cpu": 36.0})
     assert found.columns == ["Stage", "Processor", "Processor-seconds (at most)", "Processor-hours (at most)"]
     assert found.rows == [
@@ -41,7 +41,7 @@ def test_processor_seconds_are_those_that_were_held_and_those_of_training(tmp_pa
         ("prices: {gpu_hour: 2.5, teacher_gpu_hour: 4, cpu_hour: 1, currency: EUR}\n", "8.00", ["all", "18.01"]),
     ],
 )
-def test_money_is_processor_hours_by_their_price(tmp_path: Path, prices: str, teacher: str, total: list[str]):
+def test_cost_is_processor_hours_times_price(tmp_path: Path, prices: str, teacher: str, total: list[str]):
     found = table(tmp_path, prices, teacher={"gpu": 7200.0}, attention={"cpu": 36.0})
     assert found.columns[-1] == ("Cost, EUR (at most)" if "EUR" in prices else "Cost, USD (at most)")
     assert found.rows[0][-1] == teacher
@@ -49,7 +49,7 @@ def test_money_is_processor_hours_by_their_price(tmp_path: Path, prices: str, te
     assert [found.rows[3][0], found.rows[3][-1]] == total
 
 
-def test_what_is_held_twice_adds_up_and_is_noted_after_a_failure_too(tmp_path: Path):
+def test_processor_time_adds_up_and_is_recorded_after_failure(tmp_path: Path):
     write_json(tmp_path / "run.json", {"stages": {}})
     for _ in range(2):
         with run_record.track_processors(tmp_path, "teacher", "gpu", 16):

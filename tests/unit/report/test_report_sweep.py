@@ -9,7 +9,7 @@ from rich.console import Console
 from raykd.config.experiment import BASE
 from raykd.report.build import CSV_COLUMNS, SWEEP_COLUMNS, result_tables, write_report
 from raykd.report.results import Results
-from raykd.report.sweep import all_trials, at, at_equal_points, best_points
+from raykd.report.sweep import all_trials, at_equal_points, best_points, point_text
 from raykd.storage.files import read_json
 from synthetic import Experiment, drawn
 
@@ -64,10 +64,10 @@ def add(experiment: Experiment, arm: str, point: int, rate: float, seed: int) ->
     assert read_json(folder / trial_id / "trial.json")["trial_id"] == trial_id
 
 
-def test_each_arm_is_at_its_best_point_by_validation_and_not_by_test(results: Results):
+def test_best_point_is_selected_by_validation_metric(results: Results):
     best = {arm.name: {trial.values["train.learning_rate"] for trial in arm.trials} for arm in results.arms[1:]}
     assert best == {"none": {1e-3}, "teacher": {1e-4}}
-    assert [(arm.name, arm.measured.n) for arm in results.arms] == [(BASE, 60), ("none", 120), ("teacher", 120)]
+    assert [(arm.name, arm.scores.n) for arm in results.arms] == [(BASE, 60), ("none", 120), ("teacher", 120)]
     table = best_points(results)
     assert [row[:4] for row in table.rows] == [
         ["none", "learning_rate 0.001, r 16", "40.0 (27.6–53.8)", "3"],
@@ -77,28 +77,26 @@ def test_each_arm_is_at_its_best_point_by_validation_and_not_by_test(results: Re
     assert "500 rows" in table.note and "12 trials" in table.note
 
 
-def test_arms_are_compared_at_their_best_and_at_equal_points(results: Results):
+def test_arms_are_compared_at_best_and_equal_points(results: Results):
     rows = {trial.trial_id: trial for trial in results.trials}
     of_best = next(c for c in results.strict if c.arm == "teacher")
     assert of_best.num_pairs == 2 * 60
-    expected = sum(
-        rows[f"teacher-{s}-0"].measured.strict.value - rows[f"none-{s}-1"].measured.strict.value for s in (0, 1)
-    )
+    expected = sum(rows[f"teacher-{s}-0"].scores.strict.value - rows[f"none-{s}-1"].scores.strict.value for s in (0, 1))
     assert of_best.difference == pytest.approx(expected / 2)
     assert results.sweep is not None
-    equal = next(c for c in results.sweep.equal if c.arm == "teacher")
+    equal = next(c for c in results.sweep.comparisons if c.arm == "teacher")
     # Two seeds at two points, and one at the point where the other was stopped.
     assert equal.num_pairs == 5 * 60
     pairs = [(seed, point) for seed in (0, 1) for point in range(3) if (point, seed) != (2, 1)]
     expected = sum(
-        rows[f"teacher-{s}-{p}"].measured.strict.value - rows[f"none-{s}-{p}"].measured.strict.value for s, p in pairs
+        rows[f"teacher-{s}-{p}"].scores.strict.value - rows[f"none-{s}-{p}"].scores.strict.value for s, p in pairs
     )
     assert equal.difference == pytest.approx(expected / 5)
     (row,) = at_equal_points(results).rows
     assert row[:2] == ["teacher", "none"]
 
 
-def test_the_tables_hold_every_trial(results: Results, tmp_path: Path):
+def test_tables_have_every_trial(results: Results, tmp_path: Path):
     with (tmp_path / "results.csv").open() as file:
         written = list(csv.DictReader(file))
     paths = ["train.learning_rate", "student.lora.r"]
@@ -124,11 +122,11 @@ def test_the_tables_hold_every_trial(results: Results, tmp_path: Path):
         assert "Best point of each arm" in text and "Differences at equal points" in text and "All trials" in text
 
 
-def test_what_was_stopped_is_not_called_missing(results: Results):
+def test_stopped_trials_are_not_noted_as_missing(results: Results):
     assert results.notes == []
 
 
-def test_points_are_named_by_the_last_word_where_that_is_enough(results: Results):
+def test_point_text_uses_last_part_of_unambiguous_paths(results: Results):
     values = {"train.learning_rate": 0.00012345, "student.lora.r": 4}
-    assert at(results, values) == "learning_rate 0.000123, r 4"
-    assert at(results, {}) == "–"
+    assert point_text(results, values) == "learning_rate 0.000123, r 4"
+    assert point_text(results, {}) == "–"

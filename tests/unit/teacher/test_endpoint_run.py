@@ -128,12 +128,12 @@ def test_chat_teacher_needs_no_local_model(tmp_path: Path):
     messages = [
         prompts.teacher_messages(each, config.strategies["teacher"], config.prompt.instruction) for each in problems
     ]
-    asked = [each.body for each in elsewhere.asked[1:]]
-    assert sorted(map(str, messages)) == sorted(str(each["messages"]) for each in asked)
-    assert {each["model"] for each in asked} == {"large-1"}
-    tokenizer = loading.load_tokenizer(told.student)
+    bodies = [each.body for each in server.requests[1:]]
+    assert sorted(map(str, messages)) == sorted(str(each["messages"]) for each in bodies)
+    assert {each["model"] for each in bodies} == {"large-1"}
+    tokenizer = loading.load_tokenizer(config.student)
     (job,) = plan.trials
-    found, dropped = examples.build_examples(job.arm, job.problems, request.folder, tokenizer, job.same_tokens)
+    found, dropped = examples.build_examples(job.arm, job.problems, completions.folder, tokenizer, job.same_tokens)
     said = {row["problem_id"]: row["completion"] for row in rows}
     assert len(found) == len(problems) and not dropped
     for target in found:

@@ -1,10 +1,10 @@
-"""Random Llama: models with a common architecture and random weights, to be timed."""
+"""Random Llama: models of Llama's architecture with random weights, for timing."""
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-# By about how many million parameters they have.
+# By the approximate number of parameters in millions.
 SHAPES: dict[int, dict[str, Any]] = {
     33: {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8},
     300: {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 16},
@@ -14,10 +14,7 @@ CONTEXT = 1024
 
 
 def write(folder: Path, millions: int, texts: Iterable[str]) -> Path:
-    """Writes a model in bfloat16, whose tokenizer was trained on texts and is filled up to `VOCABULARY`.
-
-    What such a model writes means nothing, but each of its tokens costs what a token costs.
-    """
+    """Write a bfloat16 model whose tokenizer is trained on `texts` and padded to `VOCABULARY` tokens."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -33,7 +30,7 @@ def write(folder: Path, millions: int, texts: Iterable[str]) -> Path:
     )
     model: Any = LlamaForCausalLM(config)
     model = model.to(torch.bfloat16)
-    # As good as never an end: all answers are as long as they may be.
+    # The end token becomes improbable, so that all answers reach the token limit.
     with torch.no_grad():
         model.lm_head.weight[tokenizer.eos_token_id] = 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,24 +40,24 @@ def write(folder: Path, millions: int, texts: Iterable[str]) -> Path:
 
 
 def _tokenizer(texts: Iterable[str]) -> Any:
-    """Byte-level BPE with Llama's turns."""
+    """Return a byte-level BPE tokenizer with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    made.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     special = ["<|pad|>", "<|turn|>", "<|end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(
+    bpe.train_from_iterator(
         texts,
         trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet),  # pyright: ignore[reportCallIssue]
     )
-    made.add_tokens(
-        [f"\N{MATHEMATICAL LEFT ANGLE BRACKET}{number}" for number in range(VOCABULARY - made.get_vocab_size())]
+    bpe.add_tokens(
+        [f"\N{MATHEMATICAL LEFT ANGLE BRACKET}{number}" for number in range(VOCABULARY - bpe.get_vocab_size())]
     )
     tokenizer: Any = PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token=special[0], eos_token=special[2], additional_special_tokens=[special[1]]
+        tokenizer_object=bpe, pad_token=special[0], eos_token=special[2], additional_special_tokens=[special[1]]
     )
     tokenizer.chat_template = (
         "{% for message in messages %}<|turn|>{{ message.role }}\n{{ message.content }}<|end|>{% endfor %}"
@@ -70,7 +67,7 @@ def _tokenizer(texts: Iterable[str]) -> Any:
 
 
 def num_parameters(folder: Path) -> int:
-    """How many weights there are."""
+    """Return the number of weights in a model's folder."""
     import safetensors
 
     total = 0

@@ -1,10 +1,10 @@
-"""One side of the training benchmark, in a process of its own: `python training_side.py FOLDER SIDE`.
+"""One side of the training benchmark, in a separate process: `python training_side.py FOLDER SIDE`.
 
-Prints one line of JSON: target tokens per second, milliseconds a step, the process' peak memory, what share of the time
-the matrix products alone would take on this machine, the losses.
-The sides: raykd's loop on `hard` and on `top_k` targets, and on hard ones `padded` to the longest; TRL's SFTTrainer as
-it is (`trl`) and with packing (`trl_packed`); `one_worker` and `two_workers` of Ray Train, with a core each. All take
-the same rows in the same order from the same initial LoRA weights.
+Prints one line of JSON: target tokens per second, milliseconds per step, peak memory of the process, the time of the
+matrix products alone as a percentage of the measured time, and the losses.
+The sides are raykd's loop on `hard` targets, on `top_k` targets, and on hard targets `padded` to the longest row; TRL's
+SFTTrainer without (`trl`) and with packing (`trl_packed`); one and two Ray Train workers with a core each.
+All use the same rows in the same order and the same initial LoRA weights.
 """
 
 import itertools
@@ -19,7 +19,6 @@ from typing import Any
 
 import bench
 import limits
-
 from raykd.config.experiment import Experiment
 from raykd.config.loading import load_experiment
 from raykd.models import loading
@@ -27,23 +26,23 @@ from raykd.training import examples, loop, schedule, student
 from raykd.training.trainer import train_trial, worker_env
 from raykd.training.trial import TrialSpec, read_loss_curve
 
-# Steps before these figures begin: the first ones pay for what is loaded late.
+# Untimed first steps, which include lazy loading.
 WARM = 3
 PACKED_LENGTH = 1024
 
 
 def main() -> None:
     folder, side = Path(sys.argv[1]), sys.argv[2]
-    # What libraries print must not come between.
-    answer = os.fdopen(os.dup(1), "w")
+    # Libraries print to standard output too: they get standard error instead.
+    output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     experiment = load_experiment(folder / "experiment.yaml", [])
-    made = job(experiment, folder, side)
+    trial = trial_spec(experiment, folder, side)
     if side.startswith("trl"):
-        points = _trl(made, side == "trl_packed")
+        points = _trl(trial, side == "trl_packed")
     else:
-        points = _workers(made) if "worker" in side else _ours(made)
-    peak, whole = bench.peak_mb(), points[-1]["target_tokens"]
+        points = _workers(trial) if "worker" in side else _ours(trial)
+    peak, total = bench.peak_mb(), points[-1]["target_tokens"]
     points = points[WARM:]
     tokens = points[-1]["target_tokens"] - points[0]["target_tokens"]
     seconds = points[-1]["seconds"] - points[0]["seconds"]
@@ -52,15 +51,16 @@ def main() -> None:
         "tokens/s": tokens / seconds,
         "step, ms": 1000 * statistics.median(steps),
         "peak MB": peak,
-        # The limit is measured on all cores of this process.
-        **({} if "worker" in side else {"of the limit, %": 100 * tokens / whole * _at_best(made) / seconds}),
         "losses": [point["loss"] for point in points],
     }
-    print(json.dumps(figures), file=answer, flush=True)
+    # Workers run in other processes, with other cores than those on which the limit is measured.
+    if "worker" not in side:
+        figures["of the limit, %"] = 100 * tokens / total * _minimum_seconds(trial) / seconds
+    print(json.dumps(figures), file=output, flush=True)
 
 
-def job(experiment: Experiment, folder: Path, side: str) -> TrialSpec:
-    """The trial: the experiment's arm of that name, TRL's being the one on hard targets."""
+def trial_spec(experiment: Experiment, folder: Path, side: str) -> TrialSpec:
+    """Return a trial of the arm of that name; TRL's sides use the arm with hard targets."""
     name = side if side in experiment.arms else "hard"
     (problems,) = (folder / "problems").glob("*/")
     return TrialSpec(
@@ -78,39 +78,39 @@ def job(experiment: Experiment, folder: Path, side: str) -> TrialSpec:
     )
 
 
-def _at_best(made: TrialSpec) -> float:
-    """Seconds that all steps together would take were they nothing but matrix products, at the rate of large ones."""
+def _minimum_seconds(trial: TrialSpec) -> float:
+    """Return the seconds of all steps if they consisted of large matrix products only."""
     import torch
 
-    _, rows = _rows(made)
+    _, rows = _rows(trial)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return limits.count_operations(student.build_student(made.arm, made.seed), rows) / limits.product_rate(device)
+    return limits.count_operations(student.build_student(trial.arm, trial.seed), rows) / limits.product_rate(device)
 
 
-def _ours(made: TrialSpec) -> list[dict[str, Any]]:
+def _ours(trial: TrialSpec) -> list[dict[str, Any]]:
     import torch
 
-    # As torchrun would, and Ray Train's workers have it.
+    # The environment that torchrun or Ray Train would set.
     os.environ |= worker_env("gpu" if torch.cuda.is_available() else "cpu")
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    # A point for each step.
+    # Record the loss of every step.
     loop.CURVE_POINTS = 1 << 30
-    loop.train_loop(made, lambda metrics, checkpoint: None, None)
-    return read_loss_curve(made.folder / "metrics.jsonl")
+    loop.train_loop(trial, lambda metrics, checkpoint: None, None)
+    return read_loss_curve(trial.folder / "metrics.jsonl")
 
 
-def _workers(made: TrialSpec) -> list[dict[str, Any]]:
-    """As `raykd train` does it. The peak memory is the driver's."""
+def _workers(trial: TrialSpec) -> list[dict[str, Any]]:
+    """Train under Ray Train. The peak memory is the driver's."""
     import ray
 
-    ray.init(address="local", num_cpus=made.arm.train.num_workers, include_dashboard=False, log_to_driver=False)
-    train_trial(made, "cpu", [], made.folder / "checkpoints")
+    ray.init(address="local", num_cpus=trial.arm.train.num_workers, include_dashboard=False, log_to_driver=False)
+    train_trial(trial, "cpu", [], trial.folder / "checkpoints")
     ray.shutdown()
-    return read_loss_curve(made.folder / "metrics.jsonl")
+    return read_loss_curve(trial.folder / "metrics.jsonl")
 
 
-def _trl(made: TrialSpec, packing: bool) -> list[dict[str, Any]]:
-    """TRL's trainer on the same model, rows and order."""
+def _trl(trial: TrialSpec, packing: bool) -> list[dict[str, Any]]:
+    """Train with TRL on the same model, rows and order."""
     import torch
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
@@ -118,51 +118,51 @@ def _trl(made: TrialSpec, packing: bool) -> list[dict[str, Any]]:
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    told, points = made.arm.train, []
-    tokenizer, rows = _rows(made)
+    train, points = trial.arm.train, []
+    tokenizer, rows = _rows(trial)
 
-    class Notes(TrainerCallback):
-        """When each step ended."""
+    class RecordSteps(TrainerCallback):
+        """Record the time and loss of each step."""
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
             if "loss" in (logs or {}):
                 points.append({"seconds": time.monotonic(), "target_tokens": 0, "loss": logs["loss"]})
 
-    class InOrder(SFTTrainer):
-        """Takes the rows as they come, for they were shuffled as ours are."""
+    class OrderedTrainer(SFTTrainer):
+        """Use the rows in their order, which is that of raykd's loop."""
 
         def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
             return SequentialSampler(self.train_dataset)  # pyright: ignore[reportArgumentType]
 
     model = student.add_lora(
-        loading.load_base_model(made.arm.student, getattr(torch, told.dtype)), made.arm.student, made.seed
+        loading.load_base_model(trial.arm.student, getattr(torch, train.dtype)), trial.arm.student, trial.seed
     )
-    trainer = InOrder(
+    trainer = OrderedTrainer(
         model=model,
         processing_class=tokenizer,
         train_dataset=Dataset.from_list(list(_examples(rows))),
         args=SFTConfig(
-            output_dir=str(made.folder),
-            # As many tokens a step as unpacked, about.
-            per_device_train_batch_size=1 if packing else told.batch_size,
+            output_dir=str(trial.folder),
+            # A packed row has about as many tokens as a batch of unpacked rows.
+            per_device_train_batch_size=1 if packing else train.batch_size,
             num_train_epochs=1,
-            learning_rate=told.learning_rate,
+            learning_rate=train.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=round(told.warmup_fraction * len(rows) // told.batch_size),
-            max_grad_norm=told.max_grad_norm,
-            weight_decay=told.weight_decay,
+            warmup_steps=round(train.warmup_fraction * len(rows) // train.batch_size),
+            max_grad_norm=train.max_grad_norm,
+            weight_decay=train.weight_decay,
             bf16=False,
-            max_length=PACKED_LENGTH if packing else told.max_length,
+            max_length=PACKED_LENGTH if packing else train.max_length,
             completion_only_loss=True,
             packing=packing,
-            gradient_checkpointing=told.gradient_checkpointing,
+            gradient_checkpointing=train.gradient_checkpointing,
             logging_steps=1,
             report_to=[],
             save_strategy="no",
             use_cpu=not torch.cuda.is_available(),
             disable_tqdm=True,
         ),
-        callbacks=[Notes()],
+        callbacks=[RecordSteps()],
     )
     counted = _count_targets(trainer)
     trainer.train()
@@ -171,13 +171,13 @@ def _trl(made: TrialSpec, packing: bool) -> list[dict[str, Any]]:
     return points
 
 
-def _rows(made: TrialSpec) -> tuple[Any, list[examples.Example]]:
-    """The tokenizer, and the rows of all steps in our order."""
+def _rows(trial: TrialSpec) -> tuple[Any, list[examples.Example]]:
+    """Return the tokenizer, and the rows of all steps in the order of raykd's loop."""
     from raykd.models import loading
 
-    tokenizer, arm = loading.load_tokenizer(made.arm.student), made.arm
-    rows, _ = examples.build_examples(arm, made.problems, made.completions, tokenizer, made.same_tokens)
-    order = schedule.training_order(len(rows), arm.train.batch_size, arm.train.epochs, made.seed)
+    tokenizer, arm = loading.load_tokenizer(trial.arm.student), trial.arm
+    rows, _ = examples.build_examples(arm, trial.problems, trial.completions, tokenizer, trial.same_tokens)
+    order = schedule.training_order(len(rows), arm.train.batch_size, arm.train.epochs, trial.seed)
     return tokenizer, [rows[number] for _, batch in order for number in batch]
 
 
@@ -190,7 +190,7 @@ def _examples(rows: list[examples.Example]) -> Iterator[dict[str, Any]]:
 
 
 def _count_targets(trainer: Any) -> list[int]:
-    """A list that fills with the number of targets up to the end of each step."""
+    """Return a list that grows by the cumulative number of target tokens at each step."""
     counted: list[int] = []
     inner = trainer.compute_loss
 

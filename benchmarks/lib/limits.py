@@ -1,4 +1,4 @@
-"""Limits: what training could reach on a device, were it nothing but matrix products."""
+"""Limits: the upper bound of training speed on a device, from the rate of its matrix products."""
 
 import statistics
 import time
@@ -12,29 +12,30 @@ from raykd.training.examples import Example
 
 
 def product_rate(device: torch.device) -> float:
-    """Operations per second of a large matrix product in bfloat16."""
+    """Return the operations per second of a large matrix product in bfloat16."""
     size = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     times = []
     for _ in range(20):
-        finished(device)
+        synchronize(device)
         began = time.perf_counter()
         _ = left @ right
-        finished(device)
+        synchronize(device)
         times.append(time.perf_counter() - began)
     return 2 * size**3 / statistics.median(times[5:])
 
 
-def finished(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for all kernels of a GPU; a CPU has nothing to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def count_operations(model: Any, rows: Collection[Example]) -> float:
-    """What training on rows takes at least.
+    """Return the minimum number of operations of a training step on rows.
 
-    4 operations for each frozen weight and token (forward, and backward to the activations; of the output layer for
-    target tokens only), 6 for each of LoRA's, and attention's; what is computed twice counts once.
+    A frozen weight takes 4 operations a token (forward, and backward to the activations), in the output layer for
+    target tokens only. A LoRA weight takes 6. Attention is added. Recomputation does not count.
     """
     num_tokens, num_targets = sum(map(len, rows)), sum(len(row.completion_token_ids) for row in rows)
     total = 0.0
@@ -45,7 +46,7 @@ def count_operations(model: Any, rows: Collection[Example]) -> float:
             total += 4 * parameter.numel() * num_targets
         elif "embed_tokens" not in name:
             total += 4 * parameter.numel() * num_tokens
-    config = next(each.config for each in model.modules() if isinstance(each, PreTrainedModel))
-    # Scores and their use, forward once and backward twice, of causal attention half.
-    each = sum(len(row) ** 2 for row in rows)
-    return total + config.num_hidden_layers * 6 * each * config.hidden_size
+    config = next(module.config for module in model.modules() if isinstance(module, PreTrainedModel))
+    # Two products, forward once and backward twice, halved by the causal mask.
+    num_pairs = sum(len(row) ** 2 for row in rows)
+    return total + config.num_hidden_layers * 6 * num_pairs * config.hidden_size

@@ -1,4 +1,4 @@
-"""Peer: offline vLLM in a process of its own, loaded once and asked as often as is wanted."""
+"""Peer: offline vLLM in a separate process that loads its engine once and generates any number of times."""
 
 import json
 import os
@@ -14,7 +14,7 @@ Process = subprocess.Popen[str]
 
 @contextmanager
 def running(kwargs: Mapping[str, Any], env: Mapping[str, str]) -> Iterator[Process]:
-    """Starts it under an engine's arguments and environment; it ends with the block."""
+    """Start the process with an engine's arguments and environment, and stop it at the end of the block."""
     with subprocess.Popen(
         [sys.executable, str(Path(__file__).parent / "offline_vllm.py"), json.dumps(dict(kwargs))],
         env={**os.environ, **env},
@@ -31,11 +31,11 @@ def running(kwargs: Mapping[str, Any], env: Mapping[str, str]) -> Iterator[Proce
             process.wait(60)
 
 
-def ask(process: Process, **job: Any) -> dict[str, float]:
-    """Has it do a job (see `offline_vllm.py`), and waits for what it took."""
+def generate(process: Process, **task: Any) -> dict[str, float]:
+    """Run a task (see `offline_vllm.py`) and return its tokens and seconds."""
     assert process.stdin and process.stdout
-    process.stdin.write(json.dumps(job) + "\n")
+    process.stdin.write(json.dumps(task) + "\n")
     process.stdin.flush()
     if not (line := process.stdout.readline()):
-        raise RuntimeError(f"offline vLLM ended with {process.wait()}")
+        raise RuntimeError(f"offline vLLM exited with status {process.wait()}")
     return json.loads(line)
