@@ -37,7 +37,7 @@ raykd run mine.yaml train.epochs=3 'seeds=[0, 1]'
 Arms may override {arm_sections}.
 All other sections are shared by the arms of an experiment.
 
-- The default of a section applies when the section is left out; a section that is written has the defaults in its table.
+- The default of a section applies when the section is left out. A section that is written has its own table's defaults.
 - † marks a field that changes how a run is carried out but none of its results. It is in no content key, so it may
   change between two runs of the same experiment.
 - Fields named like an option of a library (vLLM, peft, Ray Tune) have that library's meaning.
@@ -104,9 +104,9 @@ def section_text(path: str, model: type[ConfigModel]) -> str:
 
 
 def default_text(field: FieldInfo) -> str:
-    """Return a field's default as YAML, in code marks; of a section, only what differs from its own fields' defaults."""
+    """Return a field's default as YAML, in code marks; of a section, what differs from its own fields' defaults."""
     if field.is_required():
-        return "" if model_of(field.annotation) else "required"
+        return "required"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, ConfigModel):
         value = value.model_dump(mode="json", exclude_defaults=True)
