@@ -1,6 +1,6 @@
-"""The whole experiment, from problems to report, as a Ray job.
+"""Run a command of raykd as a Ray job, with the same arguments as `raykd`.
 
-ray job submit --working-dir . -- python rayjobs/run.py configs/quickstart.yaml storage=/a/folder/all/nodes/see
+ray job submit --working-dir . -- python rayjobs/run.py run configs/quickstart.yaml storage=/shared/raykd
 """
 
 import sys
@@ -8,4 +8,4 @@ import sys
 from raykd.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["run", *sys.argv[1:]]))
+    sys.exit(main())

@@ -106,8 +106,8 @@ def experiment(name: str) -> Experiment:
     """The experiment that a manifest runs or serves, with what it overrides."""
     (found,) = manifests(name)
     if name == "rayjob":
-        python, script, file, *overrides = found["spec"]["entrypoint"].split()
-        assert (python, script) == ("python", f"{INSTALLED}/rayjobs/run.py")
+        python, script, command, file, *overrides = found["spec"]["entrypoint"].split()
+        assert (python, script, command) == ("python", f"{INSTALLED}/rayjobs/run.py", "run")
     else:
         args = yaml.safe_load(found["spec"]["serveConfigV2"])["applications"][0]["args"]
         file, overrides = args["experiment"], args["overrides"]
@@ -119,8 +119,8 @@ def submitted() -> tuple[dict[str, str], str, list[str]]:
     lines = (FOLDER / "README.md").read_text().replace("\\\n", " ").splitlines()
     (line,) = [line for line in lines if line.startswith("ray job submit ")]
     words = shlex.split(line)
-    python, script, file, *overrides = words[words.index("--") + 1 :]
-    assert (python, script) == ("python", "rayjobs/run.py")
+    python, script, command, file, *overrides = words[words.index("--") + 1 :]
+    assert (python, script, command) == ("python", "rayjobs/run.py", "run")
     return json.loads(words[words.index("--metadata-json") + 1]), file, overrides
 
 
