@@ -9,7 +9,7 @@ TORCH := $(shell grep '^torch==' requirements/cpu.txt)
 TYPES = $$($(BIN)/python -c "import sys; print('%d.%d' % sys.version_info[:2])")
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu quickstart check test test-all test-faults bench soak lock clean
+.PHONY: help install install-gpu quickstart check docs test test-all test-faults bench soak lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,9 @@ test-all: install ## the same, and the tests that take minutes each: faults, rou
 
 test-faults: install ## kills, lost nodes, full disks, 20,000 cases of bad input
 	RAYKD_CASES=2500 $(BIN)/pytest -m "slow or not slow" tests/faults
+
+docs: install ## write docs/configuration.md from the docstrings of the configuration's fields
+	$(BIN)/python tools/config_docs.py
 
 bench: install ## short versions of the measurements in docs/performance.md
 	$(BIN)/python benchmarks/generation.py --requests 256 --rounds 2

@@ -26,7 +26,7 @@ def test_the_experiment_in_the_readme_is_one(tmp_path: Path):
     experiment = load(tmp_path, text)
     assert experiment.arm("soft").targets.kind == "top_k"
     assert next(iter(experiment.arms)) == "none"
-    (swept,) = re.findall(r"```yaml\n(dataset: .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (swept,) = re.findall(r"```yaml\n(dataset: .*?)```", (ROOT / "docs" / "sweeps.md").read_text(), re.DOTALL)
     tree = yaml.safe_load(text) | yaml.safe_load(swept)
     del tree["arms"]["own"]
     experiment = load(tmp_path, yaml.safe_dump(tree))
