@@ -155,7 +155,7 @@ def read_results(folder: Path, with_attention: bool = True) -> Results:
 
 def _read_config(folder: Path) -> str:
     try:
-        return (ExperimentPaths(folder).config).read_text(encoding="utf-8")
+        return ExperimentPaths(folder).config.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(
             f"{folder} has no experiment.yaml: give the folder of an experiment that `raykd run` made"
