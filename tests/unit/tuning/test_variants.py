@@ -110,7 +110,10 @@ def test_lessons_are_found_back():
     ("sweep", "words"),
     [
         ({"space": {"train.learning_rat": {"grid": [1]}}}, ["sweep.space.train.learning_rat", "'train.learning_rate'"]),
-        ({"space": {"teacher.model": {"choice": ["a"]}}}, ["sweep.space.teacher.model: is not a field", "student.lora"]),
+        (
+            {"space": {"teacher.model": {"choice": ["a"]}}},
+            ["sweep.space.teacher.model: is not a field", "student.lora"],
+        ),
         ({"space": {"train.epochs": {"grid": [1, 0]}}}, ["sweep.space.train.epochs", "greater than or equal to 1"]),
         ({"space": {"train.epochs": {"randint": [0, 3]}}}, ["sweep.space.train.epochs", "not 0"]),
         ({"space": {"train.dtype": {"choice": ["float16"]}}}, ["sweep.space.train.dtype", "float16"]),
@@ -131,7 +134,10 @@ def test_lessons_are_found_back():
             ["sweep.space.teacher.sampling.temperature", "use choice"],
         ),
         ({"search": "optuna"}, ["search=optuna", "at least one field in space"]),
-        ({"search": "optuna", "space": {"train.epochs": {"grid": [1]}}}, ["space.train.epochs", "grid is not supported"]),
+        (
+            {"search": "optuna", "space": {"train.epochs": {"grid": [1]}}},
+            ["space.train.epochs", "grid is not supported"],
+        ),
         ({"num_validations": 1}, ["num_validations=1", "scheduler=none"]),
         ({"num_sample": 3}, ["sweep.num_sample: unknown key", "'num_samples'"]),
     ],
