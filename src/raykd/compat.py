@@ -109,7 +109,7 @@ def draw_points(space: dict[str, Any], random: Any) -> Iterator[dict[str, Any]]:
         yield point
 
 
-def hand_on_blocks(context: Any, blocks: int) -> None:
+def set_output_buffer_blocks(context: Any, blocks: int) -> None:
     """Set the number of output blocks that a task of Ray Data may buffer for its scheduler.
 
     Why: the scheduler polls ten times a second and by default takes 2 blocks of a task each time. That limits a task

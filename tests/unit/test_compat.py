@@ -173,7 +173,7 @@ def test_ray_data_honours_the_block_buffer():
 
     context: Any = DataContext()
     before = dict(vars(context))
-    compat.hand_on_blocks(context, 77)
+    compat.set_output_buffer_blocks(context, 77)
     (name,) = [name for name, value in vars(context).items() if value != before.get(name)]
     assert name in before
     assert name in inspect.getsource(op_runtime_metrics)

@@ -49,7 +49,7 @@ def connected(log: Path, experiment: str, stage: str) -> Iterator[dict[str, floa
             data.enable_progress_bars = False
             data.print_on_execution_start = False
             # A block of ours is a call.
-            compat.hand_on_blocks(data, STREAMING_BLOCKS_PER_TASK)
+            compat.set_output_buffer_blocks(data, STREAMING_BLOCKS_PER_TASK)
             dashboard = f"  dashboard: http://{context.dashboard_url}" if context.dashboard_url else ""
             console.print_status(f"Ray {ray.__version__}: {address or 'local'}{dashboard}  logs: {log}, {RAY_LOGS}")
             try:

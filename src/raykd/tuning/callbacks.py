@@ -52,7 +52,7 @@ class RecordTrialStatus(tune.Callback):
             if errors.os_error_message(text):
                 # The next would fail as well, and this one has done no wrong.
                 raise StageError(f"{job.trial_id}: {errors.os_error_message(text)}")
-            write_trial_status(job, FAILED, str(errors.stated_in(text) or text.splitlines()[-1]))
+            write_trial_status(job, FAILED, str(errors.error_in_traceback(text) or text.splitlines()[-1]))
 
 
 def _trial_error(trial: Any) -> Exception | None:
