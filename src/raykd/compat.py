@@ -1,11 +1,11 @@
 """Compat: every use of a private interface of Ray, vLLM, transformers and DeepSpeed, in one place.
 
-Each entry says why it is used, in which version it was read, and what happens without it. Nothing else in the package
-names a private module, an attribute of another library that begins with an underscore, or an undocumented constant of
-one; `tests/unit/test_compat.py` holds that, and fails for each interface that a new version takes away.
+Each entry says why the interface is used and what happens without it. No other module uses a private module, an
+attribute with a leading underscore or an undocumented constant of another library. `tests/unit/test_compat.py` checks
+that, and fails for each interface that a new version removes.
 
-Versions read: Ray 2.60.0, vLLM 0.29.0, transformers 5.23.0, DeepSpeed 0.19.8. Heavy libraries are imported inside the
-functions.
+Versions checked: Ray 2.60.0, vLLM 0.29.0, transformers 5.23.0, DeepSpeed 0.19.8. The functions
+import the heavy libraries themselves.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,71 +15,77 @@ if TYPE_CHECKING:
     from ray.llm._internal.common.callbacks.base import CallbackBase
 
 HEAD_RESOURCE = "node:__internal_head__"
-"""Resource that Ray gives to the head node alone (`ray._common.constants.HEAD_NODE_RESOURCE_NAME`).
+"""Resource of the head node only (`ray._common.constants.HEAD_NODE_RESOURCE_NAME`).
 
-Why: what watches over a run must not be lost with a worker node, and Ray has no public way to name the head.
-Without it: tasks and actors that ask for it wait for ever."""
+Why: actors that clean up after a run must not run on a worker node, which may be lost. Ray has no public way to select
+the head node.
+Without it: tasks and actors that require the resource stay pending."""
 
 ACCELERATOR_TYPE_PREFIX = "accelerator_type:"
-"""How the resource begins that a node with GPUs of a kind has (`ray._common.utils`).
+"""Prefix of the resource of a node with a GPU model (`ray._common.utils`).
 
 Why: `accelerator_type` is an option of tasks and actors, and placement bundles have none.
-Without it: bundles that ask for a kind of GPU wait for ever."""
+Without it: placement groups that require a GPU model stay pending."""
 
 INFERENCE_ERROR = "__inference_error__"
-"""Column in which Ray Data LLM puts why a row failed; empty where it did not.
+"""Column of Ray Data LLM with the error of a row; empty for a row without an error.
 
 Why: `should_continue_on_error` is public and the name of its column is only in its documentation.
-Without it: rows that failed cannot be told from empty answers; `KeyError`."""
+Without it: failed rows look like empty answers; `KeyError`."""
 
 CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 """File in which Ray Train keeps its list of a run's checkpoints (`ray.train.v2._internal.constants`).
 
-Why: a list that is cut, by a full disk or a kill, ends the trial for good; it is looked at before Ray Train does.
-Without it: a damaged list is not seen, and resuming such a trial fails in Ray Train."""
+Why: a full disk or a kill may truncate the list, and Ray Train cannot resume such a trial. raykd checks and repairs the
+list before Ray Train reads it.
+Without it: resuming a trial with a damaged list fails in Ray Train."""
 
 CHECKPOINT_PREFIX = "checkpoint_"
-"""How the folders of Ray Train's checkpoints begin; what follows is the time.
+"""Prefix of the folders of Ray Train's checkpoints; a timestamp follows.
 
-Why: where the list is gone, the newest folder is looked for.
-Without it: a trial whose list was damaged begins anew."""
+Why: if the list is damaged, the newest folder is used.
+Without it: a trial with a damaged list restarts from the beginning."""
 
 ENGINE_DEAD_ERROR = "EngineDeadError"
-"""Name of `engine_dead_error()`, for a process that does not load vLLM."""
+"""Name of `engine_dead_error()`, for processes that do not import vLLM."""
 
 ENGINE_START_TIMEOUT_ENV = "RAYLLM_ENGINE_START_TIMEOUT_S"
-"""Environment variable by which Serve LLM waits so many seconds for an engine (`ray.llm._internal.serve.constants`).
+"""Environment variable with the seconds that Serve LLM waits for an engine to start
+(`ray.llm._internal.serve.constants`).
 
 Why: `LLMConfig` has no field for it.
-Without it: Serve LLM gives up after an hour, whatever `teacher.start_timeout_s` is."""
+Without it: Serve LLM stops waiting after one hour, whatever `teacher.start_timeout_s` is."""
 
 OLD_TUNE_OUTPUT_ENV = "RAY_AIR_NEW_OUTPUT"
-"""Environment variable of Tune; "0" for its older reporter, which prints nothing with `verbose=0`.
+"""Environment variable of Tune; "0" selects its older reporter, which prints nothing with `verbose=0`.
 
-Why: the newer one prints tables all the same (`ray.tune.experimental.output`).
-Without it: tables over the progress display."""
+Why: the newer one prints tables with `verbose=0`, too (`ray.tune.experimental.output`).
+Without it: tables overwrite the progress display."""
 
 
 def checkpoint_names(snapshot: Any) -> list[str]:
-    """Return the folders' names that Ray Train's list of checkpoints holds, as JSON was read from `CHECKPOINT_LIST`.
+    """Return the names of the checkpoint folders in Ray Train's list of checkpoints.
 
     Why and without it: see `CHECKPOINT_LIST`.
 
+    Args:
+        snapshot: the parsed JSON of `CHECKPOINT_LIST`.
+
     Raises:
-        KeyError, TypeError: where it is no such list.
+        KeyError, TypeError: if it is not such a list.
     """
-    return [each["checkpoint_dir_name"] for each in snapshot["checkpoint_results"]]
+    return [result["checkpoint_dir_name"] for result in snapshot["checkpoint_results"]]
 
 
 def keep_out_of_trials(names: Iterable[str]) -> None:
     """Keep environment variables out of the runtime environment of Tune's trials.
 
-    Why: Tune copies those that `class_cache.ENV_VARS_TO_PROPAGATE` names, keys of a cloud among them, and Ray writes
-    runtime environments into its logs. The nodes have the keys in their own environment.
+    Why: Tune copies the variables of `class_cache.ENV_VARS_TO_PROPAGATE`, which include cloud credentials, and Ray
+    writes runtime environments into its logs. The nodes have the credentials in their own environment.
     Without it: secrets in Ray's logs.
 
     Args:
-        names: of the variables.
+        names: names of the variables.
     """
     from ray.tune.execution import class_cache
 
@@ -87,15 +93,15 @@ def keep_out_of_trials(names: Iterable[str]) -> None:
 
 
 def draw_points(space: dict[str, Any], random: Any) -> Iterator[dict[str, Any]]:
-    """Yield every combination of the grids of a search space, with one draw of its other fields.
+    """Yield every combination of the grids of a search space, with one sample of its other fields.
 
-    Why: Tune draws points only while it runs; here they are known, and named, before anything runs
-    (`ray.tune.search.variant_generator`, a developers' interface).
-    Without it: `ImportError`; another order of draws would be other points for the same seed.
+    Why: Tune samples points only while it runs, and raykd needs them before anything runs
+    (`ray.tune.search.variant_generator`, a developer interface).
+    Without it: `ImportError`. Another order of sampling would give other points for the same seed.
 
     Args:
-        space: Tune's domains by name.
-        random: a numpy `Generator`.
+        space: Tune's domains by field.
+        random: a NumPy `Generator`.
     """
     from ray.tune.search.variant_generator import generate_variants
 
@@ -103,16 +109,16 @@ def draw_points(space: dict[str, Any], random: Any) -> Iterator[dict[str, Any]]:
         yield point
 
 
-def hand_on_blocks(context: Any, blocks: int) -> None:
-    """Let tasks of Ray Data hand on so many blocks between two looks of its scheduler.
+def set_output_buffer_blocks(context: Any, blocks: int) -> None:
+    """Set the number of output blocks that a task of Ray Data may buffer for its scheduler.
 
-    Why: the scheduler looks ten times a second and takes 2 blocks of a task each time by default, which holds a task
-    that cuts up thousands of rows to 20 blocks a second (`DataContext._max_num_blocks_in_streaming_gen_buffer`).
-    Without it: the teacher gets 20 calls a second at most.
+    Why: the scheduler polls ten times a second and by default takes 2 blocks of a task each time. That limits a task
+    that splits thousands of rows to 20 blocks per second (`DataContext._max_num_blocks_in_streaming_gen_buffer`).
+    Without it: the teacher receives at most 20 calls per second.
 
     Args:
         context: `ray.data.DataContext.get_current()`.
-        blocks: how many.
+        blocks: the number of blocks.
     """
     context._max_num_blocks_in_streaming_gen_buffer = blocks
 
@@ -120,18 +126,19 @@ def hand_on_blocks(context: Any, blocks: int) -> None:
 def engine_client(server: Any) -> Any:
     """Return vLLM's `AsyncLLM` of a running `ray.serve.llm.deployment.LLMServer`.
 
-    Why: Serve LLM's methods speak OpenAI's protocol, an object for each token and log-probability, and one bad prompt
-    refuses the whole call (`VLLMEngine._engine_client`).
-    Without it: no answer from the served teacher; `AttributeError`.
+    Why: Serve LLM's methods use OpenAI's protocol, with an object for each token and log-probability, and one invalid
+    prompt fails the whole call (`VLLMEngine._engine_client`).
+    Without it: no completions from the served teacher; `AttributeError`.
     """
     return server.engine._engine_client
 
 
 def engine_dead_error() -> type[Exception]:
-    """Return the exception that vLLM's client raises when its engine is gone.
+    """Return the exception that vLLM's client raises after its engine died.
 
-    Why: it alone says that the replica must be replaced; any other error is a row's own (`vllm.v1.engine.exceptions`).
-    Without it: a dead engine fails all rows instead of being started again; `ImportError`.
+    Why: only this exception means that the replica must be replaced; others concern one row
+    (`vllm.v1.engine.exceptions`).
+    Without it: a dead engine fails all rows instead of being restarted; `ImportError`.
     """
     from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -141,8 +148,8 @@ def engine_dead_error() -> type[Exception]:
 def engine_callback() -> "type[CallbackBase]":
     """Return the base class of Serve LLM's callbacks, called before an engine loads.
 
-    Why: `callback_config` of `LLMConfig` is public and takes a subclass of this only (`ray.llm._internal`). Its
-    `ctx.runtime_env` holds the hub's tokens, which Ray would write into its logs.
+    Why: `callback_config` of `LLMConfig` is public, but takes only a subclass of this class (`ray.llm._internal`). Its
+    `ctx.runtime_env` holds the tokens of the Hugging Face Hub, which Ray would write into its logs.
     Without it: secrets in Ray's logs; `ImportError`.
     """
     from ray.llm._internal.common.callbacks.base import CallbackBase
@@ -151,28 +158,28 @@ def engine_callback() -> "type[CallbackBase]":
 
 
 def attention_implementation(config: Any) -> str | None:
-    """Return the name of the attention that a model computes with.
+    """Return the name of a model's attention implementation.
 
-    Why: transformers has a public way to set it, and none to ask; where it cannot be set it only warns
+    Why: transformers has a public way to set it but none to read it, and only warns if it cannot be set
     (`PretrainedConfig._attn_implementation`).
-    Without it: packed rows would attend to each other unseen; `AttributeError`.
+    Without it: packed rows could attend to each other without an error; `AttributeError`.
     """
     return config._attn_implementation
 
 
 def is_stateful(model: Any) -> bool:
-    """Return whether a model carries a state from token to token besides its attention, such as Mamba's.
+    """Return whether a model has a recurrent state besides its attention, such as Mamba's.
 
-    Why: such a state would pass from one packed row to the next (`GenerationMixin._is_stateful`).
-    Without it: packing such a model would train on mixed rows.
+    Why: such a state leaks from one packed row into the next (`GenerationMixin._is_stateful`).
+    Without it: packing such a model would mix rows in training.
     """
     return getattr(model, "_is_stateful", False)
 
 
 def num_elements(parameter: Any) -> int:
-    """Return the number of elements of a parameter, of all its shards under ZeRO stage 3.
+    """Return the number of elements of a parameter, over all its shards under ZeRO stage 3.
 
     Why: DeepSpeed replaces a sharded parameter's data by an empty tensor and keeps its size in `ds_numel`.
-    Without it: `numel()` is that of a worker's part, and the gradient buffer is too small.
+    Without it: `numel()` counts one worker's shard, and the gradient buffer is too small.
     """
     return getattr(parameter, "ds_numel", parameter.numel())

@@ -30,8 +30,8 @@ class StageError(RuntimeError):
 # Ray Data's UserCodeException and the ActorDiedError of an actor's constructor (Ray 2.60) hold the exception of the
 # other process as the text of its traceback alone.
 _IN_A_TRACEBACK = re.compile(r"^(?:[\w.]+\.)?(UserError|StageError): ([^\n]+)", re.MULTILINE)
-_OF_RAY = re.compile(r"^ray\.[\w.]+: ", re.MULTILINE)
-_LED_TO = re.compile(
+_RAY_ERROR = re.compile(r"^ray\.[\w.]+: ", re.MULTILINE)
+_CHAINED = re.compile(
     r"^(?:The above exception was the direct cause|During handling of the above exception).*$", re.MULTILINE
 )
 
@@ -55,16 +55,16 @@ def reported_error(error: BaseException) -> UserError | StageError | None:
         if isinstance(cause, UserError | StageError) and not is_cluster_error(cause):
             return cause
         cause = getattr(cause, "cause", None) or cause.__cause__
-    return stated_in(str(error))
+    return error_in_traceback(str(error))
 
 
-def stated_in(text: str) -> UserError | StageError | None:
+def error_in_traceback(text: str) -> UserError | StageError | None:
     """Return the UserError or StageError at the end of a traceback's text; None for another exception."""
-    for traceback in reversed(_LED_TO.split(text)):
+    for traceback in reversed(_CHAINED.split(text)):
         if matches := _IN_A_TRACEBACK.findall(traceback):
             kind, message = matches[-1]
             return UserError(message.strip()) if kind == UserError.__name__ else StageError(message.strip())
-        if not _OF_RAY.search(traceback):
+        if not _RAY_ERROR.search(traceback):
             # The process ended with another exception.
             break
     return None

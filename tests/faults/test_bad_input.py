@@ -82,7 +82,7 @@ def test_any_yaml_tree(tmp_path: Path, tree: Any):
 
 @many
 @given(data=st.data(), file=st.sampled_from(CONFIGURATIONS))
-def test_a_configuration_with_a_place_that_holds_anything(tmp_path: Path, data: st.DataObject, file: Path):
+def test_configuration_with_one_arbitrary_value(tmp_path: Path, data: st.DataObject, file: Path):
     tree = yaml.safe_load(file.read_text())
     for _ in range(data.draw(st.integers(1, 3))):
         *parents, last = data.draw(st.sampled_from(places(tree)))
@@ -105,7 +105,7 @@ def test_any_bytes_where_yaml_is_expected(tmp_path: Path, content: bytes):
 
 @many
 @given(typed=st.lists(st.text(max_size=20) | st.builds("{}={}".format, keys, st.text(max_size=12)), max_size=3))
-def test_anything_typed_as_an_override(tmp_path: Path, typed: list[str]):
+def test_any_override(tmp_path: Path, typed: list[str]):
     file = tmp_path / "experiment.yaml"
     file.write_text((ROOT / "configs/quickstart.yaml").read_text())
     read_or_refused(file, *typed)
@@ -222,7 +222,7 @@ def test_any_adapter_folder(tmp_path: Path, config: bytes, weights: bytes, more:
 
 @many
 @given(text=st.text(max_size=30) | st.builds("{}:{}:{}".format, words, words, words | st.integers(-5, 5)))
-def test_anything_typed_where_a_run_is_named(text: str):
+def test_any_run_name(text: str):
     try:
         folder, arm, seed = compare_runs.parse_student(text)
     except UserError as error:
@@ -233,7 +233,7 @@ def test_anything_typed_where_a_run_is_named(text: str):
     assert [arm or "", str(seed)][: len(more)] == [*more[:1], *(str(int(each)) for each in more[1:])]
 
 
-def test_nesting_without_end_is_refused(tmp_path: Path):
+def test_deep_nesting_is_refused(tmp_path: Path):
     file = tmp_path / "experiment.yaml"
     for text in ("[" * 5000, "a: &a [*a]", "a: &a {b: *a}", "{" * 3000 + "}" * 3000):
         file.write_text(text)

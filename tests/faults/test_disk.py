@@ -1,4 +1,4 @@
-"""The disk fills up: a clear error, nothing half-written is read as whole, and with room the same command goes on."""
+"""A full disk: a clear error, no truncated file is read, and the same command resumes after space is freed."""
 
 import os
 import subprocess
@@ -61,7 +61,7 @@ ROWS = pa.table({"row_id": ["a", "b"], "error": ["", ""]})
         lambda folder: files.write_bytes(folder / "picture.png", b"x" * 10_000),
     ],
 )
-def test_what_cannot_be_written_is_not_there_and_what_was_there_stays(disk: Path, write: Callable[[Path], object]):
+def test_failed_write_on_a_full_disk_keeps_the_old_file(disk: Path, write: Callable[[Path], object]):
     files.write_json(disk / "run.json", {"old": True})
     before = {path.name for path in disk.iterdir()}
     with full(disk), pytest.raises(OSError, match=rf"No space left on device: '{disk}/"):
@@ -90,7 +90,7 @@ def fails_clearly(condition: Callable[[], bool], arguments: list[str], cwd: Path
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_when_there_is_room_again(disk: Path, tmp_path: Path):
+def test_run_resumes_after_space_is_freed(disk: Path, tmp_path: Path):
     arguments = command(disk / "storage")
     plan = plan_of(arguments)
     checkpoints = plan.folder / "checkpoints"

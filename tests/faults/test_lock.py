@@ -1,4 +1,4 @@
-"""Two runs of one experiment at once: one works, the other says who does, and a dead one keeps nobody out."""
+"""Two runs of one experiment at once: the second one names the first, and a killed run releases its lock."""
 
 import os
 import signal
@@ -47,7 +47,7 @@ def holder(tmp_path: Path):
 
 
 @pytest.mark.parametrize("stage", ["run", "train", "report"])
-def test_the_second_is_told_who_the_first_is(holder, tmp_path: Path, capsys, stage: str):
+def test_second_run_names_the_first(holder, tmp_path: Path, capsys, stage: str):
     process, folder = holder
     assert cli.main([stage, str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path}"]) == 2
     said = capsys.readouterr().err
@@ -58,7 +58,7 @@ def test_the_second_is_told_who_the_first_is(holder, tmp_path: Path, capsys, sta
 
 
 @pytest.mark.timeout(300)
-def test_whoever_asks_the_same_is_told_who_asks(tmp_path: Path):
+def test_shared_completions_name_the_experiment_that_generates_them(tmp_path: Path):
     arguments = ["generate", str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path}", "arms={one: {}}"]
     (request,) = plan_of(arguments).required_sets
     with holding(request.folder) as process:
@@ -69,7 +69,7 @@ def test_whoever_asks_the_same_is_told_who_asks(tmp_path: Path):
     assert [path.name for path in request.folder.iterdir()] == [lock.LOCK_FILE], "nothing was asked"
 
 
-def test_a_dead_one_keeps_nobody_out(holder):
+def test_lock_of_a_killed_run_is_free(holder):
     process, folder = holder
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -79,14 +79,14 @@ def test_a_dead_one_keeps_nobody_out(holder):
     assert (folder / lock.LOCK_FILE).read_text() == ""
 
 
-def test_after_an_error_it_is_free(tmp_path: Path):
+def test_lock_is_released_after_an_error(tmp_path: Path):
     with pytest.raises(RuntimeError), lock.folder_lock(tmp_path, "first"):
         raise RuntimeError
     with lock.folder_lock(tmp_path, "second"):
         pass
 
 
-def test_a_lock_leaves_nothing_where_nothing_was_written(tmp_path: Path):
+def test_lock_leaves_no_empty_folders(tmp_path: Path):
     folder = tmp_path / "storage" / "experiments" / "mine"
     with pytest.raises(KeyError), lock.folder_lock(folder, "refused"):
         raise KeyError
@@ -96,7 +96,7 @@ def test_a_lock_leaves_nothing_where_nothing_was_written(tmp_path: Path):
     assert [file.name for file in folder.iterdir()] == ["run.json"]
 
 
-def test_a_lock_file_that_its_holder_removed_is_no_lock(tmp_path: Path, monkeypatch):
+def test_removed_lock_file_is_not_locked(tmp_path: Path, monkeypatch):
     """Two processes open the same file; the first removes it, and the second must not hold what nobody else sees."""
     first = lock.folder_lock(tmp_path, "first")
     first.__enter__()
@@ -117,7 +117,7 @@ def test_a_lock_file_that_its_holder_removed_is_no_lock(tmp_path: Path, monkeypa
         raise AssertionError("both hold it")
 
 
-def test_a_storage_that_is_a_file_is_named(tmp_path: Path):
+def test_storage_that_is_a_file_is_refused(tmp_path: Path):
     (tmp_path / "storage").write_text("")
     with (
         pytest.raises(UserError, match="storage is a file, not a folder"),

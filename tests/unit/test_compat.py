@@ -1,4 +1,4 @@
-"""Compat: each private interface that is used is still there and still does what it is used for, and no others are."""
+"""Compat: each private interface exists and works as used, and no other module uses one."""
 
 import ast
 import inspect
@@ -78,13 +78,13 @@ def test_no_other_module_uses_a_private_interface():
         "resources = {'node:__internal_head__': 1}",
     ],
 )
-def test_a_private_use_is_found(line: str, tmp_path: Path):
+def test_private_use_is_detected(line: str, tmp_path: Path):
     file = tmp_path / "module.py"
     file.write_text(line)
     assert private_uses(file)
 
 
-def test_each_entry_says_why_and_what_happens_without_it():
+def test_each_entry_documents_reason_and_consequence():
     tree = ast.parse(Path(compat.__file__).read_text())
     public = [node for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
     for node in public:
@@ -98,19 +98,19 @@ def test_each_entry_says_why_and_what_happens_without_it():
         assert "ENGINE_DEAD_ERROR" in ast.unparse(tree.body[at]) or ("Why:" in text and "Without it:" in text), text
 
 
-def test_ray_gives_the_head_a_resource_of_its_own():
+def test_ray_head_has_its_resource():
     from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 
     assert HEAD_NODE_RESOURCE_NAME == compat.HEAD_RESOURCE
 
 
-def test_ray_gives_a_kind_of_gpu_a_resource():
+def test_ray_gpu_models_have_a_resource():
     from ray._common.utils import RESOURCE_CONSTRAINT_PREFIX
 
     assert RESOURCE_CONSTRAINT_PREFIX == compat.ACCELERATOR_TYPE_PREFIX
 
 
-def test_ray_data_says_why_a_row_failed():
+def test_ray_data_records_the_error_of_a_row():
     from ray.llm._internal.batch.stages import vllm_engine_stage
 
     assert f'"{compat.INFERENCE_ERROR}": error_msg' in inspect.getsource(vllm_engine_stage)
@@ -130,7 +130,7 @@ def test_ray_train_lists_its_checkpoints():
         compat.checkpoint_names({})
 
 
-def test_tune_copies_the_variables_that_it_names(monkeypatch: pytest.MonkeyPatch):
+def test_tune_copies_listed_environment_variables(monkeypatch: pytest.MonkeyPatch):
     from ray.tune.execution import class_cache
 
     assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= {
@@ -143,7 +143,7 @@ def test_tune_copies_the_variables_that_it_names(monkeypatch: pytest.MonkeyPatch
     assert {"OTHER"} == class_cache.ENV_VARS_TO_PROPAGATE
 
 
-def test_tunes_older_output_can_be_asked_for(monkeypatch: pytest.MonkeyPatch):
+def test_older_tune_output_can_be_selected(monkeypatch: pytest.MonkeyPatch):
     from ray.tune.experimental.output import get_air_verbosity
 
     monkeypatch.setenv(compat.OLD_TUNE_OUTPUT_ENV, "0")
@@ -152,13 +152,13 @@ def test_tunes_older_output_can_be_asked_for(monkeypatch: pytest.MonkeyPatch):
     assert get_air_verbosity(0) is not None
 
 
-def test_serve_llm_waits_for_an_engine_as_long_as_it_is_told():
+def test_serve_llm_reads_the_engine_start_timeout():
     from ray.llm._internal.serve import constants
 
     assert f'"{compat.ENGINE_START_TIMEOUT_ENV}"' in inspect.getsource(constants)
 
 
-def test_points_are_drawn_from_the_seed_and_all_of_a_grid():
+def test_draw_points_is_seeded_and_covers_grids():
     space = {"a": tune.grid_search([1, 2]), "b": tune.uniform(0, 1)}
     first, same = (list(compat.draw_points(space, np.random.default_rng(3))) for _ in range(2))
     assert first == same
@@ -166,20 +166,20 @@ def test_points_are_drawn_from_the_seed_and_all_of_a_grid():
     assert first[0]["b"] == first[1]["b"], "one draw for all combinations of the grids"
 
 
-def test_ray_data_takes_as_many_blocks_at_a_look_as_it_is_told():
+def test_ray_data_honours_the_block_buffer():
     """A name that it did not know would be set all the same, and the teacher be asked twenty calls a second again."""
     from ray.data import DataContext
     from ray.data._internal.execution.interfaces import op_runtime_metrics
 
     context: Any = DataContext()
     before = dict(vars(context))
-    compat.hand_on_blocks(context, 77)
+    compat.set_output_buffer_blocks(context, 77)
     (name,) = [name for name, value in vars(context).items() if value != before.get(name)]
     assert name in before
     assert name in inspect.getsource(op_runtime_metrics)
 
 
-def test_serve_llms_engine_has_vllms_client():
+def test_serve_llm_engine_has_the_vllm_client():
     from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
     from ray.serve.llm.deployment import LLMServer
 
@@ -189,7 +189,7 @@ def test_serve_llms_engine_has_vllms_client():
     assert compat.engine_client(SimpleNamespace(engine=SimpleNamespace(_engine_client=3))) == 3
 
 
-def test_vllm_says_that_its_engine_is_dead():
+def test_vllm_raises_engine_dead_error():
     from vllm.v1.engine import async_llm
 
     assert issubclass(compat.engine_dead_error(), Exception)
@@ -197,7 +197,7 @@ def test_vllm_says_that_its_engine_is_dead():
     assert async_llm.EngineDeadError is compat.engine_dead_error()
 
 
-def test_serve_llm_calls_back_with_the_runtime_environment():
+def test_serve_llm_callback_gets_the_runtime_environment():
     base: Any = compat.engine_callback()
     made = base(llm_config=None, ctx_kwargs={"runtime_env": {"env_vars": {"A": "1"}}})
     assert made.ctx.runtime_env == {"env_vars": {"A": "1"}}
@@ -209,7 +209,7 @@ def test_serve_llm_calls_back_with_the_runtime_environment():
     assert kept.ctx.runtime_env == {"env_vars": {"A": "1"}}
 
 
-def test_transformers_tells_how_a_model_attends_and_whether_it_carries_a_state():
+def test_transformers_attention_and_statefulness_are_readable():
     from transformers import LlamaConfig, LlamaForCausalLM, MambaForCausalLM
 
     config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)

@@ -1,4 +1,4 @@
-"""Identity: which key changes with what; golden keys, and defaults that no key holds."""
+"""Identity: the fields that change each key, golden keys, and pinned defaults."""
 
 import dataclasses
 import functools
@@ -133,7 +133,7 @@ def keys_changed_by(path: str) -> frozenset[str]:
 
 
 @pytest.mark.parametrize("path", sorted(FIELDS))
-def test_a_field_changes_a_key_unless_it_is_runtime_only(path: str):
+def test_field_changes_a_key_unless_runtime_only(path: str):
     found = keys_changed_by(path)
     assert bool(found) == (not is_marked(path) and path not in ELSEWHERE), found
 
@@ -156,14 +156,14 @@ def test_a_field_changes_a_key_unless_it_is_runtime_only(path: str):
         ("sweep.seed", {"search"}),
     ],
 )
-def test_a_field_changes_the_keys_of_what_it_bears_on_and_no_other(path: str, kinds: set[str]):
+def test_field_changes_only_the_keys_it_affects(path: str, kinds: set[str]):
     assert {key.split()[0] for key in keys_changed_by(path)} == kinds
 
 
 @pytest.mark.parametrize(
     "path", [path for path in FIELDS if any(f"{path}.".startswith(f"{each}.") for each in ARM_SECTIONS)]
 )
-def test_the_configuration_knows_what_bears_on_the_teacher(path: str):
+def test_affects_teacher_agrees_with_completion_keys(path: str):
     asks = any(key.startswith("completions") for key in keys_changed_by(path))
     assert asks == affects_teacher(path)
 
@@ -186,8 +186,8 @@ GOLDEN = {
 }
 
 
-def test_keys_stay_what_they_are():
-    """A key that changes makes every earlier result of its kind anew: raise the version of its kind and say why."""
+def test_golden_keys():
+    """A changed key discards every earlier result of its kind: raise the version of its kind and say why."""
     found = keys_of()
     found |= {f"{name}, endpoint": key for name, key in keys_of(teacher=ENDPOINT).items() if "completions" in name}
     assert found == GOLDEN
@@ -206,7 +206,7 @@ def with_new_field(section: Any) -> Any:
     return made.model_construct(**values, new_field=False)
 
 
-def test_a_new_field_with_a_default_changes_no_key():
+def test_new_field_at_its_default_changes_no_key():
     new, arms = with_new_field(BASE), {name: with_new_field(arm) for name, arm in ARMS.items()}
     assert "new_field" in type(new.train).model_fields and new.teacher.sampling.new_field is False
     assert keys(new, arms) == keys(BASE, ARMS)
@@ -329,16 +329,16 @@ def sections_in(annotation: Any) -> list[type[ConfigModel]]:
     return [each for inner in get_args(annotation) for each in sections_in(inner)]
 
 
-def test_no_default_is_changed_unseen():
-    """A field at its default is in no key: with another default, old results would be taken for new ones."""
+def test_defaults_are_pinned():
+    """A field at its default is in no key, so a changed default would reuse old results."""
     found = defaults()
     other = {path: (DEFAULTS[path], found.get(path)) for path in DEFAULTS if DEFAULTS[path] != found.get(path)}
     assert not other, f"changed defaults (old, new): raise identity.VERSIONS of the kinds they bear on: {other}"
     assert not found.keys() - DEFAULTS.keys(), "new fields: write their defaults down here"
 
 
-def test_every_argument_of_vllm_is_decided_on():
-    """Another version of vLLM: decide for each new argument whether it bears on answers."""
+def test_every_vllm_argument_is_classified():
+    """After an upgrade of vLLM, decide for each new argument whether it affects answers."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
@@ -346,7 +346,7 @@ def test_every_argument_of_vllm_is_decided_on():
     assert known == identity.RUNTIME_ARGUMENTS | identity.ANSWER_ARGUMENTS
 
 
-def test_arguments_that_do_not_bear_on_answers_are_left_out():
+def test_runtime_arguments_are_left_out():
     runtime = {"load_format": "runai_streamer", "model_loader_extra_config": {"concurrency": 16}, "enforce_eager": True}
     runtime |= {"compilation_config": {"level": 3}, "max_num_seqs": 8, "enable_sleep_mode": True, "block_size": 32}
     bearing = {"dtype": "float32", "max_model_len": 64, "hf_overrides": {"rope_theta": 1.0}, "not_known_yet": 1}
@@ -355,7 +355,7 @@ def test_arguments_that_do_not_bear_on_answers_are_left_out():
         assert identity.engine_arguments({"load_format": load_format}) == {"load_format": load_format}
 
 
-def test_a_problem_set_is_known_by_what_its_files_hold(tmp_path: Path):
+def test_problem_set_key_follows_file_content(tmp_path: Path):
     file, same = tmp_path / "problems.jsonl", tmp_path / "same.jsonl"
     for each in (file, same):
         each.write_text('{"question": "1 + 1?", "answer": "#### 2"}')
@@ -369,7 +369,7 @@ def test_a_problem_set_is_known_by_what_its_files_hold(tmp_path: Path):
     assert identity.problem_set(told) != first
 
 
-def test_what_plays_no_part_is_in_no_key():
+def test_unused_fields_are_in_no_key():
     greedy = {"model": "a", "sampling": {"temperature": 0}}
     assert keys_of(teacher=greedy) == keys_of(teacher={"model": "a", "sampling": {"seed": 7, "top_p": 0.5}})
     said = {name: key for name, key in keys_of(loss={"divergence": "forward_kl"}).items() if name != "trial own"}
@@ -384,7 +384,7 @@ def load(*overrides: str) -> Experiment:
     return Experiment.model_validate(tree)
 
 
-def test_an_experiment_is_what_bears_on_its_results():
+def test_experiment_fields_hold_what_affects_results():
     base = identity.experiment_fields(load())
     same = ["teacher.concurrency=9", "train.max_failures=9", "arms={other: {}}", "seeds=[5]", "storage=elsewhere"]
     same += ["train.min_workers=1", "train.micro_batch_size=1", "train.gradient_checkpointing=true"]
@@ -398,7 +398,7 @@ def test_an_experiment_is_what_bears_on_its_results():
     assert {key for key in changed if changed[key] != base[key]} == {"train.learning_rate"}
 
 
-def test_the_engine_that_students_answer_with_bears_on_those_who_learn_from_that():
+def test_evaluation_engine_affects_on_policy_arms():
     own = "arms={own: {targets: {source: student}}}"
     other = identity.experiment_fields(load(own, "evaluate.engine.engine_kwargs={dtype: float32, max_num_seqs: 8}"))
     base = identity.experiment_fields(load(own, "evaluate.engine.engine_kwargs={max_num_seqs: 4}"))
@@ -408,7 +408,7 @@ def test_the_engine_that_students_answer_with_bears_on_those_who_learn_from_that
     assert {name for name in before if before[name] != after[name]} == {"predictions", "trial own"}
 
 
-def test_how_long_answers_are_bears_on_what_a_search_chooses():
+def test_answer_length_affects_an_accuracy_search():
     few = "dataset={num_train: 9, num_validation: 5, num_test: 5}"
     search = (few, "sweep.space={train.learning_rate: {choice: [0.1, 0.2]}}")
     by_accuracy, longer = (load(*search, f"evaluate.sampling.max_tokens={n}") for n in (9, 10))

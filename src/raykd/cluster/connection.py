@@ -50,7 +50,7 @@ def connected(log: Path, experiment: str, stage: str) -> Iterator[dict[str, floa
             data.enable_progress_bars = False
             data.print_on_execution_start = False
             # A block is one call of the teacher.
-            compat.hand_on_blocks(data, STREAMING_BLOCKS_PER_TASK)
+            compat.set_output_buffer_blocks(data, STREAMING_BLOCKS_PER_TASK)
             console.print_status(describe_cluster(context, address, log))
             try:
                 with cleanup_on_exit() if address else nullcontext():

@@ -91,8 +91,8 @@ def resolve(storage: str) -> Path:
     if scheme == "abfs" and not os.environ.get(AZURE_ACCOUNT):
         # Without this check a run would fail only at evaluation, when the engine loads the adapters.
         raise UserError(
-            f"storage {storage!r}: set {AZURE_ACCOUNT} to the name of the storage account in the environment of every "
-            "node, because the engine needs it to load adapters; a connection string is not enough"
+            f"storage {storage!r}: set {AZURE_ACCOUNT} in the environment of every node to the storage account's name, "
+            "which the engine needs to load adapters; a connection string is not enough"
         )
     store = STORES[scheme]
     if importlib.util.find_spec(store.library) is None:

@@ -49,7 +49,7 @@ class RecordTrialStatus(tune.Callback):
         if os_error := errors.os_error_message(text):
             # A full or read-only storage is no fault of this trial, and the next one would fail as well.
             raise StageError(f"{spec.trial_id}: {os_error}")
-        write_trial_status(spec, FAILED, str(errors.stated_in(text) or text.splitlines()[-1]))
+        write_trial_status(spec, FAILED, str(errors.error_in_traceback(text) or text.splitlines()[-1]))
 
 
 def _record_early_end(spec: TrialSpec) -> None:

@@ -1,4 +1,4 @@
-"""An experiment's file: what is refused, with which words, and what comes back from it."""
+"""Experiment files: validation messages, overrides, arms and round trips."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ def load(tmp_path: Path, text: str, *overrides: str) -> Experiment:
     return load_experiment(file, overrides)
 
 
-def test_the_experiment_in_the_readme_is_one(tmp_path: Path):
+def test_readme_experiment_is_valid(tmp_path: Path):
     (text,) = re.findall(r"```yaml\n(name: .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     experiment = load(tmp_path, text)
     assert experiment.arm("soft").targets.kind == "top_k"
@@ -36,7 +36,7 @@ def test_the_experiment_in_the_readme_is_one(tmp_path: Path):
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda file: file.stem)
-def test_every_file_of_the_package_loads_and_survives_a_round_trip(file: Path, tmp_path: Path):
+def test_shipped_configurations_load_and_round_trip(file: Path, tmp_path: Path):
     experiment = load_experiment(file)
     (tmp_path / "again.yaml").write_text(dump_experiment(experiment))
     assert load_experiment(tmp_path / "again.yaml") == experiment
@@ -91,7 +91,7 @@ def test_every_file_of_the_package_loads_and_survives_a_round_trip(file: Path, t
         ("name: small", [], ["teacher: is missing", "student: is missing"]),
     ],
 )
-def test_a_mistake_gets_one_line_that_names_the_place(
+def test_invalid_configuration_is_one_line_with_the_path(
     tmp_path: Path, text: str, overrides: list[str], words: list[str]
 ):
     with pytest.raises(ValueError) as caught:
@@ -103,25 +103,25 @@ def test_a_mistake_gets_one_line_that_names_the_place(
         assert word in message
 
 
-def test_a_file_that_is_not_there_is_named():
+def test_missing_file_is_named():
     with pytest.raises(ValueError, match=r"nowhere\.yaml: no such file"):
         load_experiment("nowhere.yaml")
     with pytest.raises(ValueError, match="cannot be read: File name too long"):
         load_experiment("n" * 300)
 
 
-def test_an_axis_of_a_sweep_is_set_by_the_name_of_its_field(tmp_path: Path):
+def test_sweep_axis_is_set_by_its_dotted_field(tmp_path: Path):
     told = ("sweep.space.train.learning_rate={choice: [0.1, 0.2]}", "sweep.space.student.lora.r={choice: [4]}")
     experiment = load(tmp_path, SMALLEST, "dataset={num_train: 9, num_validation: 5, num_test: 5}", *told)
     assert experiment.sweep and sorted(experiment.sweep.space) == ["student.lora.r", "train.learning_rate"]
 
 
-def test_an_engine_may_be_left_to_find_out_how_long_a_sequence_may_be(tmp_path: Path):
+def test_max_model_len_minus_one_is_accepted(tmp_path: Path):
     kwargs = load(tmp_path, SMALLEST, "teacher.engine.engine_kwargs={max_model_len: -1}").teacher.engine.engine_kwargs
     assert kwargs == {"max_model_len": -1}
 
 
-def test_an_arm_changes_what_it_names_and_nothing_else(tmp_path: Path):
+def test_arm_overrides_change_only_their_fields(tmp_path: Path):
     experiment = load(
         tmp_path, SMALLEST, "arms={plain: {}, soft: {prompt.strategy: teacher, targets.kind: top_k, train.epochs: 5}}"
     )
@@ -131,14 +131,14 @@ def test_an_arm_changes_what_it_names_and_nothing_else(tmp_path: Path):
     assert soft.train.model_copy(update={"epochs": plain.train.epochs}) == plain.train
 
 
-def test_an_arms_nested_fields_are_set_one_by_one(tmp_path: Path):
+def test_nested_overrides_keep_other_fields(tmp_path: Path):
     arms = "arms={a: {targets: {source: student, rollout: {max_tokens: 9}}, loss: {}}}"
     arm = load(tmp_path, SMALLEST, "targets.top_k=5", "targets.rollout.top_p=0.5", arms).arm("a")
     assert (arm.targets.source, arm.targets.top_k) == ("student", 5)
     assert (arm.targets.rollout.max_tokens, arm.targets.rollout.top_p) == (9, 0.5)
 
 
-def test_a_strategy_of_your_own_stands_beside_the_built_in_ones(tmp_path: Path):
+def test_custom_strategy_is_added_to_the_built_in_ones(tmp_path: Path):
     experiment = load(
         tmp_path,
         SMALLEST,
@@ -150,14 +150,14 @@ def test_a_strategy_of_your_own_stands_beside_the_built_in_ones(tmp_path: Path):
     assert "ground_truth" in experiment.strategies
 
 
-def test_overrides_are_read_as_yaml(tmp_path: Path):
+def test_overrides_are_parsed_as_yaml(tmp_path: Path):
     experiment = load(tmp_path, SMALLEST, "train.learning_rate=3e-4", "seeds=[0, 1]", "train.zero_stage=3")
     assert experiment.train.learning_rate == pytest.approx(3e-4)
     assert experiment.seeds == (0, 1)
     assert yaml.safe_load(dump_experiment(experiment))["train"]["zero_stage"] == 3
 
 
-def test_seeds_are_what_generators_take(tmp_path: Path):
+def test_seeds_outside_32_bits_are_refused(tmp_path: Path):
     assert load(tmp_path, SMALLEST, "seeds=[0, 20241219, 4294967295]").seeds == (0, 20241219, 2**32 - 1)
     for seed in (-1, 2**32):
         with pytest.raises(ValueError, match=r"seeds should be between 0 and 2\*\*32 - 1"):
@@ -167,18 +167,18 @@ def test_seeds_are_what_generators_take(tmp_path: Path):
 @pytest.mark.parametrize(
     "path", ["env.HF_TOKEN", "env.AWS_SECRET_ACCESS_KEY", "engine_kwargs.hf_token", "env.my_api_key"]
 )
-def test_what_is_secret_is_not_configured_and_not_repeated(tmp_path: Path, path: str):
+def test_secrets_are_refused_and_not_repeated(tmp_path: Path, path: str):
     with pytest.raises(ValueError, match="is written down") as refused:
         load(tmp_path, SMALLEST, f"teacher.engine.{path}=hunter2")
     assert "hunter2" not in str(refused.value) and path.split(".")[1] in str(refused.value)
 
 
-def test_arguments_that_count_tokens_are_no_secrets(tmp_path: Path):
+def test_token_counts_are_not_secrets(tmp_path: Path):
     found = load(tmp_path, SMALLEST, "teacher.engine.engine_kwargs.max_num_batched_tokens=512")
     assert found.teacher.engine.engine_kwargs == {"max_num_batched_tokens": 512}
 
 
-def test_fewer_workers_than_a_trial_has_need_checkpoints_that_are_not_in_parts(tmp_path: Path):
+def test_min_workers_requires_zero_stage_0(tmp_path: Path):
     def fewer(least: int, stage: int) -> Experiment:
         return load(
             tmp_path, SMALLEST, f"train={{num_workers: 4, min_workers: {least}, zero_stage: {stage}, dtype: float32}}"
@@ -193,7 +193,7 @@ def test_fewer_workers_than_a_trial_has_need_checkpoints_that_are_not_in_parts(t
 
 
 @pytest.mark.parametrize("typed", ["name.\n=1", 'arms={a: {"prompt.strategy": {"\\n": 1}}}', "x\ny=1"])
-def test_what_cannot_be_seen_does_not_break_a_message(typed: str):
+def test_control_characters_are_escaped_in_messages(typed: str):
     with pytest.raises(ValueError) as refused:
         load_experiment("configs/quickstart.yaml", [typed])
     assert "\n" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""Progress: what a line of a long stage says."""
+"""Console: progress lines, the log of libraries and its appendix."""
 
 import io
 import re
@@ -13,7 +13,7 @@ from raykd.runtime import console
 from raykd.runtime.console import ProgressBar
 
 
-def test_a_log_gets_a_line_at_the_start_and_at_the_end_and_few_between():
+def test_progress_in_a_log_is_a_few_lines():
     stream = io.StringIO()
     with ProgressBar("teacher", 100, stream=stream) as meter:
         for _ in range(100):
@@ -26,7 +26,7 @@ def test_a_log_gets_a_line_at_the_start_and_at_the_end_and_few_between():
     assert "done in 0:00" in lines[1]
 
 
-def test_time_left_follows_the_rate_once_start_up_is_over(monkeypatch: pytest.MonkeyPatch):
+def test_remaining_time_ignores_start_up(monkeypatch: pytest.MonkeyPatch):
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     meter = ProgressBar("teacher", 1000, done=890, stream=io.StringIO())
@@ -39,7 +39,7 @@ def test_time_left_follows_the_rate_once_start_up_is_over(monkeypatch: pytest.Mo
     assert meter.text().endswith("1:30 left")
 
 
-def test_the_clock_goes_on_while_nothing_happens_and_stops_with_the_stage():
+def test_elapsed_time_advances_until_the_end():
     stream = io.StringIO()
     with ProgressBar("training", None, unit="steps", stream=stream, log_every_s=0.01) as meter:
         deadline = time.monotonic() + 30
@@ -54,7 +54,7 @@ def test_the_clock_goes_on_while_nothing_happens_and_stops_with_the_stage():
     assert stream.getvalue() == said
 
 
-def test_what_libraries_say_is_in_the_log_and_what_we_say_on_the_screen(tmp_path: Path):
+def test_library_output_goes_to_the_log_and_status_to_the_terminal(tmp_path: Path):
     script = f"""
 import logging, os, pathlib, sys
 from raykd.runtime import console
@@ -78,7 +78,7 @@ print("result")
     assert "ours" not in log
 
 
-def test_what_is_known_afterwards_is_added_to_a_folders_log(tmp_path: Path):
+def test_append_to_log_adds_to_the_log_file(tmp_path: Path):
     log = tmp_path / "driver.log"
     log.write_text("said by a library\n")
     assert console.append_to_log(log, "Traceback\n") == log

@@ -1,4 +1,4 @@
-"""Faults: told in a sentence, from wherever on the cluster they came."""
+"""Errors: reported in one line, from every process of the cluster."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ def no_space() -> OSError:
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/part-1.parquet")
 
 
-def test_a_refusal_is_found_behind_what_it_led_to():
+def test_os_error_is_found_in_the_chain_of_causes():
     try:
         try:
             raise no_space()
@@ -33,7 +33,7 @@ def test_a_refusal_is_found_behind_what_it_led_to():
     assert errors.os_error_message("ValueError: 28 problems") == ""
 
 
-def test_the_cause_is_what_a_process_died_of():
+def test_root_cause_is_the_last_exception_line():
     text = "ray::f() (pid=1)\n  File x\nTimeoutError: the teacher was not up after 3 s\n"
     assert errors.root_cause(RayTaskError("f", text, ValueError())) == "TimeoutError: the teacher was not up after 3 s"
     assert errors.is_cluster_error(RayTaskError("f", text, ValueError()).as_instanceof_cause())
@@ -58,7 +58,7 @@ def test_the_cause_is_what_a_process_died_of():
         (RayTaskError("f", "ray::f()\nValueError: 7\n", ValueError(7)).as_instanceof_cause(), "raykd: ValueError: 7."),
     ],
 )
-def test_a_fault_is_told_in_a_line_and_kept_in_the_log(tmp_path: Path, monkeypatch, capsys, fault, told: str):
+def test_failure_is_one_line_with_a_traceback_in_the_log(tmp_path: Path, monkeypatch, capsys, fault, told: str):
     def fail(*_: object) -> None:
         raise fault
 
@@ -108,13 +108,13 @@ KeyError: 'rows'
         (RayTaskError("f", ANOTHER, KeyError()), None, ""),
     ],
 )
-def test_stated_finds_the_error_of_another_process(fault: Exception, kind: type | None, message: str):
+def test_reported_error_finds_the_error_of_another_process(fault: Exception, kind: type | None, message: str):
     found = errors.reported_error(fault)
     assert type(found) is (kind or type(None))
     assert str(found or "") == message
 
 
-def test_an_error_that_led_to_a_bug_is_not_the_users():
+def test_handled_user_error_before_a_bug_is_not_reported():
     try:
         try:
             raise UserError("a: b")
@@ -124,7 +124,7 @@ def test_an_error_that_led_to_a_bug_is_not_the_users():
         assert errors.reported_error(error) is None
 
 
-def test_a_user_error_of_another_process_is_one_line_with_status_2(tmp_path: Path, monkeypatch, capsys):
+def test_user_error_of_another_process_is_one_line_with_status_2(tmp_path: Path, monkeypatch, capsys):
     def fail(*_: object) -> None:
         raise RayTaskError("f", IN_A_UDF, RuntimeError())
 
@@ -134,7 +134,7 @@ def test_a_user_error_of_another_process_is_one_line_with_status_2(tmp_path: Pat
     assert not (tmp_path / "new").exists(), "what was refused left nothing"
 
 
-def test_a_bug_before_any_folder_shows_its_traceback(monkeypatch, capsys):
+def test_bug_without_a_folder_shows_its_traceback(monkeypatch, capsys):
     def fail(*_: object) -> None:
         raise ValueError("zip() argument 2 is shorter than argument 1")
 
@@ -146,7 +146,7 @@ def test_a_bug_before_any_folder_shows_its_traceback(monkeypatch, capsys):
     )
 
 
-def test_a_librarys_error_about_the_input_names_the_place():
+def test_library_error_about_input_names_the_place():
     with pytest.raises(UserError, match=r"^teacher: no dtype$"), errors.as_user_error("teacher", ValueError):
         raise ValueError("no\ndtype")
     with pytest.raises(UserError, match=r"^own: words$"), errors.as_user_error("teacher", ValueError):
@@ -155,7 +155,7 @@ def test_a_librarys_error_about_the_input_names_the_place():
         raise KeyError("x")
 
 
-def test_a_write_that_is_refused_names_the_file(tmp_path: Path):
+def test_refused_write_names_the_file(tmp_path: Path):
     (tmp_path / "folder").write_text("in the way")
     with pytest.raises(OSError, match=r"folder/file\.json"):
         files.write_json(tmp_path / "folder" / "file.json", {})

@@ -1,4 +1,4 @@
-"""What is counted, and the dashboard that shows it."""
+"""Metrics: counts of rows, names, and the Grafana dashboard."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def expressions(dashboard: dict[str, Any]) -> list[str]:
     return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
 
 
-def test_the_dashboard_shows_every_metric_and_no_other(dashboard: dict[str, Any]):
+def test_dashboard_shows_exactly_the_metrics(dashboard: dict[str, Any]):
     shown = set(re.findall(r"ray_raykd_[a-z_]+", " ".join(expressions(dashboard))))
     assert shown == {metric.exported for metric in METRICS}
     # Variables, too, ask for what there is.
@@ -35,7 +35,7 @@ def test_the_dashboard_shows_every_metric_and_no_other(dashboard: dict[str, Any]
     assert asked <= shown
 
 
-def test_the_dashboard_tells_series_apart_by_tags_that_they_have(dashboard: dict[str, Any]):
+def test_dashboard_uses_existing_tags(dashboard: dict[str, Any]):
     by_name = {metric.exported: metric for metric in METRICS}
     seen = 0
     for expression in expressions(dashboard):
@@ -48,7 +48,7 @@ def test_the_dashboard_tells_series_apart_by_tags_that_they_have(dashboard: dict
     assert seen >= len(METRICS)
 
 
-def test_the_dashboard_asks_vllm_for_metrics_that_it_has(dashboard: dict[str, Any]):
+def test_dashboard_uses_existing_vllm_metrics(dashboard: dict[str, Any]):
     loggers = pytest.importorskip("vllm.v1.metrics.loggers")
     source = Path(loggers.__file__).read_text(encoding="utf-8")
     has = {name.replace(":", "_") for name in re.findall(r'name="(vllm:\w+)"', source)}
@@ -59,7 +59,7 @@ def test_the_dashboard_asks_vllm_for_metrics_that_it_has(dashboard: dict[str, An
         assert bare in has, name
 
 
-def test_panels_and_variables_are_whole(dashboard: dict[str, Any]):
+def test_dashboard_panels_and_variables_are_complete(dashboard: dict[str, Any]):
     panels = dashboard["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
@@ -83,7 +83,7 @@ def test_panels_and_variables_are_whole(dashboard: dict[str, Any]):
     assert max(column for column, _ in cells) == 23
 
 
-def test_names_are_ones_that_prometheus_takes():
+def test_metric_names_are_valid_in_prometheus():
     assert len({metric.name for metric in METRICS}) == len(METRICS)
     for metric in METRICS:
         assert _VALID_METRIC_NAME_RE.match(metric.name)
@@ -94,7 +94,7 @@ def test_names_are_ones_that_prometheus_takes():
         assert {"experiment", "ray_job"} <= set(metric.tags)
 
 
-def test_a_row_with_an_error_has_failed_whatever_else_it_says():
+def test_row_with_an_error_counts_as_failed():
     good = {"error": "", "completion_token_ids": [5, 6, 7], "is_correct": True}
     wrong = {"error": "", "completion_token_ids": [5], "is_correct": False}
     failed = {"error": "no answer within 600 s", "completion_token_ids": [], "is_correct": False}
@@ -102,7 +102,7 @@ def test_a_row_with_an_error_has_failed_whatever_else_it_says():
     assert count_rows([]) == CompletionCounts(0, 0, 0, 0)
 
 
-def test_without_ray_nothing_is_counted_and_ray_is_not_loaded():
+def test_without_ray_nothing_is_recorded_and_ray_is_not_imported():
     code = (
         "import sys; from raykd.runtime import metrics; metrics.show_trials('mine', {'a': 'complete'}); "
         "assert not metrics._gauges and 'ray' not in sys.modules"

@@ -1,4 +1,4 @@
-"""Signals: the first unwinds, whoever's handler is called; nothing lasts longer than the grace."""
+"""Signals: the first one unwinds under any handler, and shutdown takes at most the grace period."""
 
 import signal
 import subprocess
@@ -48,16 +48,16 @@ def ended(how: str, *sent: int, grace_s: float = 30) -> tuple[int, str, float]:
 
 @pytest.mark.parametrize("how", ["plain", "overridden"])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_unwinds_and_is_told_by_the_exit_status(how: str, signum: int):
+def test_first_signal_unwinds_and_sets_the_exit_status(how: str, signum: int):
     status, out, _ = ended(how, signum)
     assert (status, out) == (128 + signum, "tidied\n")
 
 
-def test_a_second_signal_does_not_wait():
+def test_second_signal_exits_at_once():
     status, _, seconds = ended("hangs", signal.SIGTERM, signal.SIGTERM)
     assert status == 128 + signal.SIGTERM
     assert seconds < 20, "it would have gone on for the grace"
 
 
-def test_what_hangs_is_ended_when_the_grace_is_over():
+def test_hanging_shutdown_exits_after_the_grace_period():
     assert ended("hangs", signal.SIGINT, grace_s=0.5)[0] == 128 + signal.SIGINT

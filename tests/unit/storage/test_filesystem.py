@@ -1,4 +1,4 @@
-"""Where things lie: the same in a folder and in a bucket, and nothing that a configuration must not hold."""
+"""File system: local folders and buckets behave alike, and configurations hold no credentials."""
 
 import pickle
 import re
@@ -17,11 +17,11 @@ from raykd.storage import filesystem
 
 
 @pytest.mark.parametrize(
-    ("storage", "said"),
+    ("storage", "message"),
     [
-        ("http://host/x", "storage 'http://': not known.*s3://, gs://, abfs://"),
-        ("S3://bucket", "not known"),
-        ("file:///x", "not known"),
+        ("http://host/x", "storage 'http://': is not supported.*s3://, gs://, abfs://"),
+        ("S3://bucket", "is not supported"),
+        ("file:///x", "is not supported"),
         ("s3://", "s3://BUCKET/PREFIX"),
         ("s3:///prefix", "s3://BUCKET/PREFIX"),
         ("s3://bucket/a//b", "s3://BUCKET/PREFIX"),
@@ -31,15 +31,15 @@ from raykd.storage import filesystem
         ("abfs://container@account.dfs.core.windows.net/hush", "environment"),
     ],
 )
-def test_what_is_no_place_is_refused_and_no_key_is_repeated(storage: str, said: str):
-    with pytest.raises(ValueError, match=said) as caught:
+def test_invalid_storage_is_refused_without_repeating_secrets(storage: str, message: str):
+    with pytest.raises(ValueError, match=message) as caught:
         filesystem.check_uri(storage)
     assert "hush" not in str(caught.value) and "AKIA" not in str(caught.value)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         filesystem.resolve(storage)
 
 
-def test_a_folder_is_a_path_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_local_storage_is_an_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     assert filesystem.resolve("storage") == tmp_path / "storage"
     assert type(filesystem.resolve("storage")) is type(tmp_path)
@@ -49,7 +49,7 @@ def test_a_folder_is_a_path_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("storage", "extra"), [("gs://bucket/x", "gcs"), ("abfs://bucket", "azure"), ("s3://b", "s3")])
-def test_what_is_not_installed_is_told_with_what_to_install(storage: str, extra: str, monkeypatch: pytest.MonkeyPatch):
+def test_missing_bucket_library_names_the_extra(storage: str, extra: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(filesystem.AZURE_ACCOUNT, "somebody")
     monkeypatch.setattr(sys, "meta_path", [each for each in sys.meta_path if "PathFinder" not in str(each)])
     for name in ("s3fs", "gcsfs", "adlfs"):
@@ -58,17 +58,17 @@ def test_what_is_not_installed_is_told_with_what_to_install(storage: str, extra:
         filesystem.resolve(storage)
 
 
-@pytest.mark.parametrize("told", [None, ""])
-def test_azures_account_is_named_before_anything_is_started(told: str | None, monkeypatch: pytest.MonkeyPatch):
-    """The engine's address of an adapter holds it, and would else be none."""
+@pytest.mark.parametrize("account", [None, ""])
+def test_missing_azure_account_is_refused_early(account: str | None, monkeypatch: pytest.MonkeyPatch):
+    """The engine's address of an adapter includes the account."""
     monkeypatch.delenv(filesystem.AZURE_ACCOUNT, raising=False)
-    if told is not None:
-        monkeypatch.setenv(filesystem.AZURE_ACCOUNT, told)
+    if account is not None:
+        monkeypatch.setenv(filesystem.AZURE_ACCOUNT, account)
     with pytest.raises(ValueError, match=rf"abfs://container/x.*set {filesystem.AZURE_ACCOUNT} in the environment"):
         filesystem.resolve("abfs://container/x")
 
 
-def test_a_bucket_is_named_as_it_was_given(bucket: str):
+def test_bucket_path_keeps_its_uri(bucket: str):
     place = filesystem.resolve(f"{bucket}/some/where/")
     assert str(place / "x") == f"{bucket}/some/where/x"
     assert filesystem.is_remote(place) and pickle.loads(pickle.dumps(place / "x")) == place / "x"
@@ -79,7 +79,7 @@ def test_a_bucket_is_named_as_it_was_given(bucket: str):
     assert filesystem.for_engine(place / "adapter") == ("s3://", f"{bucket.removeprefix('s3://')}/some/where/adapter")
 
 
-def test_what_is_put_is_read(place: Path):
+def test_written_file_is_read_back(place: Path):
     filesystem.make_folder(place / "deep")
     filesystem.put(place / "deep" / "file", b"one")
     filesystem.put(place / "deep" / "file", b"two")
@@ -93,7 +93,7 @@ def test_what_is_put_is_read(place: Path):
         filesystem.read_bytes(place / "not there")
 
 
-def test_what_is_broken_off_is_not_there(place: Path):
+def test_interrupted_write_leaves_no_file(place: Path):
     filesystem.make_folder(place)
     with pytest.raises(RuntimeError), filesystem.atomic_write(place / "file") as local:
         local.write_text("half")
@@ -101,7 +101,7 @@ def test_what_is_broken_off_is_not_there(place: Path):
     assert filesystem.list_files(place) == []
 
 
-def test_many_files_are_read_in_their_order(place: Path):
+def test_read_all_keeps_the_order(place: Path):
     filesystem.make_folder(place)
     paths = [place / f"{number:03}" for number in range(70)]
     for number, path in enumerate(paths):
@@ -110,7 +110,7 @@ def test_many_files_are_read_in_their_order(place: Path):
         assert list(filesystem.read_all(some)) == [str(number).encode() for number in range(len(some))]
 
 
-def test_a_folder_takes_the_place_of_another(place: Path):
+def test_atomic_write_dir_replaces_a_folder(place: Path):
     filesystem.make_folder(place)
     for content in ("first", "second"):
         with filesystem.atomic_write_dir(place / "adapter") as local:
@@ -127,7 +127,7 @@ def test_a_folder_takes_the_place_of_another(place: Path):
     assert not (place / "adapter").exists()
 
 
-def test_folders_and_the_files_in_them(place: Path):
+def test_listing_of_folders_and_files(place: Path):
     filesystem.make_folder(place)
     for name in ("b/it", "a/it", "c/other", "it"):
         filesystem.make_folder((place / name).parent)
@@ -137,7 +137,7 @@ def test_folders_and_the_files_in_them(place: Path):
     assert filesystem.list_dirs(place / "not there") == filesystem.find_in_subdirs(place / "not there", "it") == []
 
 
-def test_a_file_that_changes_is_seen_to_change(bucket: str):
+def test_file_state_changes_with_content(bucket: str):
     place = filesystem.resolve(f"{bucket}/states")
     filesystem.put(place / "file", b"one")
     before = filesystem.file_states(place)
@@ -147,15 +147,13 @@ def test_a_file_that_changes_is_seen_to_change(bucket: str):
     assert filesystem.file_states(place / "not there") == {}
 
 
-def test_of_several_who_create_a_file_one_is_told_so(bucket: str):
+def test_only_one_of_concurrent_creates_succeeds(bucket: str):
     file = filesystem.resolve(f"{bucket}/created")
     assert [filesystem.create(file, content) for content in (b"first", b"second")] == [True, False]
     assert filesystem.read_bytes(file) == b"first"
 
 
-def test_whoever_is_refused_for_a_file_that_goes_in_that_moment_is_told_so(
-    bucket: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_create_reports_an_error_if_the_file_disappears(bucket: str, monkeypatch: pytest.MonkeyPatch):
     def refused(*_: Any, **__: Any) -> None:
         raise FileExistsError
 
@@ -164,7 +162,7 @@ def test_whoever_is_refused_for_a_file_that_goes_in_that_moment_is_told_so(
     assert not filesystem.create(file, b"second") and not file.exists()
 
 
-def test_a_file_is_replaced_only_where_it_is_as_it_was_seen(bucket: str, monkeypatch: pytest.MonkeyPatch):
+def test_replace_requires_the_expected_state(bucket: str, monkeypatch: pytest.MonkeyPatch):
     file = filesystem.resolve(f"{bucket}/replaced")
     filesystem.put(file, b"one")
     seen = filesystem.file_state(file)
@@ -178,7 +176,7 @@ def test_a_file_is_replaced_only_where_it_is_as_it_was_seen(bucket: str, monkeyp
     assert not filesystem.replace(file, b"five", seen)
 
 
-def test_what_is_sent_to_other_processes_holds_no_key(bucket: str):
+def test_pickled_bucket_path_holds_no_credentials(bucket: str):
     place = filesystem.resolve(f"{bucket}/x")
     for sent in (place, filesystem.for_arrow(place)):
         for secret in (s3_server.KEYS["AWS_SECRET_ACCESS_KEY"], s3_server.KEYS["AWS_ACCESS_KEY_ID"]):

@@ -1,4 +1,4 @@
-"""Locks in a folder and in a bucket: one works, the second is told who does, and a dead one keeps nobody out."""
+"""Locks of local folders and buckets: exclusive, with the owner in the message, and free after a kill."""
 
 import io
 import itertools
@@ -27,7 +27,7 @@ with lock.folder_lock(filesystem.resolve(sys.argv[1]), "raykd run mine.yaml"):
 ELSEWHERE = {"who": "process 7 on elsewhere", "token": "theirs", "process": 7, "started": "1", "machine": "elsewhere"}
 
 
-def test_the_second_is_told_who_the_first_is_until_it_is_free(place: Path):
+def test_second_process_sees_the_owner_until_release(place: Path):
     with lock.folder_lock(place, "first"):
         told = rf"is locked by process {os.getpid()} on .*: first\. Wait for that process, stop it \(it asks the same\)"
         with pytest.raises(ValueError, match=told), lock.folder_lock(place, "second", " (it asks the same)"):
@@ -39,7 +39,7 @@ def test_the_second_is_told_who_the_first_is_until_it_is_free(place: Path):
         pass
 
 
-def test_a_killed_one_of_this_machine_keeps_nobody_out(place: Path):
+def test_lock_of_a_killed_local_process_is_free(place: Path):
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(place)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout and process.stdout.readline() == "held\n"
@@ -64,27 +64,27 @@ def file(bucket: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
     return found
 
 
-def test_another_machines_is_respected_while_it_is_young(file: Path):
+def test_recent_lease_of_another_machine_is_respected(file: Path):
     with pytest.raises(lease.LeaseHeldError, match="process 7 on elsewhere"), lease.hold_lease(file, "me"):
         raise AssertionError("both hold it")
     assert files.read_json(file)["token"] == "theirs"
 
 
-def test_one_that_is_not_renewed_any_more_is_taken_over(file: Path, monkeypatch: pytest.MonkeyPatch):
+def test_expired_lease_is_taken_over(file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lease, "LEASE_DURATION_S", -1.0)
     with lease.hold_lease(file, "me"):
         assert files.read_json(file)["who"] == "me"
     assert filesystem.list_files(file.parent) == []
 
 
-def test_what_looks_old_by_a_wrong_clock_but_is_renewed_is_left(file: Path, monkeypatch: pytest.MonkeyPatch):
+def test_renewed_lease_with_an_old_timestamp_is_respected(file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lease, "LEASE_DURATION_S", -1.0)
     monkeypatch.setattr(lease.time, "sleep", lambda _: files.write_json(file, ELSEWHERE | {"renewed": "now"}))
     with pytest.raises(lease.LeaseHeldError, match="elsewhere"), lease.hold_lease(file, "me"):
         raise AssertionError("both hold it")
 
 
-def test_of_two_that_take_over_one_does(file: Path, monkeypatch: pytest.MonkeyPatch):
+def test_only_one_process_takes_over(file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lease, "LEASE_DURATION_S", -1.0)
     claim = file.with_name("run.lock.after-theirs")
     assert filesystem.create(claim, b'{"who": "the other"}')
@@ -101,7 +101,7 @@ def test_of_two_that_take_over_one_does(file: Path, monkeypatch: pytest.MonkeyPa
     # What was found is read, it is looked at twice, and the file is created that says who takes over.
     [(filesystem, "read", 1), (time, "sleep", 1), (filesystem, "create", 2)],
 )
-def test_one_that_is_given_back_while_it_is_looked_at_is_taken(
+def test_lease_released_during_takeover_is_acquired(
     file: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int
 ):
     monkeypatch.setattr(lease, "LEASE_DURATION_S", -1.0)
@@ -120,9 +120,7 @@ def test_one_that_is_given_back_while_it_is_looked_at_is_taken(
 
 
 @pytest.mark.parametrize("is_there", [False, True])
-def test_what_was_written_though_no_answer_came_is_ones_own(
-    file: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool
-):
+def test_write_with_a_lost_response_counts_as_own(file: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool):
     """A client makes a request again whose answer was lost, and is refused for what the first one wrote."""
     monkeypatch.setattr(lease, "LEASE_DURATION_S", -1.0)
     if not is_there:
@@ -144,7 +142,7 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_an_owner_that_was_taken_for_gone_ends_and_leaves_the_others(file: Path, monkeypatch: pytest.MonkeyPatch):
+def test_expired_lease_owner_stops(file: Path, monkeypatch: pytest.MonkeyPatch):
     file.unlink()
     # While libraries write to a log, standard error is that log.
     shown = io.StringIO()
@@ -159,7 +157,7 @@ def test_an_owner_that_was_taken_for_gone_ends_and_leaves_the_others(file: Path,
     assert f"{file} was taken over by process 7 on elsewhere" in shown.getvalue()
 
 
-def test_one_whose_file_was_deleted_is_made_again(file: Path):
+def test_deleted_lease_is_created_again(file: Path):
     file.unlink()
     with lease.hold_lease(file, "me"):
         file.unlink()
@@ -171,7 +169,7 @@ def test_one_whose_file_was_deleted_is_made_again(file: Path):
     assert not file.exists()
 
 
-def test_it_is_renewed(file: Path):
+def test_lease_is_renewed(file: Path):
     file.unlink()
     with lease.hold_lease(file, "me"):
         before, until = filesystem.file_state(file), time.monotonic() + 20
@@ -180,7 +178,7 @@ def test_it_is_renewed(file: Path):
             time.sleep(0.1)
 
 
-def test_a_bucket_that_is_not_there_is_told_with_what_to_look_at(bucket: str):
+def test_missing_bucket_error_names_the_remedy(bucket: str):
     told = r"s3://no-such-bucket/x/run\.lock cannot be written .*environment"
     with pytest.raises(ValueError, match=told), lock.folder_lock(filesystem.resolve("s3://no-such-bucket/x"), "me"):
         raise AssertionError("nothing is held")

@@ -1,4 +1,4 @@
-"""Folders of rows: whole or not there, resumable by id, and refused by name where they were damaged."""
+"""Row stores: atomic, resumable by id, and refused with the file's name if damaged."""
 
 from pathlib import Path
 
@@ -15,19 +15,19 @@ def rows(*values: tuple[str, int, str]) -> pa.Table:
     return pa.Table.from_pylist([dict(zip(SCHEMA.names, value, strict=True)) for value in values], schema=SCHEMA)
 
 
-def test_a_content_key_depends_on_content_alone():
+def test_content_key_ignores_the_order_of_keys():
     assert hashing.content_key({"a": 1, "b": [2]}) == hashing.content_key({"b": [2], "a": 1})
     assert hashing.content_key({"a": 1}) != hashing.content_key({"a": 2})
 
 
-def test_the_same_rows_written_twice_are_one_part(place: Path):
+def test_same_rows_written_twice_are_one_part(place: Path):
     for _ in range(2):
         row_store.write_part(place, rows(("a", 1, ""), ("b", 2, "")))
     assert len(row_store.list_parts(place)) == 1
     assert len(row_store.read_rows(place, SCHEMA)) == 2
 
 
-def test_failed_rows_are_not_done_and_give_way_to_their_answers(place: Path):
+def test_retried_rows_replace_failed_rows(place: Path):
     row_store.write_part(place, rows(("a", 1, ""), ("b", 0, "timeout"), ("c", 0, "refused")))
     assert row_store.done_ids(place, SCHEMA, "row_id") == {"a"}
     row_store.write_part(place, rows(("b", 2, "")))
@@ -39,7 +39,7 @@ def test_failed_rows_are_not_done_and_give_way_to_their_answers(place: Path):
     assert row_store.read_manifest(place) == manifest
 
 
-def test_more_failures_than_allowed_are_named_with_the_way_out(place: Path):
+def test_too_many_failures_raise_with_the_remedy(place: Path):
     schema = SCHEMA.append(pa.field("problem_id", pa.string()))
     made = rows(("a", 1, ""), ("b", 0, "timeout"), ("c", 0, "refused"), ("d", 1, ""))
     table = made.append_column("problem_id", pa.array(["p1", "p2", "p3", "p4"]))
@@ -54,7 +54,7 @@ def test_more_failures_than_allowed_are_named_with_the_way_out(place: Path):
     assert row_store.check_failures(place, schema, "row_id", "students", "evaluate.max_error_rate", 0.4) == 1
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "file.json"
     files.write_json(file, {"old": True})
     with pytest.raises(TypeError):
@@ -86,7 +86,7 @@ def edited(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("is_complete", [False, True])
 @pytest.mark.parametrize("damage", [cut, flipped, edited])
-def test_a_damaged_part_is_refused_by_name_until_it_is_deleted(place: Path, damage, is_complete: bool):
+def test_damaged_part_is_refused_by_name(place: Path, damage, is_complete: bool):
     row_store.write_part(place, rows(("a", 1, "")))
     part = row_store.write_part(place, rows(("b", 2, "")))
     if is_complete:
@@ -107,13 +107,13 @@ def test_a_damaged_part_is_refused_by_name_until_it_is_deleted(place: Path, dama
 
 
 @pytest.mark.parametrize("written", ['{"rows": ', '{"rows": 2, "parts": {}}', "[]", ""])
-def test_a_damaged_manifest_is_refused_by_name(place: Path, written: str):
+def test_damaged_manifest_is_refused_by_name(place: Path, written: str):
     (place / row_store.MANIFEST).write_text(written)
     with pytest.raises(ValueError, match=r"manifest\.json (is damaged|was altered)"):
         row_store.read_manifest(place)
 
 
-def test_a_manifest_in_which_a_figure_was_changed_is_refused(place: Path):
+def test_modified_manifest_is_refused(place: Path):
     row_store.write_part(place, rows(("a", 1, ""), ("b", 2, "")))
     row_store.finalize(place, SCHEMA, "row_id", {"correct": 1})
     file = place / row_store.MANIFEST
@@ -122,7 +122,7 @@ def test_a_manifest_in_which_a_figure_was_changed_is_refused(place: Path):
         row_store.read_manifest(place)
 
 
-def test_rows_that_were_asked_by_two_are_there_once(place: Path):
+def test_merge_removes_duplicate_rows(place: Path):
     row_store.write_part(place, rows(("a", 1, ""), ("b", 2, "")))
     row_store.write_part(place, rows(("b", 2, ""), ("c", 0, "timeout"), ("d", 0, "refused")))
     row_store.write_part(place, rows(("c", 3, ""), ("d", 0, "timeout")))
@@ -132,7 +132,7 @@ def test_rows_that_were_asked_by_two_are_there_once(place: Path):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_merge_that_was_broken_off_loses_nothing(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch):
+def test_interrupted_merge_loses_no_row(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch):
     """Which part comes first depends on what they hold."""
     row_store.write_part(tmp_path, rows(("a", 0, f"timeout {seed}"), ("b", seed, "")))
     row_store.write_part(tmp_path, rows(("a", seed, ""), ("c", seed, "")))
@@ -147,7 +147,7 @@ def test_a_merge_that_was_broken_off_loses_nothing(tmp_path: Path, seed: int, mo
     ]
 
 
-def test_a_fingerprint_follows_content_and_names(tmp_path: Path):
+def test_fingerprint_follows_content_and_names(tmp_path: Path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "weights").write_bytes(b"abc")
@@ -159,7 +159,7 @@ def test_a_fingerprint_follows_content_and_names(tmp_path: Path):
     assert hashing.fingerprint(folder) != first
 
 
-def test_a_fingerprint_is_of_what_bears_on_a_model(tmp_path: Path):
+def test_fingerprint_ignores_hidden_files_and_documentation(tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
     before = hashing.fingerprint(tmp_path)
     (tmp_path / ".cache").mkdir()
@@ -170,7 +170,7 @@ def test_a_fingerprint_is_of_what_bears_on_a_model(tmp_path: Path):
     assert hashing.fingerprint(tmp_path) != before
 
 
-def test_what_is_known_to_be_the_same_is_not_read_again(bucket: str):
+def test_unchanged_bucket_files_are_not_read_again(bucket: str):
     folder = filesystem.resolve(f"{bucket}/sealed")
     part = row_store.write_part(folder, rows(("a", 1, "")))
     manifest = row_store.finalize(folder, SCHEMA, "row_id", {})
@@ -194,7 +194,7 @@ def relabelled(manifest: dict, **other: dict) -> dict:
     return told | {"digest": hashing.content_key(told)}
 
 
-def test_a_table_is_read_whole_by_columns_and_bit_by_bit(place: Path):
+def test_table_is_read_whole_by_columns_and_in_batches(place: Path):
     file = place / "split" / "train.parquet"
     files.write_table(file, rows(("a", 1, ""), ("b", 2, "")))
     assert files.read_table(file).column_names == SCHEMA.names
