@@ -31,7 +31,7 @@ def test_majority_and_pass_at_k_are_per_problem_and_seed():
         *(answer(1, said, seed=1, sample=n) for n, said in enumerate(["9", "9", "9", "1"])),
     ]
     found = compute_scores(rows)
-    assert (found.samples, found.n, found.num_problems) == (4, 20, 4)
+    assert (found.num_samples, found.n, found.num_problems) == (4, 20, 4)
     assert found.strict.value == pytest.approx((2 + 2 + 1 + 1 + 1) / 20)
     # Right by majority: the first and the third; of as many votes, as in the second, the earlier answer wins.
     assert found.majority_strict.value == pytest.approx(2 / 5)

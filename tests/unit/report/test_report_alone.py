@@ -26,7 +26,7 @@ sys.meta_path.insert(0, Refused())
 from raykd import cli
 sys.exit(cli.main(sys.argv[1:]))
 """
-OWN = {"results.csv", "report.md", "report.html", "attention.csv", "attention_and_being_right.csv"}
+OWN = {"results.csv", "report.md", "report.html", "attention.csv", "attention_correctness.csv"}
 
 
 @pytest.fixture
