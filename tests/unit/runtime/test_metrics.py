@@ -104,7 +104,7 @@ def test_row_with_an_error_counts_as_failed():
 
 def test_without_ray_nothing_is_recorded_and_ray_is_not_imported():
     code = (
-        "import sys; from raykd import metrics; metrics.show_trials('mine', {'a': 'complete'}); "
+        "import sys; from raykd.runtime import metrics; metrics.show_trials('mine', {'a': 'complete'}); "
         "assert not metrics._gauges and 'ray' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
