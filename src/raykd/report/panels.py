@@ -119,7 +119,7 @@ def heat_map(effect: Effect, largest: float, shape: tuple[int, int], height: int
     classes[~is_defined] = ""
     cells: dict[str, list[str]] = {}
     for layer in range(num_layers):
-        for css, first, length in _runs(classes[layer * num_heads : (layer + 1) * num_heads]):
+        for css, first, length in _runs(classes[layer * num_heads : (layer + 1) * num_heads].tolist()):
             if css:
                 cells.setdefault(css, []).append(f"M{first} {layer}.5h{length}")
     paths = [Markup('<path class="{}" d="{}"/>').format(css, "".join(moves)) for css, moves in sorted(cells.items())]

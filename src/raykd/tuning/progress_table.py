@@ -12,8 +12,7 @@ from rich.text import Text
 
 from raykd.config.overrides import format_hparams
 from raykd.config.sections import Sweep
-from raykd.runtime import console as runtime_console
-from raykd.runtime import metrics
+from raykd.runtime import console, metrics
 from raykd.runtime.console import ProgressBar
 from raykd.storage.paths import TrialPaths
 from raykd.storage.schemas import FAILED
@@ -47,13 +46,13 @@ class TrialProgressTable(tune.Callback):
 
     def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
         # Not in the constructor: Tune pickles its callbacks before it calls `setup`, and streams cannot be pickled.
-        stream = runtime_console.stream()
+        stream = console.output_stream()
         if self._is_sweep and stream.isatty():
             # The table renders the bar's text below its rows; the bar's own output is discarded.
             self._bar = ProgressBar("training", None, unit="steps", stream=io.StringIO())
-            console = Console(file=stream)
+            terminal = Console(file=stream)
             self._live = Live(
-                get_renderable=lambda: self._render(console.height), console=console, refresh_per_second=2
+                get_renderable=lambda: self._render(terminal.height), console=terminal, refresh_per_second=2
             )
             self._live.start()
         else:

@@ -69,7 +69,7 @@ def _build_scheduler(sweep: Sweep) -> FIFOScheduler:
             metric=metric,
             mode=sweep.mode,
             # Else Tune pauses a trial that it cannot compare yet, and a paused trial loses its workers.
-            min_time_slice=math.inf,
+            min_time_slice=math.inf,  # pyright: ignore[reportArgumentType]
             grace_period=1,
             min_samples_required=2,
         )

@@ -66,7 +66,7 @@ def test_terminal_shows_a_table(trials: dict[str, TrialSpec], monkeypatch: pytes
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 110, 0, 0))
     monkeypatch.setenv("TERM", "xterm")
     with os.fdopen(theirs, "w") as terminal:
-        monkeypatch.setattr(console, "stream", lambda: terminal)
+        monkeypatch.setattr(console, "output_stream", lambda: terminal)
         follow(trials)
         terminal.flush()
         shown = ""
@@ -88,7 +88,7 @@ def test_terminal_shows_a_table(trials: dict[str, TrialSpec], monkeypatch: pytes
 
 def test_log_has_a_line_for_each_ended_trial(trials: dict[str, TrialSpec], monkeypatch: pytest.MonkeyPatch):
     log = io.StringIO()
-    monkeypatch.setattr(console, "stream", lambda: log)
+    monkeypatch.setattr(console, "output_stream", lambda: log)
     follow(trials)
     lines = [line for line in log.getvalue().splitlines() if "bare" in line]
     assert lines == [
@@ -99,7 +99,7 @@ def test_log_has_a_line_for_each_ended_trial(trials: dict[str, TrialSpec], monke
 
 def test_repeated_steps_count_once(trials: dict[str, TrialSpec], monkeypatch: pytest.MonkeyPatch):
     log = io.StringIO()
-    monkeypatch.setattr(console, "stream", lambda: log)
+    monkeypatch.setattr(console, "output_stream", lambda: log)
     trial = next(iter(trials.values()))
     progress_table = TrialProgressTable({trial.trial_id: trial}, 1)
     progress_table.setup()
