@@ -226,4 +226,4 @@ def test_other_namespaces_read_metrics_where_they_are_let_in():
     assert all("metrics-export-port" not in (FOLDER / "kuberay" / f"{name}.yaml").read_text() for name in MANIFESTS)
     (source,) = metrics["from"]
     ((label, value),) = source["namespaceSelector"]["matchLabels"].items()
-    assert f"kubectl label namespace NAMESPACE {label}={value}" in (ROOT / "docs" / "watching.md").read_text()
+    assert f"kubectl label namespace NAMESPACE {label}={value}" in (ROOT / "docs" / "monitoring.md").read_text()
