@@ -19,7 +19,7 @@ import sys, threading, time
 from pathlib import Path
 import ray
 from ray.util import placement_group
-from raykd.cluster import connected
+from raykd.cluster.connection import connected
 
 @ray.remote(num_cpus=0)
 class Controller:

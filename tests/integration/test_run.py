@@ -78,15 +78,15 @@ def tokenizer():
 
 
 @pytest.mark.parametrize(("arm", "num_samples"), [("greedy", 1), ("soft", 2)])
-def test_every_problem_has_its_samples_under_every_strategy(plan: Plan, arm: str, samples: int):
+def test_every_problem_has_its_samples_under_every_strategy(plan: Plan, arm: str, num_samples: int):
     """An arm may have the teacher answer in another way than others do."""
     rows = all_completions(plan, arm)
     problems = sorted(row["problem_id"] for row in split(plan, "train"))
     assert len(problems) == NUM_TRAIN
     assert sorted((row["problem_id"], row["sample_index"]) for row in rows) == [
-        (p, n) for p in problems for n in range(samples)
+        (p, n) for p in problems for n in range(num_samples)
     ]
-    assert len({row["completion_id"] for row in rows}) == samples * NUM_TRAIN
+    assert len({row["completion_id"] for row in rows}) == num_samples * NUM_TRAIN
 
 
 def test_samples_are_drawn_anew(plan: Plan):

@@ -34,12 +34,12 @@ def rows_of(reference: Reference, arm: str) -> list[dict[str, Any]]:
         ("own", "ground_truth", "student"),
     ],
 )
-def test_completions_are_counted_as_they_were_written(reference: Reference, arm: str, strategy: str, sequence: str):
+def test_completions_are_counted_as_they_were_written(reference: Reference, arm: str, strategy: str, source: str):
     rows, seen = rows_of(reference, arm), reference.seen
     done = [row for row in rows if not row["error"]]
     samples = 2 if arm == "soft" else 1
     assert len(done) == samples * (NUM_TRAIN - NUM_TOO_LONG) or arm == "own"
-    tags = {"experiment": NAME, "strategy": strategy, "source": sequence}
+    tags = {"experiment": NAME, "strategy": strategy, "source": source}
     assert seen.total(metrics.COMPLETIONS, **tags, outcome="done") == len(done)
     # An answer of a student's that failed is not given to the teacher.
     failed = 0 if arm == "own" else len(rows) - len(done)

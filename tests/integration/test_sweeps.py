@@ -169,7 +169,7 @@ def told(job: TrialSpec) -> dict[str, Any]:
     return files.read_json(job.folder / "trial.json")
 
 
-def test_the_teacher_was_asked_once_for_all_trials(swept: Swept, scripted: fake_openai_server.Elsewhere):
+def test_the_teacher_was_asked_once_for_all_trials(swept: Swept, scripted: fake_openai_server.FakeServer):
     (request,) = swept.plan.required_sets
     rows = row_store.read_rows(request.folder, schemas.COMPLETION, ["problem_id"])
     assert len(rows) == len(set(rows["problem_id"].to_pylist())) == 96
