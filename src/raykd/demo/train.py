@@ -1,4 +1,4 @@
-"""Training: `python -m raykd.models.builtin.train tokenizer|teacher|student` makes what lies in `models/`."""
+"""Training: `python -m raykd.demo.train tokenizer|teacher|student` makes what lies in `models/`."""
 
 import argparse
 import json

@@ -10,6 +10,7 @@ from raykd.cluster import resources
 from raykd.config.engine import Engine
 from raykd.config.experiment import Arm, Experiment
 from raykd.config.sections import Dataset
+from raykd.errors import UserError
 
 # Training and test problems of GSM8K (Cobbe et al., arXiv 2110.14168; `openai/gsm8k` on the hub).
 GSM8K_SIZES = (7473, 1319)
@@ -110,3 +111,25 @@ def _num_lines(file: str | None) -> int | None:
     """Return the number of non-empty lines; None where the file is missing."""
     path = Path(file or "")
     return sum(bool(line.strip()) for line in path.open("rb")) if path.is_file() else None
+
+
+def max_adapters(experiment: Experiment) -> tuple[int, int]:
+    """Return the number of adapters that the student engine loads at a time, and their largest rank."""
+    ranks = [arm.student.lora.r for arm in arms_at_bounds(experiment)]
+    return min(experiment.evaluate.max_loras, num_trials(experiment)), max(ranks)
+
+
+def arms_at_bounds(experiment: Experiment) -> list[Arm]:
+    """Return each arm, and each with one swept field at either bound."""
+    space = experiment.sweep.space if experiment.sweep else {}
+    bounds = [{path: value} for path, axis in space.items() for value in axis.extremes]
+    arms = []
+    for name in experiment.arms:
+        arms.append(experiment.arm(name))
+        for point in bounds:
+            try:
+                arms.append(experiment.arm(name, point))
+            except UserError:
+                # The value may be valid together with other values of the arm's swept fields.
+                continue
+    return arms

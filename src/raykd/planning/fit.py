@@ -10,7 +10,6 @@ from raykd.compat import ACCELERATOR_TYPE_PREFIX
 from raykd.config.engine import Engine
 from raykd.config.experiment import Arm, Experiment
 from raykd.config.overrides import flatten
-from raykd.errors import UserError
 from raykd.models.architecture import Shape
 from raykd.planning import demand, memory, suggest
 
@@ -142,7 +141,7 @@ def fit_stages(
             groups=stage_demand.evaluation,
             min_replicas=1,
             cluster=cluster,
-            adapters=max_adapters(experiment),
+            adapters=demand.max_adapters(experiment),
         )
     )
     if stage_demand.attention:
@@ -150,31 +149,9 @@ def fit_stages(
     return fits
 
 
-def max_adapters(experiment: Experiment) -> tuple[int, int]:
-    """Return the number of adapters that the student engine loads at a time, and their largest rank."""
-    ranks = [arm.student.lora.r for arm in arms_at_bounds(experiment)]
-    return min(experiment.evaluate.max_loras, demand.num_trials(experiment)), max(ranks)
-
-
-def arms_at_bounds(experiment: Experiment) -> list[Arm]:
-    """Return each arm, and each with one swept field at either bound."""
-    space = experiment.sweep.space if experiment.sweep else {}
-    bounds = [{path: value} for path, axis in space.items() for value in axis.extremes]
-    arms = []
-    for name in experiment.arms:
-        arms.append(experiment.arm(name))
-        for point in bounds:
-            try:
-                arms.append(experiment.arm(name, point))
-            except UserError:
-                # The value may be valid together with other values of the arm's swept fields.
-                continue
-    return arms
-
-
 def largest_arm(experiment: Experiment, student: Shape, on_gpu: bool = True) -> Arm:
     """Return the arm whose training workers need the most memory."""
-    return max(arms_at_bounds(experiment), key=lambda arm: suggest.worker_bytes(student, arm, on_gpu))
+    return max(demand.arms_at_bounds(experiment), key=lambda arm: suggest.worker_bytes(student, arm, on_gpu))
 
 
 def _engine_fit(
@@ -336,7 +313,7 @@ def _training_fit(
     num_workers = len(groups[0])
     workers = "worker" if num_workers == 1 else "workers"
     # Arms may differ in their number of workers.
-    min_workers = max(other.train.min_workers or other.train.num_workers for other in arms_at_bounds(experiment))
+    min_workers = max(other.train.min_workers or other.train.num_workers for other in demand.arms_at_bounds(experiment))
     request = _StageRequest(
         stage="train",
         layout=f"{len(groups)} x {num_workers} {workers}, ZeRO {arm.train.zero_stage}",
