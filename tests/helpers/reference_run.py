@@ -173,7 +173,7 @@ def experiment_file(teacher_folder: Path, tmp_path_factory: pytest.TempPathFacto
     engine = {"engine_kwargs": ENGINE}
     tree = {
         "name": NAME,
-        "problems": {
+        "dataset": {
             "source": "jsonl",
             "train_file": str(with_too_long(folder / "train.jsonl")),
             "test_file": str(SAMPLE / "test.jsonl"),
