@@ -49,12 +49,13 @@ _STAGES = {
     "report": "write results.csv, report.md and report.html of a finished experiment",
 }
 
+# The fields of `planning.cost.Rates` that can be typed, each with its option and what it means.
 _RATES = {
-    "generation_rate": "completion tokens per second of one teacher replica",
-    "training_rate": "target tokens per second of one training worker",
-    "eval_rate": "tokens per second of the students' engine",
-    "completion_tokens": "mean tokens of a teacher's completion",
-    "answer_tokens": "mean tokens of a student's answer",
+    "generation": ("--generation-rate", "completion tokens per second of one teacher replica"),
+    "training": ("--training-rate", "target tokens per second of one training worker"),
+    "evaluation": ("--eval-rate", "tokens per second of the students' engine"),
+    "completion_tokens": ("--completion-tokens", "mean tokens of a teacher's completion"),
+    "answer_tokens": ("--answer-tokens", "mean tokens of a student's answer"),
 }
 
 
@@ -181,8 +182,8 @@ def _add_plan(stage: argparse.ArgumentParser) -> None:
     cluster_help = "the cluster to fit: a `ray up` file, or `live` for the running cluster at RAY_ADDRESS"
     stage.add_argument("--cluster", metavar="FILE", help=cluster_help)
     stage.add_argument("--rates-from", metavar="RUN", help="folder of an earlier run; use its measured rates")
-    for name, text in _RATES.items():
-        stage.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="N", help=text)
+    for name, (option, text) in _RATES.items():
+        stage.add_argument(option, dest=name, type=float, metavar="N", help=text)
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -241,9 +242,9 @@ def _given_rates(options: argparse.Namespace) -> dict[str, float]:
         UserError: if one is not a positive number.
     """
     rates = {name: value for name in _RATES if (value := getattr(options, name)) is not None}
-    if invalid := [f"--{name.replace('_', '-')} {rate:g}" for name, rate in rates.items() if not 0 < rate < math.inf]:
+    if invalid := [f"{_RATES[name][0]} {rate:g}" for name, rate in rates.items() if not 0 < rate < math.inf]:
         raise UserError(f"{', '.join(invalid)}: should be above 0")
-    return {name.removesuffix("_rate"): rate for name, rate in rates.items()}
+    return rates
 
 
 def _live_nodes() -> list[dict[str, Any]]:

@@ -107,7 +107,7 @@ def test_report_of_an_experiment_that_never_ran_writes_nothing(tmp_path: Path, c
 
 def test_overrides_with_folder_are_refused(finished: tuple[Path, Path], capsys):
     assert cli.main(["report", str(finished[1]), "name=other"]) == 2
-    assert "is a folder; fields can be set where FILE is a YAML file" in capsys.readouterr().err
+    assert "is a folder; fields can be set only if FILE is a YAML file" in capsys.readouterr().err
 
 
 def test_report_of_another_experiment_of_that_name_is_refused(finished: tuple[Path, Path], capsys):

@@ -46,7 +46,7 @@ def test_root_cause_is_the_last_exception_line():
         (no_space(), "a file cannot be read or written: [Errno 28] No space left on device: '/data/part-1.parquet'"),
         (
             PermissionError(errno.EACCES, "Permission denied", "/data/x"),
-            "[Errno 13] Permission denied: '/data/x'; make",
+            "[Errno 13] Permission denied: '/data/x'; free disk space",
         ),
         (StageError("students: 3 of 4 rows failed"), "raykd: students: 3 of 4 rows failed."),
         (RayTaskError("f", "", StageError("3 rows failed")).as_instanceof_cause(), "raykd: 3 rows failed."),

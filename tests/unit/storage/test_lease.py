@@ -99,7 +99,7 @@ def test_only_one_process_takes_over(file: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("module", "name", "call"),
     # What was found is read, it is looked at twice, and the file is created that says who takes over.
-    [(filesystem, "read", 1), (time, "sleep", 1), (filesystem, "create", 2)],
+    [(filesystem, "read_bytes", 1), (time, "sleep", 1), (filesystem, "create", 2)],
 )
 def test_lease_released_during_takeover_is_acquired(
     file: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int

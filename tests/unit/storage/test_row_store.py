@@ -100,7 +100,7 @@ def test_damaged_part_is_refused_by_name(place: Path, damage, is_complete: bool)
     # As the message says.
     part.unlink()
     if is_complete:
-        with pytest.raises(ValueError, match=f"{part.name} is gone"):
+        with pytest.raises(ValueError, match=f"{part.name} is missing"):
             row_store.read_manifest(place)
     (place / row_store.MANIFEST).unlink(missing_ok=True)
     assert row_store.done_ids(place, SCHEMA, "row_id") == {"a"}
@@ -109,7 +109,7 @@ def test_damaged_part_is_refused_by_name(place: Path, damage, is_complete: bool)
 @pytest.mark.parametrize("written", ['{"rows": ', '{"rows": 2, "parts": {}}', "[]", ""])
 def test_damaged_manifest_is_refused_by_name(place: Path, written: str):
     (place / row_store.MANIFEST).write_text(written)
-    with pytest.raises(ValueError, match=r"manifest\.json (is damaged|was altered)"):
+    with pytest.raises(ValueError, match=r"manifest\.json (is damaged|was modified)"):
         row_store.read_manifest(place)
 
 
@@ -118,7 +118,7 @@ def test_modified_manifest_is_refused(place: Path):
     row_store.finalize(place, SCHEMA, "row_id", {"correct": 1})
     file = place / row_store.MANIFEST
     file.write_text(file.read_text().replace('"correct": 1', '"correct": 2'))
-    with pytest.raises(ValueError, match=r"manifest\.json was altered"):
+    with pytest.raises(ValueError, match=r"manifest\.json was modified"):
         row_store.read_manifest(place)
 
 

@@ -123,7 +123,7 @@ def test_chat_teacher_needs_no_local_model(tmp_path: Path):
         config = experiment(tmp_path, at(server, api="chat", model="large-1"), arms, model="a-vendors-largest")
         plan, completions = prepared(config)
         rows = make(plan, completions)
-    assert not plan.same_tokens
+    assert not plan.trials[0].same_tokens
     problems = pyarrow.parquet.read_table(plan.problems / "train.parquet").to_pylist()
     messages = [
         prompts.teacher_messages(each, config.strategies["teacher"], config.prompt.instruction) for each in problems
@@ -247,5 +247,5 @@ def test_endpoint_teacher_needs_no_cluster_resources(tmp_path: Path):
     here, _ = prepared(
         experiment(tmp_path / "here", None, {"soft": SOFT}, engine={"tensor_parallel_size": 8, "accelerator": "gpu"})
     )
-    with pytest.raises(ValueError, match=r"teacher\.engine: 1 x 8 x 1 shards"):
+    with pytest.raises(ValueError, match=r"teacher\.engine: 1 x 8 x 1 processes"):
         preflight.preflight(here, cluster, ["generate"])

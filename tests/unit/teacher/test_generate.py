@@ -53,7 +53,7 @@ def folder(experiment: Experiment, tmp_path: Path) -> Path:
 def completion_sets_of(experiment: Experiment, folder: Path, root: Path) -> dict[str, CompletionSet | None]:
     arms = variants.arms_by_config_id(variants.variants(experiment, {}))
     return completion_set.completion_sets_for(
-        experiment, arms, files.read_json(folder / row_store.MANIFEST), root, {"model": "a", "revision": "1"}
+        experiment, arms, files.read_json(folder / row_store.MANIFEST)["content"], root, {"model": "a", "revision": "1"}
     )
 
 

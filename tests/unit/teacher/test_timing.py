@@ -15,7 +15,7 @@ def test_attempts_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     first, second = tmp_path / "first", tmp_path / "second"
     killed = StageTimer([first, second])
     now[0] += 10
-    killed.note()
+    killed.save()
     assert not list(tmp_path.rglob(STAGE_TIME_FILE)), "only now and then"
     now[0] += 30
     killed.save()

@@ -18,7 +18,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
 
 def test_slots_hold_the_largest_trial():
-    groups = [WorkerGroup(Train(num_workers=1), "cpu"), WorkerGroup(Train(num_workers=3), "cpu")]
+    groups = [WorkerGroup(Train(num_workers=1), "cpu"), WorkerGroup(Train(num_workers=3, batch_size=24), "cpu")]
     assert num_trial_slots(groups[:1], {}, None) == 8
     assert num_trial_slots(groups, {}, None) == 2
     assert num_trial_slots(groups, {"CPU": 3.0}, None) == 1
