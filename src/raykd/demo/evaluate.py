@@ -21,7 +21,7 @@ def evaluate(name: str, folder: Path, problems: int, split: str = "test") -> dic
 
     Args:
         name: "teacher" (each strategy, and wordings unseen in training) or "student" (the bare question).
-        folder: where the model lies.
+        folder: the folder of the model.
         problems: how many held-out problems.
         split: "validation" or "test".
 

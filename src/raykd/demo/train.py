@@ -1,4 +1,4 @@
-"""Training: `python -m raykd.demo.train tokenizer|teacher|student` makes what lies in `models/`."""
+"""Training: `python -m raykd.demo.train tokenizer|teacher|student` makes the models in `models/`."""
 
 import argparse
 import json
@@ -70,7 +70,7 @@ class Run:
         path.with_suffix(".partial").replace(path)
 
     def load(self, path: Path) -> None:
-        """Goes on from a saved state."""
+        """Resume from a saved state."""
         state = torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -132,7 +132,7 @@ def schedule(step: int, steps: int) -> float:
 
 
 def train(name: str, folder: Path, work: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Trains one model and saves it to `folder`; a killed run goes on from `work`.
+    """Trains one model and saves it to `folder`; a killed run resumes from `work`.
 
     Returns:
         steps, tokens, seconds and the last loss.
