@@ -20,8 +20,8 @@ def rows_of(reference: Reference, arm: str) -> list[dict]:
     return row_store.read_rows(completions.folder, COMPLETION).to_pylist()
 
 
-# Without the arm `own`: its rounds are shorter than the 10 s in which Ray exports counts, and each counts in a process of
-# its own, whose last counts may be lost with it.
+# Without the arm `own`: each of its rounds counts in a process of its own, for less than the 10 s between Ray's exports,
+# so that its last counts may be lost.
 @pytest.mark.parametrize(
     ("arm", "strategy", "source"),
     [
