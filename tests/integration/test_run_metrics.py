@@ -20,7 +20,7 @@ def rows_of(reference: Reference, arm: str) -> list[dict]:
     return row_store.read_rows(completions.folder, COMPLETION).to_pylist()
 
 
-# Without the arm `own`: each of its rounds counts in a process of its own, for less than the 10 s between Ray's exports,
+# Without the arm `own`: each of its rounds counts in its own process, for less than the 10 s between Ray's exports,
 # so that its last counts may be lost.
 @pytest.mark.parametrize(
     ("arm", "strategy", "source"),
