@@ -241,7 +241,7 @@ def reference(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -
             (folder / "other").write_text("another-token-altogether-0123456789abcdef")
             other = {**environment, "RAY_AUTH_TOKEN_PATH": str(folder / "other")}
             unknown = submit(other, "rayjobs/run.py", "--version")
-            deadline = time.monotonic() + 1500
+            deadline = time.monotonic() + 2100
             while run.poll() is None:
                 assert time.monotonic() < deadline, failed(output, "takes too long")
                 seen.look()

@@ -7,7 +7,7 @@ import pytest
 
 from reference_run import PLANTED, Reference
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(2400)
 
 
 def test_a_job_runs_the_whole_experiment(reference: Reference):

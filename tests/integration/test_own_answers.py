@@ -17,7 +17,7 @@ from raykd.storage import files, row_store, schemas
 from raykd.training.trial import TrialSpec
 from reference_run import NUM_ANSWERED, NUM_TRAIN, OWN_MAX_TOKENS, TOP_K, Reference
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(2400)
 ROUNDS = (0, 1)
 
 

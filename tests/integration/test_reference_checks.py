@@ -25,7 +25,7 @@ from raykd.storage.paths import ExperimentPaths
 from reference_run import CONTEXT, MAX_TOKENS, NUM_TEST, STUDENTS, Reference
 from runs import finish
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(2400)
 
 
 def answers(folder: Path) -> list[dict]:

@@ -14,7 +14,7 @@ from raykd.training.trial import TrialSpec
 from reference_run import ARMS, NUM_TEST, NUM_TRAIN, Reference
 from runs import Ran, end_by, finish, kill_when, plan_of, wait_for_end
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(2400)
 KEPT = ("reference", "soft")
 
 

@@ -36,7 +36,7 @@ from reference_run import (
 )
 from runs import Ran, finish
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(2400)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from raykd.storage import files, row_store
 from raykd.storage.schemas import COMPLETION
 from reference_run import ARMS, NAME, NUM_TOO_LONG, NUM_TRAIN, Reference
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(2400)
 
 
 def rows_of(reference: Reference, arm: str) -> list[dict]:
