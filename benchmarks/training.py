@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from lib import bench, random_llama
 from raykd.config.loading import load_experiment
-from raykd.config.sections import Student
+from raykd.config.training import Student
 from raykd.data import datasets, demo_problems
 from raykd.models import loading, tokenization
 from raykd.storage import row_store, schemas

@@ -15,6 +15,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["DO_NOT_TRACK"] = "1"
+# Without its compiled modules every process of a run takes a second longer to load raykd.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # By default Ray's workers give way to whatever else this machine does, and an engine then loads for minutes.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 # What tells the processes of these tests, however many others are between.

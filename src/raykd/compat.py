@@ -176,6 +176,19 @@ def is_stateful(model: Any) -> bool:
     return getattr(model, "_is_stateful", False)
 
 
+def skip_shared_memory_collectives() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collectives for CPUs.
+
+    Why: `deepspeed.init_distributed` compiles them when it first runs on a CPU, which takes a C++ compiler and minutes,
+    and only inference uses them (`TorchBackend.inference_all_reduce`). There is no public way to turn them off
+    (`deepspeed.ops.__compatible_ops__`).
+    Without it: the first training in a new environment starts minutes later.
+    """
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def num_elements(parameter: Any) -> int:
     """Return the number of elements of a parameter, over all its shards under ZeRO stage 3.
 

@@ -65,7 +65,7 @@ def test_shared_completions_name_the_experiment_that_generates_them(tmp_path: Pa
         done = subprocess.run([RAYKD, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=250)
     assert done.returncode == 2, done.stderr
     assert f"{request.folder} is locked by process {process.pid} on " in done.stderr
-    assert "(it asks the same)" in done.stderr
+    assert "(same completions)" in done.stderr
     assert [path.name for path in request.folder.iterdir()] == [lock.LOCK_FILE], "nothing was asked"
 
 

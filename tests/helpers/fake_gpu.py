@@ -15,7 +15,8 @@ from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raykd.cluster import resources
-from raykd.config.sections import Teacher, Train
+from raykd.config.sections import Teacher
+from raykd.config.training import Train
 from raykd.teacher import server
 
 

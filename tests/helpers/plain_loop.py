@@ -18,7 +18,8 @@ import pyarrow.parquet
 import torch.distributed
 
 from raykd.config.experiment import Experiment
-from raykd.config.sections import Student, Sweep
+from raykd.config.sections import Sweep
+from raykd.config.training import Student
 from raykd.data import datasets
 from raykd.models import loading, tokenization
 from raykd.storage import row_store, schemas

@@ -13,7 +13,7 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 
 from autoscaling_cluster import autoscaling_head
 from raykd.cluster import autoscaler, connection
-from raykd.config.sections import Train
+from raykd.config.training import Train
 from raykd.tuning import slots
 
 pytestmark = pytest.mark.timeout(600)

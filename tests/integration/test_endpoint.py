@@ -94,7 +94,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def endpoint_identity(experiment_file: Path, root: Path, url: str) -> Ran:
+def from_endpoint(experiment_file: Path, root: Path, url: str) -> Ran:
     endpoint = f"teacher.endpoint={{url: '{url}', model: {NAME}, api_key_env: {KEY_ENV}}}"
     return finish(["generate", str(experiment_file), f"storage={root}", "name=elsewhere", endpoint], root)
 
@@ -107,9 +107,9 @@ def rows_of(plan: Plan, arm: str) -> dict[tuple[str, int], dict]:
 
 
 @pytest.mark.parametrize("arm", ["greedy", "soft", "scored"])
-def test_the_rows_are_the_same(reference: Reference, elsewhere: Ran, arm: str):
+def test_the_rows_are_the_same(reference: Reference, from_endpoint: Ran, arm: str):
     """As those of the engine behind Ray Serve, those that carry an error among them."""
-    expected, found = rows_of(reference.plan, arm), rows_of(elsewhere.plan, arm)
+    expected, found = rows_of(reference.plan, arm), rows_of(from_endpoint.plan, arm)
     assert found.keys() == expected.keys()
     same = []
     for problem_id, row in found.items():
@@ -131,14 +131,14 @@ def test_the_rows_are_the_same(reference: Reference, elsewhere: Ran, arm: str):
     assert np.mean(agreed) > 0.99
 
 
-def test_no_engine_was_started_and_the_key_is_written_nowhere(elsewhere: Ran, root: Path, url: str):
-    assert f"asking the teacher {NAME} at {url}" in elsewhere.stderr
-    assert "starting the teacher" not in elsewhere.stderr
-    assert read_json(elsewhere.plan.folder / "run.json")["processor_seconds"] == {}
+def test_no_engine_was_started_and_the_key_is_written_nowhere(from_endpoint: Ran, root: Path, url: str):
+    assert f"asking the teacher {NAME} at {url}" in from_endpoint.stderr
+    assert "starting the teacher" not in from_endpoint.stderr
+    assert read_json(from_endpoint.plan.folder / "run.json")["processor_seconds"] == {}
     files = [each for each in root.rglob("*") if each.is_file()]
     assert len(files) > 10
     assert not [each for each in files if KEY.encode() in each.read_bytes()]
-    assert KEY not in elsewhere.stdout + elsewhere.stderr
+    assert KEY not in from_endpoint.stdout + from_endpoint.stderr
 
 
 def test_by_messages_a_teacher_that_is_not_here_gives_text(experiment_file: Path, root: Path, url: str):

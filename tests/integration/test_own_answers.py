@@ -9,7 +9,7 @@ from test_run import split
 from transformers import AutoModelForCausalLM
 
 from oracles import greedy, log_likelihoods
-from raykd.config.sections import Student
+from raykd.config.training import Student
 from raykd.data import prompts
 from raykd.models import loading, tokenization
 from raykd.models.builtin import resolve_model

@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from oracles import greedy
-from raykd.config.sections import Student
+from raykd.config.training import Student
 from raykd.evaluation import attention, attention_heads, lm_eval_task
 from raykd.models import loading, tokenization
 from raykd.models.builtin import resolve_model
@@ -122,7 +122,7 @@ def test_the_same_students_can_be_asked_by_another_protocol(reference: Reference
         assert sorted(set(table["protocol"].to_pylist())) == ["zero_shot_chat", "zero_shot_raw"]
         assert table.num_rows == asked // 3 + asked
         page = (reference.plan.folder / "report.html").read_text()
-        assert "maj@3" in page and "pass@2" in page and "asked by zero_shot_raw, temperature 0.9" in page
+        assert "maj@3" in page and "pass@2" in page and "protocol zero_shot_raw, temperature 0.9" in page
         assert {path: path.stat().st_mtime_ns for path in reference.plan.predictions.iterdir()} == before
     finally:
         again = finish(["run", *reference.arguments[1:]], reference.plan.root)

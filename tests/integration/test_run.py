@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from oracles import greedy, log_likelihoods
-from raykd.config.sections import Student
+from raykd.config.training import Student
 from raykd.data import prompts
 from raykd.evaluation import student_batch
 from raykd.models import loading, tokenization
@@ -252,6 +252,7 @@ def test_results_csv_is_what_the_predictions_say(plan: Plan):
     assert {row["arm"] for row in rows} == set(STUDENTS)
     for row in rows:
         own = [each for each in predictions(plan) if each["trial_id"] == row["trial_id"]]
+        assert not [each["error"] for each in own if each["error"]]
         assert int(row["n"]) == len(own) == NUM_TEST
         for kind in ("strict", "flexible"):
             share = float(np.mean([each[f"is_correct_{kind}"] for each in own]))

@@ -20,7 +20,8 @@ from clusters import cluster
 from fake_gpu import FakeGpuServer, deployed, train_on
 from oracles import greedy
 from raykd.cluster import resources
-from raykd.config.sections import Student, Teacher, Train
+from raykd.config.sections import Teacher
+from raykd.config.training import Student, Train
 from raykd.models import loading, tokenization
 from raykd.models.builtin import resolve_model
 from raykd.teacher.deployment import TeacherDeployment

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from oracles import log_likelihoods
-from raykd.config.sections import Student
+from raykd.config.training import Student
 from raykd.data import prompts
 from raykd.models import loading, tokenization
 from raykd.models.builtin import resolve_model

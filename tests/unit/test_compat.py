@@ -1,6 +1,7 @@
 """Compat: each private interface exists and works as used, and no other module uses one."""
 
 import ast
+import importlib
 import inspect
 import re
 from pathlib import Path
@@ -96,6 +97,17 @@ def test_each_entry_documents_reason_and_consequence():
         assert isinstance(said, ast.Expr) and isinstance(said.value, ast.Constant), ast.unparse(tree.body[at])
         text = str(said.value.value)
         assert "ENGINE_DEAD_ERROR" in ast.unparse(tree.body[at]) or ("Why:" in text and "Without it:" in text), text
+
+
+def test_deepspeed_compiles_no_collectives(monkeypatch: pytest.MonkeyPatch):
+    from deepspeed import ops
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    monkeypatch.setitem(ops.__compatible_ops__, ShareMemCommBuilder.NAME, True)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    compat.skip_shared_memory_collectives()
+    # `deepspeed.comm` has an attribute of the same name.
+    assert importlib.import_module("deepspeed.comm.torch").build_shm_op() is None
 
 
 def test_ray_head_has_its_resource():

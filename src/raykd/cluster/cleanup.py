@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import ray
-from ray import serve
 from ray.exceptions import RayError
 from ray.util import remove_placement_group
 from ray.util.placement_group import PlacementGroup
@@ -55,6 +54,9 @@ class CleanupActor:
 
 def delete_serve_app(app: str) -> None:
     """Delete a Ray Serve application; retry while Serve's controller restarts."""
+    # Takes seconds to load, which the actors of a run without a teacher save.
+    from ray import serve
+
     for _ in range(DELETE_ATTEMPTS):
         try:
             serve.delete(app)

@@ -6,7 +6,8 @@ from typing import Literal
 from raykd.compat import ACCELERATOR_TYPE_PREFIX
 from raykd.config.engine import Engine
 from raykd.config.experiment import Experiment
-from raykd.config.sections import Attention, Teacher, Train
+from raykd.config.sections import Attention, Teacher
+from raykd.config.training import Train
 from raykd.errors import UserError
 
 Accelerator = Literal["cpu", "gpu"]

@@ -1,4 +1,5 @@
 """Configuration: the experiment's YAML file as pydantic models.
 
-Begin with `experiment` (the tree, arms and checks across sections), then `sections` (each field with its default).
+Begin with `experiment` (the tree, arms and checks across sections), then `sections` and `training` (each field with its
+default).
 """

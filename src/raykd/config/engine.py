@@ -162,3 +162,12 @@ class Endpoint(ConfigModel):
             # The message does not repeat the value, which may be the key.
             raise UserError("should be the name of an environment variable, in capitals, not the key itself")
         return name
+
+
+def check_num_samples(num_samples: int, sampling: Sampling) -> None:
+    """Raise UserError if several samples of one prompt would be identical."""
+    if num_samples > 1 and not sampling.temperature:
+        raise UserError(
+            f"num_samples={num_samples} with sampling.temperature=0 gives identical samples: "
+            "set sampling.temperature above 0"
+        )

@@ -12,19 +12,9 @@ from raykd.config.base import NAME_PATTERN, RUNTIME_ONLY, ConfigModel, is_runtim
 from raykd.config.errors import did_you_mean, format_validation_error
 from raykd.config.overrides import all_paths, flatten, format_hparams, set_path
 from raykd.config.search_space import Axis
-from raykd.config.sections import (
-    Attention,
-    Dataset,
-    Evaluate,
-    Loss,
-    Prices,
-    Student,
-    Sweep,
-    Targets,
-    Teacher,
-    Train,
-)
+from raykd.config.sections import Attention, Dataset, Evaluate, Prices, Sweep, Teacher
 from raykd.config.strategies import BUILT_IN, Prompt, Strategy
+from raykd.config.training import Loss, Student, Targets, Train
 from raykd.errors import UserError
 from raykd.storage import filesystem
 

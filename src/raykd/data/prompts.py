@@ -110,7 +110,7 @@ def protocol_description(evaluation: Evaluate) -> str:
     sampling = evaluation.sampling
     method = f"temperature {sampling.temperature:g}" if sampling.temperature else "greedy"
     samples = f", {evaluation.num_samples} answers to each problem" if evaluation.num_samples > 1 else ""
-    return f"asked by {evaluation.protocol}, {method}, at most {sampling.max_tokens} tokens{samples}"
+    return f"protocol {evaluation.protocol}, {method}, at most {sampling.max_tokens} tokens{samples}"
 
 
 def _exemplar_turns(exemplars: Iterable[Exemplar], instruction: str) -> Messages:

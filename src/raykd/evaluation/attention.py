@@ -17,7 +17,8 @@ from peft import PeftModel
 from raykd import identity
 from raykd.cluster.data_stage import run_stage
 from raykd.cluster.resources import Accelerator, process_bundle
-from raykd.config.sections import Attention, Student
+from raykd.config.sections import Attention
+from raykd.config.training import Student
 from raykd.data import prompts
 from raykd.errors import UserError
 from raykd.evaluation import attention_heads, attention_spans

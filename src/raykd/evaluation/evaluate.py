@@ -12,7 +12,8 @@ import pyarrow as pa
 from raykd import compat, identity
 from raykd.cluster.data_stage import run_stage
 from raykd.cluster.resources import Accelerator
-from raykd.config.sections import Evaluate, Student
+from raykd.config.sections import Evaluate
+from raykd.config.training import Student
 from raykd.data import grading, prompts
 from raykd.evaluation.student_batch import (
     PROMPT_COLUMNS,

@@ -10,7 +10,8 @@ from raykd import compat
 from raykd.cluster.data_stage import run_stage
 from raykd.cluster.resources import Accelerator
 from raykd.config.engine import Sampling
-from raykd.config.sections import Evaluate, Student
+from raykd.config.sections import Evaluate
+from raykd.config.training import Student
 from raykd.data import grading
 from raykd.evaluation.evaluate import check_adapters
 from raykd.evaluation.student_batch import StudentModel, finish_reason, student_answers

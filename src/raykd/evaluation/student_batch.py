@@ -14,7 +14,8 @@ from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 from raykd.cluster import engine, resources
 from raykd.cluster.data_stage import map_with_actors
 from raykd.config.experiment import BASE
-from raykd.config.sections import Evaluate, Student
+from raykd.config.sections import Evaluate
+from raykd.config.training import Student
 from raykd.data import prompts
 from raykd.errors import as_user_error
 from raykd.models import tokenization

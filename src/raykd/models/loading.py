@@ -11,7 +11,8 @@ from huggingface_hub import try_to_load_from_cache
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from raykd.config.sections import Student, Teacher
+from raykd.config.sections import Teacher
+from raykd.config.training import Student
 from raykd.errors import UserError, as_user_error
 from raykd.models.builtin import resolve_model
 from raykd.storage import hashing

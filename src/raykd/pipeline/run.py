@@ -86,7 +86,7 @@ def generate_completions(plan: Plan, resources: dict[str, float]) -> None:
     with ExitStack() as locks:
         # Experiments share completion sets: another one may be generating the same.
         for each in completion_set.missing_sets(plan.required_sets):
-            locks.enter_context(lock.folder_lock(each.folder, owner, " (it asks the same)", print_status))
+            locks.enter_context(lock.folder_lock(each.folder, owner, " (same completions)", print_status))
         if missing := completion_set.missing_sets(plan.required_sets):
             _generate_missing(plan, missing, resources)
 
@@ -208,12 +208,15 @@ def measure_attention(plan: Plan, resources: dict[str, float]) -> None:
 
 
 def record_results(plan: Plan) -> None:
-    """Step 6: record the teacher's counts, and write the test as a task of lm-eval.
+    """Step 6: record the teacher's counts and, once students are evaluated, write the test as a task of lm-eval.
 
     Afterwards the experiment's folder holds everything that the report needs.
     """
     run_record.record_completions(plan.folder, plan.experiment.teacher.model, plan.teacher_usages)
     evaluate.collect_predictions(plan.predictions.parent, ExperimentPaths(plan.folder).all_predictions)
+    if not plan.is_predicted():
+        # Before the evaluation nothing reads the test problems.
+        return
     tasks = ExperimentPaths(plan.folder).lm_eval
     lm_eval_task.write_task(plan.experiment, plan.problems, tasks)
     # The last student's command; those of the others differ in the adapter only.

@@ -11,7 +11,7 @@ from typing import Any
 
 from raykd.cluster.gpus import GIB, Gpu
 from raykd.config.engine import Engine
-from raykd.config.sections import Lora, Train
+from raykd.config.training import Lora, Train
 from raykd.models.adapters import padded_rank
 from raykd.models.architecture import Quantization, Shape
 
@@ -146,11 +146,6 @@ def weight_bytes(shape: Shape, dtype: str | None = None) -> int:
         dtype: vLLM's `dtype`, the type of weights that are not quantized.
     """
     return _stage_weights(shape, 1, 0, shape.layers, _bytes_per_value(dtype))
-
-
-def kv_bytes_per_token(shape: Shape, width: int = 2) -> int:
-    """Return the KV cache of a token in all layers, in bytes, with values of `width` bytes."""
-    return shape.layers * 2 * shape.kv_heads * shape.head_dim * width
 
 
 def pipeline_stages(layers: int, pipeline: int) -> list[tuple[int, int]]:

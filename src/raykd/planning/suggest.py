@@ -12,7 +12,7 @@ from raykd.cluster.gpus import GPUS, Gpu
 from raykd.cluster.nodes import ClusterSpec
 from raykd.config.engine import Engine
 from raykd.config.experiment import Arm
-from raykd.config.sections import Train
+from raykd.config.training import Train
 from raykd.models.architecture import Quantization, Shape
 from raykd.planning import memory
 from raykd.planning.cost import max_target_tokens

@@ -93,18 +93,18 @@ def count_rows(rows: Iterable[Mapping[str, Any]]) -> CompletionCounts:
     return CompletionCounts(len(done), len(rows) - len(done), tokens, sum(bool(row["is_correct"]) for row in done))
 
 
-def count_completions(experiment: str, strategy: str, source: str, rows: Iterable[Mapping[str, Any]]) -> None:
+def count_completions(experiment: str, strategy: str, source: str, counts: CompletionCounts) -> None:
     """Add completions to the counters.
 
     Args:
         experiment: the experiment's name.
         strategy: the name of the teacher's strategy.
         source: the value of `targets.source`.
-        rows: rows of `schemas.COMPLETION`.
+        counts: the numbers to add.
     """
     if not _is_connected():
         return
-    counts, tags = count_rows(rows), (experiment, _ray_job(), strategy, source)
+    tags = (experiment, _ray_job(), strategy, source)
     _add(COMPLETIONS, (*tags, "done"), counts.done)
     _add(COMPLETIONS, (*tags, "failed"), counts.failed)
     _add(TOKENS, tags, counts.tokens)

@@ -137,12 +137,6 @@ def for_engine(path: Path) -> tuple[str | None, str]:
     return f"azure://{container}@{os.environ.get(AZURE_ACCOUNT, '')}.blob.core.windows.net", name
 
 
-def make_folder(path: Path) -> None:
-    """Create a local folder with its parents; a bucket needs none."""
-    if not is_remote(path):
-        path.mkdir(parents=True, exist_ok=True)
-
-
 def read_bytes(path: Path) -> bytes:
     """Return the content of a file."""
     return _store(path).cat_file(_key(path)) if is_remote(path) else path.read_bytes()

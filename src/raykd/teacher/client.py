@@ -1,10 +1,10 @@
 """Teacher client: call the teacher with batches of prompts and write its completions."""
 
 import asyncio
+import dataclasses
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from raykd.teacher.completion_set import CompletionSet
 from raykd.teacher.serve_client import ServeTeacherClient
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TeacherCall:
     """The prompts of one call, which share their sampling: rows of one completion set and one sample index."""
 
@@ -63,7 +63,6 @@ class TeacherClient:
 
     Args:
         app: name of the Serve application; unused with `teacher.endpoint`.
-        experiment: the experiment's name, for metrics.
         teacher: the `teacher` section.
         completion_sets: the sets that the rows belong to.
         max_calls: calls that may wait for an answer at the same time.
@@ -73,13 +72,12 @@ class TeacherClient:
     def __init__(
         self,
         app: str,
-        experiment: str,
         teacher: Teacher,
         completion_sets: list[CompletionSet],
         max_calls: int,
         on_call: CallHook | None = None,
     ) -> None:
-        self._experiment, self._teacher, self._on_call = experiment, teacher, on_call
+        self._teacher, self._on_call = teacher, on_call
         self._completion_sets = {str(each.folder): each for each in completion_sets}
         self._replicas = self._endpoint = None
         if teacher.endpoint:
@@ -93,7 +91,7 @@ class TeacherClient:
         self._start_lock = asyncio.Lock()
         self._is_ready = False
 
-    async def __call__(self, batch: dict[str, np.ndarray]) -> AsyncIterator[dict[str, list[int]]]:
+    async def __call__(self, batch: dict[str, np.ndarray]) -> AsyncIterator[dict[str, list[Any]]]:
         await self._wait_until_ready()
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         for call in self._calls(rows):
@@ -101,15 +99,14 @@ class TeacherClient:
             table = pa.Table.from_pylist(completions, schema=schemas.COMPLETION)
             completion_set = call.completion_set
             await asyncio.to_thread(row_store.write_part, completion_set.folder, table)
-            metrics.count_completions(
-                self._experiment, completion_set.strategy_name, completion_set.source, completions
-            )
             if self._endpoint and any(row["error"] for row in completions):
                 # Where the server is gone, and not only these rows fail, the stage ends here.
                 await self._check_endpoint()
+            counts = dataclasses.asdict(metrics.count_rows(completions))
             yield {
-                "rows": [len(completions)],
-                "tokens": [sum(len(row["completion_token_ids"]) for row in completions)],
+                "strategy": [completion_set.strategy_name],
+                "source": [completion_set.source],
+                **{name: [count] for name, count in counts.items()},
             }
 
     def _calls(self, rows: list[dict[str, Any]]) -> Iterator[TeacherCall]:

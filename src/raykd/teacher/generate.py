@@ -17,6 +17,7 @@ from raykd.cluster.data_stage import map_with_actors, run_stage
 from raykd.config.sections import Teacher
 from raykd.data import grading
 from raykd.errors import StageError, reported_error
+from raykd.runtime import metrics
 from raykd.runtime.console import ProgressBar
 from raykd.storage import files, filesystem, row_store, schemas
 from raykd.storage.paths import split_file
@@ -189,7 +190,6 @@ def _call_teacher(
             TeacherClient,
             {
                 "app": context.app,
-                "experiment": context.experiment,
                 "teacher": teacher,
                 "completion_sets": completion_sets,
                 "max_calls": calls_in_flight,
@@ -201,7 +201,11 @@ def _call_teacher(
         )
         try:
             for row in counts:
-                progress.add(row["rows"], row["tokens"])
+                # In the driver: an actor of a short stage may end before Ray exports its counters.
+                strategy, source = row.pop("strategy"), row.pop("source")
+                new = metrics.CompletionCounts(**row)
+                metrics.count_completions(context.experiment, strategy, source, new)
+                progress.add(new.done + new.failed, new.tokens)
                 timer.save()
         except RayError as error:
             # Report an engine that failed to start, rather than the call that noticed it.

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import get_cosine_schedule_with_warmup
 
 from raykd import compat
-from raykd.config.sections import Train
+from raykd.config.training import Train
 from raykd.training import checkpoints
 from raykd.training.student import Distillation, build_student
 from raykd.training.trial import TrialSpec

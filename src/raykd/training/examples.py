@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from raykd.config.experiment import Arm
-from raykd.config.sections import Targets
+from raykd.config.training import Targets
 from raykd.data import prompts
 from raykd.errors import UserError
 from raykd.models import tokenization

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+from raykd import compat
 from raykd.errors import StageError, UserError
 from raykd.models import loading
 from raykd.runtime.metrics import show_training
@@ -48,6 +49,7 @@ def train_loop(trial: TrialSpec, report: Report, checkpoint: Path | None) -> Non
     """
     import deepspeed
 
+    compat.skip_shared_memory_collectives()
     deepspeed.init_distributed()
     run = _TrainingRun(trial, report)
     run.start(checkpoint)

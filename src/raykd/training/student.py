@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from raykd.config.experiment import Arm
-from raykd.config.sections import Student
+from raykd.config.training import Student
 from raykd.errors import StageError, UserError
 from raykd.models.loading import load_base_model
 from raykd.storage import filesystem

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from raykd.cluster import resources
 from raykd.cluster.capacity import current_resources, num_placeable
 from raykd.cluster.nodes import Bundle
-from raykd.config.sections import Train
+from raykd.config.training import Train
 
 REQUEST_INTERVAL_S = 60
 

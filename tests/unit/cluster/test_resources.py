@@ -6,7 +6,8 @@ from raykd.cluster import resources
 from raykd.cluster.engine import engine_settings
 from raykd.config.engine import Engine, Replicas
 from raykd.config.experiment import Experiment
-from raykd.config.sections import Attention, Teacher, Train
+from raykd.config.sections import Attention, Teacher
+from raykd.config.training import Train
 
 
 def test_auto_is_gpu_where_the_cluster_has_gpus():

@@ -8,7 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from raykd.config.sections import Attention, Student
+from raykd.config.sections import Attention
+from raykd.config.training import Student
 from raykd.data import prompts
 from raykd.evaluation import attention, attention_heads
 from raykd.models import loading, tokenization

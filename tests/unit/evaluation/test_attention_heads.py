@@ -30,7 +30,7 @@ from transformers import (
     StableLmForCausalLM,
 )
 
-from raykd.config.sections import Student
+from raykd.config.training import Student
 from raykd.evaluation import attention_heads
 from raykd.evaluation.attention_heads import STATISTICS, Text
 from raykd.training import student

@@ -9,7 +9,8 @@ import pyarrow.parquet
 import pytest
 
 from raykd.config.engine import Engine, Sampling
-from raykd.config.sections import Evaluate, Student
+from raykd.config.sections import Evaluate
+from raykd.config.training import Student
 from raykd.data import grading, prompts
 from raykd.evaluation import evaluate, student_batch
 from raykd.models import loading, tokenization

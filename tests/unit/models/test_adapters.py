@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 import torch
 
-from raykd.config.sections import Lora, Student
+from raykd.config.training import Lora, Student
 from raykd.models import adapters, loading
 from raykd.storage import filesystem
 from raykd.training import student

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from raykd.config import experiment
-from raykd.config.sections import Student, Teacher
+from raykd.config.sections import Teacher
+from raykd.config.training import Student
 from raykd.models import loading, tokenization
 from raykd.models.builtin import resolve_model
 

@@ -15,7 +15,7 @@ import torch
 
 from raykd import cli
 from raykd.config.experiment import Experiment
-from raykd.config.sections import Lora, Student
+from raykd.config.training import Lora, Student
 from raykd.evaluation import evaluate, lm_eval_task, student_batch
 from raykd.models import adapters, loading
 from raykd.pipeline import run

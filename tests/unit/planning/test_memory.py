@@ -7,7 +7,7 @@ from transformers import LlamaForCausalLM
 from raykd.cluster.gpus import GIB, GPUS
 from raykd.config.engine import Engine
 from raykd.config.experiment import Experiment
-from raykd.config.sections import Lora, Train
+from raykd.config.training import Lora, Train
 from raykd.models import architecture
 from raykd.models.architecture import Shape
 from raykd.planning import memory
@@ -64,7 +64,7 @@ def test_meta_fp8_keeps_attention_and_outer_layers_in_16_bits():
     ],
 )
 def test_kv_cache_is_as_large_as_published(model: str, token: int, gib_of_16k: float):
-    assert memory.kv_bytes_per_token(shape_of(model)) == token
+    assert memory.engine_memory(shape_of(model), Engine(), None).kv_token == token
     assert token * 16_000 / GIB == pytest.approx(gib_of_16k, abs=0.01)
 
 

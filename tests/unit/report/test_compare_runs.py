@@ -88,7 +88,7 @@ def test_different_evaluation_settings_give_a_warning(tmp_path: Path):
         file.write("evaluate: {protocol: eight_shot_cot}\n")
     text = compare(str(first), str(second))
     assert "evaluation settings differ" in text
-    assert "asked by zero_shot_chat, greedy" in text and "asked by eight_shot_cot, greedy" in text
+    assert "protocol zero_shot_chat, greedy" in text and "protocol eight_shot_cot, greedy" in text
 
 
 def test_control_characters_are_replaced():

@@ -80,7 +80,6 @@ def test_bucket_path_keeps_its_uri(bucket: str):
 
 
 def test_written_file_is_read_back(place: Path):
-    filesystem.make_folder(place / "deep")
     filesystem.put(place / "deep" / "file", b"one")
     filesystem.put(place / "deep" / "file", b"two")
     assert filesystem.read_bytes(place / "deep" / "file") == b"two"
@@ -94,7 +93,6 @@ def test_written_file_is_read_back(place: Path):
 
 
 def test_interrupted_write_leaves_no_file(place: Path):
-    filesystem.make_folder(place)
     with pytest.raises(RuntimeError), filesystem.atomic_write(place / "file") as local:
         local.write_text("half")
         raise RuntimeError
@@ -102,7 +100,6 @@ def test_interrupted_write_leaves_no_file(place: Path):
 
 
 def test_read_all_keeps_the_order(place: Path):
-    filesystem.make_folder(place)
     paths = [place / f"{number:03}" for number in range(70)]
     for number, path in enumerate(paths):
         filesystem.put(path, str(number).encode())
@@ -111,7 +108,6 @@ def test_read_all_keeps_the_order(place: Path):
 
 
 def test_atomic_write_dir_replaces_a_folder(place: Path):
-    filesystem.make_folder(place)
     for content in ("first", "second"):
         with filesystem.atomic_write_dir(place / "adapter") as local:
             (local / content).write_text(content)
@@ -128,9 +124,7 @@ def test_atomic_write_dir_replaces_a_folder(place: Path):
 
 
 def test_listing_of_folders_and_files(place: Path):
-    filesystem.make_folder(place)
     for name in ("b/it", "a/it", "c/other", "it"):
-        filesystem.make_folder((place / name).parent)
         filesystem.put(place / name, b"")
     assert filesystem.list_dirs(place) == [place / "a", place / "b", place / "c"]
     assert filesystem.find_in_subdirs(place, "it") == [place / "a" / "it", place / "b" / "it"]

@@ -29,8 +29,11 @@ ELSEWHERE = {"who": "process 7 on elsewhere", "token": "theirs", "process": 7, "
 
 def test_second_process_sees_the_owner_until_release(place: Path):
     with lock.folder_lock(place, "first"):
-        told = rf"is locked by process {os.getpid()} on .*: first\. Wait for that process, stop it \(it asks the same\)"
-        with pytest.raises(ValueError, match=told), lock.folder_lock(place, "second", " (it asks the same)"):
+        told = rf"is locked by process {os.getpid()} on .*: first\. Wait for that process, stop it \(same completions\)"
+        with (
+            pytest.raises(ValueError, match=told),
+            lock.folder_lock(place, "second", " (same completions)"),
+        ):
             raise AssertionError("both hold it")
         assert not row_store.list_parts(place)
     with pytest.raises(RuntimeError), lock.folder_lock(place, "second"):

@@ -70,7 +70,7 @@ def make(plan: Plan, completions: CompletionSet) -> list[dict[str, Any]]:
     rows = build_prompts.BuildTeacherPrompts([completions], config, instruction, {completions.folder: set()})(problems)
 
     async def call_teacher() -> None:
-        teacher = TeacherClient("", "elsewhere", config, [completions], max_calls=2)
+        teacher = TeacherClient("", config, [completions], max_calls=2)
         for start in range(0, len(rows), config.batch_size):
             part = rows.slice(start, config.batch_size)
             batch = {name: np.array([*part[name].to_pylist(), None], dtype=object)[:-1] for name in part.column_names}

@@ -23,8 +23,7 @@ def checkpoint(run: Path, name: str, workers: int = 2) -> Path:
             for file in part.rglob("*"):
                 if file.is_file():
                     copy = folder / file.relative_to(part)
-                    filesystem.make_folder(copy.parent)
-                    copy.write_bytes(file.read_bytes())
+                    filesystem.put(copy, file.read_bytes())
     return folder
 
 
@@ -36,9 +35,7 @@ def write_list(run: Path, *names: str) -> Path:
 
 @pytest.fixture
 def run(place: Path) -> Path:
-    folder = place / "trial"
-    filesystem.make_folder(folder)
-    return folder
+    return place / "trial"
 
 
 def test_valid_list_is_kept(run: Path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from raykd.config.sections import Targets
+from raykd.config.training import Targets
 from raykd.training.examples import select_completions
 
 

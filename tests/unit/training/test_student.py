@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raykd.config.experiment import Arm
-from raykd.config.sections import Lora, Loss, Student, Targets, Teacher, Train
+from raykd.config.sections import Teacher
 from raykd.config.strategies import Prompt
+from raykd.config.training import Lora, Loss, Student, Targets, Train
 from raykd.training import batching, student
 from raykd.training.examples import Example
 from raykd.training.packing import ATTENTION_NAME

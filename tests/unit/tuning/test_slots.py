@@ -2,7 +2,7 @@
 
 import pytest
 
-from raykd.config.sections import Train
+from raykd.config.training import Train
 from raykd.tuning import slots
 from raykd.tuning.slots import AutoscalerRequester, TrialSlots, WorkerGroup, num_trial_slots
 
