@@ -29,6 +29,14 @@ from runs import wait_for_end
 pytest_plugins = ["reference_run"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Share the tests out by file, with all files that read the reference run in one process. Long ones come first."""
+    readers = {item.path for item in items if "reference" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("reference" if item.path in readers else str(item.path)))
+    items.sort(key=lambda item: (item.path not in readers, "unit" in item.path.parts))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def nothing_is_left_running() -> Iterator[None]:
     """Ends what the tests of a file started and did not end, and fails for it."""

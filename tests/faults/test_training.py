@@ -76,6 +76,8 @@ def check_the_same(job: TrialSpec, undisturbed: TrialSpec) -> None:
         assert torch.allclose(tensor, weights[1][name], atol=2e-3), name
 
 
+# In `make test`, test_sweeps.py kills a worker of a run that it also kills.
+@pytest.mark.slow
 def test_a_worker_is_killed(undisturbed: TrialSpec, tmp_path: Path):
     arguments = command(tmp_path)
     (job,) = plan_of(arguments).trials

@@ -41,7 +41,7 @@ NUM_TRAIN, NUM_TOO_LONG, NUM_TEST = 24, 3, 11
 """Problems of the training split, how many of them no model has room for, and those of the test split."""
 NUM_ANSWERED = NUM_TRAIN - NUM_TOO_LONG
 MAX_TOKENS = 32
-OWN_MAX_TOKENS = 24
+OWN_MAX_TOKENS, OWN_BATCH_SIZE = 24, 12
 CONTEXT = 1024
 TOP_K = 6
 STEPS = 9
@@ -66,15 +66,18 @@ ARMS: dict[str, dict[str, Any]] = {
         "targets": {"source": "reference", "kind": "top_k", "top_k": TOP_K},
         "loss": {"divergence": "jensen_shannon", "missing_mass": "renormalize", "temperature": 2.0},
     },
-    # Greedy, so that anybody can tell what its answers should be; a round of one step and a round of two.
+    # A round of reference solutions and a round of its own answers, of one step each. The answers are greedy, so that
+    # a test can tell what they should be.
     "own": {
         "prompt.strategy": "ground_truth",
         "train.epochs": 1,
+        "train.batch_size": OWN_BATCH_SIZE,
         "targets": {
             "source": "student",
             "kind": "top_k",
             "top_k": TOP_K,
             "rounds": 2,
+            "warmup_rounds": 1,
             "rollout": {"temperature": 0, "max_tokens": OWN_MAX_TOKENS},
         },
     },

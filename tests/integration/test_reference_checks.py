@@ -130,6 +130,8 @@ def test_the_same_students_can_be_asked_by_another_protocol(reference: Reference
     assert again.stdout in reference.output
 
 
+# An engine for what test_lm_eval_task.py shows of the prompts, and test_run.py of prompts that are too long.
+@pytest.mark.slow
 def test_eight_worked_problems_come_before_the_question(reference: Reference):
     """Word for word what transformers makes of those turns; a question that has no room beside them carries why."""
     told = ["evaluate.protocol=eight_shot_cot", "evaluate.max_error_rate=0.2"]

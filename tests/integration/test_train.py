@@ -34,8 +34,8 @@ HARD = {
         "zero3-micro2-checkpointed-answers-killed",
     ],
 }
-# Begun with two workers, gone on with from the first checkpoint by one, and by three.
-ELASTIC = {1: ["zero0-micro2-elastic"], 3: ["zero0-micro2-packed-elastic"]}
+# Begun with two workers, and resumed from the first checkpoint by one, or by three.
+FEWER, MORE = "zero0-micro2-elastic", "zero0-micro2-packed-elastic"
 SOFT = {1: ["zero0-micro8-soft", "zero2-micro4-soft-packed-chunked"], 2: ["zero3-micro2-soft-chunked"]}
 BFLOAT16 = {1: ["zero2-micro8-bf16", "zero1-micro4-bf16"], 2: ["zero2-micro4-bf16-checkpointed", "zero3-micro4-bf16"]}
 
@@ -52,12 +52,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         killed = [variant for variant in variants if "killed" in variant]
         run(folder, workers, [*(variant for variant in variants if variant not in killed), *killed])
         run(folder, workers, killed)
-    for workers, variants in ELASTIC.items():
-        for variant in variants:
-            # The process ends at the checkpoint, with whatever else it had to do.
-            run(folder, 2, [variant])
-        run(folder, workers, variants)
+    resume_with(folder, 1, FEWER)
     return folder
+
+
+def resume_with(folder: Path, workers: int, variant: str) -> None:
+    """Trains a variant with two workers, which end at the first checkpoint, and then with another number of them."""
+    run(folder, 2, [variant])
+    run(folder, workers, [variant])
 
 
 def run(folder: Path, workers: int, variants: list[str]) -> None:
@@ -83,11 +85,22 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("first", "name"),
     [(names(group)[0], name) for group in (HARD, SOFT) for name in names(group)[1:]]
-    + [(names(HARD)[0], f"workers2-{variant}") for each in ELASTIC.values() for variant in each],
+    + [(names(HARD)[0], f"workers2-{FEWER}")],
 )
 def test_how_it_is_carried_out_changes_nothing_but_rounding(trained: Path, first: str, name: str):
-    """Workers, micro-batches, ZeRO stage, packing, checkpointed activations, chunks, being broken off, and gone on with
-    by fewer workers or by more."""
+    """Workers, micro-batches, ZeRO stage, packing, checkpointed activations, chunks, being killed and resumed, also by
+    fewer workers."""
+    check_agreement(trained, first, name)
+
+
+# Five processes more. That fewer workers resume a trial, the test above shows.
+@pytest.mark.slow
+def test_more_workers_change_nothing_but_rounding(trained: Path):
+    resume_with(trained, 3, MORE)
+    check_agreement(trained, names(HARD)[0], f"workers2-{MORE}")
+
+
+def check_agreement(trained: Path, first: str, name: str) -> None:
     expected = trained / first
     assert len(losses(expected)) == 6
     assert losses(trained / name) == pytest.approx(losses(expected), rel=1e-4)
