@@ -21,7 +21,7 @@ from raykd.pipeline.plan import Plan
 from raykd.storage import files, row_store, schemas
 from raykd.storage.schemas import COMPLETE, FAILED, STOPPED
 from raykd.training.trial import TrialSpec, trial_status
-from runs import RAYKD, end_by, kill_when, parts, plan_of, wait_for_end
+from runs import RAYKD, end_by, parts, plan_of, started, wait_for_end
 
 pytestmark = pytest.mark.timeout(1800)
 GOOD, POOR = 5e-3, 1e-7
@@ -88,17 +88,17 @@ def sweep_file(scripted: fake_openai_server.FakeServer, tmp_path_factory: pytest
 
 @dataclass
 class Swept:
-    """A sweep that was interrupted while the teacher scored and killed while it trained, lost a worker, and came to its
-    end; and what its last command printed."""
+    """A sweep that was interrupted while the teacher scored, lost its workers and was killed while it trained, and came
+    to its end; and what its last commands printed."""
 
     plan: Plan
     stdout: str
     stderr: str
     kept: dict[str, int]
     """The completions that were there when generation was interrupted, and when they were written, in nanoseconds."""
-    first: TrialSpec
-    """The trial that was complete when the driver was killed."""
-    first_written: int
+    good: TrialSpec
+    """The trial that lost its worker, and was complete when the driver was killed."""
+    good_written: int
     """When its adapter was written, in nanoseconds."""
 
 
@@ -120,25 +120,32 @@ def swept(sweep_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
             test.rename(hidden)
         return hidden.exists()
 
-    def disturb(driver: subprocess.Popen) -> None:
-        while not hide("err.log"):
-            assert driver.poll() is None, (folder / "err.log").read_text()
+    def has_checkpoint() -> bool:
+        return hide("started.log") and any((plan.folder / "checkpoints" / good.trial_id).glob("checkpoint_*"))
+
+    good = next(job for job in plan.trials if job.hparams["train.learning_rate"] == GOOD)
+    with started(has_checkpoint, ["train", *told], folder) as driver:
+        family = psutil.Process(driver.pid).children(recursive=True)
+        kill_workers(family)
+        deadline = time.monotonic() + 600
+        while trial_status(good) != COMPLETE:
+            assert driver.poll() is None and time.monotonic() < deadline, (folder / "started.log").read_text()
             time.sleep(0.05)
-        kill_a_worker(driver, plan)
-
-    def one_is_complete() -> bool:
-        return hide("started.log") and any(trial_status(job) == COMPLETE for job in plan.trials)
-
-    family = kill_when(one_is_complete, ["train", *told], folder)
+        family = psutil.Process(driver.pid).children(recursive=True)
     hidden.rename(test)
-    first = next(job for job in plan.trials if trial_status(job) == COMPLETE)
-    first_written = adapter(first).stat().st_mtime_ns
-    trained = command("train", told, folder, status=0, meanwhile=disturb)
-    hidden.rename(test)
+    good_written = adapter(good).stat().st_mtime_ns
+
+    def hide_test(driver: subprocess.Popen) -> None:
+        while not hide("err.log") and driver.poll() is None:
+            time.sleep(0.05)
+
+    trained = command("train", told, folder, status=0, meanwhile=hide_test)
+    if hidden.exists():
+        hidden.rename(test)
     # A trial failed for good, and it says so.
     done = command("sweep", told, folder, status=1)
     wait_for_end(family)
-    return Swept(plan_of(["sweep", *told]), done[0], trained[1] + done[1], kept, first, first_written)
+    return Swept(plan_of(["sweep", *told]), done[0], trained[1] + done[1], kept, good, good_written)
 
 
 def command(
@@ -161,19 +168,15 @@ def command(
     return said
 
 
-def kill_a_worker(driver: subprocess.Popen, plan: Plan) -> None:
-    """Kills a process that trains, as soon as a trial is past its first checkpoint."""
-    under_way = [job for job in plan.trials if not trial_status(job)]
-    deadline = time.monotonic() + 600
-    while driver.poll() is None and time.monotonic() < deadline:
-        if any(any((plan.folder / "checkpoints" / job.trial_id).glob("checkpoint_*")) for job in under_way):
-            for process in psutil.Process(driver.pid).children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    if "ray::RayTrainWorker" in " ".join(process.cmdline()):
-                        process.kill()
-                        return
-        time.sleep(0.05)
-    raise AssertionError(f"no worker was there to be killed; the command ended with {driver.poll()}")
+def kill_workers(family: list[psutil.Process]) -> None:
+    """Kills the processes that train."""
+    killed = 0
+    for process in family:
+        with contextlib.suppress(psutil.Error):
+            if "ray::RayTrainWorker" in " ".join(process.cmdline()):
+                process.kill()
+                killed += 1
+    assert killed, "no worker was there to be killed"
 
 
 def written(paths: list[Path]) -> dict[str, int]:
@@ -228,14 +231,12 @@ def test_a_trial_that_cannot_be_trained_fails_and_the_others_finish(swept: Swept
 
 
 def test_what_was_complete_when_the_driver_was_killed_was_not_trained_again(swept: Swept):
-    assert adapter(swept.first).stat().st_mtime_ns == swept.first_written
+    assert adapter(swept.good).stat().st_mtime_ns == swept.good_written
 
 
 def test_a_lost_worker_left_no_gap(swept: Swept):
-    for job in swept.plan.trials:
-        if trial_status(job) == COMPLETE:
-            steps = [json.loads(line)["step"] for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
-            assert steps == list(range(1, 25))
+    steps = [json.loads(line)["step"] for line in (swept.good.folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 25))
 
 
 def test_the_best_of_each_arm_and_the_untouched_student_were_tested(swept: Swept):
