@@ -29,8 +29,12 @@ from runs import wait_for_end
 pytest_plugins = ["reference_run"]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Share the tests out by file, with all files that read the reference run in one process. Long ones come first."""
+    """Share the tests out by file, with all files that read the reference run in one process. Long ones come first.
+
+    It runs before pytest-xdist reads the marks.
+    """
     readers = {item.path for item in items if "reference" in getattr(item, "fixturenames", ())}
     for item in items:
         item.add_marker(pytest.mark.xdist_group("reference" if item.path in readers else str(item.path)))

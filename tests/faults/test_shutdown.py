@@ -19,7 +19,7 @@ def command(stage: str, root: Path) -> list[str]:
     ]
 
 
-# In `make test`, test_resume.py does this to a run that it compares with an undisturbed one.
+# In `make test`, test_sweeps.py does this to a sweep.
 @pytest.mark.slow
 def test_while_it_generates(tmp_path: Path):
     arguments = command("generate", tmp_path)

@@ -1,7 +1,7 @@
 """The reference run: one experiment, submitted once as a job to a head that asks for a token, read by many tests.
 
 It is the longest fixture of the suite. What it wrote, what it said and what Ray's metrics showed of it meanwhile are
-read by test_run, test_own_answers, test_evidence, test_job, test_run_metrics, test_resume and test_endpoint; none of
+read by test_run, test_reference_checks, test_job, test_run_metrics, test_resume and test_endpoint; none of
 them changes it. A test that needs something else of a run adds an arm here before it starts an engine of its own.
 """
 
@@ -41,12 +41,11 @@ NUM_TRAIN, NUM_TOO_LONG, NUM_TEST = 24, 3, 11
 """Problems of the training split, how many of them no model has room for, and those of the test split."""
 NUM_ANSWERED = NUM_TRAIN - NUM_TOO_LONG
 MAX_TOKENS = 32
-OWN_MAX_TOKENS, OWN_BATCH_SIZE = 24, 12
 CONTEXT = 1024
 TOP_K = 6
 STEPS = 9
-"""Optimizer steps of each student, but for that of its own answers."""
-NUM_WORKERS = {"greedy": 2, "soft": 1, "scored": 1, "own": 1}
+"""Optimizer steps of each student."""
+NUM_WORKERS = {"greedy": 2, "soft": 1, "scored": 1}
 """Workers of each student's training."""
 ENGINE = {"dtype": "float32", "max_model_len": CONTEXT, "max_num_seqs": 32}
 ARMS: dict[str, dict[str, Any]] = {
@@ -65,21 +64,6 @@ ARMS: dict[str, dict[str, Any]] = {
         "prompt.strategy": "ground_truth",
         "targets": {"source": "reference", "kind": "top_k", "top_k": TOP_K},
         "loss": {"divergence": "jensen_shannon", "missing_mass": "renormalize", "temperature": 2.0},
-    },
-    # A round of reference solutions and a round of its own answers, of one step each. The answers are greedy, so that
-    # a test can tell what they should be.
-    "own": {
-        "prompt.strategy": "ground_truth",
-        "train.epochs": 1,
-        "train.batch_size": OWN_BATCH_SIZE,
-        "targets": {
-            "source": "student",
-            "kind": "top_k",
-            "top_k": TOP_K,
-            "rounds": 2,
-            "warmup_rounds": 1,
-            "rollout": {"temperature": 0, "max_tokens": OWN_MAX_TOKENS},
-        },
     },
 }
 STUDENTS = ["base", *ARMS]
@@ -178,7 +162,7 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def experiment_file(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Hard and soft targets, scored reference solutions, own answers; ZeRO stages 2 and 3, one worker and two."""
+    """Hard and soft targets, scored reference solutions; ZeRO stages 2 and 3, one worker and two."""
     folder = tmp_path_factory.mktemp("experiment")
     engine = {"engine_kwargs": ENGINE}
     tree = {
@@ -213,7 +197,7 @@ def experiment_file(teacher_folder: Path, tmp_path_factory: pytest.TempPathFacto
             "engine": engine,
             "sampling": {"max_tokens": MAX_TOKENS},
             "batch_size": 8,
-            "max_error_rate": 0.15,
+            "max_error_rate": 0.2,
         },
         "arms": ARMS,
     }
@@ -323,8 +307,8 @@ def up(command: list[str], environment: dict[str, str], log: Path) -> subprocess
     try:
         deadline = time.monotonic() + 180
         while process.poll() is None:
-            listed = subprocess.run([RAY, "job", "list"], env=environment, capture_output=True, timeout=60)
-            if "Ray runtime started" in log.read_text() and listed.returncode == 0:
+            # The agent that starts jobs loads for some seconds after the head is up.
+            if "Ray runtime started" in log.read_text() and submit(environment, "--version").returncode == 0:
                 return process
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(1)

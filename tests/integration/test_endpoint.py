@@ -22,7 +22,8 @@ from raykd.storage.files import read_json
 from reference_run import ENGINE, MAX_TOKENS, NUM_TOO_LONG, NUM_TRAIN, TOP_K, Reference
 from runs import Ran, finish, free_port
 
-pytestmark = pytest.mark.timeout(2400)
+# An engine of its own. In `make test`, tests/unit/teacher asks a server with scripted answers.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 KEY_ENV, KEY, NAME = "RAYKD_TEACHER_KEY", "planted6dGhlIGtleSBvZiBhIHRlYWNoZXI", "the-teacher"
 GREEDY = ["teacher.sampling.temperature=0", "teacher.num_samples=1"]
 

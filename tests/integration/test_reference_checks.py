@@ -97,6 +97,8 @@ def test_lm_evaluation_harness_hears_the_same_answers(reference: Reference, tmp_
     assert sum(texts[question] == row["completion"] for question, row in own.items()) >= NUM_TEST - 1
 
 
+# An engine. In `make test`, tests/unit/evaluation holds the prompts and answers of each protocol.
+@pytest.mark.slow
 def test_the_same_students_can_be_asked_by_another_protocol(reference: Reference):
     """Samples of a raw text: asked of the adapters that are there; what was answered before stays as it is."""
     before = {path: path.stat().st_mtime_ns for path in reference.plan.predictions.iterdir()}

@@ -22,7 +22,7 @@ from raykd.training import examples
 from raykd.training.trial import TrialSpec, problem_ids_of_round
 from runs import Ran, finish, kill_when, plan_of, wait_for_end
 
-# Six engines. In `make test` the reference run has an arm that learns from its own answers: see test_own_answers.py.
+# Six engines. In `make test`, tests/unit/pipeline and tests/unit/tuning hold what needs no engine.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 MAX_TOKENS = 24
 
@@ -190,6 +190,10 @@ def test_what_the_teacher_scored_is_in_the_report(taught: Ran):
     made = read_json(taught.plan.folder / "run.json")["completions"]
     counts = {(each["source"], *each["arms"]): each["rows"] for each in made}
     assert counts == {("reference", "begun/warmup"): 24, ("student", "soft"): 24, ("student", "begun"): 16}
+
+
+def test_the_teacher_stays_up_from_round_to_round(taught: Ran):
+    assert taught.stderr.count("starting the teacher") == 1
 
 
 def test_without_soft_targets_the_teacher_is_not_asked(taught: Ran):

@@ -158,8 +158,7 @@ def test_the_prime_is_before_the_teacher_and_never_before_the_student(plan: Plan
         assert not any(prime in tokenizer.decode(row["prompt_token_ids"]) for row in completions(plan, "greedy"))
     questions = {row["problem_id"]: row["question"] for row in split(plan, "train")}
     counts = {}
-    trained = [job for job in plan.trials if job.arm_name != "own"]
-    for job in trained:
+    for job in plan.trials:
         rows, dropped = examples.build_examples(job.arm, job.problems, job.completions, tokenizer, job.same_tokens)
         counts[job.arm_name] = (len(rows), dropped)
         for row in rows:
@@ -170,7 +169,7 @@ def test_the_prime_is_before_the_teacher_and_never_before_the_student(plan: Plan
         "soft": (NUM_ANSWERED, {"error": 2 * NUM_TOO_LONG, "not_best": NUM_ANSWERED}),
         "scored": (NUM_ANSWERED, {"error": NUM_TOO_LONG}),
     }
-    told = {job.arm_name: files.read_json(job.folder / "trial.json") for job in trained}
+    told = {job.arm_name: files.read_json(job.folder / "trial.json") for job in plan.trials}
     assert {arm: (each["rows"], each["dropped"]) for arm, each in told.items()} == counts
 
 
@@ -223,11 +222,9 @@ def test_the_untouched_student_answers_as_the_base_model_does(plan: Plan, tokeni
 def test_training_lowered_the_loss_and_the_adapters_differ(plan: Plan):
     for job in plan.trials:
         curve = files.read_json_lines(job.folder / "metrics.jsonl")
-        if job.arm_name != "own":
-            # The same texts in each epoch; its own answers are others in each round.
-            assert len(curve) == STEPS
-            losses, epoch = [step["loss"] for step in curve], STEPS // 3
-            assert np.mean(losses[-epoch:]) < np.mean(losses[:epoch]), job.trial_id
+        assert len(curve) == STEPS
+        losses, epoch = [step["loss"] for step in curve], STEPS // 3
+        assert np.mean(losses[-epoch:]) < np.mean(losses[:epoch]), job.trial_id
     answers = {(row["trial_id"], row["problem_id"]): row["completion"] for row in predictions(plan)}
     by_trial = {trial: [answers[key] for key in sorted(answers) if key[0] == trial] for trial, _ in answers}
     assert len(by_trial) == len(STUDENTS)
@@ -281,14 +278,11 @@ def test_the_run_says_what_it_was_made_of(plan: Plan):
     assert set(run["stages"]) == {"completions", "students", "predictions", "attention"}
     assert set(run["processor_seconds"]) == {"teacher", "students' answers", "attention"}
     assert all(set(held) == {"cpu"} and held["cpu"] > 0 for held in run["processor_seconds"].values())
-    (trial,) = (each for each in plan.trials if each.arm_name == "own")
-    own = row_store.read_rows(trial.round_folder(1) / "completions", schemas.COMPLETION).to_pylist()
     made = {tuple(entry["arms"]): (entry["rows"], entry["errors"]) for entry in run["completions"]}
     assert made == {
         ("greedy",): (NUM_TRAIN, NUM_TOO_LONG),
         ("soft",): (2 * NUM_TRAIN, 2 * NUM_TOO_LONG),
         ("scored",): (NUM_TRAIN, NUM_TOO_LONG),
-        ("own",): (len(own), sum(bool(row["error"]) for row in own)),
     }
 
 

@@ -17,11 +17,7 @@ def rows_of(reference: Reference, arm: str) -> list[dict]:
     """Return what the teacher generated or scored for an arm."""
     completions = reference.plan.completion_sets[arm]
     assert completions
-    folder = completions.folder
-    if arm == "own":
-        (trial,) = (each for each in reference.plan.trials if each.arm_name == arm)
-        folder = trial.round_folder(1) / "completions"
-    return row_store.read_rows(folder, COMPLETION).to_pylist()
+    return row_store.read_rows(completions.folder, COMPLETION).to_pylist()
 
 
 @pytest.mark.parametrize(
@@ -30,19 +26,16 @@ def rows_of(reference: Reference, arm: str) -> list[dict]:
         ("greedy", "none", "teacher"),
         ("soft", "teacher", "teacher"),
         ("scored", "ground_truth", "reference"),
-        ("own", "ground_truth", "student"),
     ],
 )
 def test_completions_are_counted_as_they_were_written(reference: Reference, arm: str, strategy: str, source: str):
     rows, seen = rows_of(reference, arm), reference.seen
     done = [row for row in rows if not row["error"]]
     samples = 2 if arm == "soft" else 1
-    assert done and (len(done) == samples * (NUM_TRAIN - NUM_TOO_LONG) or arm == "own")
+    assert len(done) == samples * (NUM_TRAIN - NUM_TOO_LONG)
     tags = {"experiment": NAME, "strategy": strategy, "source": source}
     assert seen.total(metrics.COMPLETIONS, **tags, outcome="done") == len(done)
-    # A student's answer that failed is not given to the teacher.
-    failed = 0 if arm == "own" else len(rows) - len(done)
-    assert seen.total(metrics.COMPLETIONS, **tags, outcome="failed") == failed
+    assert seen.total(metrics.COMPLETIONS, **tags, outcome="failed") == len(rows) - len(done)
     assert seen.total(metrics.TOKENS, **tags) == sum(len(row["completion_token_ids"]) for row in done)
     correct = sum(row["is_correct"] for row in done)
     assert seen.total(metrics.CORRECT, **tags) == correct

@@ -76,6 +76,8 @@ def expected(prompts: list[list[int]]) -> list[list[int]]:
     return [greedy(model, prompt, eos, GREEDY["max_tokens"]) for prompt in prompts]
 
 
+# An engine of two processes. In `make test`, the test of sixteen GPUs shows where the shards of a replica lie.
+@pytest.mark.slow
 def test_an_engine_of_two_shards_answers_as_the_model_does(prompts: list[list[int]], expected: list[list[int]]):
     told = Teacher.model_validate(
         {

@@ -1,6 +1,7 @@
 """A teacher behind an endpoint: its rows, its failures, its identity, and the secrecy of its key."""
 
 import asyncio
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from raykd.models import loading
 from raykd.pipeline import preflight, run_record
 from raykd.pipeline.plan import Plan
 from raykd.planning import preview
+from raykd.runtime import metrics
 from raykd.storage import row_store, schemas
 from raykd.storage.files import read_json
 from raykd.teacher import build_prompts, completion_set
@@ -69,6 +71,8 @@ def make(plan: Plan, completions: CompletionSet) -> list[dict[str, Any]]:
     problems = pyarrow.parquet.read_table(plan.problems / "train.parquet")
     rows = build_prompts.BuildTeacherPrompts([completions], config, instruction, {completions.folder: set()})(problems)
 
+    counts: list[dict[str, Any]] = []
+
     async def call_teacher() -> None:
         teacher = TeacherClient("", config, [completions], max_calls=2)
         for start in range(0, len(rows), config.batch_size):
@@ -76,11 +80,16 @@ def make(plan: Plan, completions: CompletionSet) -> list[dict[str, Any]]:
             batch = {name: np.array([*part[name].to_pylist(), None], dtype=object)[:-1] for name in part.column_names}
             tokens = ("prompt_token_ids", "given_token_ids")
             batch |= {name: np.array([np.array(each) for each in batch[name]] + [None], object)[:-1] for name in tokens}
-            async for _ in teacher(batch):
-                pass
+            async for row in teacher(batch):
+                counts.append({name: value for name, (value,) in row.items()})
 
     asyncio.run(call_teacher())
-    return row_store.read_rows(completions.folder, schemas.COMPLETION).to_pylist()
+    rows = row_store.read_rows(completions.folder, schemas.COMPLETION).to_pylist()
+    # Of each call, as the driver adds them up.
+    assert {(each["strategy"], each["source"]) for each in counts} == {(completions.strategy_name, completions.source)}
+    for name, number in dataclasses.asdict(metrics.count_rows(rows)).items():
+        assert sum(each[name] for each in counts) == number
+    return rows
 
 
 def test_soft_targets_of_an_endpoint(tmp_path: Path):
