@@ -9,7 +9,7 @@ TORCH := $(shell grep '^torch==' requirements/cpu.txt)
 TYPES = $$($(BIN)/python -c "import sys; print('%d.%d' % sys.version_info[:2])")
 
 # Tests run in two processes: an engine's start and a training's are long and use one core. See tests/conftest.py.
-PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
+PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-gpu quickstart check docs test test-all test-faults bench soak lock clean

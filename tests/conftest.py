@@ -3,7 +3,9 @@
 import os
 import uuid
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -29,16 +31,27 @@ from runs import wait_for_end
 pytest_plugins = ["reference_run"]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Share the tests out by file, with all files that read the reference run in one process. Long ones come first.
+@cache
+def reads_reference_run(file: Path) -> bool:
+    return "from reference_run import" in file.read_text(encoding="utf-8")
 
-    It runs before pytest-xdist reads the marks.
-    """
-    readers = {item.path for item in items if "reference" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("reference" if item.path in readers else str(item.path)))
-    items.sort(key=lambda item: (item.path not in readers, "unit" in item.path.parts))
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first, so that two processes end at about the same time."""
+    items.sort(key=lambda item: (not reads_reference_run(item.path), "unit" in item.path.parts))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Shares the tests out by file; all files that read the reference run go to one process."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "reference" if reads_reference_run(config.rootpath / file) else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="module", autouse=True)
