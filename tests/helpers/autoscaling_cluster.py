@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
-from runs import free_port, wait_for_end
+from runs import free_port, head_ports, wait_for_end
 
 RAY = str(Path(sys.executable).parent / "ray")
 HEAD = "ray.head.default"
@@ -76,7 +76,7 @@ def autoscaling_head(folder: Path, types: dict[str, Any], idle_timeout_minutes: 
     command = [RAY, "start", "--head", "--block", "--num-cpus=1", f"--port={port}", "--include-dashboard=false"]
     with log.open("w") as stream:
         head = subprocess.Popen(
-            [*command, "--node-ip-address=127.0.0.1", f"--autoscaling-config={file}"],
+            [*command, *head_ports(), "--node-ip-address=127.0.0.1", f"--autoscaling-config={file}"],
             env=environment,
             stdout=stream,
             stderr=subprocess.STDOUT,

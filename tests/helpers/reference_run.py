@@ -27,7 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from raykd.models.builtin import resolve_model
 from raykd.pipeline.plan import Plan
 from raykd.runtime import metrics
-from runs import Ran, finish, free_port, plan_of, wait_for_end
+from runs import Ran, finish, free_port, head_ports, plan_of, wait_for_end
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
@@ -283,7 +283,7 @@ def token_head(folder: Path) -> Iterator[Head]:
     }
     environment.pop("RAY_ADDRESS", None)
     command = [RAY, "start", "--head", "--block", "--num-cpus=4", f"--port={port}", f"--dashboard-port={dashboard}"]
-    command += ["--include-dashboard=true", f"--metrics-export-port={exported}"]
+    command += ["--include-dashboard=true", f"--metrics-export-port={exported}", *head_ports()]
     process = up(command, environment, log) or up(command, environment, log)
     assert process, log.read_text()
     try:

@@ -34,6 +34,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def head_ports() -> list[str]:
+    """Options of `ray start --head` for the ports that it would not choose freely: there may be two heads."""
+    return [f"--{name}={free_port()}" for name in ("dashboard-agent-listen-port", "ray-client-server-port")]
+
+
 def finish(arguments: list[str], cwd: Path) -> Ran:
     """Runs a command to its end, which must be a good one."""
     done = subprocess.run([RAYKD, *arguments], cwd=cwd, capture_output=True, text=True, timeout=900)

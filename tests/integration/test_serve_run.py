@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from runs import free_port, wait_for_end
+from runs import free_port, head_ports, wait_for_end
 
 ROOT = Path(__file__).parents[2]
 RAY, SERVE = (str(Path(sys.executable).parent / name) for name in ("ray", "serve"))
@@ -31,6 +31,7 @@ def served(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     environment = {**os.environ, "RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "token"}
     environment["RAY_AUTH_TOKEN"] = "a-token-for-this-test-alone-0123456789abcdef"
     head = [RAY, "start", "--head", "--block", "--num-cpus=3", f"--port={port}", f"--dashboard-port={free_port()}"]
+    head += head_ports()
     command = [SERVE, "run", "raykd.serving:app", "experiment=configs/quickstart.yaml"]
     started: list[subprocess.Popen[bytes]] = []
     with (tmp_path / "log").open("wb") as log:
