@@ -8,8 +8,9 @@ TORCH := $(shell grep '^torch==' requirements/cpu.txt)
 # The Python whose types are checked, TYPES=3.13 for example; by default .venv's own.
 TYPES = $$($(BIN)/python -c "import sys; print('%d.%d' % sys.version_info[:2])")
 
-# Tests run in two processes: an engine's start and a training's are long and use one core. See tests/conftest.py.
-PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder
+# Unit tests run in two processes. The others start processes of their own, more than two cores have room for.
+UNIT := -n 2 --dist loadfile tests/unit
+OTHERS := tests/integration tests/faults
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-gpu quickstart check docs test test-all test-faults bench soak lock clean
@@ -44,10 +45,12 @@ check: install ## lint, format and types
 	$(BIN)/pyright --pythonversion $(TYPES)
 
 test: install ## unit and integration tests, some twenty minutes on two cores; a few more where $RAYKD_GSM8K_DIR names GSM8K's files
-	$(BIN)/pytest $(PARALLEL)
+	$(BIN)/pytest $(UNIT)
+	$(BIN)/pytest $(OTHERS)
 
 test-all: install ## the same, and the tests that take minutes each: faults, rounds, a bucket, statistics
-	$(BIN)/pytest $(PARALLEL) -m "slow or not slow"
+	$(BIN)/pytest -m "slow or not slow" $(UNIT)
+	$(BIN)/pytest -m "slow or not slow" $(OTHERS)
 
 test-faults: install ## kills, lost nodes, full disks, 20,000 cases of bad input
 	RAYKD_CASES=2500 $(BIN)/pytest -m "slow or not slow" tests/faults

@@ -3,9 +3,7 @@
 import os
 import uuid
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -29,29 +27,6 @@ from raykd.storage import filesystem
 from runs import wait_for_end
 
 pytest_plugins = ["reference_run"]
-
-
-@cache
-def reads_reference_run(file: Path) -> bool:
-    return "from reference_run import" in file.read_text(encoding="utf-8")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the longest files first, so that two processes end at about the same time."""
-    items.sort(key=lambda item: (not reads_reference_run(item.path), "unit" in item.path.parts))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Shares the tests out by file; all files that read the reference run go to one process."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "reference" if reads_reference_run(config.rootpath / file) else file
-
-    return ByFile(config, log)
 
 
 @pytest.fixture(scope="module", autouse=True)

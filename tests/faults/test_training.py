@@ -12,8 +12,10 @@ import safetensors.torch
 import torch
 
 from clusters import cluster, joining
+from raykd.storage import files
+from raykd.storage.schemas import COMPLETE, FAILED, STOPPED
 from raykd.training.trial import TrialSpec
-from runs import finish, plan_of, started
+from runs import RAYKD, finish, plan_of, started
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(600)
@@ -117,3 +119,23 @@ def test_a_node_is_lost_and_those_that_are_left_go_on(undisturbed: TrialSpec, tm
     with cluster(1) as nodes, started(lambda: has_come_far(job), arguments, tmp_path, joining(nodes)) as run:
         goes_on(job, run, lambda: nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False))
     check_the_same(job, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_trial_that_cannot_be_trained_fails_and_the_others_finish(tmp_path: Path):
+    # No row is so short.
+    arms = "arms={own: {targets.source: reference}, nothing: {targets.source: reference, train.max_length: 2}}"
+    sweep = "sweep={space: {train.learning_rate: {grid: [0.005, 0.002]}}, metric: loss, num_validations: 2}"
+    arguments = [
+        *["sweep", str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path}", arms, sweep, "attention=null"],
+        *["dataset.num_train=48", "dataset.num_validation=8", "dataset.num_test=8", "train.max_failures=0"],
+    ]
+    done = subprocess.run([RAYKD, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 1, done.stderr
+    assert "no row is left to train on" in done.stdout
+    for job in plan_of(arguments).trials:
+        record = files.read_json(job.folder / "trial.json")
+        if job.arm_name == "nothing":
+            assert record["status"] == FAILED and "no row is left to train on" in record["error"]
+        else:
+            assert record["status"] in (COMPLETE, STOPPED)

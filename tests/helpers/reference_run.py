@@ -91,6 +91,8 @@ class Head:
     address: str
     page: str
     """Where it offers its metrics."""
+    mistaken: subprocess.CompletedProcess[str]
+    """The first submission, with a mistake in the experiment."""
 
 
 @dataclass
@@ -230,7 +232,6 @@ def reference(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -
             )
         try:
             # While the teacher's engine loads.
-            mistaken = submit(environment, "rayjobs/run.py", "train", "configs/quickstart.yaml", "train.epoch=3")
             (folder / "other").write_text("another-token-altogether-0123456789abcdef")
             other = {**environment, "RAY_AUTH_TOKEN_PATH": str(folder / "other")}
             unknown = submit(other, "rayjobs/run.py", "--version")
@@ -251,7 +252,7 @@ def reference(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -
         jobs = told_jobs(environment)
     told = listed.stdout + listed.stderr
     return Reference(
-        plan_of(["run", *arguments]), experiment_file, output.read_text(), mistaken, unknown, told, jobs, seen
+        plan_of(["run", *arguments]), experiment_file, output.read_text(), head.mistaken, unknown, told, jobs, seen
     )
 
 
@@ -284,10 +285,11 @@ def token_head(folder: Path) -> Iterator[Head]:
     environment.pop("RAY_ADDRESS", None)
     command = [RAY, "start", "--head", "--block", "--num-cpus=4", f"--port={port}", f"--dashboard-port={dashboard}"]
     command += ["--include-dashboard=true", f"--metrics-export-port={exported}", *head_ports()]
-    process = up(command, environment, log) or up(command, environment, log)
-    assert process, log.read_text()
+    started = up(command, environment, log) or up(command, environment, log)
+    assert started, log.read_text()
+    process, mistaken = started
     try:
-        yield Head(environment, f"127.0.0.1:{port}", f"http://127.0.0.1:{exported}/metrics")
+        yield Head(environment, f"127.0.0.1:{port}", f"http://127.0.0.1:{exported}/metrics", mistaken)
     finally:
         family = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
@@ -295,21 +297,25 @@ def token_head(folder: Path) -> Iterator[Head]:
         wait_for_end(family)
 
 
-def up(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes] | None:
-    """Starts a head and waits until jobs can be submitted to it.
+def up(
+    command: list[str], environment: dict[str, str], log: Path
+) -> tuple[subprocess.Popen[bytes], subprocess.CompletedProcess[str]] | None:
+    """Starts a head and submits a job to it, with a mistake in the experiment, until it takes it.
 
     Returns:
-        its process; None where it gave itself up, as a node does whose agents take more than 15 s to load: where Ray's
-        files are read for the first time, they may.
+        its process, and what became of the job; None where it gave itself up, as a node does whose agents take more
+        than 15 s to load: where Ray's files are read for the first time, they may.
     """
     with log.open("w") as stream:
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + 180
         while process.poll() is None:
-            # The agent that starts jobs loads for some seconds after the head is up.
-            if "Ray runtime started" in log.read_text() and submit(environment, "--version").returncode == 0:
-                return process
+            if "Ray runtime started" in log.read_text():
+                job = submit(environment, "rayjobs/run.py", "train", "configs/quickstart.yaml", "train.epoch=3")
+                # The agent that starts jobs loads for some seconds after the head is up.
+                if "submitted successfully" in job.stdout + job.stderr:
+                    return process, job
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(1)
         return None

@@ -1,13 +1,12 @@
-"""A sweep under Ray Tune: who is stopped, who fails, what is chosen and tested, and that it resumes in every stage."""
+"""A sweep under Ray Tune: which trials are stopped, chosen and tested, and that it resumes in every stage."""
 
 import contextlib
 import csv
 import json
 import signal
-import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ import yaml
 import fake_openai_server
 from raykd.pipeline.plan import Plan
 from raykd.storage import files, row_store, schemas
-from raykd.storage.schemas import COMPLETE, FAILED, STOPPED
+from raykd.storage.schemas import COMPLETE, STOPPED
 from raykd.training.trial import TrialSpec, trial_status
-from runs import RAYKD, end_by, parts, plan_of, started, wait_for_end
+from runs import end_by, finish, parts, plan_of, started, wait_for_end
 
 pytestmark = pytest.mark.timeout(1800)
 GOOD, POOR = 5e-3, 1e-7
@@ -42,7 +41,7 @@ def scripted() -> Iterator[fake_openai_server.FakeServer]:
 
 @pytest.fixture(scope="module")
 def sweep_file(scripted: fake_openai_server.FakeServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An arm at two learning rates, of which one teaches nothing, and an arm that cannot be trained."""
+    """An arm at two learning rates, of which one teaches nothing."""
     engine = {"engine_kwargs": {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 32}}
     tree = {
         "name": "swept",
@@ -71,8 +70,6 @@ def sweep_file(scripted: fake_openai_server.FakeServer, tmp_path_factory: pytest
                 "targets": {"source": "reference", "kind": "top_k", "top_k": 4},
                 "loss.cross_entropy_weight": 0.9,
             },
-            # No row is so short.
-            "nothing": {"targets.source": "reference", "train.max_length": 2, "train.max_failures": 0},
         },
         "sweep": {
             "space": {"train.learning_rate": {"grid": [GOOD, POOR]}},
@@ -89,7 +86,7 @@ def sweep_file(scripted: fake_openai_server.FakeServer, tmp_path_factory: pytest
 @dataclass
 class Swept:
     """A sweep that was interrupted while the teacher scored, lost its workers and was killed while it trained, and came
-    to its end; and what its last commands printed."""
+    to its end; and what its last command printed."""
 
     plan: Plan
     stdout: str
@@ -108,25 +105,20 @@ def swept(sweep_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     told = [str(sweep_file), f"storage={folder}"]
     plan = plan_of(["sweep", *told])
     (request,) = plan.required_sets
-    end_by(signal.SIGTERM, lambda: len(parts(request.folder)) >= 3, ["generate", *told], folder)
+    end_by(signal.SIGTERM, lambda: len(parts(request.folder)) >= 3, ["sweep", *told], folder)
     kept = written(parts(request.folder))
     assert row_store.read_manifest(request.folder) is None, "ended too late to test anything"
-    command("generate", told, folder, status=0)
     test, hidden = plan.problems / "test.parquet", plan.problems / "test.hidden"
 
-    def hide(log: str) -> bool:
-        """Once students are trained, whoever wanted to read the test problems fails; before, they are checked."""
-        if test.exists() and "training" in (folder / log).read_text():
-            test.rename(hidden)
-        return hidden.exists()
-
     def has_checkpoint() -> bool:
-        return hide("started.log") and any((plan.folder / "checkpoints" / good.trial_id).glob("checkpoint_*"))
+        # Once students are trained, whoever wanted to read the test problems fails; before, they are checked.
+        if test.exists() and "training" in (folder / "started.log").read_text():
+            test.rename(hidden)
+        return any((plan.folder / "checkpoints" / good.trial_id).glob("checkpoint_*"))
 
-    good = next(job for job in plan.trials if job.hparams["train.learning_rate"] == GOOD)
-    with started(has_checkpoint, ["train", *told], folder) as driver:
-        family = psutil.Process(driver.pid).children(recursive=True)
-        kill_workers(family)
+    good = by_rate(plan)[GOOD]
+    with started(has_checkpoint, ["sweep", *told], folder) as driver:
+        kill_workers(psutil.Process(driver.pid).children(recursive=True))
         deadline = time.monotonic() + 600
         while trial_status(good) != COMPLETE:
             assert driver.poll() is None and time.monotonic() < deadline, (folder / "started.log").read_text()
@@ -134,38 +126,9 @@ def swept(sweep_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
         family = psutil.Process(driver.pid).children(recursive=True)
     hidden.rename(test)
     good_written = adapter(good).stat().st_mtime_ns
-
-    def hide_test(driver: subprocess.Popen) -> None:
-        while not hide("err.log") and driver.poll() is None:
-            time.sleep(0.05)
-
-    trained = command("train", told, folder, status=0, meanwhile=hide_test)
-    if hidden.exists():
-        hidden.rename(test)
-    # A trial failed for good, and it says so.
-    done = command("sweep", told, folder, status=1)
+    done = finish(["sweep", *told], folder)
     wait_for_end(family)
-    return Swept(plan_of(["sweep", *told]), done[0], trained[1] + done[1], kept, good, good_written)
-
-
-def command(
-    name: str,
-    arguments: list[str],
-    folder: Path,
-    status: int,
-    meanwhile: Callable[[subprocess.Popen], None] = lambda driver: None,
-) -> tuple[str, str]:
-    """What a command prints, which must end with a status."""
-    with (folder / "out.log").open("w") as out, (folder / "err.log").open("w") as err:
-        driver = subprocess.Popen([RAYKD, name, *arguments], cwd=folder, stdout=out, stderr=err)
-        try:
-            meanwhile(driver)
-            driver.wait(timeout=900)
-        finally:
-            driver.kill()
-    said = (folder / "out.log").read_text(), (folder / "err.log").read_text()
-    assert driver.returncode == status, "\n".join(said)
-    return said
+    return Swept(done.plan, done.stdout, done.stderr, kept, good, good_written)
 
 
 def kill_workers(family: list[psutil.Process]) -> None:
@@ -188,9 +151,9 @@ def adapter(job: TrialSpec) -> Path:
     return job.folder / "adapter" / "adapter_model.safetensors"
 
 
-def by_arm(swept: Swept, arm: str) -> dict[float, TrialSpec]:
-    """An arm's trials by their learning rate."""
-    return {job.hparams["train.learning_rate"]: job for job in swept.plan.trials if job.arm_name == arm}
+def by_rate(plan: Plan) -> dict[float, TrialSpec]:
+    """The trials by their learning rate."""
+    return {job.hparams["train.learning_rate"]: job for job in plan.trials}
 
 
 def told(job: TrialSpec) -> dict[str, Any]:
@@ -201,17 +164,17 @@ def test_the_teacher_was_asked_once_for_all_trials(swept: Swept, scripted: fake_
     (request,) = swept.plan.required_sets
     rows = row_store.read_rows(request.folder, schemas.COMPLETION, ["problem_id"])
     assert len(rows) == len(set(rows["problem_id"].to_pylist())) == NUM_TRAIN
-    assert {job.completions for job in by_arm(swept, "scored").values()} == {request.folder}
+    assert {job.completions for job in swept.plan.trials} == {request.folder}
     assert swept.kept.items() <= written(parts(request.folder)).items()
     # Two tokens are asked about first, to see whether it answers; and again what was in flight when it was interrupted.
     asked = Counter(tuple(each.body["prompt"]) for each in scripted.requests if len(each.body["prompt"]) > 2)
     assert len(asked) == NUM_TRAIN
     assert asked.total() <= NUM_TRAIN + CONCURRENCY * BATCH_SIZE
-    assert "asking the teacher" not in swept.stderr
+    assert "using the teacher" not in swept.stderr
 
 
 def test_what_is_worse_by_validation_is_stopped_early(swept: Swept):
-    jobs = by_arm(swept, "scored")
+    jobs = by_rate(swept.plan)
     good, poor = told(jobs[GOOD]), told(jobs[POOR])
     assert (good["status"], good["steps"], good["validation"]["number"]) == (COMPLETE, 24, 3)
     assert poor["status"] == STOPPED
@@ -220,14 +183,6 @@ def test_what_is_worse_by_validation_is_stopped_early(swept: Swept):
     first = json.loads((jobs[GOOD].folder / "metrics.jsonl").read_text().splitlines()[7])
     assert poor["validation"]["loss"] > first["validation"]["loss"] > good["validation"]["loss"]
     assert poor["adapter"] is None and not adapter(jobs[POOR]).exists()
-
-
-def test_a_trial_that_cannot_be_trained_fails_and_the_others_finish(swept: Swept):
-    for job in by_arm(swept, "nothing").values():
-        assert told(job)["status"] == FAILED
-        assert "no row is left to train on" in told(job)["error"]
-    assert {trial_status(job) for job in swept.plan.trials if job.arm_name != "nothing"} == {COMPLETE, STOPPED}
-    assert "no row is left to train on" in swept.stdout
 
 
 def test_what_was_complete_when_the_driver_was_killed_was_not_trained_again(swept: Swept):
@@ -242,7 +197,7 @@ def test_a_lost_worker_left_no_gap(swept: Swept):
 def test_the_best_of_each_arm_and_the_untouched_student_were_tested(swept: Swept):
     rows = row_store.read_rows(swept.plan.predictions, schemas.PREDICTION).to_pylist()
     asked = {row["trial_id"] for row in rows}
-    assert asked == {by_arm(swept, "scored")[GOOD].trial_id, "base"}
+    assert asked == {by_rate(swept.plan)[GOOD].trial_id, "base"}
     assert len(rows) == 20
 
 
@@ -254,11 +209,10 @@ def test_the_table_has_every_trial(swept: Swept):
         row, record = rows[job.trial_id], told(job)
         assert float(row["train.learning_rate"]) == job.hparams["train.learning_rate"]
         assert row["status"] == record["status"]
-        if record["status"] != FAILED:
-            assert float(row["validation_loss"]) == record["validation"]["loss"]
-            assert (row["validation_n"], int(row["validation_number"])) == ("12", record["validation"]["number"])
+        assert float(row["validation_loss"]) == record["validation"]["loss"]
+        assert (row["validation_n"], int(row["validation_number"])) == ("12", record["validation"]["number"])
         assert row["adapter"] == (str(job.folder / "adapter") if record["status"] == COMPLETE else "")
-    for word in ("All trials", "Best point of each arm", "stopped", "failed", "base"):
+    for word in ("All trials", "Best point of each arm", "stopped", "base"):
         assert word in swept.stdout
 
 
@@ -269,6 +223,6 @@ def test_tensorboard_s_files_are_there(swept: Swept):
 
 
 def test_the_same_command_again_does_nothing_again(swept: Swept, sweep_file: Path):
-    again = command("sweep", [str(sweep_file), f"storage={swept.plan.root}"], swept.plan.root, status=1)
-    assert again[0] == swept.stdout
-    assert "Ray" not in again[1]
+    again = finish(["sweep", str(sweep_file), f"storage={swept.plan.root}"], swept.plan.root)
+    assert again.stdout == swept.stdout
+    assert "Ray" not in again.stderr
