@@ -44,7 +44,7 @@ with connected(Path(sys.argv[1]) / "log", "leavings", "test"):
 pytestmark = pytest.mark.timeout(300)
 
 
-@pytest.mark.parametrize("how", ["ends", "killed"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("ends", marks=pytest.mark.slow)])
 def test_a_place_that_is_taken_after_the_end_is_given_back(tmp_path: Path, how: str):
     marker = tmp_path / "marker"
     with cluster(1) as made:

@@ -57,6 +57,8 @@ def test_second_run_names_the_first(holder, tmp_path: Path, capsys, stage: str):
     assert [path.name for path in folder.iterdir()] == [lock.LOCK_FILE]
 
 
+# A command of its own; tests/unit/storage holds the message.
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_shared_completions_name_the_experiment_that_generates_them(tmp_path: Path):
     arguments = ["generate", str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path}", "arms={one: {}}"]

@@ -1,6 +1,5 @@
 """Autoscaling cluster on this machine: Ray's real autoscaler with Ray's fake node provider."""
 
-import contextlib
 import json
 import os
 import subprocess
@@ -10,10 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
-from runs import free_port, head_ports, wait_for_end
+from runs import free_port, head_ports, kill_family
 
 RAY = str(Path(sys.executable).parent / "ray")
 HEAD = "ray.head.default"
@@ -84,11 +82,5 @@ def autoscaling_head(folder: Path, types: dict[str, Any], idle_timeout_minutes: 
     try:
         yield f"127.0.0.1:{port}", file
     finally:
-        family = psutil.Process(head.pid).children(recursive=True)
-        head.terminate()
-        head.wait(timeout=120)
-        for process in family:
-            # The autoscaler does not stop its fake nodes when it ends.
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        wait_for_end(family)
+        # Told to end, the head waits half a minute for its processes, and its autoscaler leaves the fake nodes behind.
+        kill_family(head)

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
@@ -27,7 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from raykd.models.builtin import resolve_model
 from raykd.pipeline.plan import Plan
 from raykd.runtime import metrics
-from runs import Ran, finish, free_port, head_ports, plan_of, wait_for_end
+from runs import Ran, finish, free_port, head_ports, kill_family, plan_of
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
@@ -291,10 +290,8 @@ def token_head(folder: Path) -> Iterator[Head]:
     try:
         yield Head(environment, f"127.0.0.1:{port}", f"http://127.0.0.1:{exported}/metrics", mistaken)
     finally:
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.terminate()
-        process.wait(timeout=180)
-        wait_for_end(family)
+        # Told to end, it waits half a minute for its processes.
+        kill_family(process)
 
 
 def up(

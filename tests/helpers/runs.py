@@ -5,9 +5,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -122,6 +123,17 @@ def end_by(signum: int, condition: Callable[[], bool], arguments: list[str], cwd
 def parts(folder: Path) -> list[Path]:
     """The parts of rows anywhere below a folder."""
     return sorted(folder.rglob("part-*.parquet"))
+
+
+def kill_family(process: subprocess.Popen[Any]) -> None:
+    """Kills a process and all below it, and waits until they are gone."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    for each in family:
+        with suppress(psutil.Error):
+            each.kill()
+    wait_for_end(family)
 
 
 def wait_for_end(family: list[psutil.Process], timeout_s: float = 120) -> None:

@@ -39,7 +39,8 @@ EXPERIMENT = Experiment.model_validate(
     }
 )
 
-pytestmark = pytest.mark.timeout(900)
+# Five nodes. In `make test`, test_autoscaler.py holds that nodes come, and tests/unit/planning what is asked for.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

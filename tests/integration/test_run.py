@@ -286,12 +286,12 @@ def test_the_run_says_what_it_was_made_of(plan: Plan):
     }
 
 
-def test_the_same_command_again_does_nothing_again(reference: Reference):
+def test_the_same_command_again_does_nothing_again(reference: Reference, again: Ran):
     root = reference.plan.root
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*.parquet")}
-    once, twice = (finish(reference.arguments, root) for _ in range(2))
-    assert once.stdout == twice.stdout
-    assert "Ray" not in once.stderr, "what is complete needs no cluster"
+    once_more = finish(reference.arguments, root)
+    assert once_more.stdout == again.stdout
+    assert "Ray" not in once_more.stderr, "what is complete needs no cluster"
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*.parquet")} == before
 
 

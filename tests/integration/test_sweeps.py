@@ -64,6 +64,7 @@ def sweep_file(scripted: fake_openai_server.FakeServer, tmp_path_factory: pytest
             "checkpoint_every_steps": 4,
         },
         "evaluate": {"engine": engine, "sampling": {"max_tokens": 32}},
+        "attention": None,
         "arms": {
             "scored": {
                 "prompt.strategy": "ground_truth",
