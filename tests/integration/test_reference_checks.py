@@ -64,6 +64,8 @@ def test_the_report_tells_what_heads_did(reference: Reference):
     assert "Attention statistics" in (reference.plan.folder / "report.html").read_text()
 
 
+# In `make test`, test_lm_eval_task.py compares prompts, extraction and score.
+@pytest.mark.slow
 def test_lm_evaluation_harness_hears_the_same_answers(reference: Reference, tmp_path: Path):
     """By the command that the report gives: the harness' own backend, prompts, extraction and score."""
     plan = reference.plan

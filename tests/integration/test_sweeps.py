@@ -20,7 +20,7 @@ from raykd.pipeline.plan import Plan
 from raykd.storage import files, row_store, schemas
 from raykd.storage.schemas import COMPLETE, STOPPED
 from raykd.training.trial import TrialSpec, trial_status
-from runs import end_by, finish, parts, plan_of, started, wait_for_end
+from runs import Ran, end_by, finish, parts, plan_of, started, wait_for_end
 
 pytestmark = pytest.mark.timeout(1800)
 GOOD, POOR = 5e-3, 1e-7
@@ -65,6 +65,8 @@ def sweep_file(scripted: fake_openai_server.FakeServer, tmp_path_factory: pytest
         },
         "evaluate": {"engine": engine, "sampling": {"max_tokens": 32}},
         "attention": None,
+        # Those that teach nothing are compared with the others at once.
+        "max_concurrent_trials": 1,
         "arms": {
             "scored": {
                 "prompt.strategy": "ground_truth",
@@ -86,11 +88,10 @@ def sweep_file(scripted: fake_openai_server.FakeServer, tmp_path_factory: pytest
 
 @dataclass
 class Swept:
-    """A sweep that was interrupted while the teacher scored, lost its workers and was killed while it trained, and came
-    to its end; and what its last command printed."""
+    """A sweep that was interrupted while the teacher scored, lost its workers and was killed while it trained, and then
+    trained all students; and what its last command printed."""
 
     plan: Plan
-    stdout: str
     stderr: str
     kept: dict[str, int]
     """The completions that were there when generation was interrupted, and when they were written, in nanoseconds."""
@@ -127,9 +128,15 @@ def swept(sweep_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
         family = psutil.Process(driver.pid).children(recursive=True)
     hidden.rename(test)
     good_written = adapter(good).stat().st_mtime_ns
-    done = finish(["sweep", *told], folder)
+    done = finish(["train", *told], folder)
     wait_for_end(family)
-    return Swept(done.plan, done.stdout, done.stderr, kept, good, good_written)
+    return Swept(done.plan, done.stderr, kept, good, good_written)
+
+
+@pytest.fixture(scope="module")
+def evaluated(swept: Swept, sweep_file: Path) -> Ran:
+    """The same sweep to its end."""
+    return finish(["sweep", str(sweep_file), f"storage={swept.plan.root}"], swept.plan.root)
 
 
 def kill_workers(family: list[psutil.Process]) -> None:
@@ -195,26 +202,8 @@ def test_a_lost_worker_left_no_gap(swept: Swept):
     assert steps == list(range(1, 25))
 
 
-def test_the_best_of_each_arm_and_the_untouched_student_were_tested(swept: Swept):
-    rows = row_store.read_rows(swept.plan.predictions, schemas.PREDICTION).to_pylist()
-    asked = {row["trial_id"] for row in rows}
-    assert asked == {by_rate(swept.plan)[GOOD].trial_id, "base"}
-    assert len(rows) == 20
-
-
-def test_the_table_has_every_trial(swept: Swept):
-    with (swept.plan.folder / "results.csv").open() as file:
-        rows = {row["trial_id"]: row for row in csv.DictReader(file)}
-    assert rows.keys() == {job.trial_id for job in swept.plan.trials} | {"base"}
-    for job in swept.plan.trials:
-        row, record = rows[job.trial_id], told(job)
-        assert float(row["train.learning_rate"]) == job.hparams["train.learning_rate"]
-        assert row["status"] == record["status"]
-        assert float(row["validation_loss"]) == record["validation"]["loss"]
-        assert (row["validation_n"], int(row["validation_number"])) == ("12", record["validation"]["number"])
-        assert row["adapter"] == (str(job.folder / "adapter") if record["status"] == COMPLETE else "")
-    for word in ("All trials", "Best point of each arm", "stopped", "base"):
-        assert word in swept.stdout
+def test_the_best_of_each_arm_and_the_base_student_will_be_tested(swept: Swept):
+    assert [each.trial_id for each in swept.plan.eval_models()] == ["base", swept.good.trial_id]
 
 
 def test_tensorboard_s_files_are_there(swept: Swept):
@@ -223,7 +212,32 @@ def test_tensorboard_s_files_are_there(swept: Swept):
             assert any((swept.plan.folder / "tune" / job.trial_id).glob("events.out.tfevents.*"))
 
 
-def test_the_same_command_again_does_nothing_again(swept: Swept, sweep_file: Path):
-    again = finish(["sweep", str(sweep_file), f"storage={swept.plan.root}"], swept.plan.root)
-    assert again.stdout == swept.stdout
+# An engine for what the reference run shows of an evaluation.
+@pytest.mark.slow
+def test_the_best_of_each_arm_and_the_base_student_were_tested(swept: Swept, evaluated: Ran):
+    rows = row_store.read_rows(evaluated.plan.predictions, schemas.PREDICTION).to_pylist()
+    assert {row["trial_id"] for row in rows} == {swept.good.trial_id, "base"}
+    assert len(rows) == 20
+
+
+@pytest.mark.slow
+def test_the_table_has_every_trial(evaluated: Ran):
+    with (evaluated.plan.folder / "results.csv").open() as file:
+        rows = {row["trial_id"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == {job.trial_id for job in evaluated.plan.trials} | {"base"}
+    for job in evaluated.plan.trials:
+        row, record = rows[job.trial_id], told(job)
+        assert float(row["train.learning_rate"]) == job.hparams["train.learning_rate"]
+        assert row["status"] == record["status"]
+        assert float(row["validation_loss"]) == record["validation"]["loss"]
+        assert (row["validation_n"], int(row["validation_number"])) == ("12", record["validation"]["number"])
+        assert row["adapter"] == (str(job.folder / "adapter") if record["status"] == COMPLETE else "")
+    for word in ("All trials", "Best point of each arm", "stopped", "base"):
+        assert word in evaluated.stdout
+
+
+@pytest.mark.slow
+def test_the_same_command_again_does_nothing_again(evaluated: Ran, sweep_file: Path):
+    again = finish(["sweep", str(sweep_file), f"storage={evaluated.plan.root}"], evaluated.plan.root)
+    assert again.stdout == evaluated.stdout
     assert "Ray" not in again.stderr
