@@ -45,7 +45,7 @@ def result(results: Results) -> Table:
         for arm in results.arms
     ]
     note = (
-        f"Students were {results.evaluation}. Accuracy is in percent with its 95 % Wilson confidence interval. Strict "
+        f"Answers: {results.evaluation}. Accuracy is in percent with its 95 % Wilson confidence interval. Strict "
         "match scores the number after “####” and flexible extract the last number, both as lm-evaluation-harness "
         "does for gsm8k. Predictions with errors are excluded from n."
     )
