@@ -41,7 +41,7 @@ with connected(Path(sys.argv[1]) / "log", "leavings", "test"):
     Path(sys.argv[1], "works").touch()
     time.sleep(1 if sys.argv[2] == "ends" else 300)
 """
-# A minute of waiting. In `make test`, test_sweeps.py waits for all that a killed run leaves behind.
+# A minute of waiting. Nothing in `make test` shows this.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 

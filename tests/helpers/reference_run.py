@@ -198,7 +198,7 @@ def experiment_file(teacher_folder: Path, tmp_path_factory: pytest.TempPathFacto
             "engine": engine,
             "sampling": {"max_tokens": MAX_TOKENS},
             "batch_size": 8,
-            "max_error_rate": 0.2,
+            "max_error_rate": 0.15,
         },
         "arms": ARMS,
     }

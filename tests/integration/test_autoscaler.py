@@ -63,7 +63,7 @@ def demanded(address: str) -> int:
     return sum(each.count for request in demand for each in request.bundles_by_count)
 
 
-# Half a minute for what tests/unit/cluster holds of the requests.
+# Half a minute. Nothing in `make test` shows this.
 @pytest.mark.slow
 def test_what_a_killed_run_asked_for_is_taken_back(two_nodes: tuple[str, Path], tmp_path: Path):
     context = multiprocessing.get_context("spawn")

@@ -22,7 +22,7 @@ from raykd.training import examples
 from raykd.training.trial import TrialSpec, problem_ids_of_round
 from runs import Ran, finish, kill_when, plan_of, wait_for_end
 
-# Six engines. In `make test`, tests/unit/pipeline and tests/unit/tuning hold what needs no engine.
+# Six engines. In `make test`, only unit tests cover on-policy training.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 MAX_TOKENS = 24
 

@@ -113,7 +113,7 @@ def swept(sweep_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     test, hidden = plan.problems / "test.parquet", plan.problems / "test.hidden"
 
     def has_checkpoint() -> bool:
-        # Once students are trained, whoever wanted to read the test problems fails; before, they are checked.
+        # A command that reads the test problems while it trains fails. Before the training it may check them.
         if test.exists() and "training" in (folder / "started.log").read_text():
             test.rename(hidden)
         return any((plan.folder / "checkpoints" / good.trial_id).glob("checkpoint_*"))

@@ -37,8 +37,8 @@ HARD = {
 # Begun with two workers, and resumed from the first checkpoint by one, or by three.
 FEWER, MORE = "zero0-micro2-elastic", "zero0-micro2-packed-elastic"
 SOFT = {1: ["zero0-micro8-soft", "zero2-micro4-soft-packed-chunked"], 2: ["zero3-micro2-soft-chunked"]}
-BFLOAT16 = {1: ["zero2-micro8-bf16"], 2: ["zero3-micro4-bf16"]}
-MORE_BFLOAT16 = {1: ["zero1-micro4-bf16"], 2: ["zero2-micro4-bf16-checkpointed"]}
+BFLOAT16 = {1: ["zero1-micro4-bf16"], 2: ["zero3-micro4-bf16"]}
+MORE_BFLOAT16 = {1: ["zero2-micro8-bf16"], 2: ["zero2-micro4-bf16-checkpointed"]}
 
 
 def names(variants: dict[int, list[str]]) -> list[str]:
