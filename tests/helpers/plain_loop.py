@@ -18,7 +18,7 @@ import pyarrow.parquet
 import torch.distributed
 
 from raykd.config.experiment import Experiment
-from raykd.config.sections import Sweep
+from raykd.config.sections import Dataset, Sweep
 from raykd.config.training import Student
 from raykd.data import datasets
 from raykd.models import loading, tokenization
@@ -59,11 +59,7 @@ def trial_spec(variant: str, workers: int) -> TrialSpec:
         }
     )
     name = f"workers{workers}-{variant}"
-    splits = FOLDER / "splits"
-    if not splits.exists():
-        shutil.copytree(datasets.write_splits(experiment.dataset, FOLDER), splits)
-        # Any problems that are not trained on serve as validation split.
-        shutil.copyfile(splits / "test.parquet", splits / "validation.parquet")
+    splits = write_problems(experiment.dataset)
     sweep = Sweep(metric="loss" if "loss" in words else "accuracy", num_validations=2, validation_batch_size=2)
     return TrialSpec(
         trial_id=name,
@@ -80,6 +76,16 @@ def trial_spec(variant: str, workers: int) -> TrialSpec:
         sweep=sweep if {"loss", "answers"} & set(words) else None,
         max_tokens=16,
     )
+
+
+def write_problems(dataset: Dataset) -> Path:
+    """Write the splits of a data set, with a validation split, and return their folder."""
+    # Workers may write at the same time, so each has a folder of its own.
+    folder = FOLDER / f"splits-{os.environ['RANK']}"
+    shutil.copytree(datasets.write_splits(dataset, FOLDER), folder, dirs_exist_ok=True)
+    # Any problems that are not trained on serve as validation split.
+    shutil.copyfile(folder / "test.parquet", folder / "validation.parquet")
+    return folder
 
 
 def write_scored_solutions(splits: Path) -> Path:
@@ -101,7 +107,7 @@ def write_scored_solutions(splits: Path) -> Path:
             "topk_logprobs": np.log(draw.dirichlet(np.ones(7), len(tokens))[:, :6]).tolist(),
         }
         rows.append(row)
-    folder = FOLDER / "scored"
+    folder = FOLDER / f"scored-{os.environ['RANK']}"
     row_store.write_part(folder, pa.Table.from_pylist(rows, schema=schemas.COMPLETION))
     return folder
 

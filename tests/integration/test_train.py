@@ -128,7 +128,7 @@ def test_the_loss_on_validation_problems_is_that_of_the_saved_adapter(trained: P
     base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(trained / name / "adapter")).eval()
     tokenizer = loading.load_tokenizer(Student(model="raykd/demo-student"))
-    (file,) = trained.glob("splits/validation.parquet")
+    (file,) = trained.glob("splits-0/validation.parquet")
     nats, tokens = 0.0, 0
     for problem in pyarrow.parquet.read_table(file).to_pylist():
         prompt = tokenization.prompt_token_ids(tokenizer, prompts.student_messages(problem))
