@@ -274,23 +274,25 @@ def _live_nodes() -> list[dict[str, Any]]:
 def _run_stage(stage: str, experiment: Experiment, command: str, retry_failed: bool) -> int:
     # torch and Ray take seconds to import: a typing error in the experiment is reported without them.
     from raykd.cluster.connection import connected
-    from raykd.pipeline import preflight, run
+    from raykd.pipeline import run
     from raykd.pipeline.plan import resolve
 
     if stage in ("run", "sweep"):
         run.run_experiment(experiment, command, retry_failed, stage)
     else:
         plan = resolve(experiment)
-        run.start(plan, command)
         steps: dict[str, Callable[..., Any]] = {
             "generate": run.generate_completions,
             "train": run.train_students,
             "evaluate": run.make_predictions,
             "attention": run.measure_attention,
         }
-        with connected(plan.log, experiment.name, stage) as resources:
-            preflight.preflight(plan, resources, [stage])
-            steps[stage](plan, resources)
+        if plan.is_complete([stage]):
+            run.start(plan, command)
+        else:
+            with connected(plan.log, experiment.name, stage) as resources:
+                run.check_and_start(plan, command, resources, [stage])
+                steps[stage](plan, resources)
         run.record_results(plan)
         print(f"{stage}: done; {plan.folder}", file=sys.stderr)
         return 0

@@ -98,13 +98,13 @@ def test_run_resumes_after_space_is_freed(disk: Path, tmp_path: Path):
     fails_clearly(lambda: any(checkpoints.rglob("*.pt")), arguments, tmp_path, disk)
     fails_clearly(lambda: len(parts(plan.predictions)) >= 1, arguments, tmp_path, disk)
     done = finish(arguments, tmp_path).plan
-    (request,), (job,) = done.required_sets, done.trials
+    (request,), (trial,) = done.required_sets, done.trials
     rows = row_store.read_rows(request.folder, schemas.COMPLETION)
     assert len(set(rows["problem_id"].to_pylist())) == len(rows) == 200
     answers = row_store.read_rows(done.predictions, schemas.PREDICTION)
     assert len(set(answers["prediction_id"].to_pylist())) == len(answers) == 120
-    steps = [point["step"] for point in files.read_json_lines(job.folder / "metrics.jsonl")]
-    assert steps == sorted(set(steps)) and steps[-1] == files.read_json(job.folder / "trial.json")["steps"]
+    steps = [point["step"] for point in files.read_json_lines(trial.folder / "metrics.jsonl")]
+    assert steps == sorted(set(steps)) and steps[-1] == files.read_json(trial.folder / "trial.json")["steps"]
     # Undisturbed, on a disk with room.
     elsewhere = finish(command(tmp_path / "elsewhere"), tmp_path).plan
     theirs = row_store.read_rows(elsewhere.predictions, schemas.PREDICTION)

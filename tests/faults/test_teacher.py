@@ -15,7 +15,7 @@ from raykd.storage import row_store, schemas
 from runs import kill_when, parts, plan_of, started
 
 ROOT = Path(__file__).parents[2]
-# Engines by the dozen. In `make test`, test_asking.py holds that a call whose replica died is made again, and
+# A dozen engines. In `make test`, test_teacher_retries.py holds that a call whose replica died is made again, and
 # test_resume.py that nothing is asked twice by a run that goes on.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

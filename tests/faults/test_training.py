@@ -41,37 +41,37 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> TrialSpec:
     return finish(command(root), root).plan.trials[0]
 
 
-def curve(job: TrialSpec) -> list[dict]:
-    file = job.folder / "metrics.jsonl"
+def curve(trial: TrialSpec) -> list[dict]:
+    file = trial.folder / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def has_come_far(job: TrialSpec) -> bool:
+def has_come_far(trial: TrialSpec) -> bool:
     """Past its second checkpoint, and some way still to go."""
-    points = curve(job)
+    points = curve(trial)
     return bool(points) and 2 * EVERY < points[-1]["step"] < STEPS - EVERY
 
 
-def goes_on(job: TrialSpec, run: subprocess.Popen[str], disturb: Callable[[], None]) -> None:
+def goes_on(trial: TrialSpec, run: subprocess.Popen[str], disturb: Callable[[], None]) -> None:
     """Disturbs a run, which must end well, and must not have begun anew."""
     disturb()
-    least = len(curve(job))
+    least = len(curve(trial))
     deadline = time.monotonic() + 400
     while run.poll() is None:
         assert time.monotonic() < deadline, "it did not go on"
-        least = min(least, len(curve(job)))
+        least = min(least, len(curve(trial)))
         time.sleep(0.1)
     assert run.returncode == 0
     assert least >= EVERY, "it began anew"
 
 
-def check_the_same(job: TrialSpec, undisturbed: TrialSpec) -> None:
-    ours, theirs = curve(job), curve(undisturbed)
+def check_the_same(trial: TrialSpec, undisturbed: TrialSpec) -> None:
+    ours, theirs = curve(trial), curve(undisturbed)
     assert [point["step"] for point in ours] == [point["step"] for point in theirs] == list(range(1, STEPS + 1))
     assert [point["loss"] for point in ours] == pytest.approx([point["loss"] for point in theirs], rel=1e-3)
     weights = [
         safetensors.torch.load_file(each.folder / "adapter" / "adapter_model.safetensors")
-        for each in (job, undisturbed)
+        for each in (trial, undisturbed)
     ]
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
@@ -82,8 +82,8 @@ def check_the_same(job: TrialSpec, undisturbed: TrialSpec) -> None:
 @pytest.mark.slow
 def test_a_worker_is_killed(undisturbed: TrialSpec, tmp_path: Path):
     arguments = command(tmp_path)
-    (job,) = plan_of(arguments).trials
-    with started(lambda: has_come_far(job), arguments, tmp_path) as run:
+    (trial,) = plan_of(arguments).trials
+    with started(lambda: has_come_far(trial), arguments, tmp_path) as run:
 
         def kill() -> None:
             below = psutil.Process(run.pid).children(recursive=True)
@@ -91,34 +91,34 @@ def test_a_worker_is_killed(undisturbed: TrialSpec, tmp_path: Path):
             assert len(workers) == 2
             workers[0].kill()
 
-        goes_on(job, run, kill)
-    check_the_same(job, undisturbed)
+        goes_on(trial, run, kill)
+    check_the_same(trial, undisturbed)
 
 
 @pytest.mark.slow
 def test_a_node_is_lost_and_its_place_is_waited_for(undisturbed: TrialSpec, tmp_path: Path):
     arguments = command(tmp_path)
-    (job,) = plan_of(arguments).trials
-    with cluster(1) as nodes, started(lambda: has_come_far(job), arguments, tmp_path, joining(nodes)) as run:
+    (trial,) = plan_of(arguments).trials
+    with cluster(1) as nodes, started(lambda: has_come_far(trial), arguments, tmp_path, joining(nodes)) as run:
 
         def lose() -> None:
             nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
             time.sleep(40)
             assert run.poll() is None, "it waits"
-            assert len(curve(job)) < STEPS
+            assert len(curve(trial)) < STEPS
             nodes.add_node(num_cpus=1)
 
-        goes_on(job, run, lose)
-    check_the_same(job, undisturbed)
+        goes_on(trial, run, lose)
+    check_the_same(trial, undisturbed)
 
 
 @pytest.mark.slow
 def test_a_node_is_lost_and_those_that_are_left_go_on(undisturbed: TrialSpec, tmp_path: Path):
     arguments = command(tmp_path, "train.min_workers=1")
-    (job,) = plan_of(arguments).trials
-    with cluster(1) as nodes, started(lambda: has_come_far(job), arguments, tmp_path, joining(nodes)) as run:
-        goes_on(job, run, lambda: nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False))
-    check_the_same(job, undisturbed)
+    (trial,) = plan_of(arguments).trials
+    with cluster(1) as nodes, started(lambda: has_come_far(trial), arguments, tmp_path, joining(nodes)) as run:
+        goes_on(trial, run, lambda: nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False))
+    check_the_same(trial, undisturbed)
 
 
 @pytest.mark.slow
@@ -133,9 +133,9 @@ def test_a_trial_that_cannot_be_trained_fails_and_the_others_finish(tmp_path: Pa
     done = subprocess.run([RAYKD, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 1, done.stderr
     assert "no row is left to train on" in done.stdout
-    for job in plan_of(arguments).trials:
-        record = files.read_json(job.folder / "trial.json")
-        if job.arm_name == "nothing":
+    for trial in plan_of(arguments).trials:
+        record = files.read_json(trial.folder / "trial.json")
+        if trial.arm_name == "nothing":
             assert record["status"] == FAILED and "no row is left to train on" in record["error"]
         else:
             assert record["status"] in (COMPLETE, STOPPED)

@@ -143,9 +143,9 @@ def fits(experiment_config: Experiment, name: str) -> list[Fit]:
     return fit_stages(experiment_config, teacher, student, nodes.read_cluster_file(FOLDER / name))
 
 
-def assert_all_fits(told: Experiment, name: str) -> None:
+def assert_all_fits(config: Experiment, name: str) -> None:
     """Whether every stage lies on the pool that is meant for it, with nothing to be said against it."""
-    found = fits(told, name)
+    found = fits(config, name)
     assert [(fit.stage, fit.problem, fit.notes) for fit in found if fit.problem or fit.notes] == []
     pools = {fit.stage: {pool for placed in fit.placements for pool, _ in placed.bundles_per_node} for fit in found}
     assert pools == {"teacher": {"teacher"}, "train": {"student"}, "evaluate": {"student"}, "attention": {"student"}}
@@ -157,3 +157,11 @@ def kinds(resources: dict[str, Any]) -> list[str]:
         for name in resources
         if name.startswith(compat.ACCELERATOR_TYPE_PREFIX)
     ]
+
+
+def write_two_kinds(file: Path) -> None:
+    """Write the file of a cluster that may have two nodes of 8 GPUs and four of 4."""
+    large = {"resources": {"CPU": 192, "GPU": 8, "accelerator_type:H100": 1}, "max_workers": 2}
+    small = {"resources": {"CPU": 48, "GPU": 4, "accelerator_type:A10G": 1}, "max_workers": 4}
+    types = {"head": {"resources": {"CPU": 8}}, "large": large, "small": small}
+    file.write_text(yaml.safe_dump({"head_node_type": "head", "max_workers": 6, "available_node_types": types}))

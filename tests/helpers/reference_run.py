@@ -142,7 +142,7 @@ class Reference:
     listed: str
     """What `ray job list` printed afterwards."""
     jobs: list[dict[str, Any]]
-    """What the dashboard tells of the jobs."""
+    """What the dashboard shows of the jobs."""
     seen: Seen
 
     @property
@@ -248,10 +248,10 @@ def reference(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -
         time.sleep(12)
         seen.look()
         listed = subprocess.run([RAY, "job", "list"], env=environment, capture_output=True, text=True, timeout=120)
-        jobs = told_jobs(environment)
-    told = listed.stdout + listed.stderr
+        jobs = list_jobs(environment)
+    job_list = listed.stdout + listed.stderr
     return Reference(
-        plan_of(["run", *arguments]), experiment_file, output.read_text(), head.mistaken, unknown, told, jobs, seen
+        plan_of(["run", *arguments]), experiment_file, output.read_text(), head.mistaken, unknown, job_list, jobs, seen
     )
 
 
@@ -346,8 +346,8 @@ def submit(environment: dict[str, str], *arguments: str) -> subprocess.Completed
     )
 
 
-def told_jobs(environment: dict[str, str]) -> list[dict[str, Any]]:
-    """What the dashboard tells of its jobs."""
+def list_jobs(environment: dict[str, str]) -> list[dict[str, Any]]:
+    """What the dashboard shows of its jobs."""
     url = f"{environment['RAY_API_SERVER_ADDRESS']}/api/jobs/"
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN}"})
     with urllib.request.urlopen(request, timeout=60) as answer:

@@ -28,9 +28,9 @@ def s3() -> Iterator[str]:
     server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    told = {**KEYS, "AWS_ENDPOINT_URL": f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"}
-    before = {name: os.environ.get(name) for name in told}
-    os.environ.update(told)
+    variables = {**KEYS, "AWS_ENDPOINT_URL": f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         boto3.client("s3").create_bucket(Bucket=BUCKET)
         yield f"s3://{BUCKET}"

@@ -94,10 +94,10 @@ def follow(address: str, file: Path, log: Path) -> dict[str, Any]:
         seen["capacity"] = capacity
         seen["auto"] = resources.resolve_accelerator("auto", capacity)
         seen["before"] = kinds()
-        told, train = EXPERIMENT.teacher, EXPERIMENT.train
-        resources.check_engine("teacher.engine", told.engine, "gpu", capacity)
+        teacher, train = EXPERIMENT.teacher, EXPERIMENT.train
+        resources.check_engine("teacher.engine", teacher.engine, "gpu", capacity)
         serve.start(proxy_location=ProxyLocation.Disabled)
-        with deployed(told, "gpu", FakeGpuServer) as handle:
+        with deployed(teacher, "gpu", FakeGpuServer) as handle:
             handle.answer.remote(0).result(timeout_s=300)
             seen["teacher"], seen["teacher's places"] = kinds(), places()
         seen["teacher is gone"] = until(lambda: not kinds())

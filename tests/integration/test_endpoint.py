@@ -116,8 +116,8 @@ def test_the_rows_are_the_same(reference: Reference, from_endpoint: Ran, arm: st
     for problem_id, row in found.items():
         other = expected[problem_id]
         assert row["prompt_token_ids"] == other["prompt_token_ids"] and bool(row["error"]) == bool(other["error"])
-        told = ("completion", "completion_token_ids", "finish_reason", "answer_strict", "is_correct")
-        if all(row[name] == other[name] for name in told):
+        columns = ("completion", "completion_token_ids", "finish_reason", "answer_strict", "is_correct")
+        if all(row[name] == other[name] for name in columns):
             same.append(problem_id)
     # What is computed beside other rows may differ in the last bit, and so may a token that was as good as another.
     assert len(same) >= len(found) - 1

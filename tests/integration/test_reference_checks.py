@@ -37,7 +37,7 @@ def test_every_student_read_the_same_texts_and_what_its_heads_did_is_what_the_mo
     assert plan.attention
     rows = row_store.read_rows(plan.attention, schemas.ATTENTION).to_pylist()
     problems = pyarrow.parquet.read_table(plan.problems / "test.parquet").to_pylist()
-    students = {"base": None, **{job.trial_id: job.folder / "adapter" for job in plan.trials}}
+    students = {"base": None, **{trial.trial_id: trial.folder / "adapter" for trial in plan.trials}}
     expected = sorted(f"{trial}/{problem['problem_id']}" for trial in students for problem in problems)
     assert sorted(row["attention_id"] for row in rows) == expected
     assert not any(row["error"] for row in rows)
@@ -69,9 +69,9 @@ def test_the_report_tells_what_heads_did(reference: Reference):
 def test_lm_evaluation_harness_hears_the_same_answers(reference: Reference, tmp_path: Path):
     """By the command that the report gives: the harness' own backend, prompts, extraction and score."""
     plan = reference.plan
-    job = next(job for job in plan.trials if job.arm_name == "scored")
+    trial = next(trial for trial in plan.trials if trial.arm_name == "scored")
     command = lm_eval_task.lm_eval_command(
-        plan.experiment, ExperimentPaths(plan.folder).lm_eval, str(job.folder / "adapter")
+        plan.experiment, ExperimentPaths(plan.folder).lm_eval, str(trial.folder / "adapter")
     )
     command = shlex.split(command)
     assert command[0] == "lm_eval"
@@ -88,7 +88,7 @@ def test_lm_evaluation_harness_hears_the_same_answers(reference: Reference, tmp_
     assert done.returncode == 0, done.stderr[-3000:]
     (results,) = (tmp_path / "out").rglob("results_*.json")
     found = json.loads(results.read_text())["results"][lm_eval_task.task_name(plan.experiment)]
-    own = {row["question"]: row for row in answers(plan.predictions) if row["trial_id"] == job.trial_id}
+    own = {row["question"]: row for row in answers(plan.predictions) if row["trial_id"] == trial.trial_id}
     for name, column in (("strict-match", "is_correct_strict"), ("flexible-extract", "is_correct_flexible")):
         assert found[f"exact_match,{name}"] == pytest.approx(np.mean([row[column] for row in own.values()]))
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
@@ -105,9 +105,9 @@ def test_the_same_students_can_be_asked_by_another_protocol(reference: Reference
     """Samples of a raw text: asked of the adapters that are there; what was answered before stays as it is."""
     before = {path: path.stat().st_mtime_ns for path in reference.plan.predictions.iterdir()}
     asked = len(STUDENTS) * NUM_TEST * 3
-    told = ["evaluate.protocol=zero_shot_raw", "evaluate.num_samples=3", "evaluate.stop=['.', Question]"]
-    told.append("evaluate.sampling={temperature: 0.9, max_tokens: 12, seed: 5}")
-    other = finish(["run", *reference.arguments[1:], *told], reference.plan.root)
+    overrides = ["evaluate.protocol=zero_shot_raw", "evaluate.num_samples=3", "evaluate.stop=['.', Question]"]
+    overrides.append("evaluate.sampling={temperature: 0.9, max_tokens: 12, seed: 5}")
+    other = finish(["run", *reference.arguments[1:], *overrides], reference.plan.root)
     try:
         assert "training" not in other.stderr and f"students: {asked}/{asked} answers" in other.stderr
         assert other.plan.predictions != reference.plan.predictions
@@ -138,8 +138,8 @@ def test_the_same_students_can_be_asked_by_another_protocol(reference: Reference
 @pytest.mark.slow
 def test_eight_worked_problems_come_before_the_question(reference: Reference):
     """Word for word what transformers makes of those turns; a question that has no room beside them carries why."""
-    told = ["evaluate.protocol=eight_shot_cot", "evaluate.max_error_rate=0.2"]
-    other = finish(["evaluate", *reference.arguments[1:], *told], reference.plan.root)
+    overrides = ["evaluate.protocol=eight_shot_cot", "evaluate.max_error_rate=0.2"]
+    other = finish(["evaluate", *reference.arguments[1:], *overrides], reference.plan.root)
     finish(["report", *reference.arguments[1:]], reference.plan.root)
     tokenizer = loading.load_tokenizer(Student(model="raykd/demo-student"))
     base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32).eval()

@@ -33,7 +33,7 @@ def answered_parts(folder: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def ended(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """Two arms of the reference run in another storage: told to end (SIGTERM) while the teacher answers, and killed
+    """Two arms of the reference run in another storage: ended by SIGTERM while the teacher answers, and killed
     (SIGKILL) while students train, and while they answer.
 
     The next command is typed at once, while processes of the killed one may still be ending.
@@ -66,9 +66,9 @@ def ended(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ra
     return done
 
 
-def undisturbed(reference: Reference, job: TrialSpec) -> TrialSpec:
+def undisturbed(reference: Reference, trial: TrialSpec) -> TrialSpec:
     """The same trial of the reference run."""
-    return next(each for each in reference.plan.trials if each.arm_name == job.arm_name)
+    return next(each for each in reference.plan.trials if each.arm_name == trial.arm_name)
 
 
 def test_completions_are_those_of_an_undisturbed_run(reference: Reference, ended: Ran):
@@ -83,15 +83,15 @@ def test_completions_are_those_of_an_undisturbed_run(reference: Reference, ended
 
 
 def test_training_went_on_from_its_checkpoint_to_the_same_adapter(reference: Reference, ended: Ran):
-    assert [job.arm_name for job in ended.plan.trials] == list(KEPT)
+    assert [trial.arm_name for trial in ended.plan.trials] == list(KEPT)
     for resumed in ended.plan.trials:
         whole = undisturbed(reference, resumed)
         assert whole.trial_id == resumed.trial_id
-        curves = [(job.folder / "metrics.jsonl").read_text().splitlines() for job in (whole, resumed)]
+        curves = [(trial.folder / "metrics.jsonl").read_text().splitlines() for trial in (whole, resumed)]
         assert len(curves[0]) == len(curves[1]) == files.read_json(whole.folder / "trial.json")["steps"]
         weights = [
-            safetensors.torch.load_file(job.folder / "adapter" / "adapter_model.safetensors")
-            for job in (whole, resumed)
+            safetensors.torch.load_file(trial.folder / "adapter" / "adapter_model.safetensors")
+            for trial in (whole, resumed)
         ]
         assert weights[0].keys() == weights[1].keys()
         for name, tensor in weights[0].items():

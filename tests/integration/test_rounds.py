@@ -69,8 +69,8 @@ def rows(folder: Path) -> list[dict]:
     return row_store.read_rows(folder, schemas.COMPLETION).to_pylist()
 
 
-def job_of(ran: Ran, arm: str) -> TrialSpec:
-    return next(job for job in ran.plan.trials if job.arm_name == arm)
+def trial_of(ran: Ran, arm: str) -> TrialSpec:
+    return next(trial for trial in ran.plan.trials if trial.arm_name == arm)
 
 
 def problems_of(ran: Ran) -> dict[str, dict]:
@@ -80,26 +80,26 @@ def problems_of(ran: Ran) -> dict[str, dict]:
 
 @pytest.mark.parametrize("arm", ["soft", "hard"])
 def test_the_rounds_share_out_the_problems_and_the_steps(taught: Ran, arm: str):
-    job = job_of(taught, arm)
-    answered = [{row["problem_id"] for row in rows(job.round_folder(number) / "answers")} for number in (0, 1)]
+    trial = trial_of(taught, arm)
+    answered = [{row["problem_id"] for row in rows(trial.round_folder(number) / "answers")} for number in (0, 1)]
     assert [len(each) for each in answered] == [8, 16]
     assert answered[0] | answered[1] == set(problems_of(taught))
-    trial = read_json(job.folder / "trial.json")
-    assert (trial["status"], trial["steps"]) == ("complete", 3)
-    assert trial["rows"] + sum(trial["dropped"].values()) == 24
-    steps = [json.loads(line)["step"] for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+    record = read_json(trial.folder / "trial.json")
+    assert (record["status"], record["steps"]) == ("complete", 3)
+    assert record["rows"] + sum(record["dropped"].values()) == 24
+    steps = [json.loads(line)["step"] for line in (trial.folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]
 
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_round_begins_with_the_answers_of_the_adapter_of_the_round_before(taught: Ran, tokenizer, number: int):
-    job, problems = job_of(taught, "soft"), problems_of(taught)
+    trial, problems = trial_of(taught, "soft"), problems_of(taught)
     model = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32)
     if number:
-        model = PeftModel.from_pretrained(model, str(job.round_folder(0) / "adapter"))
+        model = PeftModel.from_pretrained(model, str(trial.round_folder(0) / "adapter"))
     model.eval()
     agreed = []
-    for row in rows(job.round_folder(number) / "answers")[:8]:
+    for row in rows(trial.round_folder(number) / "answers")[:8]:
         prompt = tokenization.prompt_token_ids(tokenizer, prompts.student_messages(problems[row["problem_id"]]))
         assert row["prompt_token_ids"] == prompt, "a student is never shown a prime"
         agreed.append(greedy(model, prompt, tokenizer.eos_token_id, MAX_TOKENS) == row["completion_token_ids"])
@@ -107,12 +107,12 @@ def test_a_round_begins_with_the_answers_of_the_adapter_of_the_round_before(taug
 
 
 def test_the_primed_teacher_scored_every_token(taught: Ran, tokenizer):
-    job = job_of(taught, "soft")
+    trial = trial_of(taught, "soft")
     prime = taught.plan.experiment.strategies["ground_truth"].text
     teacher = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-teacher"), dtype=torch.float32).eval()
     for number in (0, 1):
-        written = {row["problem_id"]: row for row in rows(job.round_folder(number) / "answers")}
-        scored = {row["problem_id"]: row for row in rows(job.round_folder(number) / "completions")}
+        written = {row["problem_id"]: row for row in rows(trial.round_folder(number) / "answers")}
+        scored = {row["problem_id"]: row for row in rows(trial.round_folder(number) / "completions")}
         assert scored.keys() == written.keys()
         for problem_id, row in list(scored.items())[:4]:
             assert row["completion_token_ids"] == written[problem_id]["completion_token_ids"]
@@ -125,11 +125,11 @@ def test_the_primed_teacher_scored_every_token(taught: Ran, tokenizer):
 
 
 def test_its_own_answers_are_learnt_from_by_reverse_kl(taught: Ran, tokenizer):
-    job = job_of(taught, "soft")
+    trial = trial_of(taught, "soft")
     base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32).eval()
-    written = {row["problem_id"]: row["prompt_token_ids"] for row in rows(job.round_folder(0) / "answers")}
+    written = {row["problem_id"]: row["prompt_token_ids"] for row in rows(trial.round_folder(0) / "answers")}
     nats, tokens = 0.0, 0
-    for row in rows(job.round_folder(0) / "completions"):
+    for row in rows(trial.round_folder(0) / "completions"):
         answer = row["completion_token_ids"]
         log_q = log_likelihoods(base, written[row["problem_id"]], answer)
         ids = torch.tensor(row["topk_ids"])
@@ -138,23 +138,23 @@ def test_its_own_answers_are_learnt_from_by_reverse_kl(taught: Ran, tokenizer):
         p, q = (torch.cat([each, (1 - each.sum(-1, keepdim=True)).clamp(min=1e-7)], -1) for each in (p, q))
         nats += (q * (q / p).log()).sum().item()
         tokens += len(answer)
-    first = json.loads((job.folder / "metrics.jsonl").read_text().splitlines()[0])
+    first = json.loads((trial.folder / "metrics.jsonl").read_text().splitlines()[0])
     assert first["target_tokens"] == tokens
     assert first["loss"] == pytest.approx(nats / tokens, rel=1e-3)
 
 
 @pytest.mark.parametrize("arm", ["begun", "begun_hard"])
 def test_a_warmed_up_student_begins_with_the_reference_solutions(taught: Ran, tokenizer, arm: str):
-    job, problems = job_of(taught, arm), problems_of(taught)
-    assert not (job.round_folder(0) / "answers").exists()
-    begun = read_json(job.round_folder(0) / "round.json")
+    trial, problems = trial_of(taught, arm), problems_of(taught)
+    assert not (trial.round_folder(0) / "answers").exists()
+    begun = read_json(trial.round_folder(0) / "round.json")
     assert (begun["rows"], begun["dropped"]) == (8, {})
-    assert len(rows(job.round_folder(1) / "answers")) == 16
-    trial = read_json(job.folder / "trial.json")
-    assert (trial["status"], trial["rows"] + sum(trial["dropped"].values())) == ("complete", 24)
+    assert len(rows(trial.round_folder(1) / "answers")) == 16
+    record = read_json(trial.folder / "trial.json")
+    assert (record["status"], record["rows"] + sum(record["dropped"].values())) == ("complete", 24)
     # The loss of the first step is that of the reference solutions, under the base model's weights.
-    chosen = problem_ids_of_round(job, 0)
-    lesson, _ = examples.build_examples(job.arm, job.problems, job.completions, tokenizer, True, chosen)
+    chosen = problem_ids_of_round(trial, 0)
+    lesson, _ = examples.build_examples(trial.arm, trial.problems, trial.completions, tokenizer, True, chosen)
     assert {row.problem_id for row in lesson} == chosen
     for row in lesson:
         solution = problems[row.problem_id]["reference_solution"]
@@ -169,19 +169,19 @@ def test_a_warmed_up_student_begins_with_the_reference_solutions(taught: Ran, to
             for row in lesson
         ]
         expected = sum(nats) / sum(len(row.completion_token_ids) for row in lesson)
-        first = json.loads((job.folder / "metrics.jsonl").read_text().splitlines()[0])
+        first = json.loads((trial.folder / "metrics.jsonl").read_text().splitlines()[0])
         assert first["loss"] == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_a_round_that_leaves_nothing_moves_nothing(taught: Ran):
-    job = job_of(taught, "begun_hard")
-    trial = read_json(job.folder / "trial.json")
-    assert (trial["rows"], trial["dropped"]) == (8, {"incorrect": 16})
-    first, *others = (json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines())
+    trial = trial_of(taught, "begun_hard")
+    record = read_json(trial.folder / "trial.json")
+    assert (record["rows"], record["dropped"]) == (8, {"incorrect": 16})
+    first, *others = (json.loads(line) for line in (trial.folder / "metrics.jsonl").read_text().splitlines())
     assert first["loss"] > 0
     assert [each["loss"] for each in others] == [None, None]
     assert [each["learning_rate"] for each in others] == sorted((e["learning_rate"] for e in others), reverse=True)
-    files = [folder / "adapter" / "adapter_model.safetensors" for folder in (job.round_folder(0), job.folder)]
+    files = [folder / "adapter" / "adapter_model.safetensors" for folder in (trial.round_folder(0), trial.folder)]
     before, after = (safetensors.torch.load_file(file) for file in files)
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 
@@ -197,9 +197,9 @@ def test_the_teacher_stays_up_from_round_to_round(taught: Ran):
 
 
 def test_without_soft_targets_the_teacher_is_not_asked(taught: Ran):
-    job = job_of(taught, "hard")
-    assert not (job.round_folder(0) / "completions").exists()
-    assert read_json(job.folder / "trial.json")["strategy"] == ""
+    trial = trial_of(taught, "hard")
+    assert not (trial.round_folder(0) / "completions").exists()
+    assert read_json(trial.folder / "trial.json")["strategy"] == ""
 
 
 def test_the_same_command_again_does_nothing_again(taught: Ran, own_answers: Path):
@@ -210,12 +210,12 @@ def test_the_same_command_again_does_nothing_again(taught: Ran, own_answers: Pat
 
 def test_killed_in_its_second_round_it_ends_as_an_undisturbed_run(taught: Ran, own_answers: Path, tmp_path: Path):
     arguments = ["run", str(own_answers), f"storage={tmp_path}"]
-    second = [job.round_folder(1) / "answers" for job in plan_of(arguments).trials]
+    second = [trial.round_folder(1) / "answers" for trial in plan_of(arguments).trials]
     family = kill_when(lambda: any(any(folder.glob("part-*.parquet")) for folder in second), arguments, tmp_path)
     done = finish(arguments, tmp_path)
     wait_for_end(family)
     for whole, resumed in zip(taught.plan.trials, done.plan.trials, strict=True):
-        files = [job.folder / "adapter" / "adapter_model.safetensors" for job in (whole, resumed)]
+        files = [trial.folder / "adapter" / "adapter_model.safetensors" for trial in (whole, resumed)]
         weights = [safetensors.torch.load_file(file) for file in files]
         for name, tensor in weights[0].items():
             assert torch.allclose(tensor, weights[1][name], atol=1e-5), name

@@ -158,9 +158,11 @@ def test_the_prime_is_before_the_teacher_and_never_before_the_student(plan: Plan
         assert not any(prime in tokenizer.decode(row["prompt_token_ids"]) for row in completions(plan, "greedy"))
     questions = {row["problem_id"]: row["question"] for row in split(plan, "train")}
     counts = {}
-    for job in plan.trials:
-        rows, dropped = examples.build_examples(job.arm, job.problems, job.completions, tokenizer, job.same_tokens)
-        counts[job.arm_name] = (len(rows), dropped)
+    for trial in plan.trials:
+        rows, dropped = examples.build_examples(
+            trial.arm, trial.problems, trial.completions, tokenizer, trial.same_tokens
+        )
+        counts[trial.arm_name] = (len(rows), dropped)
         for row in rows:
             expected = prompts.student_messages({"question": questions[row.problem_id]})
             assert row.prompt_token_ids == tokenization.prompt_token_ids(tokenizer, expected)
@@ -169,15 +171,15 @@ def test_the_prime_is_before_the_teacher_and_never_before_the_student(plan: Plan
         "soft": (NUM_ANSWERED, {"error": 2 * NUM_TOO_LONG, "not_best": NUM_ANSWERED}),
         "scored": (NUM_ANSWERED, {"error": NUM_TOO_LONG}),
     }
-    told = {job.arm_name: files.read_json(job.folder / "trial.json") for job in plan.trials}
-    assert {arm: (each["rows"], each["dropped"]) for arm, each in told.items()} == counts
+    records = {trial.arm_name: files.read_json(trial.folder / "trial.json") for trial in plan.trials}
+    assert {arm: (each["rows"], each["dropped"]) for arm, each in records.items()} == counts
 
 
 def test_no_row_that_a_student_is_asked_holds_a_prime(plan: Plan, tokenizer):
     test = pyarrow.parquet.read_table(plan.problems / "test.parquet")
     experiment = plan.experiment
-    told = (experiment.student, experiment.evaluate, experiment.prompt.instruction, set())
-    asked = student_batch.BuildEvalPrompts(plan.eval_models(), *told)(test)
+    arguments = (experiment.student, experiment.evaluate, experiment.prompt.instruction, set())
+    asked = student_batch.BuildEvalPrompts(plan.eval_models(), *arguments)(test)
     texts = [tokenizer.decode(row["tokenized_prompt"]) for row in asked.to_pylist()]
     assert len(texts) == len(STUDENTS) * NUM_TEST
     primes = [strategy.text.split("{")[0] for strategy in experiment.strategies.values() if strategy.text]
@@ -194,10 +196,10 @@ def test_nothing_but_evaluation_reads_the_test_split(plan: Plan):
 
 @pytest.mark.parametrize("arm", list(ARMS))
 def test_an_adapter_is_peft_s_and_vllm_answered_with_it(plan: Plan, tokenizer, arm: str):
-    job = next(job for job in plan.trials if job.arm_name == arm)
+    trial = next(trial for trial in plan.trials if trial.arm_name == arm)
     base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, str(job.folder / "adapter")).eval()
-    weights = safetensors.torch.load_file(job.folder / "adapter" / "adapter_model.safetensors")
+    model = PeftModel.from_pretrained(base, str(trial.folder / "adapter")).eval()
+    weights = safetensors.torch.load_file(trial.folder / "adapter" / "adapter_model.safetensors")
     assert all(tensor.abs().sum() > 0 for tensor in weights.values())
     problems = {row["problem_id"]: row for row in split(plan, "test")}
     agreed = []
@@ -220,11 +222,11 @@ def test_the_untouched_student_answers_as_the_base_model_does(plan: Plan, tokeni
 
 
 def test_training_lowered_the_loss_and_the_adapters_differ(plan: Plan):
-    for job in plan.trials:
-        curve = files.read_json_lines(job.folder / "metrics.jsonl")
+    for trial in plan.trials:
+        curve = files.read_json_lines(trial.folder / "metrics.jsonl")
         assert len(curve) == STEPS
         losses, epoch = [step["loss"] for step in curve], STEPS // 3
-        assert np.mean(losses[-epoch:]) < np.mean(losses[:epoch]), job.trial_id
+        assert np.mean(losses[-epoch:]) < np.mean(losses[:epoch]), trial.trial_id
     answers = {(row["trial_id"], row["problem_id"]): row["completion"] for row in predictions(plan)}
     by_trial = {trial: [answers[key] for key in sorted(answers) if key[0] == trial] for trial, _ in answers}
     assert len(by_trial) == len(STUDENTS)

@@ -45,16 +45,16 @@ def test_completions_are_counted_as_they_were_written(reference: Reference, arm:
 
 
 def test_a_trials_training_is_seen_from_its_workers(reference: Reference):
-    for job in reference.plan.trials:
-        tags = {"experiment": NAME, "trial": job.trial_id}
+    for trial in reference.plan.trials:
+        tags = {"experiment": NAME, "trial": trial.trial_id}
         found = reference.seen.of(metrics.LOSS.exported, **tags)
-        assert found, job.trial_id
-        curve = files.read_json_lines(job.folder / "metrics.jsonl")
+        assert found, trial.trial_id
+        curve = files.read_json_lines(trial.folder / "metrics.jsonl")
         losses = [loss for _, values in found for loss in values]
         assert all(any(math.isclose(loss, point["loss"], rel_tol=1e-6) for point in curve) for loss in losses)
         assert reference.seen.of(metrics.SPEED.exported, **tags)[0][1][-1] > 0
         ranks = {series["rank"] for series, _ in reference.seen.of(metrics.WORKER_SPEED.exported, **tags)}
-        assert ranks == {str(rank) for rank in range(NUM_WORKERS[job.arm_name])}
+        assert ranks == {str(rank) for rank in range(NUM_WORKERS[trial.arm_name])}
 
 
 def test_trials_are_seen_in_their_states(reference: Reference):
@@ -88,8 +88,8 @@ def test_vllm_tells_of_both_engines(reference: Reference):
 
 
 def test_a_driver_that_joins_by_itself_is_told_apart_by_its_metadata(reference: Reference):
-    told = [job["metadata"] for job in reference.jobs if (job["metadata"] or {}).get("experiment") == "kept"]
-    assert told == [{"job_name": "kept watch", "experiment": "kept", "stage": "watch"}]
+    metadata = [job["metadata"] for job in reference.jobs if (job["metadata"] or {}).get("experiment") == "kept"]
+    assert metadata == [{"job_name": "kept watch", "experiment": "kept", "stage": "watch"}]
 
 
 def test_the_dashboard_asks_for_what_the_nodes_offer(reference: Reference):

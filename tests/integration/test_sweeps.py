@@ -104,10 +104,10 @@ class Swept:
 @pytest.fixture(scope="module")
 def swept(sweep_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     folder = tmp_path_factory.mktemp("storage")
-    told = [str(sweep_file), f"storage={folder}"]
-    plan = plan_of(["sweep", *told])
+    arguments = [str(sweep_file), f"storage={folder}"]
+    plan = plan_of(["sweep", *arguments])
     (request,) = plan.required_sets
-    end_by(signal.SIGTERM, lambda: len(parts(request.folder)) >= 3, ["sweep", *told], folder)
+    end_by(signal.SIGTERM, lambda: len(parts(request.folder)) >= 3, ["sweep", *arguments], folder)
     kept = written(parts(request.folder))
     assert row_store.read_manifest(request.folder) is None, "ended too late to test anything"
     test, hidden = plan.problems / "test.parquet", plan.problems / "test.hidden"
@@ -119,7 +119,7 @@ def swept(sweep_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
         return any((plan.folder / "checkpoints" / good.trial_id).glob("checkpoint_*"))
 
     good = by_rate(plan)[GOOD]
-    with started(has_checkpoint, ["sweep", *told], folder) as driver:
+    with started(has_checkpoint, ["sweep", *arguments], folder) as driver:
         kill_workers(psutil.Process(driver.pid).children(recursive=True))
         deadline = time.monotonic() + 600
         while trial_status(good) != COMPLETE:
@@ -128,7 +128,7 @@ def swept(sweep_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
         family = psutil.Process(driver.pid).children(recursive=True)
     hidden.rename(test)
     good_written = adapter(good).stat().st_mtime_ns
-    done = finish(["train", *told], folder)
+    done = finish(["train", *arguments], folder)
     wait_for_end(family)
     return Swept(done.plan, done.stderr, kept, good, good_written)
 
@@ -155,24 +155,24 @@ def written(paths: list[Path]) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in paths}
 
 
-def adapter(job: TrialSpec) -> Path:
-    return job.folder / "adapter" / "adapter_model.safetensors"
+def adapter(trial: TrialSpec) -> Path:
+    return trial.folder / "adapter" / "adapter_model.safetensors"
 
 
 def by_rate(plan: Plan) -> dict[float, TrialSpec]:
     """The trials by their learning rate."""
-    return {job.hparams["train.learning_rate"]: job for job in plan.trials}
+    return {trial.hparams["train.learning_rate"]: trial for trial in plan.trials}
 
 
-def told(job: TrialSpec) -> dict[str, Any]:
-    return files.read_json(job.folder / "trial.json")
+def trial_record(trial: TrialSpec) -> dict[str, Any]:
+    return files.read_json(trial.folder / "trial.json")
 
 
 def test_the_teacher_was_asked_once_for_all_trials(swept: Swept, scripted: fake_openai_server.FakeServer):
     (request,) = swept.plan.required_sets
     rows = row_store.read_rows(request.folder, schemas.COMPLETION, ["problem_id"])
     assert len(rows) == len(set(rows["problem_id"].to_pylist())) == NUM_TRAIN
-    assert {job.completions for job in swept.plan.trials} == {request.folder}
+    assert {trial.completions for trial in swept.plan.trials} == {request.folder}
     assert swept.kept.items() <= written(parts(request.folder)).items()
     # Two tokens are asked about first, to see whether it answers; and again what was in flight when it was interrupted.
     asked = Counter(tuple(each.body["prompt"]) for each in scripted.requests if len(each.body["prompt"]) > 2)
@@ -182,15 +182,15 @@ def test_the_teacher_was_asked_once_for_all_trials(swept: Swept, scripted: fake_
 
 
 def test_what_is_worse_by_validation_is_stopped_early(swept: Swept):
-    jobs = by_rate(swept.plan)
-    good, poor = told(jobs[GOOD]), told(jobs[POOR])
+    trials = by_rate(swept.plan)
+    good, poor = trial_record(trials[GOOD]), trial_record(trials[POOR])
     assert (good["status"], good["steps"], good["validation"]["number"]) == (COMPLETE, 24, 3)
     assert poor["status"] == STOPPED
     assert poor["validation"]["number"] < 3
     assert poor["steps"] < 24
-    first = json.loads((jobs[GOOD].folder / "metrics.jsonl").read_text().splitlines()[7])
+    first = json.loads((trials[GOOD].folder / "metrics.jsonl").read_text().splitlines()[7])
     assert poor["validation"]["loss"] > first["validation"]["loss"] > good["validation"]["loss"]
-    assert poor["adapter"] is None and not adapter(jobs[POOR]).exists()
+    assert poor["adapter"] is None and not adapter(trials[POOR]).exists()
 
 
 def test_what_was_complete_when_the_driver_was_killed_was_not_trained_again(swept: Swept):
@@ -207,9 +207,9 @@ def test_the_best_of_each_arm_and_the_base_student_will_be_tested(swept: Swept):
 
 
 def test_tensorboard_s_files_are_there(swept: Swept):
-    for job in swept.plan.trials:
-        if trial_status(job) == COMPLETE:
-            assert any((swept.plan.folder / "tune" / job.trial_id).glob("events.out.tfevents.*"))
+    for trial in swept.plan.trials:
+        if trial_status(trial) == COMPLETE:
+            assert any((swept.plan.folder / "tune" / trial.trial_id).glob("events.out.tfevents.*"))
 
 
 # An engine for what the reference run shows of an evaluation.
@@ -224,14 +224,14 @@ def test_the_best_of_each_arm_and_the_base_student_were_tested(swept: Swept, eva
 def test_the_table_has_every_trial(evaluated: Ran):
     with (evaluated.plan.folder / "results.csv").open() as file:
         rows = {row["trial_id"]: row for row in csv.DictReader(file)}
-    assert rows.keys() == {job.trial_id for job in evaluated.plan.trials} | {"base"}
-    for job in evaluated.plan.trials:
-        row, record = rows[job.trial_id], told(job)
-        assert float(row["train.learning_rate"]) == job.hparams["train.learning_rate"]
+    assert rows.keys() == {trial.trial_id for trial in evaluated.plan.trials} | {"base"}
+    for trial in evaluated.plan.trials:
+        row, record = rows[trial.trial_id], trial_record(trial)
+        assert float(row["train.learning_rate"]) == trial.hparams["train.learning_rate"]
         assert row["status"] == record["status"]
         assert float(row["validation_loss"]) == record["validation"]["loss"]
         assert (row["validation_n"], int(row["validation_number"])) == ("12", record["validation"]["number"])
-        assert row["adapter"] == (str(job.folder / "adapter") if record["status"] == COMPLETE else "")
+        assert row["adapter"] == (str(trial.folder / "adapter") if record["status"] == COMPLETE else "")
     for word in ("All trials", "Best point of each arm", "stopped", "base"):
         assert word in evaluated.stdout
 

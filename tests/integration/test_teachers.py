@@ -39,9 +39,9 @@ SHARDED = {"accelerator": "gpu", "tensor_parallel_size": 8, "pipeline_parallel_s
 class Located(TeacherDeployment):
     """A replica that tells where it answered."""
 
-    async def answer(self, *told: Any) -> list[dict[str, Any]]:
+    async def answer(self, *arguments: Any) -> list[dict[str, Any]]:
         node = ray.get_runtime_context().get_node_id()
-        return [{"node": node, **reply} for reply in await super().answer(*told)]
+        return [{"node": node, **reply} for reply in await super().answer(*arguments)]
 
 
 @contextlib.contextmanager
@@ -79,14 +79,14 @@ def expected(prompts: list[list[int]]) -> list[list[int]]:
 # An engine of two processes. In `make test`, the test of sixteen GPUs shows where the shards of a replica lie.
 @pytest.mark.slow
 def test_an_engine_of_two_shards_answers_as_the_model_does(prompts: list[list[int]], expected: list[list[int]]):
-    told = Teacher.model_validate(
+    section = Teacher.model_validate(
         {
             "model": MODEL,
             # Without it, vLLM looks for a NUMA node for each.
             "engine": {**ENGINE, "tensor_parallel_size": 2, "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}},
         }
     )
-    with cluster(2) as made, joined(made), deployed(told, "cpu", TeacherDeployment) as handle:
+    with cluster(2) as made, joined(made), deployed(section, "cpu", TeacherDeployment) as handle:
         replies = handle.answer.remote(prompts, GREEDY, 120).result(timeout_s=240)
         (group,) = [each for each in placement_group_table().values() if each["state"] == "CREATED"]
     assert [reply["token_ids"].tolist() for reply in replies] == expected
@@ -97,8 +97,8 @@ def test_an_engine_of_two_shards_answers_as_the_model_does(prompts: list[list[in
 # Two engines, which faults/test_teacher.py also asks side by side; where replicas lie, the pretended ones below tell.
 @pytest.mark.slow
 def test_two_replicas_on_two_nodes_both_answer(prompts: list[list[int]], expected: list[list[int]]):
-    told = Teacher.model_validate({"model": MODEL, "engine": ENGINE, "replicas": {"min": 2, "max": 2}})
-    with cluster(1, 1) as made, joined(made), deployed(told, "cpu", Located) as handle:
+    section = Teacher.model_validate({"model": MODEL, "engine": ENGINE, "replicas": {"min": 2, "max": 2}})
+    with cluster(1, 1) as made, joined(made), deployed(section, "cpu", Located) as handle:
         wait_for_all()
         calls = [handle.answer.remote(prompts, GREEDY, 120) for _ in range(16)]
         replies = [reply for call in calls for reply in call.result(timeout_s=240)]
@@ -123,9 +123,9 @@ def nodes_of(kind: str) -> set[str]:
 
 
 def test_a_replica_of_sixteen_gpus_lies_on_two_nodes_and_students_get_them_when_it_is_gone(pretended: Cluster):
-    told = Teacher.model_validate({"model": MODEL, "engine": SHARDED})
+    section = Teacher.model_validate({"model": MODEL, "engine": SHARDED})
     workers = Train(num_workers=2, batch_size=2, accelerator="gpu", accelerator_type="H100")
-    with deployed(told, "gpu", FakeGpuServer) as handle:
+    with deployed(section, "gpu", FakeGpuServer) as handle:
         assert handle.answer.remote(0).result(timeout_s=60) in nodes_of("H100")
         (group,) = [each for each in placement_group_table().values() if each["state"] == "CREATED"]
         assert set(group["bundles_to_node_id"].values()) == nodes_of("H100")
@@ -142,7 +142,7 @@ def test_a_replica_of_sixteen_gpus_lies_on_two_nodes_and_students_get_them_when_
 
 @pytest.mark.slow
 def test_replicas_come_with_the_calls_in_flight_and_go_again(pretended: Cluster):
-    told = Teacher.model_validate(
+    section = Teacher.model_validate(
         {
             "model": MODEL,
             "engine": {**SHARDED, "pipeline_parallel_size": 1},
@@ -150,7 +150,7 @@ def test_replicas_come_with_the_calls_in_flight_and_go_again(pretended: Cluster)
             "concurrency": 2,
         }
     )
-    with deployed(told, "gpu", FakeGpuServer) as handle:
+    with deployed(section, "gpu", FakeGpuServer) as handle:
         assert ray.available_resources()["GPU"] == 24
         # Four at a time on each: more than one replica does in the half minute after which Serve brings another.
         calls = [handle.answer.remote(20) for _ in range(16)]

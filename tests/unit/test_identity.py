@@ -359,14 +359,14 @@ def test_problem_set_key_follows_file_content(tmp_path: Path):
     file, same = tmp_path / "problems.jsonl", tmp_path / "same.jsonl"
     for each in (file, same):
         each.write_text('{"question": "1 + 1?", "answer": "#### 2"}')
-    told = Dataset(source="jsonl", train_file=str(file), test_file=str(file), seed=3)
-    first = identity.problem_set(told)
+    dataset = Dataset(source="jsonl", train_file=str(file), test_file=str(file), seed=3)
+    first = identity.problem_set(dataset)
     assert str(tmp_path) not in str(first)
     assert first["train_file"] == hashing.fingerprint(file) == first["test_file"]
     assert "seed" not in first, "nothing is generated"
     assert set(first) - set(identity.train_problems(first)) == {"test_file"}
     file.write_text('{"question": "1 + 2?", "answer": "#### 3"}')
-    assert identity.problem_set(told) != first
+    assert identity.problem_set(dataset) != first
 
 
 def test_unused_fields_are_in_no_key():

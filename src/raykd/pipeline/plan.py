@@ -1,7 +1,7 @@
 """Resolve an experiment: its models, problems, trials and the folders of every stage."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,9 @@ from raykd.tuning.variants import (
     variant_at,
     variants,
 )
+
+# The stages that use the cluster, in their order.
+STAGES = ("generate", "train", "evaluate", "attention")
 
 
 @dataclass(frozen=True)
@@ -130,15 +133,15 @@ class Plan:
         ]
         return [student_batch.BASE_STUDENT, *adapters]
 
-    def is_complete(self) -> bool:
-        """Return whether only the report is missing."""
-        is_trained = not self.pending_trials() and not self.pending_search
-        return (
-            not completion_set.missing_sets(self.required_sets)
-            and is_trained
-            and self.is_predicted()
-            and self.is_measured()
-        )
+    def is_complete(self, stages: Sequence[str] = STAGES) -> bool:
+        """Return whether nothing remains to be done by some stages, of `STAGES`."""
+        checks: dict[str, Callable[[], bool]] = {
+            "generate": lambda: not completion_set.missing_sets(self.required_sets),
+            "train": lambda: not self.pending_trials() and not self.pending_search,
+            "evaluate": self.is_predicted,
+            "attention": self.is_measured,
+        }
+        return all(checks[stage]() for stage in stages)
 
     def is_predicted(self) -> bool:
         """Return whether the students' test answers are complete."""

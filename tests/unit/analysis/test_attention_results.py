@@ -37,8 +37,8 @@ def written(folder: Path, rows: list[dict], late: set[str] = frozenset()) -> Pat
         part = pa.Table.from_pylist(rows[start : start + 7], schema=schemas.ATTENTION)
         row_store.write_part(folder, part)
     trials = sorted({row["trial_id"] for row in rows} - late)
-    told = {"trials": trials, "statistics": STATISTICS, "layers": LAYERS, "heads": HEADS}
-    row_store.finalize(folder, schemas.ATTENTION, "attention_id", told)
+    fields = {"trials": trials, "statistics": STATISTICS, "layers": LAYERS, "heads": HEADS}
+    row_store.finalize(folder, schemas.ATTENTION, "attention_id", fields)
     return folder
 
 

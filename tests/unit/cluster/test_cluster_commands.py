@@ -28,11 +28,11 @@ from raykd.config.loading import load_experiment
 
 
 def test_the_job_runs_an_experiment_on_the_shared_folder():
-    told = experiment("rayjob")
-    assert told.storage == "/mnt/raykd"
-    assert told.teacher.engine.accelerator_type == "H100"
-    students = (told.evaluate.engine.accelerator_type, told.train.accelerator_type)
-    assert told.attention and students == ("L4", "L4") and told.attention.accelerator_type == "L4"
+    config = experiment("rayjob")
+    assert config.storage == "/mnt/raykd"
+    assert config.teacher.engine.accelerator_type == "H100"
+    students = (config.evaluate.engine.accelerator_type, config.train.accelerator_type)
+    assert config.attention and students == ("L4", "L4") and config.attention.accelerator_type == "L4"
 
 
 def test_the_job_fits_its_cluster():
@@ -42,31 +42,31 @@ def test_the_job_fits_its_cluster():
 @pytest.mark.parametrize("name", CLOUDS)
 def test_what_the_readme_submits_fits_the_cluster_of_each_cloud(name: str):
     text = " ".join((FOLDER / "README.md").read_text().split())
-    told = {cloud: kind for kind, cloud in re.findall(r"`([\w-]+)` on (AWS|Google Cloud|Azure)", text)}
-    assert [told[NAMES[name]]] == kinds(read(name)["available_node_types"]["student"]["resources"])
-    assert_all_fits(on_kind(told[NAMES[name]]), f"{name}.yaml")
+    kind_of_cloud = {cloud: kind for kind, cloud in re.findall(r"`([\w-]+)` on (AWS|Google Cloud|Azure)", text)}
+    assert [kind_of_cloud[NAMES[name]]] == kinds(read(name)["available_node_types"]["student"]["resources"])
+    assert_all_fits(on_kind(kind_of_cloud[NAMES[name]]), f"{name}.yaml")
 
 
 def test_what_the_readme_submits_fits_the_cluster_on_kubernetes():
     text = (FOLDER / "README.md").read_text()
     # What it says is to be said there besides, as the job says it.
     assert "`STUDENTS=L4`" in text and "add `teacher.engine.pipeline_parallel_size=2` to that" in text
-    told = on_kind("L4", "teacher.engine.pipeline_parallel_size=2")
-    assert told == experiment("rayjob")
-    assert_all_fits(told, "kuberay/nodes.yaml")
+    config = on_kind("L4", "teacher.engine.pipeline_parallel_size=2")
+    assert config == experiment("rayjob")
+    assert_all_fits(config, "kuberay/nodes.yaml")
 
 
 def test_the_command_names_the_first_clouds_kind():
     text = (FOLDER / "README.md").read_text()
     (line,) = re.findall(r"^STUDENTS=.*$", text, re.MULTILINE)
-    told = {name: kinds(read(name)["available_node_types"]["student"]["resources"])[0] for name in CLOUDS}
-    assert line.startswith(f"STUDENTS={told['aws']} ") and "on AWS;" in line
-    assert all(f"{told[name]} on {NAMES[name]}" in line for name in ("gcp", "azure"))
+    kind_of = {name: kinds(read(name)["available_node_types"]["student"]["resources"])[0] for name in CLOUDS}
+    assert line.startswith(f"STUDENTS={kind_of['aws']} ") and "on AWS;" in line
+    assert all(f"{kind_of[name]} on {NAMES[name]}" in line for name in ("gcp", "azure"))
 
 
 def test_a_student_of_8b_needs_checkpointing_on_22_gib_only():
-    told = on_kind("A10G", "train.gradient_checkpointing=false")
-    (train,) = [fit for fit in fits(told, "aws.yaml") if fit.stage == "train"]
+    config = on_kind("A10G", "train.gradient_checkpointing=false")
+    (train,) = [fit for fit in fits(config, "aws.yaml") if fit.stage == "train"]
     assert "A10G has 22.0" in train.problem and train.suggestion == "train.gradient_checkpointing=true"
     assert_all_fits(on_kind("A100", "train.gradient_checkpointing=false"), "azure.yaml")
 
@@ -74,11 +74,11 @@ def test_a_student_of_8b_needs_checkpointing_on_22_gib_only():
 def test_rays_dashboard_is_told_what_a_job_is():
     metadata, file, overrides = submitted()
     (job,) = manifests("rayjob")
-    for told, name in (
+    for each, name in (
         (metadata, load_experiment(ROOT / file, overrides).name),
         (job["spec"]["metadata"], experiment("rayjob").name),
     ):
-        assert told == {"job_name": name, "experiment": name, "stage": "run"}
+        assert each == {"job_name": name, "experiment": name, "stage": "run"}
 
 
 def test_paths_are_there():
@@ -105,8 +105,8 @@ def test_commands_and_their_options_are_there():
         for name in re.findall(r"\bmake ([a-z-]+)", line):
             assert name in targets, line
         # Whatever follows a bare `--`, a comment or the end of a quotation is somebody else's.
-        for told in re.findall(r"(?:^|[\s'\"(])ray ([a-z][^#'\"|>)]*)", line):
-            words = re.split(r"\s--(?:\s|$)", told)[0].split()
+        for command in re.findall(r"(?:^|[\s'\"(])ray ([a-z][^#'\"|>)]*)", line):
+            words = re.split(r"\s--(?:\s|$)", command)[0].split()
             command: Any = ray_cli
             while words and hasattr(command, "commands"):
                 command = command.commands[words.pop(0)]
@@ -132,9 +132,9 @@ def test_the_image_is_installed_as_a_machine_is():
 
 def test_the_image_finds_the_driver_as_nvidias_own_do():
     (line,) = re.findall(r"^ENV (LD_LIBRARY_PATH=.*)$", (FOLDER / "Dockerfile").read_text(), re.MULTILINE)
-    told = dict(each.split("=") for each in line.split())
-    assert "/usr/local/nvidia/lib64" in told["LD_LIBRARY_PATH"].split(":")
-    assert told["NVIDIA_VISIBLE_DEVICES"] == "all" and told["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
+    variables = dict(each.split("=") for each in line.split())
+    assert "/usr/local/nvidia/lib64" in variables["LD_LIBRARY_PATH"].split(":")
+    assert variables["NVIDIA_VISIBLE_DEVICES"] == "all" and variables["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
     for name in CLOUDS:
         # The head has no GPU, and another word takes the place of the image's.
         assert read(name)["docker"]["head_run_options"] == ["--env NVIDIA_VISIBLE_DEVICES=void"]

@@ -41,12 +41,12 @@ def test_ray_accepts_the_files_of_ray_up(name: str):
 
 @pytest.mark.parametrize("name", ["raycluster", "rayjob"])
 def test_a_run_on_kubernetes_is_told_what_the_manifests_may_bring(name: str):
-    told = prepared(name)["available_node_types"]
+    node_types = prepared(name)["available_node_types"]
     nodes = yaml.safe_load((FOLDER / "kuberay" / "nodes.yaml").read_text())
     may = {name: (each["resources"], each["max_workers"]) for name, each in nodes["available_node_types"].items()}
     assert may == {
         name: ({key: amount for key, amount in each["resources"].items() if key != "memory"}, each["max_workers"])
-        for name, each in told.items()
+        for name, each in node_types.items()
     }
     assert f"{INSTALLED}/cluster/kuberay/nodes.yaml" in (FOLDER / "kuberay" / f"{name}.yaml").read_text()
 
@@ -59,14 +59,14 @@ def test_rays_check_refuses_what_is_wrong(change: dict[str, Any]):
 
 @pytest.mark.parametrize("name", CLOUDS)
 def test_pools_begin_with_no_node_and_only_students_are_spot(name: str):
-    told = read(name)
-    head, teacher, student = (told["available_node_types"][each] for each in ("head", "teacher", "student"))
-    assert told["head_node_type"] == "head"
+    config = read(name)
+    head, teacher, student = (config["available_node_types"][each] for each in ("head", "teacher", "student"))
+    assert config["head_node_type"] == "head"
     assert head["resources"]["GPU"] == 0 and not kinds(head["resources"])
     assert (teacher["min_workers"], student["min_workers"]) == (0, 0)
-    assert told["max_workers"] == teacher["max_workers"] + student["max_workers"]
-    assert 0 < told["idle_timeout_minutes"] <= 15
-    assert told["provider"]["cache_stopped_nodes"] is False
+    assert config["max_workers"] == teacher["max_workers"] + student["max_workers"]
+    assert 0 < config["idle_timeout_minutes"] <= 15
+    assert config["provider"]["cache_stopped_nodes"] is False
     spot = re.compile(r"\bspot\b", re.IGNORECASE)
     assert [bool(spot.search(str(each["node_config"]))) for each in (head, teacher, student)] == [False, False, True]
 
@@ -120,14 +120,14 @@ def test_kuberay_is_told_the_version_of_ray_in_both_locks(name: str):
 
 @pytest.mark.parametrize("name", LAUNCHED)
 def test_ray_asks_for_the_token_on_every_node(name: str):
-    told = read(name)
-    assert told["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
+    config = read(name)
+    assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
     # Without a token, `ray start` would go on without asking for one.
-    assert told["setup_commands"] == ["ray get-auth-token > /dev/null"]
-    for commands in (told["head_start_ray_commands"], told["worker_start_ray_commands"]):
+    assert config["setup_commands"] == ["ray get-auth-token > /dev/null"]
+    for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
         (start,) = [each for each in commands if "ray start" in each]
         assert "RAY_AUTH_MODE=token ray start" in start
-    assert "--env RAY_AUTH_MODE=token" in told["docker"]["run_options"]
+    assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
 
 
 @pytest.mark.parametrize("name", MANIFESTS[1:])
@@ -156,10 +156,10 @@ def test_no_port_is_open_to_the_world():
 
 @pytest.mark.parametrize("name", LAUNCHED)
 def test_all_nodes_see_the_shared_folder(name: str):
-    told = read(name)
-    assert "--volume /mnt/raykd:/mnt/raykd" in told["docker"]["run_options"]
+    config = read(name)
+    assert "--volume /mnt/raykd:/mnt/raykd" in config["docker"]["run_options"]
     # Before the container is there; what is mounted afterwards it would not see.
-    assert any("/mnt/raykd" in each for each in told["initialization_commands"])
+    assert any("/mnt/raykd" in each for each in config["initialization_commands"])
 
 
 @pytest.mark.parametrize("name", MANIFESTS[1:])
@@ -201,9 +201,9 @@ def test_rights_to_a_bucket_are_there_to_be_uncommented(name: str):
     """As the README says: the lines that name `raykd-nodes`, which without a bucket nobody has."""
     text = (FOLDER / f"{name}.yaml").read_text()
     key = r"IamInstanceProfile:|serviceAccounts:|  - email:|    scopes:|msi_name:|msi_resource_group:"
-    told = prepare_config(yaml.safe_load(re.sub(rf"^( *)# ({key})", r"\1\2", text, flags=re.MULTILINE)))
-    validate_config(told)
-    head, *workers = (told["available_node_types"][each]["node_config"] for each in ("head", "teacher", "student"))
+    config = prepare_config(yaml.safe_load(re.sub(rf"^( *)# ({key})", r"\1\2", text, flags=re.MULTILINE)))
+    validate_config(config)
+    head, *workers = (config["available_node_types"][each]["node_config"] for each in ("head", "teacher", "student"))
     # Ray gives the head of AWS and Google Cloud its own, and where it is given another it does not.
     assert "raykd-nodes" not in str(head) and "raykd-nodes" not in str(prepared(name))
     if name == "aws":
@@ -213,7 +213,7 @@ def test_rights_to_a_bucket_are_there_to_be_uncommented(name: str):
         rights = {"email": account, "scopes": ["https://www.googleapis.com/auth/cloud-platform"]}
         assert [each["serviceAccounts"] for each in workers] == [[rights]] * 2
     else:
-        provider = told["provider"]
+        provider = config["provider"]
         assert (provider["msi_name"], provider["msi_resource_group"]) == ("raykd-nodes", provider["resource_group"])
 
 

@@ -38,10 +38,10 @@ def test_groups_are_packed(sizes: list[int], nodes_of: tuple[int, int], expected
 
 
 def test_typed_bundle_is_placed_on_its_gpu_type():
-    told = (("H100", 1, 8.0), ("A10G", 2, 4.0))
+    pools = (("H100", 1, 8.0), ("A10G", 2, 4.0))
     kinds = [
         NodeGroup(name, count, {"CPU": 96.0, "GPU": gpus, f"accelerator_type:{name}": 1.0})
-        for name, count, gpus in told
+        for name, count, gpus in pools
     ]
     mixed = ClusterSpec("mixed", tuple(kinds))
     bundle = {"CPU": 1.0, "GPU": 1.0, "accelerator_type:A10G": 0.001}

@@ -72,9 +72,9 @@ def test_engine_kwargs_override_the_defaults():
 
 def test_start_timeout_is_passed_to_vllm_and_serve():
     """vLLM 0.29 gives up after 600 s, Serve LLM of Ray 2.60 after 3,600 s, whatever else waits longer."""
-    for timeout_s, told in ((5400, "5400"), (0.5, "1")):
+    for timeout_s, seconds in ((5400, "5400"), (0.5, "1")):
         _, env = engine_settings(Engine(), "gpu", timeout_s)
-        assert env["VLLM_ENGINE_READY_TIMEOUT_S"] == env["RAYLLM_ENGINE_START_TIMEOUT_S"] == told
+        assert env["VLLM_ENGINE_READY_TIMEOUT_S"] == env["RAYLLM_ENGINE_START_TIMEOUT_S"] == seconds
     _, env = engine_settings(Engine(env={"VLLM_ENGINE_READY_TIMEOUT_S": "60"}), "gpu")
     assert env["VLLM_ENGINE_READY_TIMEOUT_S"] == "60"
 

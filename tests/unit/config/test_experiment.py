@@ -111,8 +111,8 @@ def test_missing_file_is_named():
 
 
 def test_sweep_axis_is_set_by_its_dotted_field(tmp_path: Path):
-    told = ("sweep.space.train.learning_rate={choice: [0.1, 0.2]}", "sweep.space.student.lora.r={choice: [4]}")
-    experiment = load(tmp_path, SMALLEST, "dataset={num_train: 9, num_validation: 5, num_test: 5}", *told)
+    overrides = ("sweep.space.train.learning_rate={choice: [0.1, 0.2]}", "sweep.space.student.lora.r={choice: [4]}")
+    experiment = load(tmp_path, SMALLEST, "dataset={num_train: 9, num_validation: 5, num_test: 5}", *overrides)
     assert experiment.sweep and sorted(experiment.sweep.space) == ["student.lora.r", "train.learning_rate"]
 
 

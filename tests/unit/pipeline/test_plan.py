@@ -14,7 +14,7 @@ from raykd.pipeline.plan import Plan, resolve
 from runs import started_plan
 
 
-def prepare(tmp_path: Path, **tree: Any) -> Plan:
+def described(tmp_path: Path, **tree: Any) -> Experiment:
     experiment: dict[str, Any] = {
         "name": "small",
         "storage": str(tmp_path),
@@ -22,7 +22,11 @@ def prepare(tmp_path: Path, **tree: Any) -> Plan:
         "teacher": {"model": "raykd/demo-teacher"},
         "student": {"model": "raykd/demo-student"},
     }
-    return started_plan(Experiment.model_validate(experiment | tree))
+    return Experiment.model_validate(experiment | tree)
+
+
+def prepare(tmp_path: Path, **tree: Any) -> Plan:
+    return started_plan(described(tmp_path, **tree))
 
 
 @pytest.mark.parametrize(
@@ -160,6 +164,18 @@ def test_corrected_experiment_keeps_its_name(tmp_path: Path):
     with pytest.raises(ValueError, match="rounds=3"):
         prepare(tmp_path, targets={"source": "student", "rounds": 3}, train={"batch_size": 40})
     prepare(tmp_path, targets={"source": "student", "rounds": 2}, train={"batch_size": 40})
+
+
+def test_experiment_that_does_not_fit_leaves_no_record(tmp_path: Path):
+    too_large: dict[str, Any] = {"train": {"num_workers": 4, "batch_size": 8}}
+    plan = resolve(described(tmp_path, **too_large))
+    with pytest.raises(UserError, match="a trial needs 4 CPU"):
+        run.check_and_start(plan, "raykd run small.yaml", {"CPU": 2})
+    assert not plan.folder.exists()
+    # Its results would differ, so they could not share a folder.
+    smaller = resolve(described(tmp_path, train={"batch_size": 4}, prompt={"instruction": "Think."}))
+    run.check_and_start(smaller, "raykd run small.yaml", {"CPU": 2})
+    assert (smaller.folder / "run.json").is_file()
 
 
 def test_changed_model_files_are_refused(tmp_path: Path):

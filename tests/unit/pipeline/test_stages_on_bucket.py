@@ -179,8 +179,8 @@ def test_log_stays_local_if_the_bucket_refuses_it(bucket: str, monkeypatch: pyte
     monkeypatch.setattr(filesystem, "put", refuse)
     # Nothing was written to it before.
     log = filesystem.resolve(f"{bucket}/refused/{os.getpid()}/experiments/mine") / "driver.log"
-    told = console.append_to_log(log, "Traceback\n")
-    assert not filesystem.is_remote(told) and told.read_text().endswith("Traceback\n")
+    file = console.append_to_log(log, "Traceback\n")
+    assert not filesystem.is_remote(file) and file.read_text().endswith("Traceback\n")
 
 
 def test_predictions_are_collected_into_one_file(place: Path):

@@ -38,7 +38,7 @@ def finished(tmp_path: Path) -> tuple[Path, Path]:
     made.attention({"none-0": ("none", 0), "ground_truth-0": ("ground_truth", 0)})
     made.write()
     arms = {"none": {}, "teacher": {"prompt.strategy": "teacher"}, "ground_truth": {"prompt.strategy": "ground_truth"}}
-    told = {
+    fields = {
         "name": "far",
         "storage": str(tmp_path / "storage"),
         "dataset": {"source": "gsm8k"},
@@ -47,7 +47,7 @@ def finished(tmp_path: Path) -> tuple[Path, Path]:
         "arms": arms,
         "attention": {},
     }
-    text = dump_experiment(Experiment.model_validate(told))
+    text = dump_experiment(Experiment.model_validate(fields))
     (folder / "experiment.yaml").write_text(text)
     file = tmp_path / "far.yaml"
     file.write_text(text)

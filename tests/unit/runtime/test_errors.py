@@ -41,7 +41,7 @@ def test_root_cause_is_the_last_exception_line():
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "line"),
     [
         (no_space(), "a file cannot be read or written: [Errno 28] No space left on device: '/data/part-1.parquet'"),
         (
@@ -58,7 +58,7 @@ def test_root_cause_is_the_last_exception_line():
         (RayTaskError("f", "ray::f()\nValueError: 7\n", ValueError(7)).as_instanceof_cause(), "raykd: ValueError: 7."),
     ],
 )
-def test_failure_is_one_line_with_a_traceback_in_the_log(tmp_path: Path, monkeypatch, capsys, fault, told: str):
+def test_failure_is_one_line_with_a_traceback_in_the_log(tmp_path: Path, monkeypatch, capsys, fault, line: str):
     def fail(*_: object) -> None:
         raise fault
 
@@ -66,7 +66,7 @@ def test_failure_is_one_line_with_a_traceback_in_the_log(tmp_path: Path, monkeyp
     assert cli.main(["run", str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path}"]) == 1
     said = capsys.readouterr().err
     log = tmp_path / "experiments" / "quickstart" / "driver.log"
-    assert told in said and str(log) in said and "re-run to resume" in said
+    assert line in said and str(log) in said and "re-run to resume" in said
     assert said.count("\n") == 1
     assert "Traceback" in log.read_text() or "ray::f" in log.read_text()
 

@@ -29,9 +29,11 @@ ELSEWHERE = {"who": "process 7 on elsewhere", "token": "theirs", "process": 7, "
 
 def test_second_process_sees_the_owner_until_release(place: Path):
     with lock.folder_lock(place, "first"):
-        told = rf"is locked by process {os.getpid()} on .*: first\. Wait for that process, stop it \(same completions\)"
+        message = (
+            rf"is locked by process {os.getpid()} on .*: first\. Wait for that process, stop it \(same completions\)"
+        )
         with (
-            pytest.raises(ValueError, match=told),
+            pytest.raises(ValueError, match=message),
             lock.folder_lock(place, "second", " (same completions)"),
         ):
             raise AssertionError("both hold it")
@@ -46,8 +48,8 @@ def test_lock_of_a_killed_local_process_is_free(place: Path):
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(place)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout and process.stdout.readline() == "held\n"
-        told = rf"process {process.pid} on .*raykd run mine\.yaml"
-        with pytest.raises(ValueError, match=told), lock.folder_lock(place, "second"):
+        message = rf"process {process.pid} on .*raykd run mine\.yaml"
+        with pytest.raises(ValueError, match=message), lock.folder_lock(place, "second"):
             raise AssertionError("both hold it")
     finally:
         process.kill()
@@ -110,8 +112,8 @@ def test_lease_released_during_takeover_is_acquired(
     monkeypatch.setattr(lease, "LEASE_DURATION_S", -1.0)
     original, calls = getattr(module, name), itertools.count(1)
 
-    def then_gone(*told: Any) -> Any:
-        found = original(*told)
+    def then_gone(*arguments: Any) -> Any:
+        found = original(*arguments)
         if next(calls) == call:
             file.unlink(missing_ok=True)
         return found
@@ -130,7 +132,7 @@ def test_write_with_a_lost_response_counts_as_own(file: Path, monkeypatch: pytes
         file.unlink()
     for name in ("create", "replace"):
         original = getattr(filesystem, name)
-        monkeypatch.setattr(filesystem, name, lambda *told, write=original: write(*told) and False)
+        monkeypatch.setattr(filesystem, name, lambda *arguments, write=original: write(*arguments) and False)
     with lease.hold_lease(file, "me"):
         assert files.read_json(file)["who"] == "me"
     assert filesystem.list_files(file.parent) == []
@@ -182,6 +184,6 @@ def test_lease_is_renewed(file: Path):
 
 
 def test_missing_bucket_error_names_the_remedy(bucket: str):
-    told = r"s3://no-such-bucket/x/run\.lock cannot be written .*environment"
-    with pytest.raises(ValueError, match=told), lock.folder_lock(filesystem.resolve("s3://no-such-bucket/x"), "me"):
+    message = r"s3://no-such-bucket/x/run\.lock cannot be written .*environment"
+    with pytest.raises(ValueError, match=message), lock.folder_lock(filesystem.resolve("s3://no-such-bucket/x"), "me"):
         raise AssertionError("nothing is held")

@@ -190,8 +190,8 @@ def test_unchanged_bucket_files_are_not_read_again(bucket: str):
 
 
 def relabelled(manifest: dict, **other: dict) -> dict:
-    told = {name: each for name, each in manifest.items() if name != "digest"} | other
-    return told | {"digest": hashing.content_key(told)}
+    fields = {name: each for name, each in manifest.items() if name != "digest"} | other
+    return fields | {"digest": hashing.content_key(fields)}
 
 
 def test_table_is_read_whole_by_columns_and_in_batches(place: Path):

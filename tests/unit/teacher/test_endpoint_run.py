@@ -59,8 +59,8 @@ def at(server: FakeServer, **endpoint: Any) -> dict[str, Any]:
     return {"url": server.url, "max_retries": 0, "api_key_env": KEY_ENV, **endpoint}
 
 
-def prepared(told: Experiment) -> tuple[Plan, CompletionSet]:
-    plan = started_plan(told)
+def prepared(config: Experiment) -> tuple[Plan, CompletionSet]:
+    plan = started_plan(config)
     (request,) = plan.required_sets
     return plan, request
 
@@ -141,8 +141,10 @@ def test_chat_teacher_needs_no_local_model(tmp_path: Path):
     assert sorted(map(str, messages)) == sorted(str(each["messages"]) for each in bodies)
     assert {each["model"] for each in bodies} == {"large-1"}
     tokenizer = loading.load_tokenizer(config.student)
-    (job,) = plan.trials
-    found, dropped = examples.build_examples(job.arm, job.problems, completions.folder, tokenizer, job.same_tokens)
+    (trial,) = plan.trials
+    found, dropped = examples.build_examples(
+        trial.arm, trial.problems, completions.folder, tokenizer, trial.same_tokens
+    )
     said = {row["problem_id"]: row["completion"] for row in rows}
     assert len(found) == len(problems) and not dropped
     for target in found:

@@ -81,14 +81,14 @@ def test_interrupted_search_resumes(tmp_path: Path):
     assert again.pending_search and again.pending_search.num_trials == 2 * (2 + 4)
     search = searches(again)["none"]
     states = [(trial.state.name, trial.params, trial.value) for trial in search._optuna._ot_study.trials]
-    # The point under way is told at its end, with what its other seed had reached before.
+    # The point under way is reported at its end, with what its other seed had reached before.
     assert sorted(states, key=str) == [
         ("COMPLETE", first[0].hparams, pytest.approx(decades_off(first[0]))),
         ("RUNNING", second[0].hparams, None),
     ]
     search.record(second[1], 7.0)
-    told = [trial.value for trial in search._optuna._ot_study.trials if trial.params == second[0].hparams]
-    assert told == [pytest.approx((7.0 + decades_off(second[0])) / 2)]
+    values = [trial.value for trial in search._optuna._ot_study.trials if trial.params == second[0].hparams]
+    assert values == [pytest.approx((7.0 + decades_off(second[0])) / 2)]
     third = search.draw()
     assert third[0].hparams not in (first[0].hparams, second[0].hparams)
     assert [len(each) for each in (search.draw(), begun["soft"].draw())] == [2, 2]

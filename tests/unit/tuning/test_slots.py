@@ -1,7 +1,11 @@
 """Trial slots: how many trials fit the cluster, and the request for more nodes."""
 
+from pathlib import Path
+
 import pytest
 
+from cloud_files import write_two_kinds
+from raykd.cluster import nodes
 from raykd.config.training import Train
 from raykd.tuning import slots
 from raykd.tuning.slots import AutoscalerRequester, TrialSlots, WorkerGroup, num_trial_slots
@@ -37,3 +41,73 @@ def test_slots_follow_the_cluster_and_request_one_trial_more(cluster: dict[str, 
     # The last trial needs no further node.
     assert trial_slots.update(1) == 2
     assert requests == [2 * 5, 2 * 3, 2 * 1]
+
+
+def test_requests_stay_within_the_autoscalers_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_two_kinds(tmp_path / "cluster.yaml")
+    monkeypatch.setenv("RAYKD_CLUSTER", str(tmp_path / "cluster.yaml"))
+    requests: list[list[nodes.Bundle]] = []
+    workers = [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:A10G": 0.001}] * 4
+    AutoscalerRequester(
+        lambda bundles: requests.append(list(bundles)),
+        trial_bundles=workers,
+        min_workers=4,
+        other_groups=[],
+        max_trials=21,
+    ).update(0, 21)
+    assert requests.pop() == workers * 4
+    AutoscalerRequester(
+        lambda bundles: requests.append(list(bundles)),
+        trial_bundles=workers,
+        min_workers=4,
+        other_groups=[],
+        max_trials=2,
+    ).update(0, 2)
+    assert requests.pop() == workers * 2
+    # What stays up meanwhile has to have room as well.
+    teacher = [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:H100": 0.001}] * 8
+    anywhere = [{"CPU": 1.0, "GPU": 1.0}] * 8
+    AutoscalerRequester(
+        lambda bundles: requests.append(list(bundles)),
+        trial_bundles=anywhere,
+        min_workers=8,
+        other_groups=[teacher],
+        max_trials=21,
+    ).update(0, 21)
+    assert requests.pop() == [*teacher, *anywhere * 3]
+
+
+def test_elastic_trial_requests_as_many_workers_as_the_limits_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_two_kinds(tmp_path / "cluster.yaml")
+    monkeypatch.setenv("RAYKD_CLUSTER", str(tmp_path / "cluster.yaml"))
+    requests: list[list[nodes.Bundle]] = []
+    # There may be sixteen of them.
+    workers = [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:A10G": 0.001}] * 24
+    for least, expected in ((4, 16), (24, 24)):
+        AutoscalerRequester(
+            lambda bundles: requests.append(list(bundles)),
+            trial_bundles=workers,
+            min_workers=least,
+            other_groups=[],
+            max_trials=3,
+        ).update(0, 3)
+        assert requests.pop() == workers[:expected]
+
+
+def test_without_limits_one_more_trial_is_requested(monkeypatch: pytest.MonkeyPatch):
+    requests: list[int] = []
+    now = [100.0]
+    monkeypatch.setattr(slots.time, "monotonic", lambda: now[0])
+    requester = AutoscalerRequester(
+        lambda bundles: requests.append(len(bundles)), trial_bundles=[{"CPU": 1.0}] * 2, min_workers=2, max_trials=3
+    )
+    for room in (0, 0, 1, 1, 2, 5):
+        requester.update(room, 9)
+    assert requests == [2, 4, 6]
+    # Another experiment may have requests for something else since.
+    now[0] += 61
+    requester.update(5, 9)
+    assert requests == [2, 4, 6, 6]
+    # Fewer than there is room for are left.
+    requester.update(5, 1)
+    assert requests == [2, 4, 6, 6, 2]

@@ -52,9 +52,9 @@ class Trial:
     config: dict[str, str]
 
 
-def stopped(told: Sweep, reached: dict[str, list[float]]) -> dict[str, int]:
+def stopped(sweep: Sweep, reached: dict[str, list[float]]) -> dict[str, int]:
     """Trials that are measured in turns, and at which time each is stopped."""
-    scheduler = schedulers.PerArmScheduler(told)
+    scheduler = schedulers.PerArmScheduler(sweep)
     trials = {name: Trial(name, {"trial_id": name, "arm": name[0]}) for name in reached}
     found: dict[str, int] = {}
     for trial in trials.values():
@@ -62,7 +62,7 @@ def stopped(told: Sweep, reached: dict[str, list[float]]) -> dict[str, int]:
     for number in range(max(map(len, reached.values()))):
         for name, trial in trials.items():
             if name not in found and number < len(reached[name]):
-                result = {"validation/number": number + 1, f"validation/{told.metric}": reached[name][number]}
+                result = {"validation/number": number + 1, f"validation/{sweep.metric}": reached[name][number]}
                 if scheduler.on_trial_result(None, trial, result) == TrialScheduler.STOP:
                     found[name] = number + 1
     return found
@@ -71,7 +71,7 @@ def stopped(told: Sweep, reached: dict[str, list[float]]) -> dict[str, int]:
 @pytest.mark.parametrize("scheduler", ["asha", "median"])
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
 def test_trial_is_stopped_if_worse_than_others_of_its_arm(scheduler: str, metric: str):
-    told = Sweep.model_validate({"scheduler": scheduler, "metric": metric})
+    sweep = Sweep.model_validate({"scheduler": scheduler, "metric": metric})
     good = [[0.5, 0.6, 0.7, 0.8], [0.5, 0.6, 0.7, 0.9], [0.4, 0.6, 0.7, 0.9]]
     bad = [[0.01, 0.02, 0.02, 0.03], [0.01, 0.02, 0.03, 0.04], [0.0, 0.02, 0.03, 0.04]]
     reached = {f"g{number}": each for number, each in enumerate(good)} | {"g9": [0.1, 0.1, 0.1, 0.1]}
@@ -79,7 +79,7 @@ def test_trial_is_stopped_if_worse_than_others_of_its_arm(scheduler: str, metric
     reached |= {f"b{number}": each for number, each in enumerate(bad)}
     if metric == "loss":
         reached = {name: [1 - value for value in each] for name, each in reached.items()}
-    over = stopped(told, reached)
+    over = stopped(sweep, reached)
     assert "g9" in over and over["g9"] < 4
     assert {"b0", "b1"}.isdisjoint(over)
 
@@ -100,16 +100,16 @@ def test_what_came_to_its_end_is_not_trained_again(tmp_path: Path):
     assert [trial.trial_id for trial in plan(tmp_path).pending_trials()] == [trial.trial_id for trial in trials[3:]]
     again = plan(tmp_path, retry_failed=True).pending_trials()
     assert [trial.trial_id for trial in again] == [third.trial_id, *(trial.trial_id for trial in trials[3:])]
-    told = files.read_json(third.folder / "trial.json")
-    assert (told["status"], told["error"], told["adapter"]) == (FAILED, "out of memory", None)
-    assert told["validation"] == {"number": 1, "n": 10, "correct": 2.0, "accuracy": 0.2}
-    assert list(told["hparams"]) == ["train.learning_rate"]
+    record = files.read_json(third.folder / "trial.json")
+    assert (record["status"], record["error"], record["adapter"]) == (FAILED, "out of memory", None)
+    assert record["validation"] == {"number": 1, "n": 10, "correct": 2.0, "accuracy": 0.2}
+    assert list(record["hparams"]) == ["train.learning_rate"]
 
 
 def test_max_tokens_changes_trial_ids_only_where_accuracy_is_measured(tmp_path: Path):
     def ids(metric: str, max_tokens: int) -> list[str]:
-        told = {"sweep": TREE["sweep"] | {"metric": metric}, "evaluate": {"sampling": {"max_tokens": max_tokens}}}
-        return [trial.trial_id for trial in plan(tmp_path / metric / str(max_tokens), **told).trials]
+        fields = {"sweep": TREE["sweep"] | {"metric": metric}, "evaluate": {"sampling": {"max_tokens": max_tokens}}}
+        return [trial.trial_id for trial in plan(tmp_path / metric / str(max_tokens), **fields).trials]
 
     assert ids("loss", 64) == ids("loss", 65)
     assert not set(ids("accuracy", 64)) & set(ids("accuracy", 65))
@@ -189,9 +189,9 @@ def test_stopped_trial_is_pending_without_a_scheduler(tmp_path: Path):
 
 @pytest.mark.parametrize("scheduler", ["asha", "median", "none"])
 def test_diverged_trial_is_stopped(scheduler: str):
-    told = Sweep.model_validate({"scheduler": scheduler, "metric": "loss"})
+    sweep = Sweep.model_validate({"scheduler": scheduler, "metric": "loss"})
     reached = {"a0": [2.0, 1.5, 1.2, 1.0], "a1": [1.9, float("nan"), float("nan")]}
-    assert stopped(told, reached) == {"a1": 2}
+    assert stopped(sweep, reached) == {"a1": 2}
 
 
 def test_searched_strategy_does_not_make_an_arm_the_baseline(tmp_path: Path):
