@@ -1,4 +1,4 @@
-"""What all tests share: an environment without the network, and somewhere empty to write to."""
+"""Fixtures of all tests: an environment without network access, and an empty folder or bucket."""
 
 import os
 import uuid
@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-# Libraries read these when they are imported, and so does every process that a test starts.
+# Libraries read these on import, also in the processes that a test starts.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -17,9 +17,9 @@ os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["DO_NOT_TRACK"] = "1"
 # Without its compiled modules every process of a run takes a second longer to load raykd.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# By default Ray's workers give way to whatever else this machine does, and an engine then loads for minutes.
+# By default Ray's workers run at a low priority; on a busy machine an engine then loads for minutes.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
-# What tells the processes of these tests, however many others are between.
+# Marks the processes of these tests, also those whose parent has ended.
 os.environ["RAYKD_TESTS"] = uuid.uuid4().hex
 
 import s3_server
@@ -31,19 +31,19 @@ pytest_plugins = ["reference_run"]
 
 @pytest.fixture(scope="module", autouse=True)
 def nothing_is_left_running() -> Iterator[None]:
-    """Ends what the tests of a file started and did not end, and fails for it."""
+    """Fail if a file's tests leave processes behind, and end these processes."""
     before = set(started_here())
     yield
     wait_for_end([each for each in started_here() if each not in before])
 
 
 def started_here() -> list[psutil.Process]:
-    """The processes that these tests started, those whose parent is gone among them."""
+    """Return the processes that these tests started, including those whose parent has ended."""
     found = []
     for process in psutil.process_iter():
         try:
             is_ours = process.environ().get("RAYKD_TESTS") == os.environ["RAYKD_TESTS"] and process.pid != os.getpid()
-            # Which multiprocessing keeps for as long as this process lives.
+            # multiprocessing keeps it as long as this process lives.
             if is_ours and "multiprocessing." not in " ".join(process.cmdline()):
                 found.append(process)
         except psutil.Error:
@@ -53,14 +53,14 @@ def started_here() -> list[psutil.Process]:
 
 @pytest.fixture(scope="session")
 def bucket() -> Iterator[str]:
-    """The URI of a bucket on a server of this machine that answers as S3 does."""
+    """The URI of a bucket on a local S3-compatible server."""
     with s3_server.s3() as uri:
         yield uri
 
 
 @pytest.fixture(params=["folder", "bucket"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Somewhere empty: a folder, and a bucket's prefix."""
+    """An empty folder, then an empty prefix of a bucket."""
     if request.param == "folder":
         (tmp_path / "place").mkdir()
         return filesystem.resolve(str(tmp_path / "place"))

@@ -1,6 +1,6 @@
-"""Bad input: whatever comes in, there is a result or a UserError that names the place. No traceback from deep inside.
+"""Bad input gives a result or a UserError that names the place, and no other exception.
 
-How many cases are tried is `RAYKD_CASES`, for each test.
+`RAYKD_CASES` sets the number of cases of each test.
 """
 
 import copy
@@ -32,7 +32,7 @@ many = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-# What files of YAML and JSON hold, and what people type where something else is meant.
+# Values that YAML and JSON files hold, and likely typing errors.
 words = st.sampled_from(["", "~", "none", "ground_truth", "student", "top_k", "auto", "1e-3", "../up", "a/b", "null"])
 numbers = st.integers(-3, 10**20) | st.floats() | st.booleans()
 scalars = st.none() | numbers | words | st.text(max_size=12)
@@ -50,7 +50,7 @@ CONFIGURATIONS = sorted(ROOT.glob("configs/**/*.yaml"))
 
 
 def read_or_refused(file: Path, *overrides: str) -> None:
-    """Reads an experiment; where it is refused, by a message of one line that names the file or what was typed."""
+    """Load an experiment; a refusal must be one line that names the file or the argument."""
     try:
         experiment = load_experiment(file, overrides)
     except UserError as error:
@@ -58,10 +58,10 @@ def read_or_refused(file: Path, *overrides: str) -> None:
         assert "\n" not in str(error), error
         assert type(error) is UserError, type(error)
         return
-    # What was read can be written, and read again.
+    # A loaded experiment can be dumped and loaded again.
     again = file.with_suffix(".again")
     again.write_text(dump_experiment(experiment), encoding="utf-8")
-    # Keys that are numbers are texts then, in what is passed on to a library.
+    # In arguments for a library, keys that are numbers become strings.
     assert dump_experiment(load_experiment(again)) == dump_experiment(experiment)
 
 

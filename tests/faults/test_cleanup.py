@@ -1,4 +1,4 @@
-"""What a run held is given back when it is gone, also what its actors take as their last."""
+"""Clean-up after a killed run, including placement groups that its actors create after its end."""
 
 import subprocess
 import sys
@@ -41,7 +41,7 @@ with connected(Path(sys.argv[1]) / "log", "leavings", "test"):
     Path(sys.argv[1], "works").touch()
     time.sleep(1 if sys.argv[2] == "ends" else 300)
 """
-# A minute of waiting. Nothing in `make test` shows this.
+# Waits for a minute. No test in `make test` covers this.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder on a disk of its own, of 64 MiB."""
+    """A folder on a separate file system of 64 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True)
@@ -27,13 +27,13 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        # Lazily: what was killed may still have a file open.
+        # Lazily, because a killed process may still have a file open.
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @contextmanager
 def full(disk: Path) -> Iterator[None]:
-    """Not a byte more goes onto the disk within the block."""
+    """Fill the disk during the block."""
     filler = disk / "filler"
     file = os.open(filler, os.O_WRONLY | os.O_CREAT)
     try:
@@ -105,7 +105,7 @@ def test_run_resumes_after_space_is_freed(disk: Path, tmp_path: Path):
     assert len(set(answers["prediction_id"].to_pylist())) == len(answers) == 120
     steps = [point["step"] for point in files.read_json_lines(trial.folder / "metrics.jsonl")]
     assert steps == sorted(set(steps)) and steps[-1] == files.read_json(trial.folder / "trial.json")["steps"]
-    # Undisturbed, on a disk with room.
+    # The reference: the same run on a disk with free space.
     elsewhere = finish(command(tmp_path / "elsewhere"), tmp_path).plan
     theirs = row_store.read_rows(elsewhere.predictions, schemas.PREDICTION)
     columns = ["prediction_id", "completion"]

@@ -28,7 +28,7 @@ with lock.folder_lock(Path(sys.argv[1]), "raykd run mine.yaml"):
 
 @contextmanager
 def holding(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that works on a folder."""
+    """Start a process that holds a folder's lock."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout and process.stdout.readline() == "held\n"
@@ -40,7 +40,7 @@ def holding(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture
 def holder(tmp_path: Path):
-    """A process that works on an experiment."""
+    """Start a process that holds an experiment's lock."""
     folder = tmp_path / "experiments" / "quickstart"
     with holding(folder) as process:
         yield process, folder
@@ -57,7 +57,7 @@ def test_second_run_names_the_first(holder, tmp_path: Path, capsys, stage: str):
     assert [path.name for path in folder.iterdir()] == [lock.LOCK_FILE]
 
 
-# A command of its own; tests/unit/storage holds the message.
+# Starts a command. In `make test`, tests/unit/storage tests the message.
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_shared_completions_name_the_experiment_that_generates_them(tmp_path: Path):
@@ -99,13 +99,13 @@ def test_lock_leaves_no_empty_folders(tmp_path: Path):
 
 
 def test_removed_lock_file_is_not_locked(tmp_path: Path, monkeypatch):
-    """Two processes open the same file; the first removes it, and the second must not hold what nobody else sees."""
+    """Two processes open the same file; the first removes it, and the second must not lock the removed file."""
     first = lock.folder_lock(tmp_path, "first")
     first.__enter__()
     flock = lock.fcntl.flock
 
     def late(file, how: int) -> None:
-        # In between the first comes to its end.
+        # Meanwhile the first ends.
         monkeypatch.setattr(lock.fcntl, "flock", flock)
         first.__exit__(None, None, None)
         flock(file, how)

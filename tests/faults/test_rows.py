@@ -1,6 +1,6 @@
 """Rows that cannot be answered carry their error, and too many of them fail the stage.
 
-Those whose prompts are too long are in the reference run: see test_run.py.
+test_run.py covers prompts that are too long.
 """
 
 import signal
@@ -24,7 +24,7 @@ def rows_of(arguments: list[str]) -> list[dict]:
 
 @pytest.mark.slow
 def test_an_engine_that_hangs(tmp_path: Path):
-    """What it was asked meanwhile carries an error; that is too much, and the same command asks those rows again."""
+    """Requests of that time fail, the stage ends with an error, and the same command retries these rows."""
     timeout_s = 15
     arguments = ["generate", str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path}", "dataset.num_train=400"]
     arguments += ["teacher.max_error_rate=0.001"]

@@ -1,4 +1,4 @@
-"""What is secret stays so: nothing that a run writes holds a token, and nobody without one gets in while it runs."""
+"""Secrets: no file of a run holds a token, and a client without the token cannot connect to its Ray."""
 
 import os
 import re
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture
 def session() -> Iterator[Path]:
-    """Where Ray writes; a short path, for its sockets lie there."""
+    """Ray's temporary folder; its path is short, because it holds sockets."""
     folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C in every stage: all ends within half a minute, and the same command goes on."""
+"""SIGTERM and Ctrl-C in every stage: all processes end within 30 s, and the same command resumes."""
 
 import signal
 from pathlib import Path
@@ -19,7 +19,7 @@ def command(stage: str, root: Path) -> list[str]:
     ]
 
 
-# In `make test`, test_sweeps.py does this to a sweep.
+# In `make test`, test_sweeps.py sends SIGTERM to a sweep.
 @pytest.mark.slow
 def test_while_it_generates(tmp_path: Path):
     arguments = command("generate", tmp_path)
@@ -44,7 +44,7 @@ def test_in_every_later_stage(tmp_path: Path):
     end_by(signal.SIGINT, lambda: attention.exists(), arguments, tmp_path)
     finish(arguments, tmp_path)
     assert plan_of(arguments).is_complete()
-    # The base student's and the arm's.
+    # The base student and the student of the arm.
     for folder, schema, name in (
         (plan.predictions, schemas.PREDICTION, "prediction_id"),
         (attention, schemas.ATTENTION, "attention_id"),

@@ -1,4 +1,4 @@
-"""The teacher is lost while it answers: an engine, its only replica, a node, the run that asked. Nothing else is."""
+"""Loss of the teacher during generation: an engine, the only replica, a node, the driver. No completion is lost."""
 
 import re
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ from raykd.storage import row_store, schemas
 from runs import kill_when, parts, plan_of, started
 
 ROOT = Path(__file__).parents[2]
-# A dozen engines. In `make test`, test_teacher_retries.py holds that a call whose replica died is made again, and
-# test_resume.py that nothing is asked twice by a run that goes on.
+# A dozen engines. In `make test`, test_teacher_retries.py holds that calls to a dead replica are retried, and
+# test_resume.py that a resumed run repeats no request.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -36,7 +36,7 @@ def command(root: Path, replicas: int) -> list[str]:
 
 
 def check_all_is_there_once(arguments: list[str]) -> int:
-    """Every problem has its one completion under each strategy; returns how many there are."""
+    """Check that every problem has one completion under each strategy; return their number."""
     total = 0
     for request in plan_of(arguments).required_sets:
         rows = row_store.read_rows(request.folder, schemas.COMPLETION, ["problem_id", "error"])
@@ -77,9 +77,9 @@ def test_a_node_goes(nodes: Cluster, tmp_path: Path):
 
 
 def test_the_run_is_killed_and_its_teacher_goes_with_it(nodes: Cluster, tmp_path: Path):
-    """At most the requests that were in flight are asked again."""
+    """Check that only requests that were in flight are repeated."""
     arguments = command(tmp_path, 1)
-    # A head of a session keeps the logs of all its nodes.
+    # The head's session folder holds the logs of all nodes.
     logs = Path(nodes.head_node.get_session_dir_path()) / "logs"
     before = asked(logs)
     kill_when(lambda: len(parts(tmp_path)) >= 4, arguments, tmp_path, joining(nodes))
@@ -102,7 +102,7 @@ def test_the_run_is_killed_and_its_teacher_goes_with_it(nodes: Cluster, tmp_path
 
 
 def asked(logs: Path) -> int:
-    """How many prompts the engines on this cluster were given, by their own logs."""
+    """Return the number of prompts that the engines received, by their own logs."""
     files = [file for file in logs.rglob("*") if file.is_file() and file.suffix in (".log", ".out", ".err")]
     found = {name for file in files for name in re.findall(r"Added request (\S+)", file.read_text(errors="replace"))}
     return len(found)

@@ -1,4 +1,4 @@
-"""A worker or a node is lost while a student is trained: it goes on from its last checkpoint to the same adapter."""
+"""Loss of a worker or a node during training: the trial resumes from its last checkpoint, with the same adapter."""
 
 import json
 import subprocess
@@ -47,13 +47,13 @@ def curve(trial: TrialSpec) -> list[dict]:
 
 
 def has_come_far(trial: TrialSpec) -> bool:
-    """Past its second checkpoint, and some way still to go."""
+    """Return whether a trial has passed its second checkpoint and is not near its end."""
     points = curve(trial)
     return bool(points) and 2 * EVERY < points[-1]["step"] < STEPS - EVERY
 
 
 def goes_on(trial: TrialSpec, run: subprocess.Popen[str], disturb: Callable[[], None]) -> None:
-    """Disturbs a run, which must end well, and must not have begun anew."""
+    """Disturb a run; it must succeed without starting again from the first step."""
     disturb()
     least = len(curve(trial))
     deadline = time.monotonic() + 400
@@ -62,7 +62,7 @@ def goes_on(trial: TrialSpec, run: subprocess.Popen[str], disturb: Callable[[], 
         least = min(least, len(curve(trial)))
         time.sleep(0.1)
     assert run.returncode == 0
-    assert least >= EVERY, "it began anew"
+    assert least >= EVERY, "it started again"
 
 
 def check_the_same(trial: TrialSpec, undisturbed: TrialSpec) -> None:
@@ -78,7 +78,7 @@ def check_the_same(trial: TrialSpec, undisturbed: TrialSpec) -> None:
         assert torch.allclose(tensor, weights[1][name], atol=2e-3), name
 
 
-# In `make test`, test_sweeps.py kills a worker of a run that it also kills.
+# In `make test`, test_sweeps.py kills a worker.
 @pytest.mark.slow
 def test_a_worker_is_killed(undisturbed: TrialSpec, tmp_path: Path):
     arguments = command(tmp_path)
@@ -123,7 +123,7 @@ def test_a_node_is_lost_and_those_that_are_left_go_on(undisturbed: TrialSpec, tm
 
 @pytest.mark.slow
 def test_a_trial_that_cannot_be_trained_fails_and_the_others_finish(tmp_path: Path):
-    # No row is so short.
+    # Every row is longer.
     arms = "arms={own: {targets.source: reference}, nothing: {targets.source: reference, train.max_length: 2}}"
     sweep = "sweep={space: {train.learning_rate: {grid: [0.005, 0.002]}}, metric: loss, num_validations: 2}"
     arguments = [

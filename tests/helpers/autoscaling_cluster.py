@@ -82,5 +82,5 @@ def autoscaling_head(folder: Path, types: dict[str, Any], idle_timeout_minutes: 
     try:
         yield f"127.0.0.1:{port}", file
     finally:
-        # Told to end, the head waits half a minute for its processes, and its autoscaler leaves the fake nodes behind.
+        # On SIGTERM the head waits for its processes for 30 s, and its autoscaler leaves the fake nodes behind.
         kill_family(head)

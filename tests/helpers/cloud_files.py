@@ -34,7 +34,7 @@ NAMES = {"aws": "AWS", "gcp": "Google Cloud", "azure": "Azure"}
 LAUNCHED = (*CLOUDS, "local")
 MANIFESTS = ("shared", "raycluster", "rayjob", "rayservice")
 FILES = sorted(file for file in FOLDER.rglob("*") if file.is_file())
-# The fields of KubeRay 1.6.2 and of Kubernetes that there are, of those that the manifests could use
+# The fields of KubeRay 1.6.2 and Kubernetes that the manifests may use
 # (docs.ray.io/en/master/cluster/kubernetes/references/api.html).
 CLUSTER = {"rayVersion", "authOptions", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec"}
 FIELDS = {
@@ -144,7 +144,7 @@ def fits(experiment_config: Experiment, name: str) -> list[Fit]:
 
 
 def assert_all_fits(config: Experiment, name: str) -> None:
-    """Whether every stage lies on the pool that is meant for it, with nothing to be said against it."""
+    """Assert that every stage fits the pool that is meant for it, without problems or notes."""
     found = fits(config, name)
     assert [(fit.stage, fit.problem, fit.notes) for fit in found if fit.problem or fit.notes] == []
     pools = {fit.stage: {pool for placed in fit.placements for pool, _ in placed.bundles_per_node} for fit in found}

@@ -66,7 +66,7 @@ ARMS: dict[str, dict[str, Any]] = {
     },
 }
 STUDENTS = ["base", *ARMS]
-# A driver that joins by itself, and shows a trial once.
+# A driver that connects to the head and shows a trial once.
 BYSTANDER = """
 import sys
 from pathlib import Path
@@ -96,7 +96,7 @@ class Head:
 
 @dataclass
 class Seen:
-    """What a node's page of metrics showed: of each series every value, from the first to the last."""
+    """A node's metrics: all values of each series, from the first to the last."""
 
     page: str
     values: dict[str, dict[frozenset[tuple[str, str]], list[float]]] = field(
@@ -109,7 +109,7 @@ class Seen:
         self.now = []
         with urllib.request.urlopen(self.page, timeout=30) as answer:
             lines = answer.read().decode().splitlines()
-        # Most of the page is of Ray itself, and it takes seconds to parse.
+        # Most metrics are Ray's own, and parsing all of them takes seconds.
         kept = [line for line in lines if any(name in line for name in ("ray_raykd_", "ray_vllm_"))]
         for family in text_string_to_metric_families("\n".join([*kept, ""])):
             for sample in family.samples:
@@ -122,7 +122,7 @@ class Seen:
         return [(series, values) for series, values in found if tags.items() <= series.items()]
 
     def total(self, metric: metrics.Metric, **tags: str) -> float:
-        """Where a counter stands."""
+        """The last value of a counter."""
         return sum(values[-1] for _, values in self.of(metric.exported, **tags))
 
 
@@ -153,7 +153,7 @@ class Reference:
 
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in teacher with ideas of its own about sampling, as models from the hub have them."""
+    """The built-in teacher with sampling defaults of its own, as models on the hub have."""
     folder = tmp_path_factory.mktemp("models") / "teacher"
     shutil.copytree(resolve_model("raykd/demo-teacher"), folder)
     file = folder / "generation_config.json"
@@ -208,7 +208,7 @@ def experiment_file(teacher_folder: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def with_too_long(file: Path) -> Path:
-    """Writes the sample's training problems, and some among them whose question no model here has room for."""
+    """Write the sample's training problems, some of them with a question that exceeds every context length."""
     lines = (SAMPLE / "train.jsonl").read_text().splitlines()
     for number in range(NUM_TOO_LONG):
         question = f"Ada has {number + 3} figs and buys 2. How many figs has she? " * 80
@@ -220,7 +220,7 @@ def with_too_long(file: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def reference(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """The run itself, undisturbed."""
+    """Run the experiment without a fault."""
     storage, folder = tmp_path_factory.mktemp("storage"), tmp_path_factory.mktemp("job")
     arguments = [str(experiment_file), f"storage={storage}"]
     with token_head(folder) as head, bystander(head, folder):
@@ -230,7 +230,7 @@ def reference(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -
                 submission("rayjobs/run.py", "run", *arguments), env=environment, cwd=ROOT, stdout=stream, stderr=stream
             )
         try:
-            # While the teacher's engine loads.
+            # Meanwhile the teacher's engine loads.
             (folder / "other").write_text("another-token-altogether-0123456789abcdef")
             other = {**environment, "RAY_AUTH_TOKEN_PATH": str(folder / "other")}
             unknown = submit(other, "rayjobs/run.py", "--version")
@@ -238,13 +238,13 @@ def reference(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -
             while run.poll() is None:
                 assert time.monotonic() < deadline, failed(output, "takes too long")
                 seen.look()
-                # To tell of them costs the node a good part of a core.
+                # Exporting them costs a large part of a core.
                 time.sleep(5)
         finally:
             run.kill()
             run.wait()
         assert run.returncode == 0, failed(output, f"ended with {run.returncode}")
-        # Processes send what they have counted every 10 s, and at their end.
+        # Processes export their counts every 10 s and at their end.
         time.sleep(12)
         seen.look()
         listed = subprocess.run([RAY, "job", "list"], env=environment, capture_output=True, text=True, timeout=120)
@@ -256,20 +256,20 @@ def reference(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def failed(output: Path, why: str) -> str:
-    """What every test that reads the run then says: in one line, and the end of what the job printed."""
+    """Return why the run failed: one line, then the end of the job's output."""
     lines = output.read_text().splitlines()
     return "\n".join([f"the reference run {why}: {lines[-1] if lines else ''}", *lines[-60:]])
 
 
 @pytest.fixture(scope="session")
 def again(reference: Reference) -> Ran:
-    """The same command once more, typed on this machine, when the run is complete."""
+    """The same command, run again on this machine after the run is complete."""
     return finish(reference.arguments, reference.plan.root)
 
 
 @contextmanager
 def token_head(folder: Path) -> Iterator[Head]:
-    """Starts a head of four cores, of which nothing is left afterwards."""
+    """Start a head of four cores; stop it with all its processes afterwards."""
     token, log = folder / "token", folder / "head.log"
     token.write_text(TOKEN)
     port, dashboard, exported = free_port(), free_port(), free_port()
@@ -290,14 +290,14 @@ def token_head(folder: Path) -> Iterator[Head]:
     try:
         yield Head(environment, f"127.0.0.1:{port}", f"http://127.0.0.1:{exported}/metrics", mistaken)
     finally:
-        # Told to end, it waits half a minute for its processes.
+        # On SIGTERM it waits for its processes for 30 s.
         kill_family(process)
 
 
 def up(
     command: list[str], environment: dict[str, str], log: Path
 ) -> tuple[subprocess.Popen[bytes], subprocess.CompletedProcess[str]] | None:
-    """Starts a head and submits a job to it, with a mistake in the experiment, until it takes it.
+    """Start a head and submit a job with an error in its experiment, until the head accepts it.
 
     Returns:
         its process, and what became of the job; None where it gave itself up, as a node does whose agents take more
@@ -310,7 +310,7 @@ def up(
         while process.poll() is None:
             if "Ray runtime started" in log.read_text():
                 job = submit(environment, "rayjobs/run.py", "train", "configs/quickstart.yaml", "train.epoch=3")
-                # The agent that starts jobs loads for some seconds after the head is up.
+                # The agent that starts jobs loads some seconds longer than the head.
                 if "submitted successfully" in job.stdout + job.stderr:
                     return process, job
             assert time.monotonic() < deadline, log.read_text()
@@ -323,7 +323,7 @@ def up(
 
 @contextmanager
 def bystander(head: Head, folder: Path) -> Iterator[None]:
-    """A process that joined the head by itself, and has shown a trial once."""
+    """Start a driver that connects to the head and shows a trial once."""
     joined = {**head.environment, "RAY_ADDRESS": head.address}
     command = [sys.executable, "-c", BYSTANDER, str(folder / "bystander.log")]
     with subprocess.Popen(command, env=joined, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -340,14 +340,14 @@ def submission(*arguments: str) -> list[str]:
 
 
 def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Submits a job and waits for its end."""
+    """Submit a job and wait for its end."""
     return subprocess.run(
         submission(*arguments), env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
     )
 
 
 def list_jobs(environment: dict[str, str]) -> list[dict[str, Any]]:
-    """What the dashboard shows of its jobs."""
+    """Return the dashboard's records of the jobs."""
     url = f"{environment['RAY_API_SERVER_ADDRESS']}/api/jobs/"
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN}"})
     with urllib.request.urlopen(request, timeout=60) as answer:

@@ -1,4 +1,4 @@
-"""Runs: raykd's own command line in processes of its own, undisturbed or not."""
+"""Runs of the command line in separate processes, with or without faults."""
 
 import socket
 import subprocess
@@ -22,7 +22,7 @@ RAYKD = str(Path(sys.executable).parent / "raykd")
 
 @dataclass
 class Ran:
-    """A finished run, and what it printed."""
+    """A finished run and its output."""
 
     plan: Plan
     stdout: str
@@ -36,24 +36,24 @@ def free_port() -> int:
 
 
 def head_ports() -> list[str]:
-    """Options of `ray start --head` for the ports that it would not choose freely: there may be two heads."""
+    """Return the options of `ray start --head` for ports that are fixed by default, so that two heads can run."""
     return [f"--{name}={free_port()}" for name in ("dashboard-agent-listen-port", "ray-client-server-port")]
 
 
 def finish(arguments: list[str], cwd: Path) -> Ran:
-    """Runs a command to its end, which must be a good one."""
+    """Run a command, which must succeed."""
     done = subprocess.run([RAYKD, *arguments], cwd=cwd, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return Ran(plan_of(arguments), done.stdout, done.stderr)
 
 
 def plan_of(arguments: list[str]) -> Plan:
-    """What a command line works on."""
+    """Return the plan of a command line."""
     return resolve(load_experiment(arguments[1], arguments[2:]))
 
 
 def started_plan(experiment: Experiment, retry_failed: bool = False) -> Plan:
-    """An experiment as a command begins it: resolved, with its problems written and its folder claimed."""
+    """Resolve an experiment, and write its problems and its run record."""
     plan = resolve(experiment, retry_failed)
     start(plan, "raykd run small.yaml")
     return plan
@@ -67,10 +67,10 @@ def started(
     environment: dict[str, str] | None = None,
     timeout_s: float = 900,
 ) -> Iterator[subprocess.Popen[str]]:
-    """Starts a command and waits until a condition holds; what it printed is in `cwd`, in `started.log`.
+    """Start a command and wait until a condition holds; its output goes to `started.log` in `cwd`.
 
     Yields:
-        the process, which is gone after the block.
+        The process, which has ended after the block.
     """
     log = cwd / "started.log"
     with log.open("w") as stream:
@@ -95,19 +95,19 @@ def kill_when(
     cwd: Path,
     environment: dict[str, str] | None = None,
 ) -> list[psutil.Process]:
-    """Starts a command and kills its driver (SIGKILL) as soon as a condition holds.
+    """Start a command and kill its driver (SIGKILL) as soon as a condition holds.
 
     Returns:
-        the processes that it had, the driver apart: all of them must end by themselves.
+        The driver's processes, which must end by themselves.
     """
     with started(condition, arguments, cwd, environment) as driver:
         return psutil.Process(driver.pid).children(recursive=True)
 
 
 def end_by(signum: int, condition: Callable[[], bool], arguments: list[str], cwd: Path) -> None:
-    """Starts a command and sends it a signal when a condition holds.
+    """Start a command and send it a signal when a condition holds.
 
-    It and all that it started must be gone within 30 s, and it must say how to go on.
+    All its processes must end within 30 s, and its message must say how to resume.
     """
     with started(condition, arguments, cwd) as run:
         family = psutil.Process(run.pid).children(recursive=True)
@@ -121,12 +121,12 @@ def end_by(signum: int, condition: Callable[[], bool], arguments: list[str], cwd
 
 
 def parts(folder: Path) -> list[Path]:
-    """The parts of rows anywhere below a folder."""
+    """Return the Parquet parts below a folder."""
     return sorted(folder.rglob("part-*.parquet"))
 
 
 def kill_family(process: subprocess.Popen[Any]) -> None:
-    """Kills a process and all below it, and waits until they are gone."""
+    """Kill a process and its descendants, and wait until they have ended."""
     family = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
@@ -137,9 +137,9 @@ def kill_family(process: subprocess.Popen[Any]) -> None:
 
 
 def wait_for_end(family: list[psutil.Process], timeout_s: float = 120) -> None:
-    """Waits until processes are gone; what is still there after that is ended, and fails the test.
+    """Wait until processes have ended; kill the remaining ones, and fail if there were any.
 
-    When Ray's own processes die of SIGKILL, its agents tell the head so for 60 s before they give up.
+    After a SIGKILL of Ray's processes, its agents try to reach the head for 60 s.
     """
     _, alive = psutil.wait_procs(family, timeout=timeout_s)
     for process in alive:

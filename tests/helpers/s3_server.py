@@ -1,4 +1,4 @@
-"""Stores: a local server that answers as S3 does, and what an environment must say so that it is asked."""
+"""S3 server: a local S3-compatible server, and the environment variables that select it."""
 
 import logging
 import os
@@ -15,15 +15,15 @@ KEYS = {
 
 @contextmanager
 def s3() -> Iterator[str]:
-    """A server with an empty bucket, named by this process' environment.
+    """Run a server with an empty bucket, and set this process' environment to it.
 
     Yields:
-        the bucket's URI.
+        The bucket's URI.
     """
     import boto3
     from moto.server import ThreadedMotoServer
 
-    # Else each request is a line beneath a test that failed.
+    # Otherwise a failed test shows a line for each request.
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(port=0, verbose=False)
     server.start()

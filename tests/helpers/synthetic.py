@@ -1,4 +1,4 @@
-"""An experiment's folder without an experiment: rows drawn from a seed, for tests of what is made from rows."""
+"""Synthetic experiments: folders with random rows from a seed, for tests of analysis and report."""
 
 import json
 import random
@@ -43,7 +43,7 @@ def prediction(arm: str, seed: int, number: int, strict: bool, flexible: bool, i
 
 
 def drawn(arm: str, seed: int, share: float, in_form: float, num_test: int = NUM_TEST) -> list[dict]:
-    """Predictions whose rightness, form and length are drawn from a seed."""
+    """Return predictions with random correctness, format and length."""
     draw = random.Random(f"{arm}{seed}")
     rows = []
     for number in range(num_test):
@@ -55,7 +55,7 @@ def drawn(arm: str, seed: int, share: float, in_form: float, num_test: int = NUM
 
 
 class Experiment:
-    """An experiment's folder in the making."""
+    """A synthetic experiment's folder."""
 
     def __init__(self, folder: Path, **run) -> None:
         self.folder = folder
@@ -122,14 +122,14 @@ class Experiment:
         )
 
     def attention(self, trials: dict[str, tuple[str, int]], num_problems: int = 12, shape=(3, 2)) -> None:
-        """What the heads of some trials (arm and seed by id) did, drawn from a seed: layers by heads."""
+        """Write random attention statistics of some trials (arm and seed by id): layers by heads."""
         folder = self.folder / "attention" / "key"
         for trial_id, (arm, seed) in trials.items():
             draw = np.random.default_rng(sum(map(ord, trial_id)))
             rows = []
             for number in range(num_problems):
                 values = draw.random((len(STATISTICS), *shape), dtype=np.float32) + 0.5 * (arm == "ground_truth")
-                # What is not defined in the first layer.
+                # This statistic is undefined in the first layer.
                 values[-1, 0] = np.nan
                 row = {"attention_id": f"{trial_id}/{number}", "trial_id": trial_id, "arm": arm, "seed": seed}
                 row |= {"problem_id": f"problem-{number:03}", "num_tokens": 9, "values": values.ravel(), "error": ""}

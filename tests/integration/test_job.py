@@ -1,4 +1,4 @@
-"""`ray job submit`, against a head that asks for a token."""
+"""`ray job submit` to a head with token authentication."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_a_job_runs_the_whole_experiment(reference: Reference):
 
 
 def test_what_the_environment_holds_is_written_nowhere(reference: Reference):
-    """Neither by the run, nor in what Ray tells of its jobs."""
+    """Neither the run nor Ray's job records show the token."""
     assert "rayjobs/run.py" in reference.listed
     assert PLANTED not in reference.output + reference.listed
     files = [file for file in reference.plan.root.rglob("*") if file.is_file()]

@@ -1,4 +1,4 @@
-"""What an experiment's folder holds as evidence: other protocols, what heads looked at, and the customary harness."""
+"""Checks of the reference run: other protocols, attention statistics, and lm-evaluation-harness."""
 
 import csv
 import json
@@ -67,7 +67,7 @@ def test_the_report_tells_what_heads_did(reference: Reference):
 # In `make test`, test_lm_eval_task.py compares prompts, extraction and score.
 @pytest.mark.slow
 def test_lm_evaluation_harness_hears_the_same_answers(reference: Reference, tmp_path: Path):
-    """By the command that the report gives: the harness' own backend, prompts, extraction and score."""
+    """Run the report's command: lm-eval with its own backend, prompts, extraction and score."""
     plan = reference.plan
     trial = next(trial for trial in plan.trials if trial.arm_name == "scored")
     command = lm_eval_task.lm_eval_command(
@@ -95,14 +95,14 @@ def test_lm_evaluation_harness_hears_the_same_answers(reference: Reference, tmp_
     said = [json.loads(line) for line in samples.read_text().splitlines()]
     texts = {each["doc"]["prompt"]: each["resps"][0][0] for each in said if each["filter"] == "strict-match"}
     assert texts.keys() == own.keys()
-    # Word for word, but where two tokens are as good as equally probable.
+    # Equal, except where two tokens are nearly equally probable.
     assert sum(texts[question] == row["completion"] for question, row in own.items()) >= NUM_TEST - 1
 
 
-# An engine. In `make test`, tests/unit/evaluation holds the prompts and answers of each protocol.
+# Starts an engine. In `make test`, tests/unit/evaluation covers the prompts and answers of each protocol.
 @pytest.mark.slow
 def test_the_same_students_can_be_asked_by_another_protocol(reference: Reference):
-    """Samples of a raw text: asked of the adapters that are there; what was answered before stays as it is."""
+    """Samples of raw text prompts, answered by the existing adapters; earlier answers stay unchanged."""
     before = {path: path.stat().st_mtime_ns for path in reference.plan.predictions.iterdir()}
     asked = len(STUDENTS) * NUM_TEST * 3
     overrides = ["evaluate.protocol=zero_shot_raw", "evaluate.num_samples=3", "evaluate.stop=['.', Question]"]
@@ -114,7 +114,7 @@ def test_the_same_students_can_be_asked_by_another_protocol(reference: Reference
         rows = answers(other.plan.predictions)
         assert len({(row["trial_id"], row["problem_id"], row["sample_index"]) for row in rows}) == asked
         assert {row["protocol"] for row in rows} == {"zero_shot_raw"}
-        # Nothing that ends an answer is part of it.
+        # An answer does not contain its stop string.
         stopped = [row for row in rows if row["finish_reason"] == "stop"]
         assert not any("." in row["completion"] or "Question" in row["completion"] for row in rows)
         assert stopped and all(row["num_tokens"] <= 12 for row in rows)
@@ -134,10 +134,10 @@ def test_the_same_students_can_be_asked_by_another_protocol(reference: Reference
     assert again.stdout in reference.output
 
 
-# An engine for what test_lm_eval_task.py shows of the prompts, and test_run.py of prompts that are too long.
+# Starts an engine. In `make test`, test_lm_eval_task.py covers the prompts, and test_run.py prompts that are too long.
 @pytest.mark.slow
 def test_eight_worked_problems_come_before_the_question(reference: Reference):
-    """Word for word what transformers makes of those turns; a question that has no room beside them carries why."""
+    """Answers equal those of transformers; a question that does not fit beside the examples has an error."""
     overrides = ["evaluate.protocol=eight_shot_cot", "evaluate.max_error_rate=0.2"]
     other = finish(["evaluate", *reference.arguments[1:], *overrides], reference.plan.root)
     finish(["report", *reference.arguments[1:]], reference.plan.root)

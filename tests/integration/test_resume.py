@@ -1,4 +1,4 @@
-"""A run that is ended again and again ends where an undisturbed one ends."""
+"""A run that is interrupted several times gives the results of an uninterrupted one."""
 
 import signal
 from pathlib import Path
@@ -15,8 +15,8 @@ from raykd.training.trial import TrialSpec
 from reference_run import ARMS, NUM_TEST, NUM_TRAIN, Reference
 from runs import Ran, end_by, finish, kill_when, plan_of, wait_for_end
 
-# Four commands with two engines and two trainings between them. In `make test`, test_sweeps.py ends and kills a run in
-# the same places with a teacher that is not an engine, and test_train.py compares resumed training with undisturbed.
+# Four commands with two engines and two trainings. In `make test`, test_sweeps.py interrupts a run in the same places
+# with a teacher that is not an engine, and test_train.py compares resumed with uninterrupted training.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 KEPT = ("greedy", "soft")
 
@@ -26,7 +26,7 @@ def parts(folder: Path) -> dict[str, int]:
 
 
 def answered_parts(folder: Path) -> dict[str, int]:
-    """The parts without a failed row. Failed rows are asked again, and their parts are written anew without them."""
+    """Return the parts without a failed row. Failed rows are retried, and their parts are rewritten."""
     errors = {path.name: pyarrow.parquet.read_table(path, columns=["error"]) for path in folder.glob("part-*.parquet")}
     return {name: time for name, time in parts(folder).items() if not any(errors[name]["error"].to_pylist())}
 
@@ -36,7 +36,7 @@ def ended(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ra
     """Two arms of the reference run in another storage: ended by SIGTERM while the teacher answers, and killed
     (SIGKILL) while students train, and while they answer.
 
-    The next command is typed at once, while processes of the killed one may still be ending.
+    The next command starts at once, while processes of the killed one may still be ending.
     """
     root = tmp_path_factory.mktemp("ended")
     arms = yaml.safe_dump({name: ARMS[name] for name in KEPT}, default_flow_style=True, width=10_000).strip()
@@ -54,7 +54,7 @@ def ended(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ra
     checkpoints = plan.folder / "checkpoints" / first.trial_id
     family = kill_when(lambda: any(checkpoints.glob("checkpoint_*/checkpoint/*.pt")), arguments, root)
     assert {name: time for name, time in parts(request.folder).items() if name in kept} == kept, (
-        "nothing is asked twice"
+        "no request is repeated"
     )
     assert row_store.read_manifest(request.folder)["rows"] == 2 * NUM_TRAIN  # type: ignore[index]
     assert not (first.folder / "trial.json").exists(), "killed too late to test anything"
@@ -67,7 +67,7 @@ def ended(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ra
 
 
 def undisturbed(reference: Reference, trial: TrialSpec) -> TrialSpec:
-    """The same trial of the reference run."""
+    """Return the same trial of the reference run."""
     return next(each for each in reference.plan.trials if each.arm_name == trial.arm_name)
 
 

@@ -1,4 +1,4 @@
-"""Students that learn from their own answers: what they wrote, how it was scored, and that a killed run goes on."""
+"""On-policy students: their answers, the teacher's scores, and the resumption of a killed run."""
 
 import json
 from pathlib import Path
@@ -22,14 +22,14 @@ from raykd.training import examples
 from raykd.training.trial import TrialSpec, problem_ids_of_round
 from runs import Ran, finish, kill_when, plan_of, wait_for_end
 
-# Six engines. In `make test`, only unit tests cover on-policy training.
+# Starts six engines. In `make test`, only unit tests cover on-policy training.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 MAX_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
 def own_answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two rounds on 24 problems, three steps in all; greedy answers, so that anybody can tell what they should be."""
+    """Two rounds on 24 problems, three steps in all; answers are greedy, so that transformers can reproduce them."""
     engine = {"engine_kwargs": {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 32}}
     own = {"source": "student", "rounds": 2, "rollout": {"temperature": 0, "max_tokens": MAX_TOKENS}}
     soft = {**own, "kind": "top_k", "top_k": 8}
@@ -45,7 +45,7 @@ def own_answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "soft": {"prompt.strategy": "ground_truth", "targets": soft},
             "hard": {"targets": own},
             "begun": {"prompt.strategy": "ground_truth", "targets": {**soft, "warmup_rounds": 1}},
-            # None of its answers will be right: a round may leave nothing to learn.
+            # None of its answers will be correct: a round may leave no example.
             "begun_hard": {"targets": {**own, "warmup_rounds": 1, "filter": "correct"}},
         },
     }
@@ -134,7 +134,7 @@ def test_its_own_answers_are_learnt_from_by_reverse_kl(taught: Ran, tokenizer):
         log_q = log_likelihoods(base, written[row["problem_id"]], answer)
         ids = torch.tensor(row["topk_ids"])
         p, q = torch.tensor(row["topk_logprobs"]).double().exp(), log_q.exp().gather(-1, ids)
-        # The k tokens and all others as one: KL(student || teacher).
+        # KL(student || teacher) over the k tokens and one bucket of all others.
         p, q = (torch.cat([each, (1 - each.sum(-1, keepdim=True)).clamp(min=1e-7)], -1) for each in (p, q))
         nats += (q * (q / p).log()).sum().item()
         tokens += len(answer)
@@ -152,7 +152,7 @@ def test_a_warmed_up_student_begins_with_the_reference_solutions(taught: Ran, to
     assert len(rows(trial.round_folder(1) / "answers")) == 16
     record = read_json(trial.folder / "trial.json")
     assert (record["status"], record["rows"] + sum(record["dropped"].values())) == ("complete", 24)
-    # The loss of the first step is that of the reference solutions, under the base model's weights.
+    # The first loss is that of the reference solutions under the base model.
     chosen = problem_ids_of_round(trial, 0)
     lesson, _ = examples.build_examples(trial.arm, trial.problems, trial.completions, tokenizer, True, chosen)
     assert {row.problem_id for row in lesson} == chosen

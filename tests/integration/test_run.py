@@ -1,4 +1,4 @@
-"""What one command wrote: every stage against an oracle that is not the stage itself."""
+"""The reference run: every stage against an independent oracle."""
 
 import csv
 import json
@@ -51,7 +51,7 @@ def all_completions(plan: Plan, arm: str) -> list[dict]:
 
 
 def completions(plan: Plan, arm: str) -> list[dict]:
-    """Those without an error."""
+    """Return the rows without an error."""
     return [row for row in all_completions(plan, arm) if not row["error"]]
 
 
@@ -79,7 +79,7 @@ def tokenizer():
 
 @pytest.mark.parametrize(("arm", "num_samples"), [("greedy", 1), ("soft", 2)])
 def test_every_problem_has_its_samples_under_every_strategy(plan: Plan, arm: str, num_samples: int):
-    """An arm may have the teacher answer in another way than others do."""
+    """The sampling of the teacher can differ between arms."""
     rows = all_completions(plan, arm)
     problems = sorted(row["problem_id"] for row in split(plan, "train"))
     assert len(problems) == NUM_TRAIN
@@ -94,7 +94,7 @@ def test_samples_are_drawn_anew(plan: Plan):
     for row in completions(plan, "soft"):
         by_problem.setdefault(row["problem_id"], set()).add(row["completion"])
     assert len(by_problem) == NUM_ANSWERED
-    # A primed teacher begins most of its answers with the same words, and 32 tokens hold little more.
+    # A primed teacher begins most answers with the same words, which fill most of 32 tokens.
     assert sum(len(texts) == 2 for texts in by_problem.values()) >= NUM_ANSWERED // 5
 
 
@@ -123,7 +123,7 @@ def test_the_served_teacher_says_what_the_model_would(plan: Plan, teacher_model)
         said += log_p[range(len(log_p)), row["completion_token_ids"]].tolist()
         flattened = torch.softmax(log_p / 0.7, -1)
         expected += (flattened * log_p).sum(-1).tolist()
-    # Tokens drawn at temperature 0.7 are, in the mean, as likely as such draws are.
+    # The mean log-probability of tokens drawn at temperature 0.7 is that of such draws.
     spread = np.std(said) / np.sqrt(len(said))
     assert abs(np.mean(said) - np.mean(expected)) < 4 * spread
 
@@ -268,7 +268,7 @@ def test_the_screen_shows_progress_and_ends_with_the_table(reference: Reference,
     assert again.stdout in reference.output
     for arm in STUDENTS:
         assert arm in again.stdout
-    # Whatever engines, Ray and libraries have to say is in their logs.
+    # Engines, Ray and libraries write to their logs only.
     shown = len(reference.output.splitlines()) - len(again.stdout.splitlines())
     assert shown < 150, reference.output
 

@@ -1,4 +1,4 @@
-"""What Ray's metrics said of the reference run, while it went and afterwards, against the rows that it wrote."""
+"""Ray's metrics of the reference run, during and after it, against the rows that it wrote."""
 
 import math
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_trials_are_seen_in_their_states(reference: Reference):
     def reached(state: str) -> float:
         return max(max(each) for _, each in reference.seen.of(metrics.TRIALS.exported, experiment=NAME, state=state))
 
-    # As many as four cores have room for.
+    # Four cores hold so many.
     assert 1 <= reached(metrics.TRAINING) <= 3
     ((_, complete),) = reference.seen.of(metrics.TRIALS.exported, experiment=NAME, state="complete")
     assert complete[-1] == len(ARMS)

@@ -1,4 +1,4 @@
-"""The whole run on a bucket: killed while the teacher answers and while students learn, it ends as in a folder."""
+"""A whole run on a bucket, killed during generation and training, gives the same results as in a folder."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def in_a_folder(experiment_of_two_arms: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def in_a_bucket(bucket: str, experiment_of_two_arms: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """Killed twice; the next command is typed at once, while processes of the killed one may still be ending."""
+    """Kill the run twice; the next command starts at once, while processes of the killed one may still be ending."""
     here = tmp_path_factory.mktemp("elsewhere")
     arguments = ["run", str(experiment_of_two_arms), f"storage={bucket}/whole run"]
     plan = plan_of(arguments)
@@ -95,7 +95,7 @@ def test_each_row_is_there_once(in_a_folder: Ran, in_a_bucket: Ran):
 
 
 def test_no_answer_is_an_error_and_adapters_answer_as_in_a_folder(in_a_folder: Ran, in_a_bucket: Ran):
-    """Whoever answered without its adapter would answer as the base student."""
+    """A student without its adapter would answer as the base student."""
 
     def answers(ran: Ran) -> dict[str, str]:
         rows = row_store.read_rows(ran.plan.predictions, schemas.PREDICTION).to_pylist()
@@ -108,7 +108,7 @@ def test_no_answer_is_an_error_and_adapters_answer_as_in_a_folder(in_a_folder: R
 def test_the_same_files_are_there(in_a_folder: Ran, in_a_bucket: Ran):
     def kinds(ran: Ran) -> set[str]:
         names = [str(file.relative_to(ran.plan.folder)) for file in filesystem.list_files(ran.plan.folder)]
-        # Parts are named by what they hold, and Ray Tune's and Train's own files by the time.
+        # Parts are named by their content; files of Ray Tune and Train by the time.
         return {
             name for name in names if "part-" not in name and not name.startswith(("tune/", "checkpoints/", "driver"))
         }

@@ -1,4 +1,4 @@
-"""The teacher alone, served by Ray Serve's own command, and asked by OpenAI's protocol."""
+"""The teacher alone: served by `serve run`, with OpenAI's API."""
 
 import json
 import os

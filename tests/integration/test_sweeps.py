@@ -1,4 +1,4 @@
-"""A sweep under Ray Tune: which trials are stopped, chosen and tested, and that it resumes in every stage."""
+"""Sweeps with Ray Tune: early stopping, selection and test of trials, and resumption in every stage."""
 
 import contextlib
 import csv
@@ -29,7 +29,7 @@ NUM_TRAIN, BATCH_SIZE, CONCURRENCY = 96, 8, 2
 
 @pytest.fixture(scope="module")
 def scripted() -> Iterator[fake_openai_server.FakeServer]:
-    """A teacher without an engine, for none of these tests is about what it says; slow enough to be interrupted."""
+    """A scripted teacher, slow enough to be interrupted; no test here depends on its answers."""
 
     def slowly(request: fake_openai_server.ReceivedRequest, number: int) -> fake_openai_server.Answer:
         time.sleep(0.3)
@@ -41,7 +41,7 @@ def scripted() -> Iterator[fake_openai_server.FakeServer]:
 
 @pytest.fixture(scope="module")
 def sweep_file(scripted: fake_openai_server.FakeServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An arm at two learning rates, of which one teaches nothing."""
+    """An arm at two learning rates, one of which is too low to learn."""
     engine = {"engine_kwargs": {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 32}}
     tree = {
         "name": "swept",
@@ -65,7 +65,7 @@ def sweep_file(scripted: fake_openai_server.FakeServer, tmp_path_factory: pytest
         },
         "evaluate": {"engine": engine, "sampling": {"max_tokens": 32}},
         "attention": None,
-        # Those that teach nothing are compared with the others at once.
+        # One trial at a time, so that the scheduler can compare the second with the first.
         "max_concurrent_trials": 1,
         "arms": {
             "scored": {
@@ -135,12 +135,12 @@ def swept(sweep_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
 
 @pytest.fixture(scope="module")
 def evaluated(swept: Swept, sweep_file: Path) -> Ran:
-    """The same sweep to its end."""
+    """The same sweep, evaluated."""
     return finish(["sweep", str(sweep_file), f"storage={swept.plan.root}"], swept.plan.root)
 
 
 def kill_workers(family: list[psutil.Process]) -> None:
-    """Kills the processes that train."""
+    """Kill the training workers."""
     killed = 0
     for process in family:
         with contextlib.suppress(psutil.Error):
@@ -151,7 +151,7 @@ def kill_workers(family: list[psutil.Process]) -> None:
 
 
 def written(paths: list[Path]) -> dict[str, int]:
-    """When files were written."""
+    """Return the modification times of files."""
     return {path.name: path.stat().st_mtime_ns for path in paths}
 
 
@@ -160,7 +160,7 @@ def adapter(trial: TrialSpec) -> Path:
 
 
 def by_rate(plan: Plan) -> dict[float, TrialSpec]:
-    """The trials by their learning rate."""
+    """Return the trials by learning rate."""
     return {trial.hparams["train.learning_rate"]: trial for trial in plan.trials}
 
 

@@ -1,4 +1,4 @@
-"""The teacher over several processes and nodes: sharded, with replicas, and gone before students train."""
+"""The teacher on several processes and nodes: sharded, with replicas, and removed before training."""
 
 import contextlib
 import time
@@ -32,12 +32,12 @@ MODEL = "raykd/demo-teacher"
 ENGINE = {"engine_kwargs": {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8}}
 GREEDY = {"max_tokens": 12, "temperature": 0.0}
 QUESTIONS = ["A box holds 4 pens. How many do 3 boxes hold?", "Ann has 7 eggs and eats 2. How many are left?"]
-# Nothing is loaded onto the GPUs of these tests, for they are pretended.
+# The GPUs of these tests are fake: nothing is loaded onto them.
 SHARDED = {"accelerator": "gpu", "tensor_parallel_size": 8, "pipeline_parallel_size": 2, "accelerator_type": "H100"}
 
 
 class Located(TeacherDeployment):
-    """A replica that tells where it answered."""
+    """A replica whose answers name its node."""
 
     async def answer(self, *arguments: Any) -> list[dict[str, Any]]:
         node = ray.get_runtime_context().get_node_id()
@@ -56,7 +56,7 @@ def joined(made: Cluster) -> Iterator[None]:
 
 
 def wait_for_all() -> None:
-    """Waits until all replicas are up, of which the first would else do all."""
+    """Wait until all replicas are up; otherwise the first would answer everything."""
     deadline = time.monotonic() + 240
     while any(app.status != "RUNNING" for app in serve.status().applications.values()):
         assert time.monotonic() < deadline, serve.status()
@@ -82,7 +82,7 @@ def test_an_engine_of_two_shards_answers_as_the_model_does(prompts: list[list[in
     section = Teacher.model_validate(
         {
             "model": MODEL,
-            # Without it, vLLM looks for a NUMA node for each.
+            # Without it, vLLM looks for one NUMA node per process.
             "engine": {**ENGINE, "tensor_parallel_size": 2, "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}},
         }
     )
@@ -94,7 +94,7 @@ def test_an_engine_of_two_shards_answers_as_the_model_does(prompts: list[list[in
     assert len(set(group["bundles_to_node_id"].values())) == 1
 
 
-# Two engines, which faults/test_teacher.py also asks side by side; where replicas lie, the pretended ones below tell.
+# Starts two engines. In `make test`, the fake GPUs below show the placement of replicas.
 @pytest.mark.slow
 def test_two_replicas_on_two_nodes_both_answer(prompts: list[list[int]], expected: list[list[int]]):
     section = Teacher.model_validate({"model": MODEL, "engine": ENGINE, "replicas": {"min": 2, "max": 2}})
@@ -109,10 +109,10 @@ def test_two_replicas_on_two_nodes_both_answer(prompts: list[list[int]], expecte
 
 @pytest.fixture(scope="module")
 def pretended() -> Iterator[Cluster]:
-    """Three nodes of eight GPUs that there are not, two of one kind and one of another, beside a head without any."""
+    """Three nodes with eight fake GPUs each, of two types, and a head without GPUs."""
     with cluster() as made:
         for kind in ("H100", "H100", "A10G"):
-            # Memory, too: a node has this machine's, and they share it.
+            # The nodes share this machine's memory.
             made.add_node(num_cpus=10, num_gpus=8, resources={f"accelerator_type:{kind}": 1})
         with joined(made):
             yield made
@@ -152,7 +152,7 @@ def test_replicas_come_with_the_calls_in_flight_and_go_again(pretended: Cluster)
     )
     with deployed(section, "gpu", FakeGpuServer) as handle:
         assert ray.available_resources()["GPU"] == 24
-        # Four at a time on each: more than one replica does in the half minute after which Serve brings another.
+        # More requests than one replica finishes in the 30 s after which Serve adds another.
         calls = [handle.answer.remote(20) for _ in range(16)]
         found = {call.result(timeout_s=300) for call in calls}
         assert found == nodes_of("H100"), "a replica of eight GPUs on each"

@@ -1,4 +1,4 @@
-"""The training loop without Ray: how it is carried out changes nothing of what it computes."""
+"""The training loop without Ray: parallelism, batching and resumption do not change its results."""
 
 import json
 import os
@@ -34,7 +34,7 @@ HARD = {
         "zero3-micro2-checkpointed-answers-killed",
     ],
 }
-# Begun with two workers, and resumed from the first checkpoint by one, or by three.
+# Started with two workers, and resumed from the first checkpoint with one or three.
 FEWER, MORE = "zero0-micro2-elastic", "zero0-micro2-packed-elastic"
 SOFT = {1: ["zero0-micro8-soft", "zero2-micro4-soft-packed-chunked"], 2: ["zero3-micro2-soft-chunked"]}
 BFLOAT16 = {1: ["zero1-micro4-bf16"], 2: ["zero3-micro4-bf16"]}
@@ -58,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resume_with(folder: Path, workers: int, variant: str) -> None:
-    """Trains a variant with two workers, which end at the first checkpoint, and then with another number of them."""
+    """Train a variant with two workers up to its first checkpoint, and resume it with another number of workers."""
     run(folder, 2, [variant])
     run(folder, workers, [variant])
 
@@ -94,7 +94,7 @@ def test_how_it_is_carried_out_changes_nothing_but_rounding(trained: Path, first
     check_agreement(trained, first, name)
 
 
-# Five processes more. That fewer workers resume a trial, the test above shows.
+# Starts five more processes. The test above covers fewer workers.
 @pytest.mark.slow
 def test_more_workers_change_nothing_but_rounding(trained: Path):
     resume_with(trained, 3, MORE)
@@ -108,7 +108,7 @@ def check_agreement(trained: Path, first: str, name: str) -> None:
     ours, theirs = weights(trained / name), weights(expected)
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():
-        # Adam divides by small second moments, which makes much of little rounding.
+        # Adam divides by small second moments, which amplifies rounding.
         assert torch.allclose(ours[key], tensor, atol=2e-3), key
 
 
@@ -153,7 +153,7 @@ def test_bfloat16_goes_the_same_way_as_far_as_its_digits_reach(trained: Path, na
     check_bfloat16(trained, name)
 
 
-# Ten seconds a variant: CPUs emulate bfloat16. The test above has the lowest and the highest stage.
+# Ten seconds per variant, because CPUs emulate bfloat16. The test above covers the lowest and the highest stage.
 @pytest.mark.slow
 def test_bfloat16_in_every_stage(trained: Path):
     for workers, variants in MORE_BFLOAT16.items():
