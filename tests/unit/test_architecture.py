@@ -1,4 +1,4 @@
-"""Packages import downward only, no two files import each other, and what must start fast loads no heavy library."""
+"""Packages import downward only, files do not import in circles, and fast commands load no heavy library."""
 
 import ast
 import subprocess

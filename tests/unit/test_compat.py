@@ -23,7 +23,7 @@ SPELLED = {value for name, value in vars(compat).items() if name.isupper()} | {"
 
 
 def private_uses(file: Path) -> list[str]:
-    """Private modules that a file imports, and attributes of others than `self` and `cls` that begin with one `_`."""
+    """Return a file's imports of private modules, and its private attributes of objects other than `self` and `cls`."""
     tree = ast.parse(file.read_text())
     found = []
     own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
@@ -179,7 +179,7 @@ def test_draw_points_is_seeded_and_covers_grids():
 
 
 def test_ray_data_honours_the_block_buffer():
-    """A name that it did not know would be set all the same, and the teacher be asked twenty calls a second again."""
+    """Setting a name that Ray does not know would have no effect, and no error."""
     from ray.data import DataContext
     from ray.data._internal.execution.interfaces import op_runtime_metrics
 

@@ -1,4 +1,4 @@
-"""The demonstration: problems whose answers are right, and models that do what their README says."""
+"""The demonstration: correct problems, and models that behave as their README says."""
 
 import json
 import random
@@ -26,7 +26,7 @@ AWKWARD = (
 
 
 def oracle(answer: str) -> list[tuple[Fraction, Fraction]]:
-    """Each calculation of a solution as (worked out here, as written)."""
+    """Return each calculation of a solution as (computed here, as written)."""
     operations = {
         "+": lambda x, y: x + y,
         "-": lambda x, y: x - y,
@@ -176,7 +176,7 @@ def greedy_accuracy(folder: Path, strategy: str, count: int = 40) -> dict[str, f
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """On models this small, threads that wait for each other on a busy machine cost more than they give."""
+    """One thread: with models this small, several threads are slower on a busy machine."""
     import torch
 
     before = torch.get_num_threads()

@@ -38,7 +38,7 @@ STATISTICS = ("entropy", "first")
 
 
 def keys(experiment: Experiment, arms: dict[str, Arm]) -> dict[str, str]:
-    """All keys of an experiment with the given arms."""
+    """Return all keys of an experiment with the given arms."""
     of_problems = identity.problem_set(experiment.dataset)
     found = {
         "problems": of_problems,
@@ -63,7 +63,7 @@ def keys_of(**sections: Any) -> dict[str, str]:
 
 
 def leaves(section: ConfigModel, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Path and annotation of each field that is no section."""
+    """Return the path and annotation of each field that is not a section."""
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, ConfigModel):
@@ -73,7 +73,7 @@ def leaves(section: ConfigModel, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def other(annotation: Any, value: Any) -> Any:
-    """Another value for a field; it need not be a legal one."""
+    """Return another value for a field, which may be invalid."""
     kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     kind = next(each for each in kinds if each is not NoneType)
     if get_origin(kind) is Literal:
@@ -90,13 +90,13 @@ def other(annotation: Any, value: Any) -> Any:
 
 
 def changed(section: Any, path: str, value: Any) -> Any:
-    """A copy with another value, which is not validated."""
+    """Return a copy with another value, without validation."""
     name, _, rest = path.partition(".")
     return section.model_copy(update={name: changed(getattr(section, name), rest, value) if rest else value})
 
 
 def is_marked(path: str) -> bool:
-    """Whether a field, or a section that it is in, is runtime-only."""
+    """Return whether a field or one of its sections is runtime-only."""
     section: Any = Experiment.model_validate(TREE | {"teacher": {"model": "a", "endpoint": {"url": "http://host/v1"}}})
     for name in path.split("."):
         if is_runtime_only(type(section), name):
@@ -118,7 +118,7 @@ BEFORE = keys(BASE, ARMS)
 
 @functools.cache
 def keys_changed_by(path: str) -> frozenset[str]:
-    """The keys that change, in any of the arms, where a field has another value."""
+    """Return the keys that change in any arm if a field has another value."""
     found: set[str] = set()
     for name, arm in ARMS.items():
         is_of_arms = path.split(".")[0] in Arm.model_fields
@@ -197,7 +197,7 @@ ENDPOINT = {"model": "a", "endpoint": {"url": "http://host/v1"}, "sampling": {"t
 
 
 def with_new_field(section: Any) -> Any:
-    """A section, and all below it, of classes that have a field more."""
+    """Return a section whose classes have one more field, at every level."""
     made = create_model(f"New{type(section).__name__}", __base__=type(section), new_field=(bool, False))
     values = {}
     for name in type(section).model_fields:
@@ -309,7 +309,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def defaults() -> dict[str, Any]:
-    """The default of each field that may be in a key, by class and name."""
+    """Return the default of each field that may be in a key, by class and name."""
     found = {}
     sections: list[type[ConfigModel]] = [Experiment, Exemplar]
     for section in sections:
@@ -330,7 +330,7 @@ def sections_in(annotation: Any) -> list[type[ConfigModel]]:
 
 
 def test_defaults_are_pinned():
-    """A field at its default is in no key, so a changed default would reuse old results."""
+    """A key omits defaults, so a changed default would reuse old results."""
     found = defaults()
     other = {path: (DEFAULTS[path], found.get(path)) for path in DEFAULTS if DEFAULTS[path] != found.get(path)}
     assert not other, f"changed defaults (old, new): raise identity.VERSIONS of the kinds they bear on: {other}"

@@ -7,8 +7,8 @@ from raykd.analysis.comparison import baselines
 
 
 def baseline_names(arms: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
-    """Arms by name, each as its strategy and what it overrides besides; + where they differ in more than the prime."""
-    # As in a file: an arm without a prime need not say so.
+    """Return the baseline of each arm, given (strategy, overrides); a `+` marks baselines that differ in more."""
+    # As in a file: an unprimed arm need not set its strategy.
     overrides = {
         name: {"prompt.strategy": strategy, **more} if strategy == "teacher" else more
         for name, (strategy, more) in arms.items()
@@ -22,10 +22,10 @@ def test_baseline_is_unprimed_arm_with_same_settings():
         "none": ("none", {}),
         "primed": ("teacher", {}),
         "soft": ("teacher", {"targets.kind": "top_k"}),
-        # Nested or dotted, it says the same.
+        # Nested or dotted keys are equivalent.
         "bare_soft": ("none", {"targets": {"kind": "top_k"}}),
         "slow": ("teacher", {"train.epochs": 3}),
-        # Nobody was asked, so nobody was primed.
+        # Without a teacher there is no prime.
         "reference": ("", {"targets.source": "reference"}),
     }
     assert baseline_names(arms) == {

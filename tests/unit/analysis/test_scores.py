@@ -8,7 +8,7 @@ from synthetic import prediction
 
 
 def answer(number: int, said: str | None, seed: int = 0, sample: int = 0, **more) -> dict:
-    """An answer to the problem whose answer is `number`."""
+    """Return a prediction for the problem whose answer is `number`."""
     is_right = said == str(number)
     row = prediction("none", seed, number, is_right, is_right, said is not None)
     return row | {"sample_index": sample, "answer_strict": said, "answer_flexible": said or "7"} | more

@@ -54,7 +54,7 @@ def test_group_fits_on_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_on_premise_capacity_is_what_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What Ray's launcher leaves on the head then names a node type without a word of what it has."""
+    """Ray's launcher then writes a file whose node type has no resources."""
     config = yaml.safe_load((Path(__file__).parents[3] / "cluster/local.yaml").read_text())
     file = tmp_path / "ray_bootstrap_config.yaml"
     file.write_text(yaml.safe_dump(prepare_config(config)))

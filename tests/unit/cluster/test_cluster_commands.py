@@ -1,4 +1,4 @@
-"""What is typed with the files of `cluster/`, and the image: commands, paths and options are there, and stages fit."""
+"""Commands for the files of `cluster/`: their options and paths exist, and all stages fit."""
 
 import re
 from typing import Any
@@ -92,7 +92,7 @@ def test_paths_are_there():
 
 
 def test_commands_and_their_options_are_there():
-    """In the blocks of the README and whatever is run on nodes; of Ray's the options too."""
+    """In README's blocks and in commands for nodes, including the options of Ray's commands."""
     readme = (FOLDER / "README.md").read_text()
     fence = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
     inline = [each.replace("\n", " ") for each in re.findall(r"`([^`]+)`", fence.sub("", readme))]

@@ -1,4 +1,4 @@
-"""Files of cluster/: each is read by those who will read it, and what it names is there.
+"""Files of cluster/: their consumers can parse them, and the files that they name exist.
 
 Ray reads the files of `ray up` and the specs of KubeRay; Ray's own scheduler says which nodes an experiment brings.
 """
@@ -198,7 +198,7 @@ def test_the_manifests_describe_one_cluster():
 
 @pytest.mark.parametrize("name", CLOUDS)
 def test_rights_to_a_bucket_are_there_to_be_uncommented(name: str):
-    """As the README says: the lines that name `raykd-nodes`, which without a bucket nobody has."""
+    """The lines for `raykd-nodes`, which README says to uncomment for a bucket."""
     text = (FOLDER / f"{name}.yaml").read_text()
     key = r"IamInstanceProfile:|serviceAccounts:|  - email:|    scopes:|msi_name:|msi_resource_group:"
     config = prepare_config(yaml.safe_load(re.sub(rf"^( *)# ({key})", r"\1\2", text, flags=re.MULTILINE)))

@@ -1,4 +1,4 @@
-"""Line about the cluster that a run prints first."""
+"""The line about the cluster at the start of a run."""
 
 import inspect
 from pathlib import Path

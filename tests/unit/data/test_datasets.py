@@ -1,4 +1,4 @@
-"""Problems: sources, splits that do not overlap, and a line of input that is no problem."""
+"""Datasets: sources, disjoint splits, and invalid input lines."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Answers against outputs scored by hand, and against every problem of GSM8K where its files are at hand."""
+"""Grading against outputs scored by hand, and against all problems of GSM8K if its files exist."""
 
 import json
 import os

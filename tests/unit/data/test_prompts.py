@@ -1,4 +1,4 @@
-"""Prompts: where a prime goes, and that no student ever sees one."""
+"""Prompts: the place of a prime, and its absence from student prompts."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Adapters: one as peft writes it passes; whatever was cut, altered or slipped in is refused by name."""
+"""Adapters: peft's own files pass; truncated, modified or additional files are refused by name."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from raykd.training import student
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A student's adapter, as it is saved."""
+    """Save a student's adapter."""
     named = Student(model="raykd/demo-student", lora=Lora(r=4))
     model = student.add_lora(loading.load_base_model(named, torch.float32), named, seed=0)
     made = tmp_path / "trial" / "adapter"

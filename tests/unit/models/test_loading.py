@@ -1,4 +1,4 @@
-"""Models: code of their own is run only where that is asked for by name, and weights are never pickles."""
+"""Loading models: remote code only by request, and never pickled weights."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ class OwnConfig(LlamaConfig):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model whose configuration is made by code that comes with it."""
+    """Write a model with a configuration class of its own."""
     made = tmp_path / "model"
     shutil.copytree(resolve_model("raykd/demo-student"), made)
     file = made / "config.json"

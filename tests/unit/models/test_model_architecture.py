@@ -1,4 +1,4 @@
-"""Shapes: parameter counts as published, and where a model's shape is read."""
+"""Model shapes: published parameter counts, and the files that a shape is read from."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The stages on a bucket, as far as they need no cluster: they read and write the same as in a folder."""
+"""The stages on a bucket read and write as in a folder; without a cluster."""
 
 import json
 import os
@@ -109,7 +109,7 @@ def trials(folder: Path) -> list[dict]:
 
 @pytest.fixture
 def adapter(bucket: str) -> Path:
-    """A student's adapter, saved into a bucket."""
+    """Save a student's adapter into a bucket."""
     named = Student(model="raykd/demo-student", lora=Lora(r=4))
     model = student.add_lora(loading.load_base_model(named, torch.float32), named, seed=0)
     made = filesystem.resolve(f"{bucket}/saved/trial/adapter")

@@ -229,7 +229,7 @@ def _shape(layers: int) -> Shape:
 
 
 def _kept(shape: Shape, lora: Lora, train: Train, rows: list[Example]) -> int:
-    """Bytes that autograd keeps of a forward pass, without the parameters."""
+    """Return the bytes that autograd saves for the backward pass, without the parameters."""
     config = llama_of(shape)
     dtype = getattr(torch, train.dtype)
     base = LlamaForCausalLM(config).to(dtype)

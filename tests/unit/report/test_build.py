@@ -1,4 +1,4 @@
-"""The report of a synthetic experiment: its figures against ones computed anew, and the page's manners."""
+"""The report of a synthetic experiment: its figures against independent calculations, and the page's structure."""
 
 import csv
 import re
@@ -18,7 +18,7 @@ SCRIPT = "<script>alert('x')</script>"
 
 
 class Page(HTMLParser):
-    """What the tests ask of a page: its tags in balance, its attributes, its text."""
+    """A parser that collects a page's open tags, attributes and text."""
 
     VOID = ("meta", "br", "hr", "img", "link", "input", "circle", "line", "rect", "path", "polyline")
 
@@ -54,7 +54,7 @@ def csv_rows(folder: Path) -> list[dict[str, str]]:
 
 
 def wilson_by_bisection(share: float, n: int) -> tuple[float, float]:
-    """The shares whose own 95 % normal interval ends at `share`."""
+    """Return the proportions whose 95 % normal interval ends at `share`."""
 
     def bound(inside: float, outside: float) -> float:
         for _ in range(200):

@@ -10,7 +10,7 @@ from synthetic import Experiment, prediction
 
 
 def experiment(folder: Path, right: dict[str, list[bool]], seeds: tuple[int, ...] = (0,)) -> Path:
-    """Arms with one seed each or several, right where it says so."""
+    """Write predictions of arms with one seed or several; `right` says which are correct."""
     made = Experiment(folder, seeds=list(seeds))
     for arm, answers in right.items():
         for seed in seeds:

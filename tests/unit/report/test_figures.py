@@ -1,4 +1,4 @@
-"""Report figures: positions, texts and files against the numbers that they are drawn from."""
+"""Report figures: positions, texts and files against their data."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The report's page in a browser, as a reader opens it: offline, on a phone and on a wide screen."""
+"""The report's page in a browser: offline, on a phone and on a wide screen."""
 
 import json
 import os
@@ -37,7 +37,7 @@ document.body.dataset.found = JSON.stringify({{ width: root.documentElement.scro
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report with everything in it, and hostile text from outside."""
+    """Write a report with all sections, and with hostile text from outside."""
     folder = tmp_path_factory.mktemp("report")
     experiment = full_experiment(folder)
     trials = {f"{arm}-{seed}": (arm, seed) for arm in ("none", "teacher", "ground_truth") for seed in (0, 1)}
@@ -58,7 +58,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(page: Path, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """Chromium's output after it has opened a page, in a profile of its own."""
+    """Return Chromium's output for a page, in a new profile."""
     command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={folder / 'profile'}", *more, f"file://{page}"]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
@@ -95,7 +95,7 @@ def test_screenshot_of_page(page: Path, tmp_path: Path, width: int):
 
 
 def fetched(page: Path, folder: Path) -> set[str]:
-    """The hosts that were asked for something, without Chromium's own maker."""
+    """Return the requested hosts, without those of Chromium's vendor."""
     folder.mkdir(exist_ok=True)
     log = folder / "net.json"
     opened(page, folder, f"--log-net-log={log}", "--virtual-time-budget=5000", "--dump-dom")

@@ -1,4 +1,4 @@
-"""A finished experiment is rendered from its folder alone, without its models, the hub, Ray or torch."""
+"""`raykd report` needs only the experiment's folder: no models, no hub, no Ray and no torch."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ OWN = {"results.csv", "report.md", "report.html", "attention.csv", "attention_co
 
 @pytest.fixture
 def finished(tmp_path: Path) -> tuple[Path, Path]:
-    """An experiment's YAML, and its folder as a run leaves it; the models are nowhere."""
+    """Write an experiment's YAML and its finished folder; its models do not exist."""
     folder = tmp_path / "storage" / "experiments" / "far"
     made = full_experiment(folder)
     made.run["command"] = "raykd run far.yaml"

@@ -1,4 +1,4 @@
-"""Report attention: tables and CSV files against the numbers that they are made from."""
+"""Report attention: tables and CSV files against their data."""
 
 import csv
 

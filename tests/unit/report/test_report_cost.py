@@ -1,4 +1,4 @@
-"""Report cost: processors that were held, and what that cost."""
+"""Report cost: processor time and its price."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The report of a synthetic sweep: what is best, what is compared with what, and every trial in the table."""
+"""The report of a synthetic sweep: best points, comparisons and the table of trials."""
 
 import csv
 from pathlib import Path

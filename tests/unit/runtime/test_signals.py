@@ -33,7 +33,7 @@ except KeyboardInterrupt as ended:
 
 
 def ended(how: str, *sent: int, grace_s: float = 30) -> tuple[int, str, float]:
-    """Exit status, what was printed, and how long it took from the last signal."""
+    """Return the exit status, the output and the seconds since the last signal."""
     program = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, how, str(grace_s)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

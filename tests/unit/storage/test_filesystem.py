@@ -178,7 +178,7 @@ def test_pickled_bucket_path_holds_no_credentials(bucket: str):
 
 
 def test_arrow_reads_and_copies(place: Path, tmp_path: Path):
-    """As Ray Data reads, and Ray Train and Ray Tune copy: from other processes, which are sent the file system."""
+    """Ray Data, Train and Tune use the file system in other processes, so it must be picklable."""
     with filesystem.atomic_write(place / "rows.parquet") as local:
         pq.write_table(pa.table({"a": [1, 2]}), local)
     path, system = filesystem.for_arrow(place)

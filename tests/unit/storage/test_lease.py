@@ -61,7 +61,7 @@ def test_lock_of_a_killed_local_process_is_free(place: Path):
 
 @pytest.fixture
 def file(bucket: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
-    """A lock of another machine."""
+    """Write a lock of another machine."""
     monkeypatch.setattr(lease, "RENEWAL_INTERVAL_S", 0.2)
     # A bracket is a pattern's to fsspec.
     found = filesystem.resolve(f"{bucket}/lease/{re.sub(r'[^a-z_0-9]', '-', request.node.name)}/run.lock")
@@ -126,7 +126,7 @@ def test_lease_released_during_takeover_is_acquired(
 
 @pytest.mark.parametrize("is_there", [False, True])
 def test_write_with_a_lost_response_counts_as_own(file: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool):
-    """A client makes a request again whose answer was lost, and is refused for what the first one wrote."""
+    """A client repeats a request whose reply was lost, and the server refuses it because of the first one."""
     monkeypatch.setattr(lease, "LEASE_DURATION_S", -1.0)
     if not is_there:
         file.unlink()
@@ -140,7 +140,7 @@ def test_write_with_a_lost_response_counts_as_own(file: Path, monkeypatch: pytes
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """As in a run; what is started in the background of a script begins with Ctrl-C ignored."""
+    """As in a run; processes in the background of a script start with SIGINT ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

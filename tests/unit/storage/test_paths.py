@@ -1,4 +1,4 @@
-"""Paths: everything that a run writes has a name in the layout."""
+"""Paths: every file of a run has a name in the layout."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from synthetic import full_experiment
 
 
 def named_paths(layout: ExperimentPaths | TrialPaths | RoundPaths) -> set[Path]:
-    """The values of all properties of a layout."""
+    """Return the values of all properties of a layout."""
     return {getattr(layout, name) for name, member in vars(type(layout)).items() if isinstance(member, property)}
 
 

@@ -77,7 +77,7 @@ def flipped(content: bytes) -> bytes:
 
 
 def edited(content: bytes) -> bytes:
-    """Parquet as whole as before, of as many rows."""
+    """Write a valid Parquet file with the same number of rows."""
     table = pa.parquet.read_table(pa.BufferReader(content))
     buffer = pa.BufferOutputStream()
     pa.parquet.write_table(table.set_column(1, "value", pa.array([100] * len(table))), buffer)
@@ -133,7 +133,7 @@ def test_merge_removes_duplicate_rows(place: Path):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_interrupted_merge_loses_no_row(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch):
-    """Which part comes first depends on what they hold."""
+    """The order of parts depends on their content."""
     row_store.write_part(tmp_path, rows(("a", 0, f"timeout {seed}"), ("b", seed, "")))
     row_store.write_part(tmp_path, rows(("a", seed, ""), ("c", seed, "")))
     with monkeypatch.context() as patched:

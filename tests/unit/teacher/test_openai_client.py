@@ -55,7 +55,7 @@ def check(teacher: Teacher, logprobs: int = 0, prompt_logprobs: int = 0) -> str:
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN, {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 4}])
 def test_vllm_server_samples_like_the_engine(sampling: dict[str, Any]):
-    """Whatever the model's generation_config.json, from which the server takes what is not named."""
+    """Servers take unset sampling parameters from the model's generation_config.json."""
     from vllm import SamplingParams
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 

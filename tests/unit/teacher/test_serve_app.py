@@ -53,7 +53,7 @@ def test_rayservice_manifest():
 
 
 def test_replica_capacity_equals_that_of_a_run():
-    """There a call holds `batch_size` of them, and over OpenAI's protocol one."""
+    """There a call holds `batch_size` prompts, and with OpenAI's API one."""
     config = {"model": "raykd/demo-teacher", "concurrency": 3, "batch_size": 5, "replicas": {"min": 1, "max": 4}}
     teacher = Teacher.model_validate(config)
     in_a_run, alone = (llm_config(each, 0, "cpu").deployment_config for each in (teacher, one_prompt_per_call(teacher)))

@@ -17,7 +17,7 @@ TIMED_OUT = [{"error": "no answer within 0.1 s (teacher.timeout_s)"}]
 
 
 def serve_replica(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
-    """Serve's handle of an application whose replica answers by a coroutine function."""
+    """A Serve handle whose replica is a coroutine function."""
     handle = SimpleNamespace(answer=SimpleNamespace(remote=answer))
     monkeypatch.setattr(server.serve, "get_app_handle", lambda app: handle)
 
@@ -25,9 +25,9 @@ def serve_replica(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
 def call(
     monkeypatch: pytest.MonkeyPatch, replicas: dict[str, int], states: list[bool], reply_after_s: float
 ) -> tuple[list[dict[str, Any]], int]:
-    """Return the replies of a call, and how often the client looked for a replica: each time the next of `states`.
+    """Return the replies of a call and the number of status requests; each returns the next of `states`.
 
-    A reply may take 0.1 s, a start 0.35 s.
+    The time limits are 0.1 s for a reply and 0.35 s for a start.
     """
     remaining = iter(states)
 

@@ -1,4 +1,4 @@
-"""Validation during training against transformers' answers, one at a time."""
+"""Validation during training against transformers' answers."""
 
 from collections.abc import Iterator
 from dataclasses import replace

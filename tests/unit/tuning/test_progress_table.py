@@ -36,14 +36,14 @@ def trials(tmp_path: Path) -> dict[str, TrialSpec]:
 
 
 class Trial:
-    """The attributes of Tune's trial that callbacks read."""
+    """A Tune trial with the attributes that callbacks read."""
 
     def __init__(self, trial: TrialSpec) -> None:
         self.config = {"trial_id": trial.trial_id}
 
 
 def follow(trials: dict[str, TrialSpec]) -> None:
-    """One trial trains to its end, one is stopped, one has not begun."""
+    """One trial completes, one is stopped, one has not started."""
     progress_table = TrialProgressTable(trials, len(trials))
     progress_table.setup()
     good, poor, _ = trials.values()

@@ -42,7 +42,7 @@ def searches(plan: Plan) -> dict[str, ArmSearch]:
 
 
 def trained(trial: TrialSpec, loss: float, status: str = COMPLETE) -> float:
-    """Writes what a trial came to."""
+    """Write a trial's result."""
     point = {"step": 5, "loss": 1.0, "validation": {"number": 4, "n": 10, "loss": loss}}
     files.write_text(trial.folder / "metrics.jsonl", json.dumps(point) + "\n")
     write_trial_status(trial, status, "out of memory" if status == FAILED else "")
@@ -50,7 +50,7 @@ def trained(trial: TrialSpec, loss: float, status: str = COMPLETE) -> float:
 
 
 def decades_off(trial: TrialSpec) -> float:
-    """A loss that is least at the best learning rate."""
+    """Return a loss with its minimum at the best learning rate."""
     return abs(math.log10(trial.hparams["train.learning_rate"] / BEST))
 
 

@@ -13,7 +13,7 @@ from raykd.tuning.slots import AutoscalerRequester, TrialSlots, WorkerGroup, num
 
 @pytest.fixture(autouse=True)
 def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Eight cores, of which a test may change the number, and an autoscaler of unknown size."""
+    """A cluster of eight cores, which a test can change, with an autoscaler without known limits."""
     monkeypatch.delenv("RAYKD_CLUSTER", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     resources = {"CPU": 8.0}

@@ -35,7 +35,7 @@ def plan(folder: Path, retry_failed: bool = False, **tree: Any) -> Plan:
 
 
 def measured(trial: TrialSpec, *reached: float, status: str = COMPLETE) -> None:
-    """Writes what a trial reached each time it was measured."""
+    """Write a trial's validations."""
     points = [
         {"step": 5 * number, "loss": 1.0, "validation": {"number": number, "n": 10, "correct": 10 * r, "accuracy": r}}
         for number, r in enumerate(reached, start=1)
@@ -46,14 +46,14 @@ def measured(trial: TrialSpec, *reached: float, status: str = COMPLETE) -> None:
 
 @dataclass(eq=False)
 class Trial:
-    """What schedulers look at of a trial of Tune."""
+    """A Tune trial with the attributes that schedulers read."""
 
     trial_id: str
     config: dict[str, str]
 
 
 def stopped(sweep: Sweep, reached: dict[str, list[float]]) -> dict[str, int]:
-    """Trials that are measured in turns, and at which time each is stopped."""
+    """Return the validation at which each trial is stopped; trials are validated in turns."""
     scheduler = schedulers.PerArmScheduler(sweep)
     trials = {name: Trial(name, {"trial_id": name, "arm": name[0]}) for name in reached}
     found: dict[str, int] = {}
@@ -195,7 +195,7 @@ def test_diverged_trial_is_stopped(scheduler: str):
 
 
 def test_searched_strategy_does_not_make_an_arm_the_baseline(tmp_path: Path):
-    """Which strategy an arm's last trial had decides nothing."""
+    """The strategy of an arm's last trial has no effect."""
     space = {"prompt.strategy": {"grid": ["none", "teacher", "confidence"]}}
     arms = {"hard": {}, "soft": {"targets.kind": "top_k"}}
     some = plan(tmp_path, arms=arms, sweep={"space": space, "num_samples": 1})
