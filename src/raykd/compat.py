@@ -149,8 +149,9 @@ def engine_callback() -> "type[CallbackBase]":
     """Return the base class of Serve LLM's callbacks, called before an engine loads.
 
     Why: `callback_config` of `LLMConfig` is public, but takes only a subclass of this class (`ray.llm._internal`). Its
-    `ctx.runtime_env` holds the tokens of the Hugging Face Hub, which Ray would write into its logs.
-    Without it: secrets in Ray's logs; `ImportError`.
+    `ctx.runtime_env` holds the tokens of the Hugging Face Hub, which Ray would write into its logs. `ctx.run_init_node`
+    is whether a task on each node imports vLLM to download the model.
+    Without it: secrets in Ray's logs, and engines that load later; `ImportError`.
     """
     from ray.llm._internal.common.callbacks.base import CallbackBase
 

@@ -14,6 +14,8 @@ from ray import tune
 
 import raykd
 from raykd import compat
+from raykd.config.sections import Teacher
+from raykd.teacher import server
 
 SOURCE = Path(raykd.__file__).parent
 # Libraries whose modules, attributes and constants are meant.
@@ -213,12 +215,21 @@ def test_serve_llm_callback_gets_the_runtime_environment():
     base: Any = compat.engine_callback()
     made = base(llm_config=None, ctx_kwargs={"runtime_env": {"env_vars": {"A": "1"}}})
     assert made.ctx.runtime_env == {"env_vars": {"A": "1"}}
-    from raykd.teacher.deployment_callback import StripTokensFromRuntimeEnv
+    assert made.ctx.run_init_node
+    from ray.llm._internal.serve.engines.vllm import vllm_engine
 
-    kept: Any = StripTokensFromRuntimeEnv(
-        None, ctx_kwargs={"runtime_env": {"env_vars": {"HF_TOKEN": "secret", "A": "1"}}}
-    )
-    assert kept.ctx.runtime_env == {"env_vars": {"A": "1"}}
+    assert "if callback.ctx.run_init_node:" in inspect.getsource(vllm_engine)
+
+
+def test_teacher_callback_removes_tokens_and_skips_downloads_of_folders():
+    from raykd.teacher.deployment_callback import PrepareNodes
+
+    for model, has_download in (("meta-llama/Llama-3.1-8B-Instruct", True), ("raykd/demo-teacher", False)):
+        runtime_env = {"env_vars": {"HF_TOKEN": "secret", "A": "1"}}
+        config = server.llm_config(Teacher(model=model), 0, "cpu")
+        context = PrepareNodes(config, ctx_kwargs={"runtime_env": runtime_env}).ctx
+        assert context.run_init_node is has_download
+        assert context.runtime_env == {"env_vars": {"A": "1"}}
 
 
 def test_transformers_attention_and_statefulness_are_readable():

@@ -68,7 +68,7 @@ def llm_config(teacher: Teacher, top_k: int, kind: resources.Accelerator) -> Any
         },
         engine_kwargs=kwargs,
         runtime_env={"env_vars": env},
-        callback_config={"callback_class": "raykd.teacher.deployment_callback.StripTokensFromRuntimeEnv"},  # pyright: ignore[reportArgumentType]
+        callback_config={"callback_class": "raykd.teacher.deployment_callback.PrepareNodes"},  # pyright: ignore[reportArgumentType]
         # True by default; but Serve LLM rejects it together with `disable_log_stats`.
         log_engine_metrics=not kwargs.get("disable_log_stats", False),
         deployment_config=deployment,
