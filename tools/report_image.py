@@ -1,29 +1,21 @@
-"""Screenshot of a report for the README: docs/images/report.png, from the synthetic experiment of the tests.
+"""Screenshot of a finished experiment's report for the README: docs/images/report.png.
 
-python tools/report_image.py [CHROMIUM]
+python tools/report_image.py storage/experiments/quickstart [CHROMIUM]
 """
 
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "helpers"))
-
-from raykd.report.build import write_report  # noqa: E402
-from synthetic import full_experiment  # noqa: E402
+IMAGE = Path(__file__).parents[1] / "docs" / "images" / "report.png"
 
 
 def main() -> None:
-    """Write the report of the synthetic experiment into a temporary folder and take its picture."""
-    chromium = sys.argv[1] if len(sys.argv) > 1 else "chromium"
-    image = ROOT / "docs" / "images" / "report.png"
-    image.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        write_report(full_experiment(Path(folder)).write())
-        options = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1400,1000"]
-        subprocess.run([chromium, *options, f"--screenshot={image}", f"file://{folder}/report.html"], check=True)
+    """Take a picture of the report's first page with headless Chromium."""
+    report = Path(sys.argv[1]).resolve() / "report.html"
+    chromium = sys.argv[2] if len(sys.argv) > 2 else "chromium"
+    options = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1400,1000"]
+    subprocess.run([chromium, *options, f"--screenshot={IMAGE}", report.as_uri()], check=True)
 
 
 if __name__ == "__main__":
