@@ -1,6 +1,7 @@
 """Packages import downward only, files do not import in circles, and fast commands load no heavy library."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,14 @@ def test_every_file_says_first_what_it_owns_and_holds_one_thing():
         text = file.read_text()
         assert ast.get_docstring(ast.parse(text)), f"{file} has no docstring"
         assert len(text.splitlines()) <= 400, f"{file} holds more than one thing"
+
+
+def test_every_package_says_what_it_owns_and_where_to_begin():
+    for file in SOURCE.glob("*/__init__.py"):
+        first, _, rest = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n\n")
+        assert ": " in first and "Begin with `" in rest, file
+        named = [name for name in re.findall(r"`([\w.]+)`", rest) if not (file.parent / name).exists()]
+        assert [name for name in named if not (file.parent / f"{name}.py").exists()] == [], file
 
 
 def test_every_package_is_pinned_exactly():

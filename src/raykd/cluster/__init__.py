@@ -1,4 +1,4 @@
 """Cluster: connection to Ray, resources and placement, autoscaler requests, clean-up.
 
-Start with `connection` (join or start a cluster) and `resources` (placement bundles of engines and trials).
+Begin with `connection` (join or start a cluster) and `resources` (placement bundles of engines and trials).
 """
