@@ -23,7 +23,7 @@ from raykd.training.trial import TrialSpec, problem_ids_of_round
 from runs import Ran, finish, kill_when, plan_of, wait_for_end
 
 # Starts six engines. In `make test`, only unit tests cover on-policy training.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 MAX_TOKENS = 24
 
 
@@ -57,7 +57,7 @@ def own_answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def taught(own_answers: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     folder = tmp_path_factory.mktemp("storage")
-    return finish(["run", str(own_answers), f"storage={folder}"], folder)
+    return finish(["run", str(own_answers), f"storage={folder}"], folder, timeout_s=1800)
 
 
 @pytest.fixture(scope="module")
