@@ -28,7 +28,7 @@ from raykd.models.adapters import check_adapter
 from raykd.models.loading import load_tokenizer
 from raykd.runtime.console import ProgressBar
 from raykd.storage import files, filesystem, hashing, row_store, schemas
-from raykd.storage.paths import split_file
+from raykd.storage.paths import NULL_ADAPTER, split_file
 
 
 def evaluate_students(
@@ -65,7 +65,7 @@ def evaluate_students(
         for sample in range(evaluation.num_samples)
     }
     done = row_store.done_ids(folder, schemas.PREDICTION, "prediction_id") & expected_ids
-    eval_models = with_null_adapter(eval_models, folder / "null_adapter")
+    eval_models = with_null_adapter(eval_models, folder / NULL_ADAPTER)
     with ProgressBar("students", len(expected_ids), done=len(done), unit="answers") as meter:
         if len(done) < len(expected_ids):
             answers = student_answers(

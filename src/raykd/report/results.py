@@ -90,13 +90,13 @@ class Results:
     @property
     def evaluation(self) -> str:
         """The evaluation settings of the students, in words."""
-        path = f"{self.folder / 'experiment.yaml'}: evaluate"
+        path = f"{ExperimentPaths(self.folder).config}: evaluate"
         return protocol_description(validated(Evaluate, self.tree.get("evaluate") or {}, path))
 
     @property
     def other_predictions(self) -> list[str]:
         """The folders of complete predictions with other evaluation settings."""
-        manifests = filesystem.find_in_subdirs(self.folder / "predictions", MANIFEST)
+        manifests = filesystem.find_in_subdirs(ExperimentPaths(self.folder).predictions, MANIFEST)
         complete = [manifest.parent.name for manifest in manifests]
         return [name for name in complete if f"predictions/{name}" != self.run.predictions]
 

@@ -12,6 +12,8 @@ TRIAL_FILE = "trial.json"
 """A trial's status and totals, written last."""
 METRICS_FILE = "metrics.jsonl"
 """A trial's loss curve, a point a line."""
+NULL_ADAPTER = "null_adapter"
+"""An adapter of zeros beside students' answers, with which an engine answers as the base student."""
 STAGE_TIME_FILE = "spent.json"
 """The seconds spent so far on a set of completions, beside its rows."""
 
@@ -68,7 +70,7 @@ class ExperimentPaths:
         checkpoints/<trial_id>/   Ray Train's checkpoints; removed when the trial is complete
         tune/                     Ray Tune's own records
         points/<key>/<arm>.json   the points that a search has drawn
-        predictions/<key>/        the students' answers: part-*.parquet, manifest.json
+        predictions/<key>/        the students' answers: part-*.parquet, manifest.json; null_adapter/
         attention/<key>/          statistics of the attention heads: part-*.parquet, manifest.json
         lm_eval/                  the test split as a task of lm-evaluation-harness
         mlflow.db, wandb/         written by the tracker of that name, where no server is set
@@ -124,6 +126,10 @@ class ExperimentPaths:
     def points(self) -> Path:
         """The folder of the points that searches have drawn."""
         return self.folder / "points"
+
+    def points_file(self, key: str, arm: str) -> Path:
+        """Return the file of an arm's points in the search with a content key."""
+        return self.points / key / f"{arm}.json"
 
     @property
     def predictions(self) -> Path:

@@ -63,7 +63,7 @@ def known_points(experiment: Experiment, folder: Path) -> dict[str, list[Hparams
 
 def _points_file(sweep: Sweep, folder: Path, arm: str) -> Path:
     """Return the file of an arm's points. Only `num_samples` may change in the same search."""
-    return ExperimentPaths(folder).points / hashing.content_key(identity.search_settings(sweep)) / f"{arm}.json"
+    return ExperimentPaths(folder).points_file(hashing.content_key(identity.search_settings(sweep)), arm)
 
 
 def _read_points(file: Path) -> list[Hparams]:
