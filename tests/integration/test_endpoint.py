@@ -133,7 +133,7 @@ def test_the_rows_are_the_same(reference: Reference, from_endpoint: Ran, arm: st
 
 
 def test_no_engine_was_started_and_the_key_is_written_nowhere(from_endpoint: Ran, root: Path, url: str):
-    assert f"asking the teacher {NAME} at {url}" in from_endpoint.stderr
+    assert f"using the teacher {NAME} at {url}" in from_endpoint.stderr
     assert "starting the teacher" not in from_endpoint.stderr
     assert read_json(from_endpoint.plan.folder / "run.json")["processor_seconds"] == {}
     files = [each for each in root.rglob("*") if each.is_file()]
