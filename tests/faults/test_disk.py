@@ -85,7 +85,7 @@ def fails_clearly(condition: Callable[[], bool], arguments: list[str], cwd: Path
     said = (cwd / "started.log").read_text()
     last = said.splitlines()[-1]
     assert "raykd: a file cannot be read or written: [Errno 28] No space left on device" in last
-    assert "make room" in last
+    assert "free disk space" in last
     assert "Traceback" not in said
 
 

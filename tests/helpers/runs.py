@@ -40,9 +40,11 @@ def head_ports() -> list[str]:
     return [f"--{name}={free_port()}" for name in ("dashboard-agent-listen-port", "ray-client-server-port")]
 
 
-def finish(arguments: list[str], cwd: Path, timeout_s: float = 900) -> Ran:
+def finish(arguments: list[str], cwd: Path, timeout_s: float = 900, environment: dict[str, str] | None = None) -> Ran:
     """Run a command, which must succeed."""
-    done = subprocess.run([RAYKD, *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout_s)
+    done = subprocess.run(
+        [RAYKD, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout_s
+    )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return Ran(plan_of(arguments), done.stdout, done.stderr)
 

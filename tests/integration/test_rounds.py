@@ -11,6 +11,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from clusters import cluster, joining
 from oracles import greedy, log_likelihoods
 from raykd.config.training import Student
 from raykd.data import prompts
@@ -57,7 +58,9 @@ def own_answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def taught(own_answers: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     folder = tmp_path_factory.mktemp("storage")
-    return finish(["run", str(own_answers), f"storage={folder}"], folder, timeout_s=1800)
+    # Four cores have room for the teacher beside the students.
+    with cluster(3) as nodes:
+        return finish(["run", str(own_answers), f"storage={folder}"], folder, 1800, joining(nodes))
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +196,8 @@ def test_what_the_teacher_scored_is_in_the_report(taught: Ran):
 
 
 def test_the_teacher_stays_up_from_round_to_round(taught: Ran):
-    assert taught.stderr.count("starting the teacher") == 1
+    # Once to score the reference solutions, and once for both rounds.
+    assert taught.stderr.count("starting the teacher") == 2
 
 
 def test_without_soft_targets_the_teacher_is_not_asked(taught: Ran):
