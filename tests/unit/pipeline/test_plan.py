@@ -10,7 +10,7 @@ from raykd.config.experiment import Experiment
 from raykd.errors import UserError
 from raykd.models.builtin import resolve_model
 from raykd.pipeline import preflight, run
-from raykd.pipeline.plan import Plan, resolve
+from raykd.pipeline.plan import STAGES, Plan, resolve
 from runs import started_plan
 
 
@@ -176,6 +176,12 @@ def test_experiment_that_does_not_fit_leaves_no_record(tmp_path: Path):
     smaller = resolve(described(tmp_path, train={"batch_size": 4}, prompt={"instruction": "Think."}))
     run.check_and_start(smaller, "raykd run small.yaml", {"CPU": 2})
     assert (smaller.folder / "run.json").is_file()
+
+
+def test_stage_with_nothing_to_do_is_complete(tmp_path: Path):
+    plan = prepare(tmp_path, targets={"source": "reference"}, attention=None)
+    assert [stage for stage in STAGES if plan.is_complete([stage])] == ["generate", "attention"]
+    assert not plan.is_complete()
 
 
 def test_changed_model_files_are_refused(tmp_path: Path):
