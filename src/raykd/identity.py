@@ -16,7 +16,7 @@ Rules:
 
 By rule 3 a changed default would give old and new results the same key. `VERSIONS` prevents that. Raise the version of
 each affected kind when you change a default, the meaning of a field or the computation of results.
-`tests/unit/test_identity.py` pins the defaults and some keys.
+`tests/unit/test_pinned_defaults.py` pins the defaults, and `tests/unit/test_identity.py` some keys.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

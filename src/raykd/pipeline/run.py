@@ -76,7 +76,7 @@ def check_and_start(plan: Plan, command: str, resources: dict[str, float], stage
     """
     datasets.write_splits(plan.experiment.dataset, plan.root)
     preflight.preflight(plan, resources, stages)
-    start(plan, command)
+    _write_record(plan, command)
 
 
 def start(plan: Plan, command: str) -> None:
@@ -87,6 +87,10 @@ def start(plan: Plan, command: str) -> None:
         command: the command line, for the report.
     """
     datasets.write_splits(plan.experiment.dataset, plan.root)
+    _write_record(plan, command)
+
+
+def _write_record(plan: Plan, command: str) -> None:
     run_record.start(
         plan.experiment,
         plan.folder,

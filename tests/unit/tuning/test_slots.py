@@ -43,55 +43,41 @@ def test_slots_follow_the_cluster_and_request_one_trial_more(cluster: dict[str, 
     assert requests == [2 * 5, 2 * 3, 2 * 1]
 
 
+def first_request(
+    workers: list[nodes.Bundle], min_workers: int, max_trials: int, other_groups: tuple[list[nodes.Bundle], ...] = ()
+) -> list[nodes.Bundle]:
+    """Return the bundles that trials with these workers request when none of them fits yet."""
+    requests: list[list[nodes.Bundle]] = []
+    AutoscalerRequester(
+        lambda bundles: requests.append(list(bundles)),
+        trial_bundles=workers,
+        min_workers=min_workers,
+        other_groups=list(other_groups),
+        max_trials=max_trials,
+    ).update(0, max_trials)
+    (request,) = requests
+    return request
+
+
 def test_requests_stay_within_the_autoscalers_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_two_kinds(tmp_path / "cluster.yaml")
     monkeypatch.setenv("RAYKD_CLUSTER", str(tmp_path / "cluster.yaml"))
-    requests: list[list[nodes.Bundle]] = []
     workers = [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:A10G": 0.001}] * 4
-    AutoscalerRequester(
-        lambda bundles: requests.append(list(bundles)),
-        trial_bundles=workers,
-        min_workers=4,
-        other_groups=[],
-        max_trials=21,
-    ).update(0, 21)
-    assert requests.pop() == workers * 4
-    AutoscalerRequester(
-        lambda bundles: requests.append(list(bundles)),
-        trial_bundles=workers,
-        min_workers=4,
-        other_groups=[],
-        max_trials=2,
-    ).update(0, 2)
-    assert requests.pop() == workers * 2
-    # What stays up meanwhile has to have room as well.
+    assert first_request(workers, min_workers=4, max_trials=21) == workers * 4
+    assert first_request(workers, min_workers=4, max_trials=2) == workers * 2
+    # The teacher stays up, so the request includes it.
     teacher = [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:H100": 0.001}] * 8
     anywhere = [{"CPU": 1.0, "GPU": 1.0}] * 8
-    AutoscalerRequester(
-        lambda bundles: requests.append(list(bundles)),
-        trial_bundles=anywhere,
-        min_workers=8,
-        other_groups=[teacher],
-        max_trials=21,
-    ).update(0, 21)
-    assert requests.pop() == [*teacher, *anywhere * 3]
+    assert first_request(anywhere, 8, 21, (teacher,)) == [*teacher, *anywhere * 3]
 
 
 def test_elastic_trial_requests_as_many_workers_as_the_limits_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_two_kinds(tmp_path / "cluster.yaml")
     monkeypatch.setenv("RAYKD_CLUSTER", str(tmp_path / "cluster.yaml"))
-    requests: list[list[nodes.Bundle]] = []
-    # There may be sixteen of them.
+    # The limits allow sixteen of them.
     workers = [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:A10G": 0.001}] * 24
-    for least, expected in ((4, 16), (24, 24)):
-        AutoscalerRequester(
-            lambda bundles: requests.append(list(bundles)),
-            trial_bundles=workers,
-            min_workers=least,
-            other_groups=[],
-            max_trials=3,
-        ).update(0, 3)
-        assert requests.pop() == workers[:expected]
+    assert first_request(workers, min_workers=4, max_trials=3) == workers[:16]
+    assert first_request(workers, min_workers=24, max_trials=3) == workers
 
 
 def test_without_limits_one_more_trial_is_requested(monkeypatch: pytest.MonkeyPatch):
