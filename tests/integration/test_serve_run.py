@@ -32,7 +32,7 @@ def served(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     environment["RAY_AUTH_TOKEN"] = "a-token-for-this-test-alone-0123456789abcdef"
     head = [RAY, "start", "--head", "--block", "--num-cpus=3", f"--port={port}", f"--dashboard-port={free_port()}"]
     head += head_ports()
-    command = [SERVE, "run", "raykd.serving:app", "experiment=configs/quickstart.yaml"]
+    command = [SERVE, "run", "raykd.teacher.serve_app:app", "experiment=configs/quickstart.yaml"]
     started: list[subprocess.Popen[bytes]] = []
     with (tmp_path / "log").open("wb") as log:
         try:

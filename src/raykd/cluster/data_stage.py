@@ -1,9 +1,10 @@
 """Stages of Ray Data: batches of a dataset go through actors that load once, such as a tokenizer or an engine's client.
 
-`map_with_actors` adds a stage to a dataset; `run_stage` adds the last one and streams its rows.
+`map_with_actors` adds a stage to a dataset; `run_stage` adds the last one and runs them all.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from typing import Any
 
 import ray.data
@@ -55,20 +56,22 @@ def run_stage(
     actor: type,
     kwargs: Mapping[str, Any],
     name: str,
+    on_row: Callable[[dict[str, Any]], None],
     *,
     batch_size: int,
     batch_format: str = "numpy",
     num_actors: int = 1,
     calls_in_flight: int | None = None,
     bundle: Mapping[str, float] | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Run a dataset with a last stage of actors and yield the rows that these return, such as counts for a meter.
+) -> None:
+    """Run a dataset with a last stage of actors. The execution has ended when this returns or raises.
 
     Args:
         dataset: the input.
-        actor: as for `map_with_actors`, like all that follows the name.
+        actor: as for `map_with_actors`, like the keyword arguments.
         kwargs: arguments of its constructor.
         name: of the execution in Ray's dashboard.
+        on_row: called in this process with each row that the stage returns, such as the counts of a call.
         batch_size: rows of a call.
         batch_format: `numpy` or `pyarrow`.
         num_actors: size of the pool.
@@ -86,4 +89,12 @@ def run_stage(
         bundle=bundle,
     )
     stage.set_name(name)
-    yield from stage.iter_rows()
+
+    def returned_rows() -> Iterator[dict[str, Any]]:
+        yield from stage.iter_rows()
+
+    # An exception in `on_row`, such as a signal's, holds the iterator in its traceback. Left open, the iterator would
+    # end its execution after Ray's shutdown, print a traceback, and connect to another cluster of this machine.
+    with closing(returned_rows()) as rows:
+        for row in rows:
+            on_row(row)

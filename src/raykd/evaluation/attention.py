@@ -83,7 +83,7 @@ def measure_attention(
     parts = _pending_parts(eval_models, problem_ids, folder)
     total = len(problem_ids) * len(eval_models)
     num_pending = sum(len(part["problem_ids"]) for part in parts)
-    with ProgressBar("attention", total, done=total - num_pending, unit="texts") as meter:
+    with ProgressBar("attention", total, done=total - num_pending, unit="texts") as progress:
         if parts:
             measuring = {
                 "student": student,
@@ -94,18 +94,18 @@ def measure_attention(
                 "accelerator": accelerator,
                 "folder": folder,
             }
-            for counts in run_stage(
+            run_stage(
                 # A block for each part, so that the progress bar moves with every part.
                 ray.data.from_items(parts, override_num_blocks=len(parts)),
                 MeasureAttention,
                 measuring,
                 "student-attention",
+                lambda counts: progress.add(counts["rows"], counts["tokens"]),
                 batch_size=1,
                 batch_format="pyarrow",
                 num_actors=min(num_workers, len(parts)),
                 bundle=process_bundle(accelerator, attention.accelerator_type),
-            ):
-                meter.add(counts["rows"], counts["tokens"])
+            )
     config = loading.load_config(student).get_text_config()
     row_store.finalize(
         folder,

@@ -66,7 +66,7 @@ def evaluate_students(
     }
     done = row_store.done_ids(folder, schemas.PREDICTION, "prediction_id") & expected_ids
     eval_models = with_null_adapter(eval_models, folder / NULL_ADAPTER)
-    with ProgressBar("students", len(expected_ids), done=len(done), unit="answers") as meter:
+    with ProgressBar("students", len(expected_ids), done=len(done), unit="answers") as progress:
         if len(done) < len(expected_ids):
             answers = student_answers(
                 split_file(problems, "test"),
@@ -82,10 +82,14 @@ def evaluate_students(
                 "end_token_ids": tokenization.end_token_ids(student),
                 "evaluation": evaluation,
             }
-            for counts in run_stage(
-                answers, ScoreAnswers, scoring, "student-answers", batch_size=evaluation.batch_size
-            ):
-                meter.add(counts["rows"], counts["tokens"])
+            run_stage(
+                answers,
+                ScoreAnswers,
+                scoring,
+                "student-answers",
+                lambda counts: progress.add(counts["rows"], counts["tokens"]),
+                batch_size=evaluation.batch_size,
+            )
     option = "evaluate.max_error_rate"
     row_store.check_failures(folder, schemas.PREDICTION, "prediction_id", "students", option, evaluation.max_error_rate)
     row_store.finalize(

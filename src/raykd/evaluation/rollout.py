@@ -55,7 +55,7 @@ def write_rollouts(
         for completion_id in row_store.done_ids(folder, schemas.COMPLETION, "completion_id")
     }
     total = sum(len(model.problem_ids or ()) for model in eval_models)
-    with ProgressBar("rollouts", total, done=len(done), unit="answers") as meter:
+    with ProgressBar("rollouts", total, done=len(done), unit="answers") as progress:
         if len(done) < total:
             answers = student_answers(
                 split_file(problems, "train"),
@@ -70,10 +70,14 @@ def write_rollouts(
                 "folders": {model.trial_id: folder for model, folder in folders.items()},
                 "end_token_ids": tokenization.end_token_ids(student),
             }
-            for counts in run_stage(
-                answers, WriteRollouts, writing, "student-rollouts", batch_size=evaluation.batch_size
-            ):
-                meter.add(counts["rows"], counts["tokens"])
+            run_stage(
+                answers,
+                WriteRollouts,
+                writing,
+                "student-rollouts",
+                lambda counts: progress.add(counts["rows"], counts["tokens"]),
+                batch_size=evaluation.batch_size,
+            )
     for eval_model, folder in folders.items():
         role, option = f"trial {eval_model.trial_id}, its own answers", "evaluate.max_error_rate"
         row_store.check_failures(folder, schemas.COMPLETION, "completion_id", role, option, evaluation.max_error_rate)

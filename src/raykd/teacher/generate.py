@@ -8,6 +8,7 @@ with an error as done.)
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import ray.data
@@ -184,29 +185,32 @@ def _call_teacher(
     with ProgressBar("teacher", total, done=num_done) as progress:
         if num_done >= total:
             return
-        # One block for each call, so that every call runs, and is written, by itself.
-        counts = run_stage(
-            questions.repartition(target_num_rows_per_block=teacher.batch_size),
-            TeacherClient,
-            {
-                "app": context.app,
-                "teacher": teacher,
-                "completion_sets": completion_sets,
-                "max_calls": calls_in_flight,
-                "on_call": context.on_call,
-            },
-            f"{context.experiment}-completions",
-            batch_size=teacher.batch_size,
-            calls_in_flight=calls_in_flight,
-        )
+
+        def count(row: dict[str, Any]) -> None:
+            # In the driver: an actor of a short stage may end before Ray exports its counters.
+            strategy, source = row.pop("strategy"), row.pop("source")
+            new = metrics.CompletionCounts(**row)
+            metrics.count_completions(context.experiment, strategy, source, new)
+            progress.add(new.done + new.failed, new.tokens)
+            timer.save()
+
         try:
-            for row in counts:
-                # In the driver: an actor of a short stage may end before Ray exports its counters.
-                strategy, source = row.pop("strategy"), row.pop("source")
-                new = metrics.CompletionCounts(**row)
-                metrics.count_completions(context.experiment, strategy, source, new)
-                progress.add(new.done + new.failed, new.tokens)
-                timer.save()
+            run_stage(
+                # One block for each call, so that every call runs, and is written, by itself.
+                questions.repartition(target_num_rows_per_block=teacher.batch_size),
+                TeacherClient,
+                {
+                    "app": context.app,
+                    "teacher": teacher,
+                    "completion_sets": completion_sets,
+                    "max_calls": calls_in_flight,
+                    "on_call": context.on_call,
+                },
+                f"{context.experiment}-completions",
+                count,
+                batch_size=teacher.batch_size,
+                calls_in_flight=calls_in_flight,
+            )
         except RayError as error:
             # Report an engine that failed to start, rather than the call that noticed it.
             if teacher.endpoint is None and (failure := start_failure(context.app)):
