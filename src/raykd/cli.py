@@ -194,13 +194,11 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _preview(options: argparse.Namespace, experiment: Experiment) -> int:
-    from rich.console import Console
-
     from raykd.planning.preview import arms_table, describe_search, render_prompts
 
     if options.stage == "plan":
         search = describe_search(experiment)
-        Console().print(arms_table(experiment))
+        _console().print(arms_table(experiment))
         if search:
             print(search)
         _show_requirements(options, experiment)

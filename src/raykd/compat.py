@@ -190,6 +190,14 @@ def skip_shared_memory_collectives() -> None:
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def is_sharded(parameter: Any) -> bool:
+    """Return whether a parameter is sharded over the workers by ZeRO stage 3.
+
+    Why: DeepSpeed marks such parameters by `ds_id` alone. DeepSpeed 0.19.3.
+    """
+    return hasattr(parameter, "ds_id")
+
+
 def num_elements(parameter: Any) -> int:
     """Return the number of elements of a parameter, over all its shards under ZeRO stage 3.
 

@@ -10,9 +10,9 @@ Rules:
    decoding.
 3. A field at its default is left out. So a new field with a default changes no key.
 4. An argument of vLLM is in the content unless `RUNTIME_ARGUMENTS` names it. An unknown argument is in the content.
-5. Settings that only affect rounding are not in the content: parallel layouts, compilation and batch sizes change the
-   order of additions, and so sometimes a token. Number formats are in the content: `dtype`, `quantization`,
-   `kv_cache_dtype`.
+5. Settings that only affect rounding are not in the content: parallel layouts, compilation, packing and the size of
+   calls and micro-batches change the order of additions, and so sometimes a token. Number formats are in the content:
+   `dtype`, `quantization`, `kv_cache_dtype`.
 
 By rule 3 a changed default would give old and new results the same key. `VERSIONS` prevents that. Raise the version of
 each affected kind when you change a default, the meaning of a field or the computation of results.
@@ -279,12 +279,12 @@ def trial(
         used_top_k = arm.targets.top_k if arm.targets.kind == "top_k" else 0
         content["completions"] = hashing.content_key({**completions, "top_k": used_top_k})
     if arm.targets.source == "student":
-        content["answers"] = engine_arguments(evaluation.engine.engine_kwargs)
+        content["rollout_engine"] = engine_arguments(evaluation.engine.engine_kwargs)
     if sweep:
         # The validations during training are part of a trial's results.
-        content["measured"] = {"metric": sweep.metric, "num_validations": sweep.num_validations}
+        content["validations"] = {"metric": sweep.metric, "num_validations": sweep.num_validations}
         if sweep.metric == "accuracy":
-            content["measured"]["max_tokens"] = evaluation.sampling.max_tokens
+            content["validations"]["max_tokens"] = evaluation.sampling.max_tokens
     return content
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from raykd.storage import files, row_store, schemas
+from raykd.storage import files, filesystem, row_store, schemas
 from runs import finish, parts, plan_of, started
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +58,7 @@ ROWS = pa.table({"row_id": ["a", "b"], "error": ["", ""]})
         lambda folder: files.write_json(folder / "run.json", {"new": "x" * 10_000}),
         lambda folder: files.write_table(folder / "all.parquet", ROWS),
         lambda folder: row_store.write_part(folder, ROWS),
-        lambda folder: files.write_bytes(folder / "picture.png", b"x" * 10_000),
+        lambda folder: filesystem.put(folder / "picture.png", b"x" * 10_000),
     ],
 )
 def test_failed_write_on_a_full_disk_keeps_the_old_file(disk: Path, write: Callable[[Path], object]):

@@ -18,13 +18,13 @@ class Setting:
     """The seed and hyperparameters that two trials must share to be compared."""
 
     seed: int
-    values: Mapping[str, Any] = field(default_factory=dict)
+    hparams: Mapping[str, Any] = field(default_factory=dict)
     """The searched fields that affect the trial; empty where arms are compared at any values of these."""
 
     def equals(self, other: "Setting") -> bool:
         """Return whether both have the same seed, and the same value of every field that affects both."""
-        common = self.values.keys() & other.values.keys()
-        return self.seed == other.seed and all(self.values[path] == other.values[path] for path in common)
+        common = self.hparams.keys() & other.hparams.keys()
+        return self.seed == other.seed and all(self.hparams[path] == other.hparams[path] for path in common)
 
 
 Answers = Mapping[tuple[str, int], Row]

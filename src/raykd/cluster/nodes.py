@@ -220,7 +220,8 @@ def place(
             number = min(slots, wanted - sum(count for _, count in taken))
             if number and (index in used or num_new < new_nodes_left):
                 taken.append((index, number))
-                num_new += index not in used
+                if index not in used:
+                    num_new += 1
         if sum(number for _, number in taken) < wanted:
             break
         new_nodes_left -= num_new

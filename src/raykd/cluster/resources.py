@@ -11,6 +11,8 @@ from raykd.config.training import Train
 from raykd.errors import UserError
 
 Accelerator = Literal["cpu", "gpu"]
+PIPELINE = {"CPU": 1}
+"""Resources of Ray Data's tasks, beside the engines or workers that they feed."""
 
 
 def resolve_accelerator(wanted: Literal["auto", "cpu", "gpu"], cluster: Mapping[str, float]) -> Accelerator:
@@ -89,7 +91,7 @@ def attention_workers(attention: Attention, kind: Accelerator, cluster: Mapping[
     """
     needed = required_resources(kind, attention.accelerator_type)
     # The pipeline that feeds the workers takes one core.
-    num_fitting = int(min(cluster.get(name, 0) - (name == "CPU") for name in needed))
+    num_fitting = int(min(cluster.get(name, 0) - PIPELINE.get(name, 0) for name in needed))
     if num_fitting < 1:
         raise UserError(
             f"attention: a worker needs {', '.join(f'{amount:g} {name}' for name, amount in needed.items())} and the "
@@ -136,7 +138,7 @@ def fits_alongside_teacher(experiment: Experiment, trains: Iterable[Train], clus
             )
         )
     # The pipeline that feeds the engines takes one core.
-    return all(free.get(name, 0) - (name == "CPU") >= amount for need in needs for name, amount in need.items())
+    return all(free.get(name, 0) - PIPELINE.get(name, 0) >= amount for need in needs for name, amount in need.items())
 
 
 def resources_beside_teacher(teacher: Teacher, cluster: Mapping[str, float]) -> dict[str, float]:
@@ -179,7 +181,7 @@ def check_engine(
     """
     for name, amount in engine_resources(engine, kind, max(1, replicas)).items():
         # Without a core of its own, the pipeline would never start.
-        required = amount + (name == "CPU")
+        required = amount + PIPELINE.get(name, 0)
         if cluster.get(name, 0) < required:
             raise UserError(
                 f"{section}: {max(1, replicas)} x {engine.tensor_parallel_size} x {engine.pipeline_parallel_size} "

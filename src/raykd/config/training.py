@@ -116,7 +116,7 @@ class Train(ConfigModel):
     max_length: int = Field(default=2048, ge=2)
     """Maximum length of a training example (prompt and completion), in tokens. Longer examples are dropped and counted,
     never truncated."""
-    num_workers: int = Field(default=1, ge=1)
+    num_workers: Annotated[int, RUNTIME_ONLY] = Field(default=1, ge=1)
     """Number of Ray Train workers of one trial."""
     min_workers: Annotated[int | None, RUNTIME_ONLY] = Field(default=None, ge=1)
     """Smallest number of workers with which a trial continues after losing a node. It grows back when nodes return. The
@@ -126,11 +126,11 @@ class Train(ConfigModel):
     """Processor of each worker. `auto`: one GPU if the cluster has GPUs, otherwise the CPU."""
     accelerator_type: Annotated[str | None, RUNTIME_ONLY] = None
     """GPU model by Ray's name, such as `A10G`, `L4`, `A100-80G` or `H100`. null: any."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Annotated[Literal[0, 1, 2, 3], RUNTIME_ONLY] = 2
     """DeepSpeed ZeRO stage (Rajbhandari et al., arXiv 1910.02054)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Number format of the frozen weights and of the computation."""
-    packing: bool = True
+    packing: Annotated[bool, RUNTIME_ONLY] = True
     """Whether to pack the completions of a forward pass into one sequence without padding. They do not attend to each
     other. Set it to false for models whose attention does not support packing."""
     gradient_checkpointing: Annotated[bool, RUNTIME_ONLY] = False

@@ -16,11 +16,9 @@ from raykd.data import demo_problems
 from raykd.data.grading import reference_answer
 from raykd.errors import UserError
 from raykd.storage import filesystem, hashing, row_store, schemas
-from raykd.storage.files import read_json, read_table
-from raykd.storage.paths import StoragePaths, split_file
+from raykd.storage.files import ROW_GROUP_SIZE, read_json, read_table
+from raykd.storage.paths import SPLITS, StoragePaths, split_file
 
-SPLITS = ("train", "validation", "test")
-ROWS_PER_GROUP = 1024
 Row = dict[str, Any]
 
 
@@ -228,7 +226,7 @@ def _write(path: Path, rows: Iterator[Row]) -> int:
         batch: list[Row] = []
         for row in _with_other_answer(rows):
             batch.append(row)
-            if len(batch) == ROWS_PER_GROUP:
+            if len(batch) == ROW_GROUP_SIZE:
                 writer.write_table(pa.Table.from_pylist(batch, schema=schemas.PROBLEM))
                 count += len(batch)
                 batch = []

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from raykd.data.demo_problem_kinds import KINDS, NAMES, Kind
+from raykd.storage.paths import SPLITS
 
 GENERATOR_VERSION = 1
 """Part of the content key of generated problems. Raise it when the generated rows change, here or in
 `demo_problem_kinds`."""
-SPLITS = ("train", "validation", "test")
 _MAX_RESULT = 999
 
 

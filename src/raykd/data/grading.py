@@ -8,10 +8,12 @@ from typing import Any
 
 from raykd.errors import UserError
 
-_STRICT = re.compile(r"#### (-?[0-9.,]+)")
-_FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
+# The patterns of the harness's task gsm8k: after `####`, and any number.
+STRICT_PATTERN, FLEXIBLE_PATTERN = r"#### (\-?[0-9\.\,]+)", "(-?[$0-9.,]{2,})|(-?[0-9]+)"
+_STRICT, _FLEXIBLE = re.compile(STRICT_PATTERN), re.compile(FLEXIBLE_PATTERN)
 # Patterns that the comparison removes, in this order.
-_IGNORED = [re.compile(pattern) for pattern in (r",", r"\$", r"(?s).*#### ", r"\.$")]
+IGNORED_PATTERNS = (",", r"\$", "(?s).*#### ", r"\.$")
+_IGNORED = [re.compile(pattern) for pattern in IGNORED_PATTERNS]
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 # A stated answer and a calculation: `states_answer_first` compares their positions.
 _STATED = re.compile(
@@ -52,7 +54,7 @@ def flexible_extract(text: str) -> str | None:
 
     As in the harness, a number is a run of digits, `$`, `.` and `,`: "18..." is not 18, and "5-3" ends in -3.
     """
-    matches = _FLEXIBLE.findall(text)
+    matches = [match[0] for match in _FLEXIBLE.finditer(text)]
     return _answer(matches[-1]) if matches else None
 
 

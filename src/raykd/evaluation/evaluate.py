@@ -98,7 +98,7 @@ def evaluate_students(
         "prediction_id",
         {
             "trials": [model.trial_id for model in eval_models],
-            "asked": identity.evaluation_settings(evaluation),
+            "evaluation": identity.evaluation_settings(evaluation),
             "problems": problems.name,
         },
     )

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from raykd.config.experiment import Experiment
-from raykd.data import prompts
+from raykd.data import grading, prompts
 from raykd.models import tokenization
 from raykd.models.builtin import resolve_model
 from raykd.storage import files, filesystem
@@ -112,14 +112,14 @@ def _task(experiment: Experiment, file: Path) -> dict[str, Any]:
             {
                 "name": "strict-match",
                 "filter": [
-                    {"function": "regex", "regex_pattern": r"#### (\-?[0-9\.\,]+)"},
+                    {"function": "regex", "regex_pattern": grading.STRICT_PATTERN},
                     {"function": "take_first"},
                 ],
             },
             {
                 "name": "flexible-extract",
                 "filter": [
-                    {"function": "regex", "group_select": -1, "regex_pattern": "(-?[$0-9.,]{2,})|(-?[0-9]+)"},
+                    {"function": "regex", "group_select": -1, "regex_pattern": grading.FLEXIBLE_PATTERN},
                     {"function": "take_first"},
                 ],
             },
@@ -131,7 +131,7 @@ def _task(experiment: Experiment, file: Path) -> dict[str, Any]:
                 "higher_is_better": True,
                 "ignore_case": True,
                 "ignore_punctuation": False,
-                "regexes_to_ignore": [",", r"\$", "(?s).*#### ", r"\.$"],
+                "regexes_to_ignore": list(grading.IGNORED_PATTERNS),
             }
         ],
         "metadata": {"version": 1.0},

@@ -80,8 +80,6 @@ class Shape:
     """Whether queries and keys are normalized in each head (Qwen 3)."""
     positions: int = 131072
     """Context length in tokens, prompt and answer together; the default is Llama 3's."""
-    dtype_bytes: int = 2
-    """Bytes of a weight that is not quantized, in the checkpoint."""
     source: str = "given"
     """The file or table that the shape was read from."""
 
@@ -194,7 +192,6 @@ def read_shape(file: Path) -> Shape | None:
         attention_biases = 4 if config.get("attention_bias") else 0
         if model_type == "qwen2":
             attention_biases = 3
-        dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
         return Shape(
             layers=int(config["num_hidden_layers"]),
             hidden=int(config["hidden_size"]),
@@ -208,7 +205,6 @@ def read_shape(file: Path) -> Shape | None:
             attention_biases=attention_biases,
             head_norms=model_type == "qwen3",
             positions=max_positions(config) or 131072,
-            dtype_bytes=4 if dtype == "float32" else 2,
             source=str(file),
         )
     except (OSError, UnicodeDecodeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:

@@ -141,7 +141,7 @@ def _write_answers(trials: Sequence[TrialSpec], context: StageContext) -> None:
             _student_model(trial): _answers_folder(trial) for trial in missing if trial.arm.targets.rollout == sampling
         }
         _, num_processors = resources.engine_processors(experiment.evaluate.engine, context.cluster)
-        with run_record.track_processors(context.folder, run_record.ANSWERS_ROLE, accelerator, num_processors):
+        with run_record.track_processors(context.folder, run_record.EVALUATE_ROLE, accelerator, num_processors):
             write_rollouts(
                 folders,
                 problems=context.problems,

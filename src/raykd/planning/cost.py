@@ -13,8 +13,7 @@ from raykd.cluster import resources
 from raykd.cluster.resources import Accelerator
 from raykd.config.experiment import Arm, Experiment, affects_teacher
 from raykd.config.loading import load_experiment
-from raykd.config.run_file import read_run
-from raykd.config.sections import Prices
+from raykd.config.run_record import read_run
 from raykd.planning.demand import UNKNOWN_CLUSTER, max_points, num_problems
 from raykd.storage import files, filesystem, hashing
 from raykd.storage.paths import METRICS_FILE, ExperimentPaths
@@ -72,7 +71,7 @@ def measured_rates(folder: Path) -> Rates:
     return Rates(
         generation=_ratio(tokens, seconds * replicas),
         training=_ratio(target_tokens, worker_seconds),
-        evaluation=_ratio(answer_tokens, run.stages.get("predictions", 0.0)),
+        evaluation=_ratio(answer_tokens, run.stages.get("evaluate", 0.0)),
         completion_tokens=_ratio(tokens, rows),
         answer_tokens=_ratio(answer_tokens, num_answers),
         accelerator="cpu" if accelerators == {"cpu"} else "gpu",
@@ -219,7 +218,7 @@ def _training(
     kind = resources.resolve_accelerator(train.accelerator, cluster)
     workers = train.num_workers * concurrent_trials
     rate = rates.training and rates.training * workers
-    processors = _Processors(workers, kind, _price(experiment.prices, kind))
+    processors = _Processors(workers, kind, experiment.prices.per_hour(kind))
     return _stage_cost("Training", workloads, rates.completion_tokens, rate, processors)
 
 
@@ -266,19 +265,12 @@ def _teacher_processors(experiment: Experiment, cluster: Mapping[str, float]) ->
     if teacher.endpoint:
         # An external endpoint holds no processors of this cluster.
         num = 0
-    price = _price(prices, kind)
-    if kind == "gpu" and prices.teacher_gpu_hour is not None:
-        price = prices.teacher_gpu_hour
-    return _Processors(num, kind, price)
+    return _Processors(num, kind, prices.per_hour(kind, is_teacher=True))
 
 
 def _engine_processors(experiment: Experiment, cluster: Mapping[str, float]) -> _Processors:
     kind, num = resources.engine_processors(experiment.evaluate.engine, cluster)
-    return _Processors(num, kind, _price(experiment.prices, kind))
-
-
-def _price(prices: Prices, kind: Accelerator) -> float | None:
-    return prices.gpu_hour if kind == "gpu" else prices.cpu_hour
+    return _Processors(num, kind, experiment.prices.per_hour(kind))
 
 
 def _distinct_teacher_requests(arms: Sequence[Arm], source: str) -> list[Arm]:

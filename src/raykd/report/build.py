@@ -24,7 +24,6 @@ from raykd.storage import filesystem
 from raykd.storage.files import write_text
 from raykd.storage.paths import ExperimentPaths
 
-"""The folder of the Markdown report's figures, in the experiment's folder."""
 LONGEST_WORD = 14
 """Number of characters of a word that are never wrapped in a table in the terminal."""
 CSV_COLUMNS = (
@@ -147,7 +146,7 @@ def _csv(results: Results) -> str:
     for trial in results.trials:
         row = {column: getattr(trial, column, None) for column in CSV_COLUMNS} | _scores(trial)
         if results.sweep:
-            row |= {path: _cell(trial.values.get(path)) for path in paths} | _validation(trial)
+            row |= {path: _cell(trial.hparams.get(path)) for path in paths} | _validation(trial)
         writer.writerow(row)
     return text.getvalue()
 
@@ -237,7 +236,7 @@ def _markdown(results: Results, plots: list[Figure]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     blocks.append("## Reproduction")
     # Indented lines are a code block, in which Markdown needs no escapes.
-    blocks.append("\n".join(f"    {line}" for line in run.command.splitlines()))
+    blocks.append("\n".join(f"    {line}" for command in run.commands for line in command.splitlines()))
     made_with = f"raykd {run.raykd_version}; {versions}"
     blocks.append(f"{escape_markdown(made_with)}. Configuration: `experiment.yaml`.")
     return "\n\n".join(blocks) + "\n"

@@ -11,8 +11,9 @@ from raykd.report.results import Results
 from raykd.report.table import Table
 from raykd.report.text import amount, duration, percent
 from raykd.report.trials import finite
+from raykd.storage.paths import ExperimentPaths
 
-TRAINING = "training"
+TRAIN_ROLE = "train"
 
 
 def teacher_generated(results: Results) -> list[Mapping[str, Any]]:
@@ -64,7 +65,7 @@ def cost(results: Results) -> Table:
         [
             "Strategy",
             "Teacher",
-            "Sequence",
+            "Source",
             "Rows",
             "Errors",
             "Truncated %",
@@ -74,7 +75,7 @@ def cost(results: Results) -> Table:
             "Tokens per second",
         ],
         rows,
-        "Sequence is the author of the text: the teacher generated its own completions, and scored reference solutions "
+        "Source is the author of the text: the teacher generated its own completions, and scored reference solutions "
         "and student answers token by token. Completions are stored by content key, so a strategy that an earlier run "
         "completed costs nothing again.",
         text_columns=(0, 1, 2),
@@ -89,20 +90,21 @@ def stages(results: Results) -> Table:
 
 
 def processors(results: Results) -> Table:
-    """Return the processor time of each stage, and its cost where prices are configured."""
-    prices = validated(Prices, results.tree.get("prices") or {}, f"{results.folder / 'experiment.yaml'}: prices")
-    columns = ["Stage", "Processor", "Processor-seconds (at most)", "Processor-hours (at most)"]
+    """Return the processor time of each section of the configuration, and its cost where prices are configured."""
+    prices = validated(Prices, results.tree.get("prices") or {}, f"{ExperimentPaths(results.folder).config}: prices")
+    columns = ["Section", "Processor", "Processor-seconds (at most)", "Processor-hours (at most)"]
     note = (
+        "By section of the configuration; on-policy students answer with the engine of `evaluate`, too. "
         "Processors multiplied by the seconds for which they were reserved, model loading included. An autoscaled "
         "teacher counts with its maximum number of replicas all the time. On a CPU an engine may use more cores than "
         "the one that it reserves. Training counts from the first to the last step of each trial, without killed "
         "attempts."
     )
     rows, costs = [], []
-    for stage, kinds in _processor_seconds(results).items():
+    for section, kinds in _processor_seconds(results).items():
         for kind, seconds in kinds.items():
-            hours, price = seconds / 3600, _price(prices, stage, kind)
-            rows.append([stage, kind.upper(), amount(seconds), amount(hours, 2)])
+            hours, price = seconds / 3600, prices.per_hour(kind, is_teacher=section == "teacher")
+            rows.append([section, kind.upper(), amount(seconds), amount(hours, 2)])
             costs.append(None if price is None else hours * price)
     known = [price for price in costs if price is not None]
     if not known:
@@ -116,20 +118,14 @@ def processors(results: Results) -> Table:
 
 
 def _processor_seconds(results: Results) -> dict[str, dict[str, float]]:
-    """Return the processor-seconds by stage and by kind of processor, training included."""
+    """Return the processor-seconds by section and by kind of processor, training included."""
     usage: dict[str, dict[str, float]] = {
-        stage: {kind: float(seconds) for kind, seconds in kinds.items()}
-        for stage, kinds in results.run.processor_seconds.items()
+        section: {kind: float(seconds) for kind, seconds in kinds.items()}
+        for section, kinds in results.run.processor_seconds.items()
     }
     for trial in results.trials:
         if trial.train_seconds is not None and trial.num_workers and trial.accelerator:
-            training = usage.setdefault(TRAINING, {})
+            training = usage.setdefault(TRAIN_ROLE, {})
             seconds = trial.train_seconds * trial.num_workers
             training[trial.accelerator] = training.get(trial.accelerator, 0.0) + seconds
     return usage
-
-
-def _price(prices: Prices, stage: str, kind: str) -> float | None:
-    if (stage, kind) == ("teacher", "gpu") and prices.teacher_gpu_hour is not None:
-        return prices.teacher_gpu_hour
-    return prices.gpu_hour if kind == "gpu" else prices.cpu_hour

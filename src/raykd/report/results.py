@@ -11,7 +11,7 @@ from raykd.analysis.scores import Row, Scores, compute_scores
 from raykd.config.errors import parse_yaml, validated
 from raykd.config.experiment import BASE
 from raykd.config.overrides import format_hparams
-from raykd.config.run_file import RunRecord, read_run
+from raykd.config.run_record import RunRecord, read_run
 from raykd.config.search_space import hparams_key
 from raykd.config.sections import Evaluate
 from raykd.config.strategies import BUILT_IN, Strategy
@@ -196,9 +196,9 @@ def _best_trials(trials: list[TrialResult], metric: str) -> list[TrialResult]:
         metrics: dict[str, list[float]] = {}
         for trial in arm_trials:
             if trial.status == COMPLETE and trial.validation:
-                metrics.setdefault(hparams_key(trial.values), []).append(trial.validation[metric])
+                metrics.setdefault(hparams_key(trial.hparams), []).append(trial.validation[metric])
         points = rank_by_validation(metrics, metric)
-        best += [trial for trial in arm_trials if not points or hparams_key(trial.values) == points[0]]
+        best += [trial for trial in arm_trials if not points or hparams_key(trial.hparams) == points[0]]
     return best
 
 
@@ -212,12 +212,12 @@ def _sweep(
     for trial in trials:
         if trial.arm == BASE:
             continue
-        setting = Setting(trial.seed, trial.values)
+        setting = Setting(trial.seed, trial.hparams)
         by_arm.setdefault(trial.arm, []).append((setting, rows.get(trial.trial_id, {})))
     return SweepResult(
         metric=section["metric"],
         num_validations=section["num_validations"],
-        paths=list(dict.fromkeys(path for trial in trials for path in trial.values)),
+        paths=list(dict.fromkeys(path for trial in trials for path in trial.hparams)),
         comparisons=compare_arms(by_arm, baselines, "is_correct_strict"),
     )
 
@@ -288,8 +288,8 @@ def _notes(
     expected = (run.problems.num_test or 0) * max((trial.scores.num_samples for trial in trials), default=1)
     for trial in trials:
         name = f"Arm {trial.arm}, seed {trial.seed}"
-        if trial.values:
-            name += f", {format_hparams(trial.values)}"
+        if trial.hparams:
+            name += f", {format_hparams(trial.hparams)}"
         total = trial.scores.n + trial.scores.errors
         if trial.status == FAILED:
             notes.append(f"{name} failed: {trial.error or 'no reason was recorded'}")

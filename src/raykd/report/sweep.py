@@ -27,9 +27,9 @@ def best_points(results: Results) -> Table:
         rows.append(
             [
                 arm.name,
-                point_text(results, arm.trials[0].values) if COMPLETE in status else NOTHING,
+                point_text(results, arm.trials[0].hparams) if COMPLETE in status else NOTHING,
                 _mean_metric(results, complete),
-                amount(len({hparams_key(trial.values) for trial in trials})),
+                amount(len({hparams_key(trial.hparams) for trial in trials})),
                 amount(status.count(COMPLETE)),
                 amount(status.count(STOPPED)),
                 amount(status.count(FAILED)),
@@ -85,7 +85,7 @@ def all_trials(results: Results) -> Table:
                 [
                     trial.arm,
                     str(trial.seed),
-                    point_text(results, trial.values),
+                    point_text(results, trial.hparams),
                     trial.status,
                     _mean_metric(results, [trial]),
                     f"{validation['number']}/{results.sweep.num_validations}" if validation else NOTHING,

@@ -37,7 +37,7 @@ class TrialResult:
     loss_last: float | None = None
     losses: list[tuple[int, float]] = field(default_factory=list)
     """Step and loss, without losses that are not finite."""
-    values: Mapping[str, Any] = field(default_factory=dict)
+    hparams: Mapping[str, Any] = field(default_factory=dict)
     """The searched fields by dotted path."""
     validation: Mapping[str, Any] | None = None
     """The last validation's metrics."""
@@ -82,7 +82,7 @@ def read_trials(folder: Path, rows: Mapping[str, Answers]) -> list[TrialResult]:
         rows: prediction rows by trial.
 
     Raises:
-        ValueError: a trial's record or loss curve is damaged.
+        UserError: a trial's record or loss curve is damaged.
     """
     trials = [_trial(file.parent, rows) for file in filesystem.find_in_subdirs(folder, TRIAL_FILE)]
     with_folder = {trial.trial_id for trial in trials}

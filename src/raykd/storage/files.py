@@ -60,11 +60,6 @@ def _parse_object(content: bytes, place: str, remedy: str) -> dict[str, Any]:
     return value
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically."""
-    filesystem.put(path, content)
-
-
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file atomically."""
     with filesystem.atomic_write(path) as temporary:

@@ -6,6 +6,7 @@ Every file name that a run writes is defined here and nowhere else.
 from dataclasses import dataclass
 from pathlib import Path
 
+SPLITS = ("train", "validation", "test")
 LOCK_FILE = "run.lock"
 """The lock of an experiment's folder, or of a set of completions, while a run works on it."""
 TRIAL_FILE = "trial.json"
@@ -14,7 +15,7 @@ METRICS_FILE = "metrics.jsonl"
 """A trial's loss curve, a point a line."""
 NULL_ADAPTER = "null_adapter"
 """An adapter of zeros beside students' answers, with which an engine answers as the base student."""
-STAGE_TIME_FILE = "spent.json"
+STAGE_TIME_FILE = "seconds.json"
 """The seconds spent so far on a set of completions, beside its rows."""
 
 
@@ -35,7 +36,7 @@ class StoragePaths:
     ```
     <storage>/
         problems/<key>/       train.parquet, validation.parquet, test.parquet, manifest.json
-        completions/<key>/    part-*.parquet, manifest.json, spent.json; run.lock during a run
+        completions/<key>/    part-*.parquet, manifest.json, seconds.json; run.lock during a run
         experiments/<name>/   see `ExperimentPaths`
     ```
     """
@@ -234,7 +235,7 @@ class RoundPaths:
     ```
     <storage>/experiments/<name>/trials/<trial_id>/rounds/<n>/
         answers/        the student's rollouts: part-*.parquet, manifest.json
-        completions/    the same with the teacher's targets: part-*.parquet, manifest.json, spent.json
+        completions/    the same with the teacher's targets: part-*.parquet, manifest.json, seconds.json
         adapter/        the weights at the end of the round; the last round's are the trial's
         round.json      counts, written last; for the last round trial.json instead
     ```

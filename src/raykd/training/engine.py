@@ -105,5 +105,7 @@ def saved_checkpoint(engine: Any, state: dict[str, Any]) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory() as folder:
         engine.save_checkpoint(folder, tag=_CHECKPOINT_TAG, client_state=state, exclude_frozen_parameters=True)
-        checkpoints.write_checksums(Path(folder), engine.global_rank, engine.world_size)
+        checkpoints.write_checksums(
+            Path(folder), engine.global_rank, engine.world_size, engine.zero_optimization_stage()
+        )
         yield Path(folder)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed
 
 from raykd import compat
-from raykd.errors import StageError, UserError
+from raykd.errors import StageError
 from raykd.models import loading
 from raykd.runtime.metrics import show_training
 from raykd.storage import files
@@ -24,7 +24,7 @@ from raykd.storage.schemas import COMPLETE
 from raykd.training import batching, schedule
 from raykd.training.engine import deepspeed_config, initialize_engine, load_checkpoint, saved_checkpoint
 from raykd.training.student import save_adapter
-from raykd.training.training_data import TrainingData, load_training_data
+from raykd.training.training_data import TrainingData, load_training_data, no_examples
 from raykd.training.trial import TrialSpec, read_loss_curve, write_trial_status
 from raykd.training.validation import validate, validation_steps
 
@@ -209,10 +209,7 @@ class _TrainingRun:
         """
         trial, student = self._trial, self._trial.arm.student
         if not self._target_tokens and self._round_steps.stop == self._num_steps:
-            raise UserError(
-                f"trial {trial.trial_id}: every example was filtered out in every round; dropped in the last: "
-                f"{self._data.dropped}; change targets.filter, train.max_length or the sampling"
-            )
+            raise no_examples(trial, self._data.dropped)
         is_writer, is_trained = self._worker == 0, self._target_tokens > 0
         save_adapter(
             self._student.model, TrialPaths(trial.output_dir).adapter, student, write=is_writer, is_trained=is_trained

@@ -13,9 +13,11 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from raykd import compat
 from raykd.config.experiment import Arm
 from raykd.config.training import Student
 from raykd.errors import StageError, UserError
+from raykd.models.adapters import WEIGHTS_FILE
 from raykd.models.loading import load_base_model
 from raykd.storage import filesystem
 from raykd.training import losses
@@ -129,7 +131,7 @@ class Distillation(nn.Module):
         therefore compute as many chunks as the worker that needs most.
         """
         base: Any = self.model.get_base_model()
-        if not hasattr(base.lm_head.weight, "ds_id"):
+        if not compat.is_sharded(base.lm_head.weight):
             return num_own
         count = torch.tensor(num_own, device=next(self.parameters()).device)
         torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
@@ -175,7 +177,7 @@ def save_adapter(model: PeftModel, folder: Path, student: Student, write: bool, 
     import deepspeed
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    sharded = [parameter for parameter in trainable if hasattr(parameter, "ds_id")]
+    sharded = [parameter for parameter in trainable if compat.is_sharded(parameter)]
     with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
         if not write:
             return
@@ -193,8 +195,8 @@ def _write_adapter(
     model.peft_config["default"].base_model_name_or_path = student.model
     model.peft_config["default"].inference_mode = True
     model.peft_config["default"].save_pretrained(str(temporary))
-    safetensors.torch.save_file(weights, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-    saved = safetensors.torch.load_file(temporary / "adapter_model.safetensors")
+    safetensors.torch.save_file(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+    saved = safetensors.torch.load_file(temporary / WEIGHTS_FILE)
     # peft initializes every lora_B to 0.
     is_unchanged = not any("lora_B" in name and tensor.abs().sum() > 0 for name, tensor in saved.items())
     is_invalid = any(not tensor.numel() or not tensor.isfinite().all() for tensor in saved.values())

@@ -1,5 +1,6 @@
 """The examples of a trial or of one of its rounds, and the order in which training steps use them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,20 @@ class TrainingData:
         return sum(len(row.completion_token_ids) for row in self.examples(row_numbers))
 
 
+def no_examples(trial: TrialSpec, dropped: Mapping[str, int]) -> UserError:
+    """Return the error of a trial without an example to train on.
+
+    Args:
+        trial: the trial.
+        dropped: number of excluded completions by reason, of the last round if there are several.
+    """
+    counts = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items())
+    return UserError(
+        f"trial {trial.trial_id}: every example was filtered out ({counts}); change targets.filter, train.max_length "
+        "or the sampling"
+    )
+
+
 def load_training_data(trial: TrialSpec, tokenizer: Any) -> TrainingData:
     """Build the examples of a trial, or of its current round.
 
@@ -54,10 +69,7 @@ def load_training_data(trial: TrialSpec, tokenizer: Any) -> TrainingData:
         ordered_rows = [by_problem.get(problem_id) for problem_id in problem_ids(trial)]
     elif not rows:
         # A single round may have no example; the last round checks the training as a whole.
-        raise UserError(
-            f"trial {trial.trial_id}: no row is left to train on; dropped: {dropped}; "
-            "change targets.filter, train.max_length or the sampling"
-        )
+        raise no_examples(trial, dropped)
     train = trial.arm.train
     steps = schedule.training_order(len(ordered_rows), train.batch_size, train.epochs, trial.seed)
     return TrainingData(ordered_rows, dropped, list(steps))

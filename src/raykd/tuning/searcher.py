@@ -27,7 +27,7 @@ from raykd.tuning.variants import Hparams, Variant
 
 # Optuna draws its first points at random: `STARTUP` of them, but at most this share of all points.
 STARTUP, STARTUP_SHARE = 10, 1 / 3
-METRIC = "reached"
+METRIC = "objective"
 # Consecutive points that are invalid for an arm, after which the search fails.
 MAX_DRAWS = 100
 

@@ -11,6 +11,8 @@ from raykd.errors import UserError
 from raykd.models.builtin import resolve_model
 from raykd.pipeline import preflight, run
 from raykd.pipeline.plan import STAGES, Plan, resolve
+from raykd.storage.paths import ExperimentPaths
+from raykd.training import checkpoints
 from runs import started_plan
 
 
@@ -176,6 +178,20 @@ def test_experiment_that_does_not_fit_leaves_no_record(tmp_path: Path):
     smaller = resolve(described(tmp_path, train={"batch_size": 4}, prompt={"instruction": "Think."}))
     run.check_and_start(smaller, "raykd run small.yaml", {"CPU": 2})
     assert (smaller.folder / "run.json").is_file()
+
+
+def test_more_workers_train_the_same_trials(tmp_path: Path):
+    plan = prepare(tmp_path, train={"num_workers": 2, "zero_stage": 2, "batch_size": 4})
+    more = prepare(tmp_path, train={"num_workers": 4, "zero_stage": 2, "batch_size": 4, "packing": False})
+    assert [trial.trial_id for trial in plan.trials] == [trial.trial_id for trial in more.trials]
+    preflight.check_checkpoints(preflight.remaining_work(more, {"CPU": 8}))
+    # Two workers were interrupted: four cannot read their shards of the optimizer.
+    (trial,) = plan.trials
+    part = ExperimentPaths(plan.folder).checkpoints / trial.trial_id / "checkpoint_1"
+    checkpoints.write_checksums(part, 0, num_workers=2, zero_stage=2)
+    preflight.check_checkpoints(preflight.remaining_work(plan, {"CPU": 8}))
+    with pytest.raises(UserError, match="interrupted with train"):
+        preflight.preflight(more, {"CPU": 8})
 
 
 def test_stage_with_nothing_to_do_is_complete(tmp_path: Path):

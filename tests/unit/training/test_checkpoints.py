@@ -3,15 +3,18 @@
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from raykd import compat
+from raykd.config.training import Train
+from raykd.errors import UserError
 from raykd.storage import filesystem
 from raykd.training import checkpoints
 
 
-def checkpoint(run: Path, name: str, workers: int = 2) -> Path:
+def checkpoint(run: Path, name: str, workers: int = 2, zero_stage: int = 2) -> Path:
     folder = run / name
     with tempfile.TemporaryDirectory() as temporary:
         for worker in range(workers):
@@ -19,7 +22,7 @@ def checkpoint(run: Path, name: str, workers: int = 2) -> Path:
             part = Path(temporary) / f"part-{name}-{worker}"
             (part / "checkpoint").mkdir(parents=True)
             (part / "checkpoint" / f"rank_{worker}.pt").write_bytes(bytes([worker]) * 100)
-            checkpoints.write_checksums(part, worker, workers)
+            checkpoints.write_checksums(part, worker, workers, zero_stage)
             for file in part.rglob("*"):
                 if file.is_file():
                     copy = folder / file.relative_to(part)
@@ -86,3 +89,36 @@ def test_changed_checkpoint_is_incomplete(run: Path):
     file = folder / "checkpoint" / "rank_0.pt"
     file.write_bytes(b"\x02" * 100)
     assert not checkpoints.is_complete(folder)
+
+
+@pytest.mark.parametrize(
+    "workers, zero_stage, train",
+    [
+        (2, 2, {"num_workers": 4}),
+        (2, 2, {"num_workers": 2, "zero_stage": 1}),
+        (2, 3, {"num_workers": 2, "zero_stage": 0, "dtype": "float32"}),
+        (1, 0, {"zero_stage": 2}),
+    ],
+)
+def test_checkpoint_of_another_layout_is_refused(run: Path, workers: int, zero_stage: int, train: dict[str, Any]):
+    checkpoint(run, "checkpoint_1", workers, zero_stage)
+    with pytest.raises(UserError) as refused:
+        checkpoints.check_layout(run, Train(batch_size=8, **train))
+    assert f"train.num_workers={workers} train.zero_stage={zero_stage}" in str(refused.value)
+    assert str(run) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "workers, zero_stage, train",
+    [
+        (2, 2, {"num_workers": 2}),
+        # Without shards any number of workers can read it.
+        (2, 0, {"num_workers": 4, "zero_stage": 0, "dtype": "float32"}),
+    ],
+)
+def test_checkpoint_of_same_layout_is_accepted(run: Path, workers: int, zero_stage: int, train: dict[str, Any]):
+    checkpoints.check_layout(run, Train(batch_size=8, **train))
+    checkpoint(run, "checkpoint_1", workers, zero_stage)
+    # The newest one was not copied to its end.
+    filesystem.put(run / "checkpoint_2" / "checkpoint" / "rank_0.pt", b"")
+    checkpoints.check_layout(run, Train(batch_size=8, **train))

@@ -55,8 +55,8 @@ class RunRecord(BaseModel):
 
     name: str = ""
     raykd_version: str = ""
-    command: str = ""
-    """The command that was typed."""
+    commands: tuple[str, ...] = ()
+    """The different commands that did the work, in the order of their first use."""
     started: str = ""
     """Time of the first start, in ISO 8601."""
     versions: Mapping[str, str] = Field(default_factory=dict)
@@ -76,9 +76,9 @@ class RunRecord(BaseModel):
     problems: ProblemCounts = ProblemCounts()
     completions: tuple[TeacherCounts, ...] = ()
     stages: Mapping[str, float] = Field(default_factory=dict)
-    """Seconds of each stage."""
+    """Seconds of each stage, by its command: `generate`, `train`, `evaluate`, `attention`."""
     processor_seconds: Mapping[str, Mapping[str, float]] = Field(default_factory=dict)
-    """Processor-seconds by role and by accelerator."""
+    """Processor-seconds by what reserved them (`teacher`, `evaluate`, `attention`), and by accelerator."""
     harness: str = ""
     """The command that evaluates a student with lm-evaluation-harness."""
 
