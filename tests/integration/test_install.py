@@ -18,7 +18,7 @@ LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
 def documented_command() -> list[str]:
     """The arguments of the README's `pip install` of the CPU stack."""
     (command,) = re.findall(r"^pip (install --no-deps (?:.*\\\n)*.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    return shlex.split(command)
+    return shlex.split(command.replace("\\\n", " "))
 
 
 @pytest.mark.slow
