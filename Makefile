@@ -69,7 +69,7 @@ bench: install ## short versions of the measurements in docs/performance.md
 soak: install ## an hour of the quickstart while a script kills what it finds
 	$(BIN)/python benchmarks/soak.py --minutes 60 --out build/benchmarks/soak.json
 
-lock: ## make both lock files anew
+lock: ## update both lock files
 	tools/lock.sh
 
 clean: ## remove .venv and what tools left behind, but no results

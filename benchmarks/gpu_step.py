@@ -3,7 +3,7 @@
     python benchmarks/gpu_step.py [--tokens 2048,8192] [--layers 32] [--steps 10] [--width 4096]
 
 Random weights, LoRA of rank 16 on all linear layers, bfloat16, rows with the lengths of GSM8K's. Requires torch,
-transformers and peft, but not Ray, vLLM or DeepSpeed. Utilisation is relative to the rate of matrix products that the
+transformers and peft, but not Ray, vLLM or DeepSpeed. Utilization is relative to the rate of matrix products that the
 script measures on the device.
 """
 
@@ -67,7 +67,7 @@ def row_name(tokens: int, checkpointing: bool, side: str) -> str:
 def measure(
     side: str, tokens: int, checkpointing: bool, device: torch.device, rate: float, options: Any
 ) -> dict[str, float | str]:
-    """Return the tokens per second, utilisation and peak memory of a side."""
+    """Return the tokens per second, utilization and peak memory of a side."""
     rows = list(random_rows(tokens, options.vocabulary, soft=side == "top_k"))
     model: Any = None
     try:
@@ -96,7 +96,7 @@ def measure(
     figures: dict[str, float | str] = {
         "tokens/s": sum(map(len, rows)) / seconds,
         "step, ms": 1000 * seconds,
-        "utilisation, %": 100 * operations / seconds / rate,
+        "utilization, %": 100 * operations / seconds / rate,
     }
     if device.type == "cuda":
         # The peak of a CPU process cannot be reset between sides.

@@ -41,7 +41,7 @@ _STAGES = {
     "plan": "show how the arms differ and estimate memory, placement and cost; exits with 2 if a stage does not fit",
     "prompts": "show the teacher's and the student's prompts for a problem, with token counts",
     "run": "run the whole experiment, from problems to report",
-    "sweep": "run an experiment with a section `sweep`: search hyper-parameters, select by validation, test the best",
+    "sweep": "run an experiment with a section `sweep`: search hyperparameters, select by validation, test the best",
     "generate": "generate the primed teacher's completions of the training problems",
     "train": "train the students, one Ray Tune trial for each arm and seed",
     "evaluate": "answer the test problems with all students in one engine",

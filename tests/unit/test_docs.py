@@ -1,16 +1,22 @@
 """Documents: links resolve, commands parse, experiments load, generated pages are current."""
 
 import importlib.util
+import io
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from raykd.cli import _parser
 from raykd.config.experiment import Experiment
+from raykd.config.loading import load_experiment
+from raykd.planning.cost import Rates
+from raykd.planning.tables import plan_tables
 from raykd.scaffold import shipped_configs
+from raykd.storage import paths
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -108,3 +114,27 @@ def test_the_configuration_page_is_current():
 def test_every_section_has_a_heading_that_its_links_reach():
     page = ROOT / "docs" / "configuration.md"
     assert {"dataset", "teacherengine", "targetsrollout", "sweepspacepath"} <= anchors(page)
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [paths.StoragePaths, paths.ExperimentPaths, paths.TrialPaths, paths.RoundPaths],
+    ids=lambda each: each.__name__,
+)
+def test_architecture_names_every_file_of_the_layout(paths: type):
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    _, tree, _ = (paths.__doc__ or "").split("```")
+    names = re.findall(r"[\w*-]+\.(?:parquet|json|jsonl|yaml|log|lock|csv|md|html|db)|\b\w+/", tree)
+    assert len(names) > 3
+    assert [name for name in names if name not in page] == []
+
+
+def test_table_of_stages_is_what_plan_prints():
+    page = (ROOT / "docs" / "clusters.md").read_text("utf-8")
+    tables, _ = plan_tables(load_experiment(ROOT / "configs" / "quickstart.yaml"), None, Rates())
+    (stages,) = [table for table in tables if str(table.title) == "Stages"]
+    output = io.StringIO()
+    console = Console(width=120, file=output)
+    console.print(stages)
+    printed = [line.rstrip() for line in output.getvalue().splitlines() if line.strip()]
+    assert len(printed) == 7 and [line for line in printed if line not in page] == []

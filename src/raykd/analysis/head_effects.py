@@ -3,7 +3,7 @@
 P problems, F heads (layers x heads) by one statistic, R resamples, A arms.
 
 Some of many heads differ by chance. Confidence intervals are for each head by itself and resample problems. Every p is
-corrected for the number of heads by the maximum statistic (Westfall & Young 1993): it is the share of randomisations
+corrected for the number of heads by the maximum statistic (Westfall & Young 1993): it is the share of randomizations
 whose largest effect over all heads is at least as large as the observed one. All heads are randomised together, so that
 correlated heads are not corrected for more than once, as Bonferroni's correction would.
 """
@@ -39,7 +39,7 @@ class Effect:
 def difference(values_PF: np.ndarray, base_PF: np.ndarray, seed: int = 0) -> Effect:
     """Return the paired difference of an arm's heads from the base student's.
 
-    p is from a sign-flip randomisation test: under the null hypothesis the sign of a problem's differences, flipped for
+    p is from a sign-flip randomization test: under the null hypothesis the sign of a problem's differences, flipped for
     all heads together, is random. The test statistic of a head is |t|, computed for each random sign assignment.
 
     Args:
@@ -192,7 +192,7 @@ def _bootstrap_interval(
 
 
 def _corrected_p(observed_F: np.ndarray, randomised_RF: np.ndarray, value_F: np.ndarray) -> np.ndarray:
-    """Return the share of randomisations, the observed one included, whose largest head is at least as large."""
+    """Return the share of randomizations, the observed one included, whose largest head is at least as large."""
     largest_R = np.nanmax(np.where(np.isfinite(randomised_RF), randomised_RF, 0.0), axis=1, initial=0.0)
     with np.errstate(invalid="ignore"):
         p_F = (1 + (largest_R[:, None] >= observed_F * (1 - 1e-9)).sum(0)) / (1 + len(largest_R))

@@ -81,7 +81,7 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
 
 
 def sign_flip(differences: ArrayLike, num_draws: int = 10_000, seed: int = 0) -> float:
-    """Return the two-sided p-value of the sign-flip randomisation test of paired differences.
+    """Return the two-sided p-value of the sign-flip randomization test of paired differences.
 
     Under the null hypothesis the sign of each problem's difference is random. Where all differences are -1, 0 or 1,
     this is a Monte Carlo version of McNemar's test. A problem with several pairs has one difference, their mean, so

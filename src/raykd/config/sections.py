@@ -24,7 +24,7 @@ class Dataset(ConfigModel):
     test_file: str | None = None
     """JSON Lines file of the test problems, in the same format. Only for `source: jsonl`; otherwise null."""
     revision: str = "main"
-    """Branch, tag or commit of the data set on the Hugging Face Hub. Only for `source: gsm8k`."""
+    """Branch, tag or commit of the dataset on the Hugging Face Hub. Only for `source: gsm8k`."""
     num_train: int | None = Field(default=None, ge=1)
     """Number of training problems, without the validation problems. null: all that remain."""
     num_validation: int = Field(default=0, ge=0)
@@ -176,7 +176,7 @@ class Prices(ConfigModel):
 
 
 class Sweep(ConfigModel):
-    """A hyper-parameter search. Each arm is searched separately, with the same number of points. Validation problems
+    """A hyperparameter search. Each arm is searched separately, with the same number of points. Validation problems
     (`dataset.num_validation`) decide; no student is trained on them."""
 
     space: dict[str, Axis] = Field(default_factory=dict)

@@ -35,7 +35,7 @@ def write_task(experiment: Experiment, problems: Path, folder: Path) -> None:
         folder: the output folder.
     """
     rows = files.read_table(split_file(problems, "test")).to_pylist()
-    # The harness's filter requires a blank after "####", which not every data set has.
+    # The harness's filter requires a blank after "####", which not every dataset has.
     documents = [_document(experiment, row["question"], f"#### {row['reference_answer']}") for row in rows]
     file = folder / f"{experiment.evaluate.protocol}.jsonl"
     files.write_text(file, "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents))

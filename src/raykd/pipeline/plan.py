@@ -55,7 +55,7 @@ class Plan:
     student_model: dict[str, str]
     """The identity of the student's weights."""
     trials: list[TrialSpec]
-    """All trials whose hyper-parameters are known."""
+    """All trials whose hyperparameters are known."""
     completion_sets: dict[str, CompletionSet | None]
     """The completion set of each config id; None where the teacher is not used."""
     retry_failed: bool

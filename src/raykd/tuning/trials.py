@@ -1,4 +1,4 @@
-"""The trials of an experiment (arms x hyper-parameters x seeds), and their registry during training."""
+"""The trials of an experiment (arms x hyperparameters x seeds), and their registry during training."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -62,7 +62,7 @@ def trial_specs(
 
     Args:
         experiment: the experiment.
-        variants: the arms with their hyper-parameters.
+        variants: the arms with their hyperparameters.
         splits: the problems.
         completion_sets: the completion set of each config id; None where the teacher is not used.
         student_model: the identity of the student's weights.

@@ -1,4 +1,4 @@
-"""Variants: the arms of an experiment with the hyper-parameters of a sweep's points."""
+"""Variants: the arms of an experiment with the hyperparameters of a sweep's points."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
