@@ -21,6 +21,7 @@ from raykd.config.experiment import Experiment
 from raykd.config.loading import load_experiment
 from raykd.models import architecture
 from raykd.planning.fit import Fit, fit_stages
+from raykd.scaffold import shipped_configs
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "cluster"
@@ -115,12 +116,12 @@ def experiment(name: str) -> Experiment:
 
 
 def submitted() -> tuple[dict[str, str], str, list[str]]:
-    """Return the job that the README submits: its metadata, the experiment's file, and the overrides."""
+    """Return the job that the README submits: its metadata, the experiment, and the overrides."""
     lines = (FOLDER / "README.md").read_text().replace("\\\n", " ").splitlines()
     (line,) = [line for line in lines if line.startswith("ray job submit ")]
     words = shlex.split(line)
-    python, script, command, file, *overrides = words[words.index("--") + 1 :]
-    assert (python, script, command) == ("python", "rayjobs/run.py", "run")
+    program, command, file, *overrides = words[words.index("--") + 1 :]
+    assert (program, command) == ("raykd", "run")
     return json.loads(words[words.index("--metadata-json") + 1]), file, overrides
 
 
@@ -128,7 +129,7 @@ def on_kind(kind: str, *more: str) -> Experiment:
     """Return the experiment that the README submits, with students on a type of GPU."""
     _, file, overrides = submitted()
     assert any("$STUDENTS" in each for each in overrides)
-    return load_experiment(ROOT / file, [*(each.replace("$STUDENTS", kind) for each in overrides), *more])
+    return load_experiment(shipped_configs()[file], [*(each.replace("$STUDENTS", kind) for each in overrides), *more])
 
 
 def fits(experiment_config: Experiment, name: str) -> list[Fit]:

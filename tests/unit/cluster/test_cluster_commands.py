@@ -25,6 +25,7 @@ from cloud_files import (
     submitted,
 )
 from raykd.config.loading import load_experiment
+from raykd.scaffold import shipped_configs
 
 
 def test_the_job_runs_an_experiment_on_the_shared_folder():
@@ -75,7 +76,7 @@ def test_rays_dashboard_is_told_what_a_job_is():
     metadata, file, overrides = submitted()
     (job,) = manifests("rayjob")
     for each, name in (
-        (metadata, load_experiment(ROOT / file, overrides).name),
+        (metadata, load_experiment(shipped_configs()[file], overrides).name),
         (job["spec"]["metadata"], experiment("rayjob").name),
     ):
         assert each == {"job_name": name, "experiment": name, "stage": "run"}
