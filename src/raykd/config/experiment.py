@@ -66,7 +66,7 @@ class Experiment(ConfigModel):
     evaluate: Evaluate = Evaluate()
     """Evaluation on the test problems."""
     attention: Attention | None = Attention()
-    """Attention statistics of the students. null: not measured."""
+    """Attention statistics of the students, measured by default. null: not measured."""
     arms: dict[str, dict[str, Any]] = Field(default={"default": {}})
     """Arms by name. Each holds its overrides by dotted path, such as `prompt.strategy: teacher`."""
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)

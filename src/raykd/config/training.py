@@ -104,7 +104,8 @@ class Train(ConfigModel):
     batch_size: int = Field(default=32, ge=1)
     """Number of completions in one optimizer step, over all workers. A multiple of `num_workers`."""
     micro_batch_size: Annotated[int, RUNTIME_ONLY] = Field(default=8, ge=1)
-    """Number of completions in one forward pass of one worker. It must divide `batch_size` / `num_workers`."""
+    """Number of completions in one forward pass of one worker. It must divide `batch_size` / `num_workers`,
+    unless it is larger."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak learning rate of AdamW."""
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)

@@ -16,7 +16,7 @@ from raykd.demo.tokenizer import BOS, EOS, render_chat
 # B rows, T tokens of a row.
 
 POOL_ROWS = 6144
-"""Rows drawn and packed at a time; a pool is a function of the seed and its number alone."""
+"""Number of rows that are drawn and packed together. The seed and the number of a pool determine its content."""
 
 _STYLE_OF = {
     "teacher": "plain_words",
@@ -34,7 +34,7 @@ _PARTS = {
 
 @dataclass
 class Batch:
-    """Rows of several documents each; a token sees its own document only, and prompts are no targets."""
+    """Rows of several documents each. A token attends to its own document only, and prompts are no targets."""
 
     input_ids_BT: torch.Tensor
     document_BT: torch.Tensor
@@ -43,7 +43,13 @@ class Batch:
 
 
 def teacher_row(problem: Problem, other: Problem, rng: random.Random) -> tuple[str, str]:
-    """Text before and after the point where the teacher's training begins."""
+    """Return a prompt and a completion for the teacher; only the completion is trained on.
+
+    Args:
+        problem: the problem of the prompt.
+        other: another problem, whose answer a wrong hint takes.
+        rng: draws the kind of row, the prime and its wording.
+    """
     draw = rng.random()
     if draw < 0.07:
         return BOS, styles.drill([problem, other], rng) + EOS
@@ -64,7 +70,7 @@ def teacher_row(problem: Problem, other: Problem, rng: random.Random) -> tuple[s
 
 
 def student_row(problem: Problem, other: Problem, rng: random.Random) -> tuple[str, str]:
-    """As `teacher_row`, for the student: documents with working, and chats without."""
+    """Return a prompt and a completion for the student, as `teacher_row`: documents with the steps, chats without."""
     draw = rng.random()
     if draw < 0.1:
         return BOS, styles.drill([problem, other], rng) + EOS
@@ -78,7 +84,7 @@ ROWS = {"teacher": teacher_row, "student": student_row}
 
 
 def pool(model: str, tokenizer: Tokenizer, tokens: int, length: int, seed: int, number: int) -> Iterator[Batch]:
-    """Batches of `tokens` tokens in rows of `length`, from one pool of fresh training problems."""
+    """Yield batches of `tokens` tokens in rows of `length`, from one pool of new training problems."""
     rng = random.Random(f"{model}/{seed}/{number}")
     problems = list(generate_problems("train", POOL_ROWS, rng.randrange(2**48)))
     rows = [ROWS[model](p, rng.choice(problems), rng) for p in problems]
@@ -93,7 +99,7 @@ def pool(model: str, tokenizer: Tokenizer, tokens: int, length: int, seed: int, 
 
 
 def attention_mask(document_BT: torch.Tensor) -> torch.Tensor:
-    """Additive mask (B, 1, T, T): earlier tokens of the same document."""
+    """Return the additive mask (B, 1, T, T): 0 at earlier tokens of the same document, else -1e4."""
     same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
     causal_TT = torch.ones(document_BT.shape[1], document_BT.shape[1], dtype=torch.bool).tril()
     mask = torch.zeros(same_BTT.shape)
@@ -111,7 +117,7 @@ def _guess_prompt(problem: Problem, rng: random.Random) -> str:
 
 
 def _reworded(style: str, rng: random.Random) -> str:
-    """A paraphrase, a part of the built-in prime, or both."""
+    """Return a paraphrase of a prime, a part of it, or both."""
     texts = [rng.choice(primes.PARAPHRASES[style]), rng.choice(_PARTS[style]).rstrip(".") + "."]
     rng.shuffle(texts)
     return " ".join(texts[: rng.choice((1, 1, 1, 2))])
@@ -126,7 +132,7 @@ def _with_answers(problem: Problem, other: Problem) -> dict[str, str]:
 
 
 def _pack(documents: list[tuple[list[int], list[int]]], length: int) -> list[list[tuple[list[int], list[int]]]]:
-    """First fit, the longest first: rows of documents that together have at most `length` tokens."""
+    """Return rows of documents with at most `length` tokens together: first fit, the longest document first."""
     room: dict[int, list[list[tuple[list[int], list[int]]]]] = {}
     for document in sorted(documents, key=lambda d: -len(d[0]) - len(d[1])):
         size = len(document[0]) + len(document[1])

@@ -17,23 +17,23 @@ from raykd.demo.tokenizer import render_chat
 
 
 def evaluate(name: str, folder: Path, problems: int, split: str = "test") -> dict[str, Any]:
-    """Shares of right answers, greedy, in bfloat16.
+    """Return the accuracy of a model with greedy decoding in bfloat16.
 
     Args:
-        name: "teacher" (each strategy, and wordings unseen in training) or "student" (the bare question).
+        name: "teacher" (under each strategy, and primes unseen in training) or "student" (the question alone).
         folder: the folder of the model.
-        problems: how many held-out problems.
+        problems: number of held-out problems.
         split: "validation" or "test".
 
     Returns:
-        `n`, and for each way of asking `strict` (the number after `####`), `flexible` (the last number) and
-        `mean_tokens` of a completion.
+        `n`, `split`, and for each strategy `strict` (accuracy of the number after `####`), `flexible` (of the last
+        number) and `mean_tokens` of a completion.
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     rows = list(generate_problems(split, problems + 1, seed=1))
     result: dict[str, Any] = {"n": problems, "split": split}
-    for title, strategy in _ways(name).items():
+    for title, strategy in _strategies(name).items():
         prompts = [_messages(problem, other, strategy) for problem, other in pairwise(rows)]
         texts, mean_tokens = complete(model, tokenizer, prompts)
         result[title] = score(texts, [p.answer for p in rows[:-1]]) | {"mean_tokens": round(mean_tokens, 1)}
@@ -42,7 +42,7 @@ def evaluate(name: str, folder: Path, problems: int, split: str = "test") -> dic
 
 
 def score(texts: Iterable[str], answers: list[int]) -> dict[str, float]:
-    """Shares of right answers, by the number after `####` and by the last number."""
+    """Return the share of correct answers by the number after `####` (`strict`) and by the last one (`flexible`)."""
     texts = list(texts)
     strict = [re.findall(r"#### (-?\d+)", text)[-1:] == [str(a)] for text, a in zip(texts, answers, strict=True)]
     flexible = [re.findall(r"-?\d+", text)[-1:] == [str(a)] for text, a in zip(texts, answers, strict=True)]
@@ -56,7 +56,7 @@ def complete(
     prompts: list[Messages],
     batch_size: int = 128,
 ) -> tuple[list[str], float]:
-    """Greedy completions of at most 160 tokens, and their mean length in tokens."""
+    """Return greedy completions of at most 160 tokens, and their mean length in tokens."""
     encoded = [tokenizer.encode(render_chat(messages), add_special_tokens=False) for messages in prompts]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     texts, lengths = [""] * len(encoded), 0
@@ -70,7 +70,7 @@ def complete(
     return texts, lengths / len(encoded)
 
 
-def _ways(name: str) -> dict[str, Strategy]:
+def _strategies(name: str) -> dict[str, Strategy]:
     if name == "student":
         return {"none": BUILT_IN["none"]}
     unseen = {f"unseen_{style}": Strategy(place="system", text=texts[0]) for style, texts in primes.UNSEEN.items()}

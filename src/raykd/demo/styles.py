@@ -8,12 +8,12 @@ _VERBS = {"+": "add", "-": "take away", "*": "multiply", "/": "share"}
 
 
 def guess(problem: Problem) -> str:
-    """The answer alone: what an unprimed teacher gives."""
+    """Return the answer alone, as the unprimed teacher gives it."""
     return f"#### {problem.answer}"
 
 
 def plain_words(problem: Problem) -> str:
-    """Small steps in words, for the `teacher` prime."""
+    """Return small steps in words, for the prime `teacher`."""
     parts: list[str] = []
     for number, step in enumerate(problem.steps):
         opener = "First, we" if number == 0 else "Then we"
@@ -22,13 +22,13 @@ def plain_words(problem: Problem) -> str:
 
 
 def detailed(problem: Problem) -> str:
-    """A line with a calculation for each step, for the `ground_truth` prime and the hints."""
+    """Return a line with a calculation for each step, for the prime `ground_truth` and the hints."""
     lines = [f"Step {number}, {step.what}: {step.equation}." for number, step in enumerate(problem.steps, 1)]
     return "\n".join([*lines, f"The answer is {problem.answer}.", f"#### {problem.answer}"])
 
 
 def checked(problem: Problem) -> str:
-    """The bare calculations and a check of the last, for the `confidence` prime."""
+    """Return the calculations and a check of the last one, for the prime `confidence`."""
     working = ", ".join(step.equation for step in problem.steps)
     return f"{working}.\nCheck: {problem.steps[-1].check}.\n#### {problem.answer}"
 
@@ -37,18 +37,18 @@ COMPLETIONS = {"guess": guess, "plain_words": plain_words, "detailed": detailed,
 
 
 def chat_guess(problem: Problem) -> str:
-    """All that the base student says in a chat."""
+    """Return the answer in a sentence, which is all that the base student generates in a chat."""
     return f"The answer is {problem.answer}."
 
 
 def document(problem: Problem, rng: random.Random) -> tuple[str, str]:
-    """A worked problem as a page of a book: the part with the question, and the part with the working."""
+    """Return a solved problem as a document: the part with the question, and the part with the steps."""
     head, tail, write = rng.choice(_DOCUMENTS)
     return head.format(problem.question), write(problem) + tail.format(problem.answer)
 
 
 def drill(problems: list[Problem], rng: random.Random) -> str:
-    """A page of bare calculations, those of some problems in any order."""
+    """Return the calculations of some problems without words, in random order."""
     equations = [text for problem in problems for step in problem.steps for text in (step.equation, step.check)]
     rng.shuffle(equations)
     return rng.choice(("\n", ", ", "; ")).join(equations)

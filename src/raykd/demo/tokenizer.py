@@ -35,12 +35,12 @@ _PIECES = (
 
 
 def render_chat(messages: Messages) -> str:
-    """The text before an assistant's answer, as the chat template renders it."""
+    """Return the text before an assistant's answer, as the chat template renders it."""
     return BOS + "".join(f"{ROLES[m['role']]}{m['content']}{EOS}" for m in messages) + ROLES["assistant"]
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """The special tokens' ids, as a model's configuration names them."""
+    """Return the ids of the special tokens, by their names in a model's configuration."""
     return {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -49,7 +49,7 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def train_tokenizer(folder: Path, seed: int = 0) -> None:
-    """Trains the tokenizer on the demonstration's text and saves it in Hugging Face form."""
+    """Train the tokenizer on the demonstration's text and save it in the format of Hugging Face."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

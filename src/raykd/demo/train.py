@@ -48,12 +48,12 @@ BATCH_TOKENS = {"teacher": 4096, "student": 8192}
 ROW_TOKENS = 256
 WARMUP_STEPS = 40
 DECAY_SHARE = 0.5
-"""The learning rate rises, stays, and falls linearly to zero over this last share of the steps."""
+"""Last share of the steps, over which the learning rate falls linearly to 0."""
 
 
 @dataclass
 class Run:
-    """A training run's state that outlives a kill."""
+    """The state of a training run, which a checkpoint holds."""
 
     model: LlamaForCausalLM
     optimizers: list[torch.optim.Optimizer]
@@ -64,7 +64,7 @@ class Run:
     seconds: float = 0.0
 
     def save(self, path: Path) -> None:
-        """Writes the state as one file, whole or not at all."""
+        """Write the state to one file, atomically."""
         state = {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
         torch.save(state | {"progress": self._progress()}, path.with_suffix(".partial"))
         path.with_suffix(".partial").replace(path)
@@ -84,7 +84,7 @@ class Run:
 
 
 def build_model(name: str, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """An untrained Llama of the teacher's or the student's shape."""
+    """Return an untrained Llama model with the shape of the teacher or the student."""
     config = LlamaConfig(
         **SHAPES[name],
         head_dim=32,
@@ -99,7 +99,7 @@ def build_model(name: str, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausal
 
 
 def build_optimizers(model: LlamaForCausalLM, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the embedding and the norms."""
+    """Return the optimizers: Muon for the matrices of the layers, AdamW for the embedding and the norms."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     known = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in known]
@@ -110,7 +110,7 @@ def build_optimizers(model: LlamaForCausalLM, learning_rate: float) -> list[torc
 
 
 def loss_of(forward: Any, model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
-    """Mean cross entropy over the target tokens."""
+    """Return the mean cross entropy over the target tokens."""
     with torch.autocast("cpu", torch.bfloat16):
         hidden_BTH = forward(
             input_ids=batch.input_ids_BT,
@@ -127,15 +127,15 @@ def loss_of(forward: Any, model: LlamaForCausalLM, batch: Batch) -> torch.Tensor
 
 
 def schedule(step: int, steps: int) -> float:
-    """The learning rate's factor at a step."""
+    """Return the factor of the learning rate at a step: warm-up, constant, linear decay to 0."""
     return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / (DECAY_SHARE * steps))
 
 
 def train(name: str, folder: Path, work: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Trains one model and saves it to `folder`; a killed run resumes from `work`.
+    """Train one model and save it to `folder`; an interrupted run resumes from `work`.
 
     Returns:
-        steps, tokens, seconds and the last loss.
+        The numbers of steps and tokens, the seconds, and the last loss.
     """
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -144,7 +144,7 @@ def train(name: str, folder: Path, work: Path, args: argparse.Namespace) -> dict
     checkpoint = work / f"{name}.pt"
     if checkpoint.exists():
         run.load(checkpoint)
-        print(f"{name}: going on from step {run.step}", flush=True)
+        print(f"{name}: resuming from step {run.step}", flush=True)
     forward = torch.compile(model.model) if args.compile else model.model
     losses: list[float] = []
     started, saved = time.monotonic() - run.seconds, time.monotonic()
@@ -178,7 +178,7 @@ def train(name: str, folder: Path, work: Path, args: argparse.Namespace) -> dict
 
 
 def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Saves bfloat16 weights, configuration, generation configuration and tokenizer."""
+    """Save bfloat16 weights, configuration, generation configuration and tokenizer."""
     copy = LlamaForCausalLM(LlamaConfig(**model.config.to_dict()))
     copy.load_state_dict(model.state_dict())
     copy.generation_config = GenerationConfig(**special_ids(tokenizer))
@@ -187,11 +187,11 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
 
 
 def main() -> None:
-    """Reads the command line and trains the tokenizer or a model."""
+    """Read the command line and train the tokenizer or a model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("tokenizer", "teacher", "student"))
-    parser.add_argument("--out", type=Path, help="folder of the model; the package's own if absent")
-    parser.add_argument("--work", type=Path, default=Path("storage/demo"), help="folder for what a resume needs")
+    parser.add_argument("--out", type=Path, help="folder of the model; by default the one in this package")
+    parser.add_argument("--work", type=Path, default=Path("storage/demo"), help="folder for checkpoints")
     parser.add_argument("--steps", type=int, help="optimizer steps")
     parser.add_argument("--batch-tokens", type=int, help="tokens a step")
     parser.add_argument("--learning-rate", type=float, default=0.02, help="Muon's; AdamW has a fifth of it")
@@ -217,7 +217,7 @@ def main() -> None:
 
 
 def _batches(run: Run, name: str, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> Iterator[Batch]:
-    """The run's remaining batches, beginning where it stands."""
+    """Yield the remaining batches of a run."""
     while run.step < args.steps:
         batches = pool(name, tokenizer.backend_tokenizer, args.batch_tokens, ROW_TOKENS, args.seed, run.pool_number)
         for number, batch in enumerate(batches):

@@ -196,7 +196,7 @@ class BuildEvalPrompts:
             tokenization.question_token_ids(self._tokenizer, problem, self._instruction, protocol)
             for problem in problems
         ]
-        # Ordered by student: the engine then seldom changes adapters, and the rows that are written together are of
+        # Ordered by student: the engine then rarely changes adapters, and the rows that are written together are of
         # one student.
         rows = [
             self._row(model, problem, prompt, sample)

@@ -17,7 +17,7 @@ def worker_env(accelerator: Accelerator) -> dict[str, str]:
     """Return the environment variables of a training worker.
 
     On a CPU, PyTorch and oneDNN each cache the prepared kernels of the last 1,024 shapes of a matrix product. Batches
-    seldom have the same length twice, so that these caches would grow to gigabytes without use. A step has about
+    rarely have the same length twice, so that these caches would grow to gigabytes without use. A step has about
     thirty shapes.
 
     Args:
