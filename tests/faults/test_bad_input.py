@@ -74,7 +74,7 @@ def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @many
 @given(tree=trees)
-def test_any_yaml_tree(tmp_path: Path, tree: Any):
+def test_arbitrary_yaml_loads_or_raises_user_error(tmp_path: Path, tree: Any):
     file = tmp_path / "experiment.yaml"
     file.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8", errors="surrogatepass")
     read_or_refused(file)
@@ -82,7 +82,7 @@ def test_any_yaml_tree(tmp_path: Path, tree: Any):
 
 @many
 @given(data=st.data(), file=st.sampled_from(CONFIGURATIONS))
-def test_configuration_with_one_arbitrary_value(tmp_path: Path, data: st.DataObject, file: Path):
+def test_arbitrary_config_values_load_or_raise_user_error(tmp_path: Path, data: st.DataObject, file: Path):
     tree = yaml.safe_load(file.read_text())
     for _ in range(data.draw(st.integers(1, 3))):
         *parents, last = data.draw(st.sampled_from(places(tree)))
@@ -97,7 +97,7 @@ def test_configuration_with_one_arbitrary_value(tmp_path: Path, data: st.DataObj
 
 @many
 @given(content=st.binary(max_size=60))
-def test_any_bytes_where_yaml_is_expected(tmp_path: Path, content: bytes):
+def test_arbitrary_bytes_as_yaml_load_or_raise_user_error(tmp_path: Path, content: bytes):
     file = tmp_path / "experiment.yaml"
     file.write_bytes(content)
     read_or_refused(file)
@@ -105,7 +105,7 @@ def test_any_bytes_where_yaml_is_expected(tmp_path: Path, content: bytes):
 
 @many
 @given(typed=st.lists(st.text(max_size=20) | st.builds("{}={}".format, keys, st.text(max_size=12)), max_size=3))
-def test_any_override(tmp_path: Path, typed: list[str]):
+def test_arbitrary_overrides_load_or_raise_user_error(tmp_path: Path, typed: list[str]):
     file = tmp_path / "experiment.yaml"
     file.write_text((ROOT / "configs/quickstart.yaml").read_text())
     read_or_refused(file, *typed)
@@ -120,7 +120,7 @@ lines = st.binary(max_size=40) | st.builds(
 
 @many
 @given(content=st.lists(lines, max_size=4))
-def test_any_json_lines(tmp_path: Path, content: list[bytes]):
+def test_arbitrary_json_lines_give_problems_or_user_error(tmp_path: Path, content: list[bytes]):
     file = tmp_path / "train.jsonl"
     file.write_bytes(b"\n".join(content))
     try:
@@ -141,7 +141,7 @@ texts = st.text(max_size=200) | st.lists(
 
 @many
 @given(text=texts, reference=texts)
-def test_any_completion(text: str, reference: str):
+def test_arbitrary_completion_is_graded_without_exception(text: str, reference: str):
     for found in (grading.strict_match(text), grading.flexible_extract(text)):
         assert found is None or any(character.isdigit() for character in found)
         assert grading.is_correct(found, reference) in (True, False)
@@ -166,7 +166,7 @@ manifests = trees | st.fixed_dictionaries({"rows": scalars, "parts": trees})
 
 @many
 @given(content=st.binary(max_size=80) | manifests.map(lambda tree: json.dumps(tree).encode()))
-def test_any_bytes_where_a_manifest_or_rows_are_expected(tmp_path: Path, content: bytes):
+def test_arbitrary_manifest_or_rows_raise_only_user_error(tmp_path: Path, content: bytes):
     (tmp_path / row_store.MANIFEST).write_bytes(content)
     for part in tmp_path.glob("part-*"):
         part.unlink()
@@ -202,7 +202,7 @@ configs = trees | st.dictionaries(said, scalars | st.sampled_from(["LORA", 2]), 
     weights=st.binary(max_size=80) | tensors | tensors.map(lambda content: content[:-3]),
     more=st.sampled_from(["", "adapter_model.bin", "own.py"]),
 )
-def test_any_adapter_folder(tmp_path: Path, config: bytes, weights: bytes, more: str):
+def test_arbitrary_adapter_passes_or_raises_user_error(tmp_path: Path, config: bytes, weights: bytes, more: str):
     folder = tmp_path / "trial" / "adapter"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -222,7 +222,7 @@ def test_any_adapter_folder(tmp_path: Path, config: bytes, weights: bytes, more:
 
 @many
 @given(text=st.text(max_size=30) | st.builds("{}:{}:{}".format, words, words, words | st.integers(-5, 5)))
-def test_any_run_name(text: str):
+def test_arbitrary_student_name_parses_or_raises_user_error(text: str):
     try:
         folder, arm, seed = compare_runs.parse_student(text)
     except UserError as error:

@@ -46,7 +46,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.mark.parametrize("how", ["ends", "killed"])
-def test_a_place_that_is_taken_after_the_end_is_given_back(tmp_path: Path, how: str):
+def test_placement_group_created_after_run_end_is_removed(tmp_path: Path, how: str):
     marker = tmp_path / "marker"
     with cluster(1) as made:
         ray.init(address=made.address, log_to_driver=False)

@@ -71,7 +71,7 @@ def test_shared_completions_name_the_experiment_that_generates_them(tmp_path: Pa
     assert [path.name for path in request.folder.iterdir()] == [lock.LOCK_FILE], "nothing was asked"
 
 
-def test_lock_of_a_killed_run_is_free(holder):
+def test_lock_of_killed_run_is_free(holder):
     process, folder = holder
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

@@ -23,7 +23,7 @@ def rows_of(arguments: list[str]) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_an_engine_that_hangs(tmp_path: Path):
+def test_hanging_engine_fails_stage_and_rows_are_retried(tmp_path: Path):
     """Requests of that time fail, the stage ends with an error, and the same command retries these rows."""
     timeout_s = 15
     arguments = ["generate", str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path}", "dataset.num_train=400"]

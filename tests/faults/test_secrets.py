@@ -43,7 +43,7 @@ def refused(url: str) -> bool:
 
 
 @pytest.mark.slow
-def test_a_planted_token_is_nowhere_and_nobody_gets_in(tmp_path: Path, session: Path):
+def test_run_leaks_no_secret_and_requires_token(tmp_path: Path, session: Path):
     arguments = ["run", str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path / 'storage'}"]
     arguments += ["dataset.num_train=200", "dataset.num_test=20", "train.epochs=1", "arms={one: {}}"]
     environment = {**os.environ, **PLANTED, "RAY_TMPDIR": str(session)}

@@ -21,7 +21,7 @@ def command(stage: str, root: Path) -> list[str]:
 
 # In `make test`, test_sweeps.py sends SIGTERM to a sweep.
 @pytest.mark.slow
-def test_while_it_generates(tmp_path: Path):
+def test_interrupted_generation_resumes(tmp_path: Path):
     arguments = command("generate", tmp_path)
     end_by(signal.SIGTERM, lambda: len(parts(tmp_path)) >= 1, arguments, tmp_path)
     kept = {path.name for path in parts(tmp_path)}
@@ -33,7 +33,7 @@ def test_while_it_generates(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_in_every_later_stage(tmp_path: Path):
+def test_interrupted_later_stages_resume(tmp_path: Path):
     arguments = command("run", tmp_path)
     plan = plan_of(arguments)
     checkpoints = plan.folder / "checkpoints"

@@ -47,7 +47,7 @@ def check_all_is_there_once(arguments: list[str]) -> int:
     return total
 
 
-def test_an_engine_is_killed_of_two(nodes: Cluster, tmp_path: Path):
+def test_killed_engine_loses_no_completion(nodes: Cluster, tmp_path: Path):
     arguments = command(tmp_path, 2)
     with started(lambda: len(parts(tmp_path)) >= 4, arguments, tmp_path, joining(nodes)) as run:
         engines = processes("EngineCore")
@@ -57,7 +57,7 @@ def test_an_engine_is_killed_of_two(nodes: Cluster, tmp_path: Path):
     check_all_is_there_once(arguments)
 
 
-def test_the_only_replica_is_killed(nodes: Cluster, tmp_path: Path):
+def test_killed_only_replica_loses_no_completion(nodes: Cluster, tmp_path: Path):
     arguments = command(tmp_path, 1)
     with started(lambda: len(parts(tmp_path)) >= 4, arguments, tmp_path, joining(nodes)) as run:
         (replica,) = processes("ServeReplica")
@@ -66,7 +66,7 @@ def test_the_only_replica_is_killed(nodes: Cluster, tmp_path: Path):
     check_all_is_there_once(arguments)
 
 
-def test_a_node_goes(nodes: Cluster, tmp_path: Path):
+def test_node_loss_loses_no_completion(nodes: Cluster, tmp_path: Path):
     arguments = command(tmp_path, 2)
     with started(lambda: len(parts(tmp_path)) >= 4, arguments, tmp_path, joining(nodes)) as run:
         lost = holders(nodes)[0]
@@ -76,7 +76,7 @@ def test_a_node_goes(nodes: Cluster, tmp_path: Path):
     nodes.add_node(num_cpus=1)
 
 
-def test_the_run_is_killed_and_its_teacher_goes_with_it(nodes: Cluster, tmp_path: Path):
+def test_killed_run_stops_its_teacher_and_resumes(nodes: Cluster, tmp_path: Path):
     """Check that only requests that were in flight are repeated."""
     arguments = command(tmp_path, 1)
     # The head's session folder holds the logs of all nodes.

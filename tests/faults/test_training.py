@@ -80,7 +80,7 @@ def check_the_same(trial: TrialSpec, undisturbed: TrialSpec) -> None:
 
 # In `make test`, test_sweeps.py kills a worker.
 @pytest.mark.slow
-def test_a_worker_is_killed(undisturbed: TrialSpec, tmp_path: Path):
+def test_killed_worker_resumes_from_checkpoint(undisturbed: TrialSpec, tmp_path: Path):
     arguments = command(tmp_path)
     (trial,) = plan_of(arguments).trials
     with started(lambda: has_come_far(trial), arguments, tmp_path) as run:
@@ -96,7 +96,7 @@ def test_a_worker_is_killed(undisturbed: TrialSpec, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_node_is_lost_and_its_place_is_waited_for(undisturbed: TrialSpec, tmp_path: Path):
+def test_node_loss_resumes_training_on_replacement_node(undisturbed: TrialSpec, tmp_path: Path):
     arguments = command(tmp_path)
     (trial,) = plan_of(arguments).trials
     with cluster(1) as nodes, started(lambda: has_come_far(trial), arguments, tmp_path, joining(nodes)) as run:
@@ -113,7 +113,7 @@ def test_a_node_is_lost_and_its_place_is_waited_for(undisturbed: TrialSpec, tmp_
 
 
 @pytest.mark.slow
-def test_a_node_is_lost_and_those_that_are_left_go_on(undisturbed: TrialSpec, tmp_path: Path):
+def test_node_loss_resumes_elastic_training_with_fewer_workers(undisturbed: TrialSpec, tmp_path: Path):
     arguments = command(tmp_path, "train.min_workers=1")
     (trial,) = plan_of(arguments).trials
     with cluster(1) as nodes, started(lambda: has_come_far(trial), arguments, tmp_path, joining(nodes)) as run:
@@ -122,7 +122,7 @@ def test_a_node_is_lost_and_those_that_are_left_go_on(undisturbed: TrialSpec, tm
 
 
 @pytest.mark.slow
-def test_a_trial_that_cannot_be_trained_fails_and_the_others_finish(tmp_path: Path):
+def test_failed_trial_does_not_stop_other_trials(tmp_path: Path):
     # Every row is longer.
     arms = "arms={own: {targets.source: reference}, nothing: {targets.source: reference, train.max_length: 2}}"
     sweep = "sweep={space: {train.learning_rate: {grid: [0.005, 0.002]}}, metric: loss, num_validations: 2}"

@@ -44,7 +44,7 @@ def grow(address: str, file: Path, log: Path) -> tuple[float, int, int, float]:
             return capacity["CPU"], before, slots.num_trial_slots(groups, {}, limit=4), ray.cluster_resources()["CPU"]
 
 
-def test_nodes_come_when_trials_want_room_and_trials_when_nodes_come(two_nodes: tuple[str, Path], tmp_path: Path):
+def test_trial_request_adds_nodes_and_nodes_add_trial_slots(two_nodes: tuple[str, Path], tmp_path: Path):
     # Ray ends a process that has lost its head node.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         assert pool.submit(grow, *two_nodes, tmp_path / "driver.log").result(timeout=400) == (5, 1, 4, 5)
@@ -67,7 +67,7 @@ def demanded(address: str) -> int:
 
 # Takes 30 s. No test in `make test` covers this.
 @pytest.mark.slow
-def test_what_a_killed_run_asked_for_is_taken_back(two_nodes: tuple[str, Path], tmp_path: Path):
+def test_autoscaler_request_of_killed_run_is_removed(two_nodes: tuple[str, Path], tmp_path: Path):
     context = multiprocessing.get_context("spawn")
     run = context.Process(target=hold, args=(*two_nodes, tmp_path / "driver.log"))
     run.start()

@@ -111,7 +111,7 @@ def follow(address: str, file: Path, log: Path) -> dict[str, Any]:
     return seen
 
 
-def test_nodes_come_for_each_stage_and_go_after_it(cloud: tuple[str, Path], tmp_path: Path):
+def test_autoscaler_adds_and_removes_nodes_of_each_stage(cloud: tuple[str, Path], tmp_path: Path):
     # Ray ends a process that has lost its head node.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         seen = pool.submit(follow, *cloud, tmp_path / "driver.log").result(timeout=800)

@@ -108,7 +108,7 @@ def rows_of(plan: Plan, arm: str) -> dict[tuple[str, int], dict]:
 
 
 @pytest.mark.parametrize("arm", ["greedy", "soft", "scored"])
-def test_the_rows_are_the_same(reference: Reference, from_endpoint: Ran, arm: str):
+def test_endpoint_rows_equal_ray_serve_rows(reference: Reference, from_endpoint: Ran, arm: str):
     """Its rows equal those of the engine behind Ray Serve, including rows with an error."""
     expected, found = rows_of(reference.plan, arm), rows_of(from_endpoint.plan, arm)
     assert found.keys() == expected.keys()
@@ -132,7 +132,7 @@ def test_the_rows_are_the_same(reference: Reference, from_endpoint: Ran, arm: st
     assert np.mean(agreed) > 0.99
 
 
-def test_no_engine_was_started_and_the_key_is_written_nowhere(from_endpoint: Ran, root: Path, url: str):
+def test_endpoint_run_starts_no_engine_and_leaks_no_key(from_endpoint: Ran, root: Path, url: str):
     assert f"using the teacher {NAME} at {url}" in from_endpoint.stderr
     assert "starting the teacher" not in from_endpoint.stderr
     assert read_json(from_endpoint.plan.folder / "run.json")["processor_seconds"] == {}
@@ -142,7 +142,7 @@ def test_no_engine_was_started_and_the_key_is_written_nowhere(from_endpoint: Ran
     assert KEY not in from_endpoint.stdout + from_endpoint.stderr
 
 
-def test_by_messages_a_teacher_that_is_not_here_gives_text(experiment_file: Path, root: Path, url: str):
+def test_chat_api_generates_text_without_local_model(experiment_file: Path, root: Path, url: str):
     endpoint = f"teacher.endpoint={{url: '{url}', model: {NAME}, api: chat, api_key_env: {KEY_ENV}}}"
     arguments = [
         "generate",
@@ -169,7 +169,7 @@ def test_by_messages_a_teacher_that_is_not_here_gives_text(experiment_file: Path
     assert sum(same) >= 7
 
 
-def test_a_wrong_key_ends_it_in_a_line_that_names_the_variable(
+def test_wrong_key_error_names_the_variable(
     experiment_file: Path, root: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ):
     with pytest.raises(urllib.error.HTTPError, match="401"):

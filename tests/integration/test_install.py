@@ -23,7 +23,7 @@ def documented_command() -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_wheel_in_an_empty_environment_answers_problems(tmp_path: Path):
+def test_wheel_and_cpu_stack_install_and_generate(tmp_path: Path):
     wheel = build_wheel(tmp_path)
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True, timeout=300)
     binaries = tmp_path / "venv" / "bin"

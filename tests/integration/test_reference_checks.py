@@ -32,7 +32,7 @@ def answers(folder: Path) -> list[dict]:
     return row_store.read_rows(folder, schemas.PREDICTION).to_pylist()
 
 
-def test_every_student_read_the_same_texts_and_what_its_heads_did_is_what_the_model_says(reference: Reference):
+def test_attention_rows_cover_students_and_match_models(reference: Reference):
     plan = reference.plan
     assert plan.attention
     rows = row_store.read_rows(plan.attention, schemas.ATTENTION).to_pylist()
@@ -56,7 +56,7 @@ def test_every_student_read_the_same_texts_and_what_its_heads_did_is_what_the_mo
     assert len(set(seen)) == len(seen), "each student looks in its own way"
 
 
-def test_the_report_tells_what_heads_did(reference: Reference):
+def test_report_has_attention_statistics(reference: Reference):
     with (reference.plan.folder / "attention.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["arm"] for row in rows} == set(STUDENTS)
@@ -66,7 +66,7 @@ def test_the_report_tells_what_heads_did(reference: Reference):
 
 # In `make test`, test_lm_eval_task.py compares prompts, extraction and score.
 @pytest.mark.slow
-def test_lm_evaluation_harness_hears_the_same_answers(reference: Reference, tmp_path: Path):
+def test_lm_eval_command_gives_same_answers_and_scores(reference: Reference, tmp_path: Path):
     """Run the report's command: lm-eval with its own backend, prompts, extraction and score."""
     plan = reference.plan
     trial = next(trial for trial in plan.trials if trial.arm_name == "scored")
@@ -101,7 +101,7 @@ def test_lm_evaluation_harness_hears_the_same_answers(reference: Reference, tmp_
 
 # Starts an engine. In `make test`, tests/unit/evaluation covers the prompts and answers of each protocol.
 @pytest.mark.slow
-def test_the_same_students_can_be_asked_by_another_protocol(reference: Reference):
+def test_other_protocol_reuses_adapters_and_keeps_answers(reference: Reference):
     """Samples of raw text prompts, answered by the existing adapters; earlier answers stay unchanged."""
     before = {path: path.stat().st_mtime_ns for path in reference.plan.predictions.iterdir()}
     asked = len(STUDENTS) * NUM_TEST * 3
@@ -136,7 +136,7 @@ def test_the_same_students_can_be_asked_by_another_protocol(reference: Reference
 
 # Starts an engine. In `make test`, test_lm_eval_task.py covers the prompts, and test_run.py prompts that are too long.
 @pytest.mark.slow
-def test_eight_worked_problems_come_before_the_question(reference: Reference):
+def test_eight_shot_answers_match_transformers(reference: Reference):
     """Answers equal those of transformers; a question that does not fit beside the examples has an error."""
     overrides = ["evaluate.protocol=eight_shot_cot", "evaluate.max_error_rate=0.2"]
     other = finish(["evaluate", *reference.arguments[1:], *overrides], reference.plan.root)

@@ -71,7 +71,7 @@ def undisturbed(reference: Reference, trial: TrialSpec) -> TrialSpec:
     return next(each for each in reference.plan.trials if each.arm_name == trial.arm_name)
 
 
-def test_completions_are_those_of_an_undisturbed_run(reference: Reference, ended: Ran):
+def test_completions_equal_those_of_uninterrupted_run(reference: Reference, ended: Ran):
     whole, request = (plan.completion_sets["soft"] for plan in (reference.plan, ended.plan))
     assert whole and request and whole.folder.name == request.folder.name
     columns = ["completion_id", "prompt_token_ids", "completion_token_ids", "error"]
@@ -82,7 +82,7 @@ def test_completions_are_those_of_an_undisturbed_run(reference: Reference, ended
     assert tables[0].equals(tables[1])
 
 
-def test_training_went_on_from_its_checkpoint_to_the_same_adapter(reference: Reference, ended: Ran):
+def test_resumed_training_gives_same_adapter(reference: Reference, ended: Ran):
     assert [trial.arm_name for trial in ended.plan.trials] == list(KEPT)
     for resumed in ended.plan.trials:
         whole = undisturbed(reference, resumed)
@@ -98,7 +98,7 @@ def test_training_went_on_from_its_checkpoint_to_the_same_adapter(reference: Ref
             assert torch.allclose(tensor, weights[1][name], atol=1e-5), name
 
 
-def test_predictions_are_those_of_an_undisturbed_run(reference: Reference, ended: Ran):
+def test_predictions_equal_those_of_uninterrupted_run(reference: Reference, ended: Ran):
     whole, resumed = (
         {(row["trial_id"], row["problem_id"]): row["completion"] for row in predictions(plan)}
         for plan in (reference.plan, ended.plan)

@@ -82,7 +82,7 @@ def problems_of(ran: Ran) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("arm", ["soft", "hard"])
-def test_the_rounds_share_out_the_problems_and_the_steps(taught: Ran, arm: str):
+def test_rounds_partition_problems_and_steps(taught: Ran, arm: str):
     trial = trial_of(taught, arm)
     answered = [{row["problem_id"] for row in rows(trial.round_folder(number) / "answers")} for number in (0, 1)]
     assert [len(each) for each in answered] == [8, 16]
@@ -95,7 +95,7 @@ def test_the_rounds_share_out_the_problems_and_the_steps(taught: Ran, arm: str):
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_round_begins_with_the_answers_of_the_adapter_of_the_round_before(taught: Ran, tokenizer, number: int):
+def test_round_uses_answers_of_previous_round_adapter(taught: Ran, tokenizer, number: int):
     trial, problems = trial_of(taught, "soft"), problems_of(taught)
     model = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32)
     if number:
@@ -109,7 +109,7 @@ def test_a_round_begins_with_the_answers_of_the_adapter_of_the_round_before(taug
     assert sum(agreed) >= 7, agreed
 
 
-def test_the_primed_teacher_scored_every_token(taught: Ran, tokenizer):
+def test_primed_teacher_scores_every_token(taught: Ran, tokenizer):
     trial = trial_of(taught, "soft")
     prime = taught.plan.experiment.strategies["ground_truth"].text
     teacher = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-teacher"), dtype=torch.float32).eval()
@@ -127,7 +127,7 @@ def test_the_primed_teacher_scored_every_token(taught: Ran, tokenizer):
             assert torch.allclose(expected.topk(8, -1).values, logprobs.double(), atol=2e-3)
 
 
-def test_its_own_answers_are_learnt_from_by_reverse_kl(taught: Ran, tokenizer):
+def test_on_policy_loss_is_reverse_kl(taught: Ran, tokenizer):
     trial = trial_of(taught, "soft")
     base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32).eval()
     written = {row["problem_id"]: row["prompt_token_ids"] for row in rows(trial.round_folder(0) / "answers")}
@@ -147,7 +147,7 @@ def test_its_own_answers_are_learnt_from_by_reverse_kl(taught: Ran, tokenizer):
 
 
 @pytest.mark.parametrize("arm", ["begun", "begun_hard"])
-def test_a_warmed_up_student_begins_with_the_reference_solutions(taught: Ran, tokenizer, arm: str):
+def test_warmup_round_trains_on_reference_solutions(taught: Ran, tokenizer, arm: str):
     trial, problems = trial_of(taught, arm), problems_of(taught)
     assert not (trial.round_folder(0) / "answers").exists()
     begun = read_json(trial.round_folder(0) / "round.json")
@@ -176,7 +176,7 @@ def test_a_warmed_up_student_begins_with_the_reference_solutions(taught: Ran, to
         assert first["loss"] == pytest.approx(float(expected), rel=1e-3)
 
 
-def test_a_round_that_leaves_nothing_moves_nothing(taught: Ran):
+def test_round_without_examples_keeps_weights(taught: Ran):
     trial = trial_of(taught, "begun_hard")
     record = read_json(trial.folder / "trial.json")
     assert (record["rows"], record["dropped"]) == (8, {"incorrect": 16})
@@ -189,30 +189,30 @@ def test_a_round_that_leaves_nothing_moves_nothing(taught: Ran):
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 
 
-def test_what_the_teacher_scored_is_in_the_report(taught: Ran):
+def test_run_record_counts_scored_completions(taught: Ran):
     made = read_json(taught.plan.folder / "run.json")["completions"]
     counts = {(each["source"], *each["arms"]): each["rows"] for each in made}
     assert counts == {("reference", "begun/warmup"): 24, ("student", "soft"): 24, ("student", "begun"): 16}
 
 
-def test_the_teacher_stays_up_from_round_to_round(taught: Ran):
+def test_teacher_stays_up_between_rounds(taught: Ran):
     # Once to score the reference solutions, and once for both rounds.
     assert taught.stderr.count("starting the teacher") == 2
 
 
-def test_without_soft_targets_the_teacher_is_not_asked(taught: Ran):
+def test_hard_on_policy_arm_needs_no_teacher(taught: Ran):
     trial = trial_of(taught, "hard")
     assert not (trial.round_folder(0) / "completions").exists()
     assert read_json(trial.folder / "trial.json")["strategy"] == ""
 
 
-def test_the_same_command_again_does_nothing_again(taught: Ran, own_answers: Path):
+def test_repeated_command_does_no_work(taught: Ran, own_answers: Path):
     again = finish(["run", str(own_answers), f"storage={taught.plan.root}"], taught.plan.root)
     assert again.stdout == taught.stdout
     assert "Ray" not in again.stderr
 
 
-def test_killed_in_its_second_round_it_ends_as_an_undisturbed_run(taught: Ran, own_answers: Path, tmp_path: Path):
+def test_run_killed_in_second_round_resumes_to_same_adapters(taught: Ran, own_answers: Path, tmp_path: Path):
     arguments = ["run", str(own_answers), f"storage={tmp_path}"]
     second = [trial.round_folder(1) / "answers" for trial in plan_of(arguments).trials]
     family = kill_when(lambda: any(any(folder.glob("part-*.parquet")) for folder in second), arguments, tmp_path)

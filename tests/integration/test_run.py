@@ -78,7 +78,7 @@ def tokenizer():
 
 
 @pytest.mark.parametrize(("arm", "num_samples"), [("greedy", 1), ("soft", 2)])
-def test_every_problem_has_its_samples_under_every_strategy(plan: Plan, arm: str, num_samples: int):
+def test_each_problem_has_all_samples_of_its_arm(plan: Plan, arm: str, num_samples: int):
     """The sampling of the teacher can differ between arms."""
     rows = all_completions(plan, arm)
     problems = sorted(row["problem_id"] for row in split(plan, "train"))
@@ -89,7 +89,7 @@ def test_every_problem_has_its_samples_under_every_strategy(plan: Plan, arm: str
     assert len({row["completion_id"] for row in rows}) == num_samples * NUM_TRAIN
 
 
-def test_samples_are_drawn_anew(plan: Plan):
+def test_samples_of_a_problem_differ(plan: Plan):
     by_problem: dict[str, set[str]] = {}
     for row in completions(plan, "soft"):
         by_problem.setdefault(row["problem_id"], set()).add(row["completion"])
@@ -99,7 +99,7 @@ def test_samples_are_drawn_anew(plan: Plan):
 
 
 @pytest.mark.parametrize("arm", ["greedy", "soft", "scored"])
-def test_prompts_that_are_too_long_carry_why_and_the_others_of_their_calls_are_answered(plan: Plan, arm: str):
+def test_too_long_prompts_have_errors_and_others_answers(plan: Plan, arm: str):
     too_long = {row["problem_id"] for row in split(plan, "train") if is_too_long(row)}
     assert len(too_long) == NUM_TOO_LONG
     rows = all_completions(plan, arm)
@@ -110,13 +110,13 @@ def test_prompts_that_are_too_long_carry_why_and_the_others_of_their_calls_are_a
         assert not row["error"] or "refused" in row["error"]
 
 
-def test_a_greedy_teacher_answers_as_the_model_does(plan: Plan, teacher_model, tokenizer):
+def test_greedy_teacher_answers_like_transformers(plan: Plan, teacher_model, tokenizer):
     for row in completions(plan, "greedy")[:6]:
         answer = greedy(teacher_model, row["prompt_token_ids"], tokenizer.eos_token_id, MAX_TOKENS)
         assert row["completion_token_ids"] == answer
 
 
-def test_the_served_teacher_says_what_the_model_would(plan: Plan, teacher_model):
+def test_sampled_tokens_have_expected_mean_log_probability(plan: Plan, teacher_model):
     said, expected = [], []
     for row in completions(plan, "soft")[:20]:
         log_p = log_likelihoods(teacher_model, row["prompt_token_ids"], row["completion_token_ids"])
@@ -129,7 +129,7 @@ def test_the_served_teacher_says_what_the_model_would(plan: Plan, teacher_model)
 
 
 @pytest.mark.parametrize("arm", ["soft", "scored"])
-def test_soft_targets_are_the_models_own_distribution_whatever_the_sampling(plan: Plan, teacher_model, arm: str):
+def test_soft_targets_equal_model_log_probabilities(plan: Plan, teacher_model, arm: str):
     for row in completions(plan, arm)[:5]:
         answer = row["completion_token_ids"]
         expected = log_likelihoods(teacher_model, row["prompt_token_ids"], answer)
@@ -139,7 +139,7 @@ def test_soft_targets_are_the_models_own_distribution_whatever_the_sampling(plan
         assert torch.allclose(expected.topk(TOP_K, -1).values, logprobs.double(), atol=2e-3)
 
 
-def test_the_reference_solutions_were_scored_under_the_prime(plan: Plan, tokenizer):
+def test_scored_rows_hold_reference_solutions(plan: Plan, tokenizer):
     solutions = {row["problem_id"]: row["reference_solution"] for row in split(plan, "train")}
     rows = completions(plan, "scored")
     assert len(rows) == NUM_ANSWERED
@@ -150,7 +150,7 @@ def test_the_reference_solutions_were_scored_under_the_prime(plan: Plan, tokeniz
         assert row["is_correct"]
 
 
-def test_the_prime_is_before_the_teacher_and_never_before_the_student(plan: Plan, tokenizer):
+def test_teacher_prompts_have_prime_and_training_prompts_none(plan: Plan, tokenizer):
     strategies = plan.experiment.strategies
     for arm, strategy in (("soft", "teacher"), ("scored", "ground_truth")):
         prime = strategies[strategy].text
@@ -175,7 +175,7 @@ def test_the_prime_is_before_the_teacher_and_never_before_the_student(plan: Plan
     assert {arm: (each["rows"], each["dropped"]) for arm, each in records.items()} == counts
 
 
-def test_no_row_that_a_student_is_asked_holds_a_prime(plan: Plan, tokenizer):
+def test_evaluation_prompts_have_no_prime(plan: Plan, tokenizer):
     test = pyarrow.parquet.read_table(plan.problems / "test.parquet")
     experiment = plan.experiment
     arguments = (experiment.student, experiment.evaluate, experiment.prompt.instruction, set())
@@ -187,7 +187,7 @@ def test_no_row_that_a_student_is_asked_holds_a_prime(plan: Plan, tokenizer):
     assert not [text for text in texts for prime in primes if prime in text]
 
 
-def test_nothing_but_evaluation_reads_the_test_split(plan: Plan):
+def test_only_predictions_use_test_problems(plan: Plan):
     held_out = {row["problem_id"] for name in ("test", "validation") for row in split(plan, name)}
     for arm in ("greedy", "soft"):
         assert not held_out & {row["problem_id"] for row in all_completions(plan, arm)}
@@ -195,7 +195,7 @@ def test_nothing_but_evaluation_reads_the_test_split(plan: Plan):
 
 
 @pytest.mark.parametrize("arm", list(ARMS))
-def test_an_adapter_is_peft_s_and_vllm_answered_with_it(plan: Plan, tokenizer, arm: str):
+def test_predictions_match_adapter_loaded_by_peft(plan: Plan, tokenizer, arm: str):
     trial = next(trial for trial in plan.trials if trial.arm_name == arm)
     base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(trial.folder / "adapter")).eval()
@@ -210,7 +210,7 @@ def test_an_adapter_is_peft_s_and_vllm_answered_with_it(plan: Plan, tokenizer, a
     assert sum(agreed) >= 5, agreed
 
 
-def test_the_untouched_student_answers_as_the_base_model_does(plan: Plan, tokenizer):
+def test_base_student_answers_like_base_model(plan: Plan, tokenizer):
     base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32).eval()
     problems = {row["problem_id"]: row for row in split(plan, "test")}
     agreed = []
@@ -221,7 +221,7 @@ def test_the_untouched_student_answers_as_the_base_model_does(plan: Plan, tokeni
     assert sum(agreed) >= 5, agreed
 
 
-def test_training_lowered_the_loss_and_the_adapters_differ(plan: Plan):
+def test_training_lowers_loss_and_adapters_differ(plan: Plan):
     for trial in plan.trials:
         curve = files.read_json_lines(trial.folder / "metrics.jsonl")
         assert len(curve) == STEPS
@@ -233,7 +233,7 @@ def test_training_lowered_the_loss_and_the_adapters_differ(plan: Plan):
     assert len({tuple(texts) for texts in by_trial.values()}) == len(STUDENTS), "each adapter answers in its own way"
 
 
-def test_results_csv_is_what_the_predictions_say(plan: Plan):
+def test_results_csv_matches_predictions(plan: Plan):
     with (plan.folder / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0])[:9] == [
@@ -258,7 +258,7 @@ def test_results_csv_is_what_the_predictions_say(plan: Plan):
             assert float(row[f"accuracy_{kind}_low"]) <= share <= float(row[f"accuracy_{kind}_high"])
 
 
-def test_the_screen_shows_progress_and_ends_with_the_table(reference: Reference, again: Ran):
+def test_output_shows_progress_and_ends_with_results(reference: Reference, again: Ran):
     asked, answers = 4 * NUM_TRAIN, len(STUDENTS) * NUM_TEST
     for stage in (f"teacher: {asked}/{asked} rows", "training: ", f"students: {answers}/{answers} answers", "logs: "):
         assert stage in reference.output
@@ -273,7 +273,7 @@ def test_the_screen_shows_progress_and_ends_with_the_table(reference: Reference,
     assert shown < 150, reference.output
 
 
-def test_the_run_says_what_it_was_made_of(plan: Plan):
+def test_run_record_has_versions_models_counts_and_times(plan: Plan):
     run = json.loads((plan.folder / "run.json").read_text())
     assert run["versions"]["ray"] == "2.60.0"
     assert run["models"]["student"]["revision"] == hashing.fingerprint(MODELS["raykd/demo-student"])
@@ -288,7 +288,7 @@ def test_the_run_says_what_it_was_made_of(plan: Plan):
     }
 
 
-def test_the_same_command_again_does_nothing_again(reference: Reference, again: Ran):
+def test_repeated_command_does_no_work(reference: Reference, again: Ran):
     root = reference.plan.root
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*.parquet")}
     once_more = finish(reference.arguments, root)
@@ -297,14 +297,14 @@ def test_the_same_command_again_does_nothing_again(reference: Reference, again: 
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*.parquet")} == before
 
 
-def test_another_experiment_shares_the_completions_that_it_has_in_common(reference: Reference):
+def test_other_experiment_reuses_completions(reference: Reference):
     arguments = ["generate", *reference.arguments[1:], "name=other", "train.epochs=7"]
     other = finish(arguments, reference.plan.root)
     assert "starting the teacher" not in other.stderr
     shutil.rmtree(other.plan.folder)
 
 
-def test_another_experiment_of_the_same_name_is_refused(reference: Reference):
+def test_changed_experiment_of_same_name_is_refused(reference: Reference):
     with pytest.raises(AssertionError, match=r"train\.epochs was 3, is 7") as caught:
         finish([*reference.arguments, "train.epochs=7"], reference.plan.root)
     assert "dashboard" not in str(caught.value), "refused before a cluster is started"

@@ -28,7 +28,7 @@ def rows_of(reference: Reference, arm: str) -> list[dict]:
         ("scored", "ground_truth", "reference"),
     ],
 )
-def test_completions_are_counted_as_they_were_written(reference: Reference, arm: str, strategy: str, source: str):
+def test_completion_counters_match_written_rows(reference: Reference, arm: str, strategy: str, source: str):
     rows, seen = rows_of(reference, arm), reference.seen
     done = [row for row in rows if not row["error"]]
     samples = 2 if arm == "soft" else 1
@@ -44,7 +44,7 @@ def test_completions_are_counted_as_they_were_written(reference: Reference, arm:
     assert series["ray_job"]
 
 
-def test_a_trials_training_is_seen_from_its_workers(reference: Reference):
+def test_training_metrics_match_curves_and_workers(reference: Reference):
     for trial in reference.plan.trials:
         tags = {"experiment": NAME, "trial": trial.trial_id}
         found = reference.seen.of(metrics.LOSS.exported, **tags)
@@ -57,7 +57,7 @@ def test_a_trials_training_is_seen_from_its_workers(reference: Reference):
         assert ranks == {str(rank) for rank in range(NUM_WORKERS[trial.arm_name])}
 
 
-def test_trials_are_seen_in_their_states(reference: Reference):
+def test_trial_gauges_count_trials_by_state(reference: Reference):
     def reached(state: str) -> float:
         return max(max(each) for _, each in reference.seen.of(metrics.TRIALS.exported, experiment=NAME, state=state))
 
@@ -68,7 +68,7 @@ def test_trials_are_seen_in_their_states(reference: Reference):
     assert reached("failed") == reached("stopped") == 0
 
 
-def test_a_gauge_stands_though_nothing_sets_it_again(reference: Reference):
+def test_gauge_keeps_value_without_updates(reference: Reference):
     kept = [
         tags for name, tags in reference.seen.now if name == metrics.TRIALS.exported and tags["experiment"] == "kept"
     ]
@@ -77,7 +77,7 @@ def test_a_gauge_stands_though_nothing_sets_it_again(reference: Reference):
     assert set(complete) == {1}
 
 
-def test_vllm_tells_of_both_engines(reference: Reference):
+def test_vllm_metrics_cover_both_engines(reference: Reference):
     tokens = sum(len(row["completion_token_ids"]) for arm in ("greedy", "soft") for row in rows_of(reference, arm))
     written = reference.seen.of("ray_vllm_generation_tokens_total")
     # A replica of Ray Serve has an id; Ray Data's engine has none.
@@ -87,12 +87,12 @@ def test_vllm_tells_of_both_engines(reference: Reference):
     assert reference.seen.of("ray_vllm_num_requests_running")
 
 
-def test_a_driver_that_joins_by_itself_is_told_apart_by_its_metadata(reference: Reference):
+def test_separate_driver_has_its_own_job_metadata(reference: Reference):
     metadata = [job["metadata"] for job in reference.jobs if (job["metadata"] or {}).get("experiment") == "kept"]
     assert metadata == [{"job_name": "kept watch", "experiment": "kept", "stage": "watch"}]
 
 
-def test_the_dashboard_asks_for_what_the_nodes_offer(reference: Reference):
+def test_nodes_export_all_metrics_of_the_dashboard(reference: Reference):
     board = (Path(__file__).parents[2] / "cluster" / "grafana" / "raykd.json").read_text(encoding="utf-8")
     assert {metric.exported for metric in metrics.METRICS} <= set(reference.seen.values)
     assert all(metric.exported in board for metric in metrics.METRICS)

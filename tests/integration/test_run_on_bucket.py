@@ -81,7 +81,7 @@ def ids(folder: Path, schema: object, column: str) -> list[str]:
     return sorted(row_store.read_rows(folder, schema, [column])[column].to_pylist())  # type: ignore[arg-type]
 
 
-def test_each_row_is_there_once(in_a_folder: Ran, in_a_bucket: Ran):
+def test_bucket_has_each_row_once(in_a_folder: Ran, in_a_bucket: Ran):
     for one, other in zip(in_a_folder.plan.required_sets, in_a_bucket.plan.required_sets, strict=True):
         found = ids(other.folder, schemas.COMPLETION, "completion_id")
         assert found == ids(one.folder, schemas.COMPLETION, "completion_id")
@@ -94,7 +94,7 @@ def test_each_row_is_there_once(in_a_folder: Ran, in_a_bucket: Ran):
     assert found == ids(in_a_folder.plan.attention, schemas.ATTENTION, "attention_id")
 
 
-def test_no_answer_is_an_error_and_adapters_answer_as_in_a_folder(in_a_folder: Ran, in_a_bucket: Ran):
+def test_predictions_equal_those_of_folder(in_a_folder: Ran, in_a_bucket: Ran):
     """A student without its adapter would answer as the base student."""
 
     def answers(ran: Ran) -> dict[str, str]:
@@ -105,7 +105,7 @@ def test_no_answer_is_an_error_and_adapters_answer_as_in_a_folder(in_a_folder: R
     assert answers(in_a_bucket) == answers(in_a_folder)
 
 
-def test_the_same_files_are_there(in_a_folder: Ran, in_a_bucket: Ran):
+def test_bucket_and_folder_have_same_files(in_a_folder: Ran, in_a_bucket: Ran):
     def kinds(ran: Ran) -> set[str]:
         names = [str(file.relative_to(ran.plan.folder)) for file in filesystem.list_files(ran.plan.folder)]
         # Parts are named by their content; files of Ray Tune and Train by the time.
@@ -119,7 +119,7 @@ def test_the_same_files_are_there(in_a_folder: Ran, in_a_bucket: Ran):
     assert not [file for file in filesystem.list_files(in_a_bucket.plan.root) if file.name.startswith("run.lock")]
 
 
-def test_a_complete_run_is_only_reported_anew(in_a_bucket: Ran, experiment_of_two_arms: Path, tmp_path: Path):
+def test_repeated_command_starts_no_cluster(in_a_bucket: Ran, experiment_of_two_arms: Path, tmp_path: Path):
     before = filesystem.file_states(in_a_bucket.plan.predictions)
     root = str(in_a_bucket.plan.root)
     done = finish(["run", str(experiment_of_two_arms), f"storage={root}"], tmp_path)
@@ -127,7 +127,7 @@ def test_a_complete_run_is_only_reported_anew(in_a_bucket: Ran, experiment_of_tw
     assert filesystem.file_states(in_a_bucket.plan.predictions) == before
 
 
-def test_no_key_is_written(in_a_bucket: Ran):
+def test_credentials_are_not_written(in_a_bucket: Ran):
     secret = s3_server.KEYS["AWS_SECRET_ACCESS_KEY"].encode()
     assert [
         file for file in filesystem.list_files(in_a_bucket.plan.root) if secret in filesystem.read_bytes(file)

@@ -56,7 +56,7 @@ def ask(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_the_teacher_answers_by_openais_protocol(served: tuple[str, subprocess.Popen[bytes]], tmp_path: Path):
+def test_served_teacher_answers_openai_requests(served: tuple[str, subprocess.Popen[bytes]], tmp_path: Path):
     url, command = served
     deadline = time.monotonic() + 600
     while True:

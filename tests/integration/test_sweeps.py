@@ -168,7 +168,7 @@ def trial_record(trial: TrialSpec) -> dict[str, Any]:
     return files.read_json(trial.folder / "trial.json")
 
 
-def test_the_teacher_was_asked_once_for_all_trials(swept: Swept, scripted: fake_openai_server.FakeServer):
+def test_teacher_scores_each_problem_once_for_all_trials(swept: Swept, scripted: fake_openai_server.FakeServer):
     (request,) = swept.plan.required_sets
     rows = row_store.read_rows(request.folder, schemas.COMPLETION, ["problem_id"])
     assert len(rows) == len(set(rows["problem_id"].to_pylist())) == NUM_TRAIN
@@ -181,7 +181,7 @@ def test_the_teacher_was_asked_once_for_all_trials(swept: Swept, scripted: fake_
     assert "using the teacher" not in swept.stderr
 
 
-def test_what_is_worse_by_validation_is_stopped_early(swept: Swept):
+def test_trial_with_worse_validation_loss_is_stopped(swept: Swept):
     trials = by_rate(swept.plan)
     good, poor = trial_record(trials[GOOD]), trial_record(trials[POOR])
     assert (good["status"], good["steps"], good["validation"]["number"]) == (COMPLETE, 24, 3)
@@ -193,20 +193,20 @@ def test_what_is_worse_by_validation_is_stopped_early(swept: Swept):
     assert poor["adapter"] is None and not adapter(trials[POOR]).exists()
 
 
-def test_what_was_complete_when_the_driver_was_killed_was_not_trained_again(swept: Swept):
+def test_trial_completed_before_kill_is_not_retrained(swept: Swept):
     assert adapter(swept.good).stat().st_mtime_ns == swept.good_written
 
 
-def test_a_lost_worker_left_no_gap(swept: Swept):
+def test_killed_workers_leave_no_gap_in_steps(swept: Swept):
     steps = [json.loads(line)["step"] for line in (swept.good.folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 25))
 
 
-def test_the_best_of_each_arm_and_the_base_student_will_be_tested(swept: Swept):
+def test_base_student_and_best_trial_are_selected(swept: Swept):
     assert [each.trial_id for each in swept.plan.eval_models()] == ["base", swept.good.trial_id]
 
 
-def test_tensorboard_s_files_are_there(swept: Swept):
+def test_tensorboard_files_exist(swept: Swept):
     for trial in swept.plan.trials:
         if trial_status(trial) == COMPLETE:
             assert any((swept.plan.folder / "tune" / trial.trial_id).glob("events.out.tfevents.*"))
@@ -214,14 +214,14 @@ def test_tensorboard_s_files_are_there(swept: Swept):
 
 # An engine for what the reference run shows of an evaluation.
 @pytest.mark.slow
-def test_the_best_of_each_arm_and_the_base_student_were_tested(swept: Swept, evaluated: Ran):
+def test_base_student_and_best_trial_are_evaluated(swept: Swept, evaluated: Ran):
     rows = row_store.read_rows(evaluated.plan.predictions, schemas.PREDICTION).to_pylist()
     assert {row["trial_id"] for row in rows} == {swept.good.trial_id, "base"}
     assert len(rows) == 20
 
 
 @pytest.mark.slow
-def test_the_table_has_every_trial(evaluated: Ran):
+def test_results_have_every_trial(evaluated: Ran):
     with (evaluated.plan.folder / "results.csv").open() as file:
         rows = {row["trial_id"]: row for row in csv.DictReader(file)}
     assert rows.keys() == {trial.trial_id for trial in evaluated.plan.trials} | {"base"}
@@ -237,7 +237,7 @@ def test_the_table_has_every_trial(evaluated: Ran):
 
 
 @pytest.mark.slow
-def test_the_same_command_again_does_nothing_again(evaluated: Ran, sweep_file: Path):
+def test_repeated_command_does_no_work(evaluated: Ran, sweep_file: Path):
     again = finish(["sweep", str(sweep_file), f"storage={evaluated.plan.root}"], evaluated.plan.root)
     assert again.stdout == evaluated.stdout
     assert "Ray" not in again.stderr

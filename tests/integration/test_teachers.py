@@ -78,7 +78,7 @@ def expected(prompts: list[list[int]]) -> list[list[int]]:
 
 # An engine of two processes. In `make test`, the test of sixteen GPUs shows where the shards of a replica lie.
 @pytest.mark.slow
-def test_an_engine_of_two_shards_answers_as_the_model_does(prompts: list[list[int]], expected: list[list[int]]):
+def test_sharded_engine_answers_like_transformers(prompts: list[list[int]], expected: list[list[int]]):
     section = Teacher.model_validate(
         {
             "model": MODEL,
@@ -122,7 +122,7 @@ def nodes_of(kind: str) -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if f"accelerator_type:{kind}" in node["Resources"]}
 
 
-def test_a_replica_of_sixteen_gpus_lies_on_two_nodes_and_students_get_them_when_it_is_gone(pretended: Cluster):
+def test_16_gpu_replica_spans_two_nodes_and_frees_them_for_students(pretended: Cluster):
     section = Teacher.model_validate({"model": MODEL, "engine": SHARDED})
     workers = Train(num_workers=2, batch_size=2, accelerator="gpu", accelerator_type="H100")
     with deployed(section, "gpu", FakeGpuServer) as handle:
@@ -141,7 +141,7 @@ def test_a_replica_of_sixteen_gpus_lies_on_two_nodes_and_students_get_them_when_
 
 
 @pytest.mark.slow
-def test_replicas_come_with_the_calls_in_flight_and_go_again(pretended: Cluster):
+def test_replicas_scale_up_with_load_and_down_to_zero(pretended: Cluster):
     section = Teacher.model_validate(
         {
             "model": MODEL,

@@ -88,7 +88,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     [(names(group)[0], name) for group in (HARD, SOFT) for name in names(group)[1:]]
     + [(names(HARD)[0], f"workers2-{variant}") for variant in (KILLED, FEWER)],
 )
-def test_how_it_is_carried_out_changes_nothing_but_rounding(trained: Path, first: str, name: str):
+def test_runtime_variants_differ_by_rounding_only(trained: Path, first: str, name: str):
     """Workers, micro-batches, ZeRO stage, packing, checkpointed activations, chunks, being killed and resumed, also by
     fewer workers."""
     check_agreement(trained, first, name)
@@ -96,7 +96,7 @@ def test_how_it_is_carried_out_changes_nothing_but_rounding(trained: Path, first
 
 # Starts five more processes. The test above covers fewer workers.
 @pytest.mark.slow
-def test_more_workers_change_nothing_but_rounding(trained: Path):
+def test_resume_with_more_workers_differs_by_rounding_only(trained: Path):
     resume_with(trained, 3, MORE)
     check_agreement(trained, names(HARD)[0], f"workers2-{MORE}")
 
@@ -118,7 +118,7 @@ def measured(folder: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", [name for name in names(HARD) if "loss" in name])
-def test_the_loss_on_validation_problems_is_that_of_the_saved_adapter(trained: Path, name: str):
+def test_validation_loss_matches_saved_adapter(trained: Path, name: str):
     (middle, first), (end, last) = measured(trained / name)
     assert (middle, end) == (3, 6)
     assert [{key: each[key] for key in ("number", "n")} for each in (first, last)] == [
@@ -139,7 +139,7 @@ def test_the_loss_on_validation_problems_is_that_of_the_saved_adapter(trained: P
     assert last["loss"] < first["loss"]
 
 
-def test_every_worker_answers_its_share_of_the_validation_problems(trained: Path):
+def test_validation_accuracy_covers_problems_of_all_workers(trained: Path):
     found = [measured(trained / name) for name in [*names(HARD), f"workers2-{KILLED}"] if "answers" in name]
     assert len(found) == 2
     for (middle, first), (end, last) in found:
@@ -149,13 +149,13 @@ def test_every_worker_answers_its_share_of_the_validation_problems(trained: Path
 
 
 @pytest.mark.parametrize("name", names(BFLOAT16))
-def test_bfloat16_goes_the_same_way_as_far_as_its_digits_reach(trained: Path, name: str):
+def test_bfloat16_losses_match_float32(trained: Path, name: str):
     check_bfloat16(trained, name)
 
 
 # Ten seconds per variant, because CPUs emulate bfloat16. The test above covers the lowest and the highest stage.
 @pytest.mark.slow
-def test_bfloat16_in_every_stage(trained: Path):
+def test_bfloat16_losses_match_float32_at_zero_stage_2(trained: Path):
     for workers, variants in MORE_BFLOAT16.items():
         run(trained, workers, variants)
     for name in names(MORE_BFLOAT16):
@@ -166,6 +166,6 @@ def check_bfloat16(trained: Path, name: str) -> None:
     assert losses(trained / name) == pytest.approx(losses(trained / names(HARD)[0]), rel=0.02)
 
 
-def test_the_loss_falls(trained: Path):
+def test_loss_falls(trained: Path):
     curve = losses(trained / "workers1-zero0-micro8")
     assert curve[-1] < curve[0]

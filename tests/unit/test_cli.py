@@ -40,7 +40,7 @@ def test_invalid_input_is_reported_without_torch_and_ray():
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["train", "--help"]])
-def test_help_of_commands(arguments, capsys):
+def test_command_help_shows_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
     assert ended.value.code == 0
@@ -118,7 +118,7 @@ def test_plan_refuses_a_misfit_and_suggests_a_fit(capsys, monkeypatch, tmp_path)
     assert "2 nodes (8 on worker, 8 on worker)" in capsys.readouterr().out
 
 
-def test_plan_shows_hours_and_cost_from_given_rates(capsys, monkeypatch):
+def test_plan_shows_hours_and_cost_from_rates(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     rates = ["--generation-rate", "1000", "--completion-tokens", "200", "--training-rate=500", "--eval-rate=2000"]
     assert cli.main(["plan", "configs/gsm8k/405b-awq-to-8b.yaml", *rates, "prices.gpu_hour=2.5", "seeds=[0]"]) == 0

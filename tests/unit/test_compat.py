@@ -211,7 +211,7 @@ def test_vllm_raises_engine_dead_error():
     assert async_llm.EngineDeadError is compat.engine_dead_error()
 
 
-def test_serve_llm_callback_gets_the_runtime_environment():
+def test_serve_llm_callback_has_runtime_environment():
     base: Any = compat.engine_callback()
     made = base(llm_config=None, ctx_kwargs={"runtime_env": {"env_vars": {"A": "1"}}})
     assert made.ctx.runtime_env == {"env_vars": {"A": "1"}}

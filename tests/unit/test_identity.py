@@ -223,7 +223,7 @@ def test_every_vllm_argument_is_classified():
     assert known == identity.RUNTIME_ARGUMENTS | identity.ANSWER_ARGUMENTS
 
 
-def test_runtime_arguments_are_left_out():
+def test_runtime_arguments_are_omitted():
     runtime = {"load_format": "runai_streamer", "model_loader_extra_config": {"concurrency": 16}, "enforce_eager": True}
     runtime |= {"compilation_config": {"level": 3}, "max_num_seqs": 8, "enable_sleep_mode": True, "block_size": 32}
     bearing = {"dtype": "float32", "max_model_len": 64, "hf_overrides": {"rope_theta": 1.0}, "not_known_yet": 1}
@@ -261,7 +261,7 @@ def load(*overrides: str) -> Experiment:
     return Experiment.model_validate(tree)
 
 
-def test_experiment_fields_hold_what_affects_results():
+def test_experiment_fields_are_those_that_affect_results():
     base = identity.experiment_fields(load())
     same = ["teacher.concurrency=9", "train.max_failures=9", "arms={other: {}}", "seeds=[5]", "storage=elsewhere"]
     same += ["train.min_workers=1", "train.micro_batch_size=1", "train.gradient_checkpointing=true"]

@@ -28,7 +28,7 @@ from raykd.config.loading import load_experiment
 from raykd.scaffold import shipped_configs
 
 
-def test_the_job_runs_an_experiment_on_the_shared_folder():
+def test_rayjob_uses_shared_folder_and_gpu_types():
     config = experiment("rayjob")
     assert config.storage == "/mnt/raykd"
     assert config.teacher.engine.accelerator_type == "H100"
@@ -36,19 +36,19 @@ def test_the_job_runs_an_experiment_on_the_shared_folder():
     assert config.attention and students == ("L4", "L4") and config.attention.accelerator_type == "L4"
 
 
-def test_the_job_fits_its_cluster():
+def test_rayjob_fits_its_cluster():
     assert_all_fits(experiment("rayjob"), "kuberay/nodes.yaml")
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_what_the_readme_submits_fits_the_cluster_of_each_cloud(name: str):
+def test_readme_job_fits_cluster_of_each_cloud(name: str):
     text = " ".join((FOLDER / "README.md").read_text().split())
     kind_of_cloud = {cloud: kind for kind, cloud in re.findall(r"`([\w-]+)` on (AWS|Google Cloud|Azure)", text)}
     assert [kind_of_cloud[NAMES[name]]] == kinds(read(name)["available_node_types"]["student"]["resources"])
     assert_all_fits(on_kind(kind_of_cloud[NAMES[name]]), f"{name}.yaml")
 
 
-def test_what_the_readme_submits_fits_the_cluster_on_kubernetes():
+def test_readme_job_fits_kubernetes_cluster():
     text = (FOLDER / "README.md").read_text()
     # What it says is to be said there besides, as the job says it.
     assert "`STUDENTS=L4`" in text and "add `teacher.engine.pipeline_parallel_size=2` to that" in text
@@ -57,7 +57,7 @@ def test_what_the_readme_submits_fits_the_cluster_on_kubernetes():
     assert_all_fits(config, "kuberay/nodes.yaml")
 
 
-def test_the_command_names_the_first_clouds_kind():
+def test_readme_command_names_gpu_type_of_each_cloud():
     text = (FOLDER / "README.md").read_text()
     (line,) = re.findall(r"^STUDENTS=.*$", text, re.MULTILINE)
     kind_of = {name: kinds(read(name)["available_node_types"]["student"]["resources"])[0] for name in CLOUDS}
@@ -65,14 +65,14 @@ def test_the_command_names_the_first_clouds_kind():
     assert all(f"{kind_of[name]} on {NAMES[name]}" in line for name in ("gcp", "azure"))
 
 
-def test_a_student_of_8b_needs_checkpointing_on_22_gib_only():
+def test_8b_student_needs_checkpointing_on_22_gib_only():
     config = on_kind("A10G", "train.gradient_checkpointing=false")
     (train,) = [fit for fit in fits(config, "aws.yaml") if fit.stage == "train"]
     assert "A10G has 22.0" in train.problem and train.suggestion == "train.gradient_checkpointing=true"
     assert_all_fits(on_kind("A100", "train.gradient_checkpointing=false"), "azure.yaml")
 
 
-def test_rays_dashboard_is_told_what_a_job_is():
+def test_job_metadata_names_experiment_and_stage():
     metadata, file, overrides = submitted()
     (job,) = manifests("rayjob")
     for each, name in (
@@ -82,7 +82,7 @@ def test_rays_dashboard_is_told_what_a_job_is():
         assert each == {"job_name": name, "experiment": name, "stage": "run"}
 
 
-def test_paths_are_there():
+def test_named_paths_exist():
     for file in FILES:
         text = file.read_text()
         for path in re.findall(rf"{INSTALLED}/([\w./-]*\w)", text):
@@ -92,7 +92,7 @@ def test_paths_are_there():
             assert (ROOT / path).exists(), f"{file}: {path}"
 
 
-def test_commands_and_their_options_are_there():
+def test_commands_and_options_exist():
     """In README's blocks and in commands for nodes, including the options of Ray's commands."""
     readme = (FOLDER / "README.md").read_text()
     fence = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -117,7 +117,7 @@ def test_commands_and_their_options_are_there():
     assert {"up", "down", "dashboard", "attach", "exec", "submit", "start", "stop", "get-auth-token"} <= seen
 
 
-def test_the_image_is_installed_as_a_machine_is():
+def test_image_installs_locked_packages():
     text = (FOLDER / "Dockerfile").read_text()
     assert 'if [ "$ACCELERATOR" = cpu ]; then make install; else make install-gpu; fi' in text
     (python,) = re.findall(r"^FROM python:(3\.\d+)-", text, re.MULTILINE)
@@ -131,7 +131,7 @@ def test_the_image_is_installed_as_a_machine_is():
             assert f"\n{package}==" not in (ROOT / "requirements" / f"{lock}.txt").read_text()
 
 
-def test_the_image_finds_the_driver_as_nvidias_own_do():
+def test_image_sets_nvidia_variables():
     (line,) = re.findall(r"^ENV (LD_LIBRARY_PATH=.*)$", (FOLDER / "Dockerfile").read_text(), re.MULTILINE)
     variables = dict(each.split("=") for each in line.split())
     assert "/usr/local/nvidia/lib64" in variables["LD_LIBRARY_PATH"].split(":")
@@ -142,7 +142,7 @@ def test_the_image_finds_the_driver_as_nvidias_own_do():
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_what_the_head_installs_besides_is_pinned(name: str):
+def test_head_setup_packages_are_pinned(name: str):
     commands = read(name)["head_setup_commands"]
     if name == "aws":
         assert commands == [], "it is in the lock"
@@ -155,7 +155,7 @@ def test_what_the_head_installs_besides_is_pinned(name: str):
     assert all(each in (FOLDER / "README.md").read_text() for each in packages)
 
 
-def test_the_readme_names_what_is_to_be_filled_in():
+def test_readme_lists_placeholders_of_each_file():
     text = (FOLDER / "README.md").read_text()
     for file in FILES:
         if file.name == "README.md" or "FILL_IN_" not in file.read_text():

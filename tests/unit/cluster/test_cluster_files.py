@@ -34,13 +34,13 @@ from raykd.cluster import resources
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
-def test_ray_accepts_the_files_of_ray_up(name: str):
+def test_ray_up_files_are_valid(name: str):
     # Against ray/autoscaler/ray-schema.json, with the defaults of the provider.
     validate_config(prepared(name))
 
 
 @pytest.mark.parametrize("name", ["raycluster", "rayjob"])
-def test_a_run_on_kubernetes_is_told_what_the_manifests_may_bring(name: str):
+def test_kubernetes_nodes_file_matches_manifests(name: str):
     node_types = prepared(name)["available_node_types"]
     nodes = yaml.safe_load((FOLDER / "kuberay" / "nodes.yaml").read_text())
     may = {name: (each["resources"], each["max_workers"]) for name, each in nodes["available_node_types"].items()}
@@ -52,13 +52,13 @@ def test_a_run_on_kubernetes_is_told_what_the_manifests_may_bring(name: str):
 
 
 @pytest.mark.parametrize("change", [{"colour": "red"}, {"idle_timeout_minutes": "ten"}, {"head_node_type": "neck"}])
-def test_rays_check_refuses_what_is_wrong(change: dict[str, Any]):
+def test_ray_validation_refuses_invalid_fields(change: dict[str, Any]):
     with pytest.raises(Exception, match=r"colour|ten|head_node_type"):
         validate_config(prepare_config(read("aws") | change))
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_pools_begin_with_no_node_and_only_students_are_spot(name: str):
+def test_pools_start_empty_and_only_students_are_spot(name: str):
     config = read(name)
     head, teacher, student = (config["available_node_types"][each] for each in ("head", "teacher", "student"))
     assert config["head_node_type"] == "head"
@@ -72,7 +72,7 @@ def test_pools_begin_with_no_node_and_only_students_are_spot(name: str):
 
 
 @pytest.mark.parametrize("name", [*CLOUDS, "raycluster", "rayjob"])
-def test_kinds_of_gpu_are_spelt_as_ray_spells_them(name: str):
+def test_gpu_types_are_known_to_ray(name: str):
     known = {value for key, value in vars(accelerators).items() if key.startswith("NVIDIA_")}
     types = prepared(name)["available_node_types"]
     assert kinds(types["teacher"]["resources"]) == ["H100"]
@@ -81,7 +81,7 @@ def test_kinds_of_gpu_are_spelt_as_ray_spells_them(name: str):
 
 
 @pytest.mark.parametrize("name", [*CLOUDS, "raycluster", "rayjob", "rayservice"])
-def test_a_teacher_of_16_gpus_brings_two_nodes(name: str):
+def test_16_gpu_teacher_launches_two_nodes(name: str):
     teacher = experiment("rayservice").teacher
     bundles = resources.engine_bundles(teacher.engine, "gpu")
     assert len(bundles) == 16 and brought(name, bundles) == {"teacher": 2}
@@ -90,17 +90,17 @@ def test_a_teacher_of_16_gpus_brings_two_nodes(name: str):
 
 @pytest.mark.parametrize("name", CLOUDS)
 @pytest.mark.parametrize("workers", [1, 4, 8])
-def test_gpus_of_no_kind_are_those_of_students(name: str, workers: int):
+def test_untyped_gpu_request_launches_student_node(name: str, workers: int):
     assert brought(name, [resources.process_bundle("gpu", None)] * workers) == {"student": 1}
 
 
 @pytest.mark.parametrize("name", ["raycluster", "rayjob"])
-def test_on_kubernetes_students_go_where_their_kind_is(name: str):
+def test_kubernetes_trial_launches_node_of_its_gpu_type(name: str):
     train = experiment("rayjob").train
     assert brought(name, resources.trial_bundles(train, "gpu")) == {"student": 1}
 
 
-def test_one_image_of_this_version_everywhere():
+def test_all_files_use_image_of_this_version():
     images = {read(name)["docker"]["image"] for name in LAUNCHED}
     for name in MANIFESTS[1:]:
         spec = ray_cluster(name)["spec"]
@@ -112,14 +112,14 @@ def test_one_image_of_this_version_everywhere():
 
 
 @pytest.mark.parametrize("name", MANIFESTS[1:])
-def test_kuberay_is_told_the_version_of_ray_in_both_locks(name: str):
+def test_manifests_have_locked_ray_version(name: str):
     for lock in ("cpu", "gpu"):
         pinned = re.findall(r"^ray==(.*)$", (ROOT / "requirements" / f"{lock}.txt").read_text(), re.MULTILINE)
         assert pinned == [ray_cluster(name)["spec"]["rayVersion"]]
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
-def test_ray_asks_for_the_token_on_every_node(name: str):
+def test_every_node_requires_ray_token(name: str):
     config = read(name)
     assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
     # Without a token, `ray start` would go on without asking for one.
@@ -131,12 +131,12 @@ def test_ray_asks_for_the_token_on_every_node(name: str):
 
 
 @pytest.mark.parametrize("name", MANIFESTS[1:])
-def test_kuberay_gives_the_token_of_a_secret(name: str):
+def test_manifests_take_token_from_secret(name: str):
     assert ray_cluster(name)["spec"]["authOptions"] == {"mode": "token", "secretName": "raykd-token"}
     assert ray_cluster(name)["metadata"]["namespace"] == "raykd"
 
 
-def test_no_port_is_open_to_the_world():
+def test_no_port_is_public():
     for file in FILES:
         assert "0.0.0.0" not in file.read_text(), file
     for name in LAUNCHED:
@@ -155,7 +155,7 @@ def test_no_port_is_open_to_the_world():
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
-def test_all_nodes_see_the_shared_folder(name: str):
+def test_all_nodes_mount_shared_folder(name: str):
     config = read(name)
     assert "--volume /mnt/raykd:/mnt/raykd" in config["docker"]["run_options"]
     # Before the container is there; what is mounted afterwards it would not see.
@@ -163,7 +163,7 @@ def test_all_nodes_see_the_shared_folder(name: str):
 
 
 @pytest.mark.parametrize("name", MANIFESTS[1:])
-def test_manifests_have_fields_that_kuberay_knows(name: str):
+def test_manifests_have_known_kuberay_fields(name: str):
     (found,) = manifests(name)
     assert found["apiVersion"] == "ray.io/v1" and set(found["spec"]) <= FIELDS[found["kind"]]
     spec = ray_cluster(name)["spec"]
@@ -186,7 +186,7 @@ def test_manifests_have_fields_that_kuberay_knows(name: str):
     assert claims == {"raykd"}
 
 
-def test_the_manifests_describe_one_cluster():
+def test_manifests_describe_one_cluster():
     cluster, job, service = (ray_cluster(name)["spec"] for name in MANIFESTS[1:])
     assert cluster == job
     assert service == {**cluster, "workerGroupSpecs": cluster["workerGroupSpecs"][:1]}
@@ -197,7 +197,7 @@ def test_the_manifests_describe_one_cluster():
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_rights_to_a_bucket_are_there_to_be_uncommented(name: str):
+def test_bucket_permissions_can_be_uncommented(name: str):
     """The lines for `raykd-nodes`, which README says to uncomment for a bucket."""
     text = (FOLDER / f"{name}.yaml").read_text()
     key = r"IamInstanceProfile:|serviceAccounts:|  - email:|    scopes:|msi_name:|msi_resource_group:"
@@ -217,7 +217,7 @@ def test_rights_to_a_bucket_are_there_to_be_uncommented(name: str):
         assert (provider["msi_name"], provider["msi_resource_group"]) == ("raykd-nodes", provider["resource_group"])
 
 
-def test_other_namespaces_read_metrics_where_they_are_let_in():
+def test_network_policy_lets_labelled_namespaces_read_metrics():
     (policy,) = [each for each in manifests("shared") if each["kind"] == "NetworkPolicy"]
     inside, metrics = policy["spec"]["ingress"]
     assert "ports" not in inside

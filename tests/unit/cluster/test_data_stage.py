@@ -35,13 +35,13 @@ def run(stage: Stage, on_row: Any) -> None:
     data_stage.run_stage(stage, dict, {}, "a name", on_row, batch_size=1)  # pyright: ignore[reportArgumentType]
 
 
-def test_every_row_is_passed_on(stage: Stage):
+def test_every_row_is_passed_to_callback(stage: Stage):
     rows: list[dict[str, Any]] = []
     run(stage, rows.append)
     assert (stage.name, rows) == ("a name", [{"rows": 0}, {"rows": 1}, {"rows": 2}])
 
 
-def test_an_interrupted_execution_ends_before_the_exception_arrives(stage: Stage):
+def test_interrupted_execution_ends_before_exception_propagates(stage: Stage):
     def interrupt(_: dict[str, Any]) -> None:
         assert stage.is_open
         raise KeyboardInterrupt

@@ -60,7 +60,7 @@ def test_ray_up_file_is_read(tmp_path: Path):
     assert [each.gpu and each.gpu.kind for each in found.nodes] == [None, "H100", "A10G"]
 
 
-def test_placement_respects_the_clusters_max_workers(tmp_path: Path):
+def test_placement_respects_cluster_max_workers(tmp_path: Path):
     (tmp_path / "up.yaml").write_text(UP)
     found = nodes.read_cluster_file(tmp_path / "up.yaml")
     of_four = ({"CPU": 1.0, "GPU": 1.0},) * 4

@@ -10,7 +10,7 @@ from raykd.config.sections import Attention, Teacher
 from raykd.config.training import Train
 
 
-def test_auto_is_gpu_where_the_cluster_has_gpus():
+def test_auto_accelerator_is_gpu_if_cluster_has_gpus():
     assert resources.resolve_accelerator("auto", {"CPU": 8}) == "cpu"
     assert resources.resolve_accelerator("auto", {"CPU": 8, "GPU": 1}) == "gpu"
     assert resources.resolve_accelerator("cpu", {"CPU": 8, "GPU": 1}) == "cpu"
@@ -31,7 +31,7 @@ def test_sharded_engine_has_a_bundle_for_each_shard():
         (4, "gpu", {"CPU": 8, "GPU": 16}, 2),
     ],
 )
-def test_max_concurrent_trials(workers: int, kind, cluster: dict, trials: int):
+def test_max_concurrent_trials_follow_cluster_resources(workers: int, kind, cluster: dict, trials: int):
     train = Train(num_workers=workers, batch_size=8 * workers)
     assert resources.max_concurrent_trials(train, kind, cluster) == trials
 
@@ -89,7 +89,7 @@ def test_start_timeout_is_passed_to_vllm_and_serve():
         ({"CPU": 64, "GPU": 10}, True),
     ],
 )
-def test_teacher_stays_up_where_students_fit_beside_it(cluster: dict, together: bool):
+def test_teacher_stays_up_if_students_fit_beside_it(cluster: dict, together: bool):
     gpus = int(cluster.get("GPU", 0)) > 0
     tree = {
         "name": "room",
@@ -125,12 +125,12 @@ def test_trials_fit_only_on_their_accelerator_type():
 
 
 @pytest.mark.parametrize("section", [Engine, Train, Attention])
-def test_a_kind_of_gpu_for_what_runs_on_the_cpu_is_refused(section: type):
+def test_accelerator_type_with_cpu_is_refused(section: type):
     with pytest.raises(ValueError, match=r"'H100' is a GPU model, but accelerator=cpu"):
         section(accelerator="cpu", accelerator_type="H100")
 
 
-def test_resources_beside_the_teacher():
+def test_resources_beside_teacher_exclude_all_its_replicas():
     teacher = Teacher(model="a", engine=Engine(tensor_parallel_size=4), replicas=Replicas(min=1, max=2))
     assert resources.resources_beside_teacher(teacher, {"CPU": 32, "GPU": 16}) == {"CPU": 24, "GPU": 8}
 
@@ -146,7 +146,7 @@ def test_resources_beside_the_teacher():
         (16, "gpu", {"CPU": 4, "GPU": 8}, 3),
     ],
 )
-def test_number_of_attention_workers(asked: int, kind, cluster: dict, workers: int):
+def test_attention_workers_are_limited_by_cluster(asked: int, kind, cluster: dict, workers: int):
     assert resources.attention_workers(Attention(num_workers=asked), kind, cluster) == workers
 
 

@@ -103,7 +103,7 @@ def test_too_many_problems_are_refused(tmp_path: Path, files: dict[str, str]):
         datasets.write_splits(Dataset(source="jsonl", train_file="nowhere", test_file=files["test_file"]), tmp_path)
 
 
-def test_demo_splits(tmp_path: Path):
+def test_demo_splits_have_unique_questions(tmp_path: Path):
     folder = datasets.write_splits(Dataset(source="demo", num_train=50, num_validation=10, num_test=20), tmp_path)
     questions = [row["question"] for split in datasets.SPLITS for row in read(folder, split)]
     assert len(set(questions)) == 80
@@ -126,7 +126,7 @@ def test_source_gsm8k_uses_the_datasets_library(tmp_path: Path, files: dict[str,
     assert read(splits, "test")[1]["reference_answer"] == "2"
 
 
-def test_splits_of_gsm8k(tmp_path: Path):
+def test_gsm8k_splits_have_expected_sizes_and_answers(tmp_path: Path):
     source = os.environ.get("RAYKD_GSM8K_DIR")
     if not source:
         pytest.skip("RAYKD_GSM8K_DIR is not set: it names the folder with GSM8K's train.jsonl and test.jsonl")

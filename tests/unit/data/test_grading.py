@@ -49,7 +49,7 @@ from raykd.data.grading import (
         ("no number at all", None, None),
     ],
 )
-def test_extraction_from_awkward_outputs(text: str, strict: str | None, flexible: str | None) -> None:
+def test_awkward_outputs_are_extracted(text: str, strict: str | None, flexible: str | None) -> None:
     assert strict_match(text) == strict
     assert flexible_extract(text) == flexible
 
@@ -84,7 +84,7 @@ def test_answers_are_compared_as_strings(answer: str | None, reference: str, exp
         ("#### 2.5 \n", "2.5"),
     ],
 )
-def test_reference_answer(solution: str, answer: str) -> None:
+def test_reference_answer_is_number_after_marker(solution: str, answer: str) -> None:
     assert reference_answer(solution) == answer
 
 
@@ -92,7 +92,7 @@ def test_reference_answer(solution: str, answer: str) -> None:
     ("solution", "named"),
     [("the answer is 18", "no '####'"), ("", "no '####'"), ("#### about 18", "about 18"), ("18 ####", "''")],
 )
-def test_reference_answer_names_the_problem(solution: str, named: str) -> None:
+def test_solution_without_reference_answer_is_refused(solution: str, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         reference_answer(solution)
 
@@ -100,7 +100,7 @@ def test_reference_answer_names_the_problem(solution: str, named: str) -> None:
 @pytest.mark.parametrize(
     ("split", "count", "negatives", "with_commas"), [("train", 7473, 3, 79), ("test", 1319, 2, 14)]
 )
-def test_every_problem_of_gsm8k(split: str, count: int, negatives: int, with_commas: int) -> None:
+def test_gsm8k_solutions_are_graded_correct(split: str, count: int, negatives: int, with_commas: int) -> None:
     folder = os.environ.get("RAYKD_GSM8K_DIR")
     if not folder:
         pytest.skip("set RAYKD_GSM8K_DIR to the directory with GSM8K's train.jsonl and test.jsonl")

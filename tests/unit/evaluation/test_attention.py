@@ -72,7 +72,7 @@ def values(problems: Path) -> dict[str, np.ndarray]:
     return {row["attention_id"]: np.array(row["values"]) for row in rows}
 
 
-def test_positions_of_numbers_and_results_in_prompt_and_solution(tokenizer):
+def test_text_has_positions_of_numbers_and_results(tokenizer):
     text = attention.attention_text(PROBLEMS[0], tokenizer, "End with a number like 99.", None)
     whole = text.prompt_token_ids + text.completion_token_ids
     assert text.prompt_token_ids == tokenization.prompt_token_ids(
@@ -110,7 +110,7 @@ def sum_of_tokens() -> int:
     return sum(len(tokenizer(row["reference_solution"])["input_ids"]) + 1 for row in PROBLEMS)
 
 
-def test_failed_text_has_an_error_and_the_others_values(problems: Path):
+def test_failed_text_has_error_and_others_have_values(problems: Path):
     long = PROBLEMS[1] | {"reference_solution": "1 + 1 = 2\n" * 300 + "#### 2"}
     rows = [PROBLEMS[0], long, *PROBLEMS[2:]]
     files.write_table(problems / "test.parquet", pa.Table.from_pylist(rows, schema=schemas.PROBLEM))

@@ -214,7 +214,7 @@ def test_other_architectures_match_their_eager_attention(config, model_class):
 
 
 @pytest.mark.parametrize("window", [3, 64])
-def test_sliding_window_hides_keys(window: int):
+def test_statistics_match_sliding_window_attention(window: int):
     model = build(MistralConfig(**SIZES, sliding_window=window), MistralForCausalLM)
     assert_close(attention_heads.attention_statistics(model, example_texts(), 0), expected(model, window))
 
@@ -232,7 +232,7 @@ def test_bfloat16_differs_by_rounding_only(llama):
 
 
 @pytest.mark.parametrize("before", ["eager", "sdpa"])
-def test_model_is_left_unchanged(llama, before: str):
+def test_model_is_unchanged(llama, before: str):
     llama.set_attn_implementation(before)
     tokens = torch.tensor([example_texts()[0].prompt_token_ids])
     logits = llama(input_ids=tokens).logits

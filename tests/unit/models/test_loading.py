@@ -50,7 +50,7 @@ def test_remote_code_runs_with_trust_remote_code(folder: Path, tmp_path: Path):
     assert (tmp_path / "was run").exists()
 
 
-def test_an_engines_arguments_are_no_way_around_it():
+def test_trust_remote_code_in_engine_kwargs_is_refused():
     with pytest.raises(ValueError, match="set trust_remote_code beside the model's name"):
         experiment.Experiment.model_validate(
             {
@@ -84,7 +84,7 @@ def test_missing_model_is_reported_in_one_line(model: str, monkeypatch: pytest.M
     assert "\n" not in str(caught.value)
 
 
-def test_context_length_defaults_to_the_model():
+def test_context_length_defaults_to_model():
     teacher = Teacher(model="raykd/demo-teacher")
     own = loading.load_config(teacher).max_position_embeddings
     assert [

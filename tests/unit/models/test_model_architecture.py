@@ -34,7 +34,7 @@ from tiny_llamas import llama_of
         ("hugging-quants/Meta-Llama-3.1-405B-Instruct-AWQ-INT4", 405_853_388_800),
     ],
 )
-def test_parameters_of_published_llamas(model: str, parameters: int):
+def test_parameter_counts_match_published_llamas(model: str, parameters: int):
     shape = architecture.find_shape(model)
     assert shape is not None
     assert shape.parameters == parameters
@@ -82,7 +82,7 @@ def test_max_positions_matches_vllm(scaling: dict, length: int):
 
 
 @pytest.mark.parametrize("model", ["raykd/demo-teacher", "raykd/demo-student"])
-def test_shape_of_a_folder(model: str):
+def test_shape_of_folder_matches_its_model(model: str):
     shape = architecture.find_shape(model)
     assert shape is not None
     folder = builtin.resolve_model(model)
@@ -135,7 +135,7 @@ def test_shape_of_a_folder(model: str):
         ({}, Quantization()),
     ],
 )
-def test_quantization_from_the_configuration(config: dict, expected: Quantization, tmp_path: Path):
+def test_quantization_is_read_from_config(config: dict, expected: Quantization, tmp_path: Path):
     tree = llama_of(architecture.LLAMA["Llama-3.2-1B"]).to_dict() | {"quantization_config": config}
     (tmp_path / "config.json").write_text(json.dumps(tree))
     shape = architecture.find_shape(str(tmp_path))
@@ -156,7 +156,7 @@ def test_quantization_from_the_configuration(config: dict, expected: Quantizatio
         ("Llama-3.2-8B-it", Quantization(kept=("lm_head",))),
     ],
 )
-def test_quantization_from_the_name_without_bits(name: str, expected: Quantization, tmp_path: Path):
+def test_quantization_without_bits_is_read_from_name(name: str, expected: Quantization, tmp_path: Path):
     config = {"quant_method": "quark", "modules_to_not_convert": ["lm_head"]}
     tree = llama_of(architecture.LLAMA["Llama-3.2-1B"]).to_dict() | {"quantization_config": config}
     (tmp_path / name).mkdir()

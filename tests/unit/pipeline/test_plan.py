@@ -122,7 +122,7 @@ ON_POLICY = {"targets": {"source": "student", "kind": "top_k", "rounds": 2}, "tr
         ),
     ],
 )
-def test_preflight_reports_what_does_not_fit(
+def test_preflight_reports_settings_that_do_not_fit(
     tmp_path: Path, tree: dict[str, Any], resources: dict[str, float], words: list[str]
 ):
     plan = prepare(tmp_path, **tree)
@@ -154,7 +154,7 @@ def refused(plan: Plan, resources: dict[str, float]) -> list[str]:
     return stages
 
 
-def test_preflight_checks_only_the_given_stages(tmp_path: Path):
+def test_preflight_checks_only_selected_stages(tmp_path: Path):
     plan = prepare(tmp_path, train={"num_workers": 4, "batch_size": 8})
     assert refused(plan, {"CPU": 4}) == []
     assert refused(plan, {"CPU": 3}) == ["train"]

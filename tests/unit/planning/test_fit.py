@@ -50,7 +50,7 @@ def test_shipped_configurations_fit_their_target_clusters(file: Path):
 
 
 @pytest.mark.parametrize("cores", [2, 1])
-def test_quickstart_fits_two_cores_and_not_one(cores: int):
+def test_quickstart_fits_two_cores_but_not_one(cores: int):
     there = ClusterSpec("this machine", (NodeGroup("head", 1, {"CPU": float(cores)}),))
     message = refused(load_experiment(ROOT / "configs" / "quickstart.yaml"), there)
     assert (message == "") == (cores == 2)
@@ -161,7 +161,7 @@ def test_training_that_does_not_fit_gets_a_suggestion(overrides: list[str], ther
     )
 
 
-def test_bfloat16_needs_a_gpu_that_supports_it():
+def test_gpu_without_bfloat16_support_is_reported():
     message = refused(experiment_of("one-24gb-gpu.yaml"), cluster(1, 1, "T4"))
     assert "train: T4 does not support bfloat16" in message
     # Engines with 4-bit weights compute in float16.
@@ -190,7 +190,7 @@ def test_mixed_cluster_needs_an_accelerator_type():
     assert fit_stages(absent, teacher, student, mixed)[0].problem == "no node has accelerator_type:H200"
 
 
-def test_tensor_parallel_group_across_nodes_gets_a_note():
+def test_tensor_parallel_group_across_nodes_is_noted():
     experiment = experiment_of("405b-fp8-to-8b.yaml", "train.num_workers=4")
     shape = architecture.find_shape(experiment.teacher.model)
     (teacher, *_) = fit_stages(experiment, shape, None, cluster(2, 4, "H200"))

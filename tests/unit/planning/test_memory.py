@@ -41,7 +41,7 @@ def shape_of(model: str) -> Shape:
         ("hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4", 1e9, 5.73),
     ],
 )
-def test_weights_are_as_large_as_published(model: str, unit: float, published: float):
+def test_weight_sizes_match_published(model: str, unit: float, published: float):
     assert memory.weight_bytes(shape_of(model)) / unit == pytest.approx(published, rel=0.01)
 
 
@@ -63,7 +63,7 @@ def test_meta_fp8_keeps_attention_and_outer_layers_in_16_bits():
         ("meta-llama/Llama-3.2-1B", 32_768, 0.49),
     ],
 )
-def test_kv_cache_is_as_large_as_published(model: str, token: int, gib_of_16k: float):
+def test_kv_cache_sizes_match_published(model: str, token: int, gib_of_16k: float):
     assert memory.engine_memory(shape_of(model), Engine(), None).kv_token == token
     assert token * 16_000 / GIB == pytest.approx(gib_of_16k, abs=0.01)
 
@@ -118,7 +118,7 @@ def test_shards_sum_to_the_model_and_its_replicated_kv_heads():
     assert fullest(8, 2) == pytest.approx(whole / 16, rel=1e-3)
 
 
-def test_pipeline_stages_equal_vllms():
+def test_pipeline_stages_match_vllm():
     from vllm.distributed.utils import get_pp_indices
 
     for layers in (2, 16, 28, 126):
@@ -133,7 +133,7 @@ def test_pipeline_stages_equal_vllms():
     # `EngineArgs.get_batch_defaults` of vLLM 0.29, twice, as performance_mode=throughput has it.
     [("L4", 4096, 512), ("A100-80G", 4096, 512), ("H100", 16384, 2048), ("B200", 32768, 2048)],
 )
-def test_server_defaults_equal_vllms(kind: str, tokens: int, sequences: int):
+def test_server_defaults_match_vllm(kind: str, tokens: int, sequences: int):
     shape = shape_of("meta-llama/Llama-3.1-8B")
     engine_kwargs = {"max_num_batched_tokens": tokens, "max_num_seqs": sequences}
     assert memory.engine_memory(shape, Engine(), GPUS[kind]) == memory.engine_memory(
@@ -216,7 +216,7 @@ def test_zero_stages_shard_as_published():
     assert needs[3].base == shape.parameters * 2 // workers + 2 * 10**9
 
 
-def test_loss_chunk_equals_the_students():
+def test_loss_chunk_matches_student():
     assert memory.CHUNK_ELEMENTS == student.CHUNK_ELEMENTS
     needs = memory.worker_memory(shape_of("meta-llama/Llama-3.1-8B"), Lora(), Train(micro_batch_size=8), targets=512)
     assert needs.loss <= 1.2 * GIB

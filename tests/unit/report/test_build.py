@@ -148,7 +148,7 @@ def test_pooled_interval_counts_problems_and_not_seeds(tmp_path: Path) -> None:
     assert bounds == pytest.approx(wilson_by_bisection(arm.scores.strict.value or 0, NUM_TEST), abs=1e-9)
 
 
-def test_page_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
+def test_page_is_one_file_without_external_resources(tmp_path: Path) -> None:
     write_report(full_experiment(tmp_path).write())
     html = (tmp_path / "report.html").read_text()
     page = Page(html)
@@ -363,7 +363,7 @@ def test_damaged_loss_curve_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-def test_examples_show_where_arms_differ(tmp_path: Path) -> None:
+def test_examples_show_disagreeing_arms_first(tmp_path: Path) -> None:
     results = write_report(two_arms(tmp_path, 2, 1, 20, 20).write())
     disagreeing = [e for e in results.examples if len({r["is_correct_strict"] for r in e.predictions.values()}) == 2]
     assert len(results.examples) == 10

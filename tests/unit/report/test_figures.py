@@ -57,7 +57,7 @@ def test_axis_holds_all_values_within_its_limits():
     assert axis_over([], 0, 100).ticks == [0, 20, 40, 60, 80, 100]
 
 
-def test_accuracy_figure_has_the_numbers_of_the_results(results: Results, by_name: dict[str, Figure]):
+def test_accuracy_figure_matches_results(results: Results, by_name: dict[str, Figure]):
     figure = by_name["accuracy"]
     for arm in results.arms:
         text = f"{100 * (arm.scores.strict.value or 0):.1f} ("
@@ -81,13 +81,13 @@ def test_heat_map_shows_sign_size_and_significance():
     }
 
 
-def test_heat_map_draws_equal_neighbours_at_once():
+def test_heat_map_merges_equal_neighbours():
     value = np.ones(8)
     effect = Effect(value, value, value, p=np.zeros(8))
     assert re.findall(' d="([^"]*)"', heat_map(effect, 1.0, (2, 4), 100)) == ["M0 0.5h4M0 1.5h4"]
 
 
-def test_curves_leave_out_undefined_values():
+def test_curves_omit_undefined_values():
     panel = curves_panel("a statistic", [("c0", [(0, float("nan")), (1, 2.0), (2, 4.0)])], (2.0, 4.0), "", ("", ""))
     assert 'points="50.00,60.00 100.00,0.00"' in panel.content
 
@@ -113,7 +113,7 @@ def test_figure_files_are_well_formed_and_named_in_markdown(results: Results, by
         assert f"](report/{name}.svg)" in markdown
 
 
-def test_page_and_file_hold_the_same_drawing(results: Results, by_name: dict[str, Figure]):
+def test_page_and_file_have_same_drawing(results: Results, by_name: dict[str, Figure]):
     page = (results.folder / "report.html").read_text()
     for name, figure in by_name.items():
         assert figure.content in page
@@ -130,7 +130,7 @@ def test_figure_of_an_earlier_report_is_removed(tmp_path: Path):
     assert "attention" not in (tmp_path / "report.md").read_text().lower()
 
 
-def test_names_from_outside_are_escaped_and_wrapped(tmp_path: Path):
+def test_external_names_are_escaped_and_wrapped(tmp_path: Path):
     name = "a" * 60 + " <b>&\x1b"
     experiment = Experiment(tmp_path)
     rows = [row | {"arm": name} for row in drawn("none", 0, 0.5, 0.9)]

@@ -83,7 +83,7 @@ def test_page_fits_screen_without_scripts(page: Path, tmp_path: Path, width: int
 
 
 @pytest.mark.parametrize("width", [400, 1400])
-def test_screenshot_of_page(page: Path, tmp_path: Path, width: int):
+def test_screenshot_of_page_is_not_empty(page: Path, tmp_path: Path, width: int):
     folder = Path(KEPT) if KEPT else tmp_path
     folder.mkdir(parents=True, exist_ok=True)
     shot = folder / f"report-{width}.png"
@@ -103,7 +103,7 @@ def fetched(page: Path, folder: Path) -> set[str]:
     return {host for host in hosts if not re.search(r"(^|\.)(google|googleapis|gstatic)\.com$", host)}
 
 
-def test_nothing_is_fetched_from_the_network(page: Path, tmp_path: Path):
+def test_page_fetches_nothing_from_network(page: Path, tmp_path: Path):
     assert fetched(page, tmp_path / "report") == set()
     # That it would be seen.
     other = tmp_path / "other.html"
@@ -112,7 +112,7 @@ def test_nothing_is_fetched_from_the_network(page: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["accuracy", "attention_by_layer", "attention_heads_entropy"])
-def test_figure_file_is_drawn_like_the_page(page: Path, tmp_path: Path, name: str):
+def test_figure_file_is_not_empty_and_has_background(page: Path, tmp_path: Path, name: str):
     shot = tmp_path / "figure.png"
     opened(page.parent / "report" / f"{name}.svg", tmp_path, "--window-size=520,400", f"--screenshot={shot}")
     with Image.open(shot) as picture:

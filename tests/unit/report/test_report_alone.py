@@ -110,7 +110,7 @@ def test_overrides_with_folder_are_refused(finished: tuple[Path, Path], capsys):
     assert "is a folder; fields can be set only if FILE is a YAML file" in capsys.readouterr().err
 
 
-def test_report_of_another_experiment_of_that_name_is_refused(finished: tuple[Path, Path], capsys):
+def test_report_of_changed_experiment_is_refused(finished: tuple[Path, Path], capsys):
     file, folder = finished
     before = snapshot(folder)
     assert cli.main(["report", str(file), "student.model=somebody/else"]) == 2

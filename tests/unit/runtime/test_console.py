@@ -13,7 +13,7 @@ from raykd.runtime import console
 from raykd.runtime.console import ProgressBar
 
 
-def test_progress_in_a_log_is_a_few_lines():
+def test_progress_in_log_has_few_lines():
     stream = io.StringIO()
     with ProgressBar("teacher", 100, stream=stream) as meter:
         for _ in range(100):

@@ -33,7 +33,7 @@ def test_os_error_is_found_in_the_chain_of_causes():
     assert errors.os_error_message("ValueError: 28 problems") == ""
 
 
-def test_root_cause_is_the_last_exception_line():
+def test_root_cause_is_last_exception_line():
     text = "ray::f() (pid=1)\n  File x\nTimeoutError: the teacher was not up after 3 s\n"
     assert errors.root_cause(RayTaskError("f", text, ValueError())) == "TimeoutError: the teacher was not up after 3 s"
     assert errors.is_cluster_error(RayTaskError("f", text, ValueError()).as_instanceof_cause())
@@ -146,7 +146,7 @@ def test_bug_without_a_folder_shows_its_traceback(monkeypatch, capsys):
     )
 
 
-def test_library_error_about_input_names_the_place():
+def test_library_error_about_input_names_its_source():
     with pytest.raises(UserError, match=r"^teacher: no dtype$"), errors.as_user_error("teacher", ValueError):
         raise ValueError("no\ndtype")
     with pytest.raises(UserError, match=r"^own: words$"), errors.as_user_error("teacher", ValueError):

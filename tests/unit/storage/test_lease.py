@@ -44,7 +44,7 @@ def test_second_process_sees_the_owner_until_release(place: Path):
         pass
 
 
-def test_lock_of_a_killed_local_process_is_free(place: Path):
+def test_lock_of_killed_local_process_is_free(place: Path):
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(place)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout and process.stdout.readline() == "held\n"
@@ -125,7 +125,7 @@ def test_lease_released_during_takeover_is_acquired(
 
 
 @pytest.mark.parametrize("is_there", [False, True])
-def test_write_with_a_lost_response_counts_as_own(file: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool):
+def test_write_with_lost_response_counts_as_own(file: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool):
     """A client repeats a request whose reply was lost, and the server refuses it because of the first one."""
     monkeypatch.setattr(lease, "LEASE_DURATION_S", -1.0)
     if not is_there:

@@ -92,7 +92,7 @@ def make(plan: Plan, completions: CompletionSet) -> list[dict[str, Any]]:
     return rows
 
 
-def test_soft_targets_of_an_endpoint(tmp_path: Path):
+def test_endpoint_rows_have_soft_targets(tmp_path: Path):
     with serving(complete_answer) as server:
         plan, completions = prepared(experiment(tmp_path, at(server), {"soft": SOFT}))
         rows = make(plan, completions)
@@ -158,7 +158,7 @@ def test_chat_teacher_needs_no_local_model(tmp_path: Path):
     build_prompts.check_teacher_lengths([completions], plan.problems, config.teacher, "", 10**9)
 
 
-def test_refused_row_carries_an_error(tmp_path: Path):
+def test_refused_row_has_error(tmp_path: Path):
     def respond(request: ReceivedRequest, number: int) -> Answer:
         return (400, {}, {"error": {"message": "too long"}}) if number == 3 else complete_answer(request)
 

@@ -106,7 +106,7 @@ def test_stored_set_serves_arms_that_need_less(experiment: Experiment, folder: P
     assert one_set.top_k == 8
 
 
-def test_size_of_the_test_split_leaves_completion_sets_alone(experiment: Experiment, folder: Path, tmp_path: Path):
+def test_test_split_size_changes_no_completion_set(experiment: Experiment, folder: Path, tmp_path: Path):
     def folders(**changed: int) -> dict[str, Path]:
         dataset = experiment.dataset.model_copy(update=changed)
         found = completion_sets_of(experiment, datasets.write_splits(dataset, tmp_path), tmp_path)
@@ -194,7 +194,7 @@ def test_empty_answers_are_kept_and_counted_as_dropped(experiment: Experiment, f
     assert reasons == [{"error": 1}, {"empty": 1}]
 
 
-def test_arms_with_different_sampling(experiment: Experiment, folder: Path, tmp_path: Path):
+def test_arms_with_different_sampling_have_separate_sets(experiment: Experiment, folder: Path, tmp_path: Path):
     arms = {
         "greedy": {},
         "drawn": {"teacher.sampling": {"temperature": 0.7, "max_tokens": 64}, "teacher.num_samples": 3},

@@ -119,7 +119,7 @@ def test_chat_request_has_common_parameters_only():
     assert {request.headers["authorization"] for request in server.requests} == {f"Bearer {KEY}"}
 
 
-def test_server_without_key_is_sent_none():
+def test_client_sends_no_key_by_default():
     with serving(complete_answer) as server:
         ask(server.teacher(), PROMPTS, GREEDY)
     assert {request.headers["authorization"] for request in server.requests} == {"Bearer EMPTY"}
@@ -141,7 +141,7 @@ def test_retry_after_is_respected():
     assert second.at_s - first.at_s >= 1.4
 
 
-def test_failed_prompt_leaves_others_alone():
+def test_failed_prompt_does_not_affect_others():
     def respond(request: ReceivedRequest, number: int) -> Answer:
         return (500, {}, b"oh no") if request.body["prompt"] == PROMPTS[0] else complete_answer(request)
 
@@ -308,7 +308,7 @@ def test_rate_limit_includes_retries():
     assert times[-1] - times[0] >= 7 * 0.2 - 0.1
 
 
-def test_concurrency_limit():
+def test_concurrent_requests_are_limited():
     gate = threading.Barrier(3, timeout=5)
 
     def respond(request: ReceivedRequest, number: int) -> Answer:

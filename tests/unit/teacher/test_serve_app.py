@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
         ({"overrides": "[teacher.model=a, teacher.revision=b]"}, ("teacher.model=a", "teacher.revision=b")),
     ],
 )
-def test_arguments(given: dict[str, object], overrides: tuple[str, ...]):
+def test_arguments_are_parsed(given: dict[str, object], overrides: tuple[str, ...]):
     assert TeacherService.model_validate({"experiment": "e.yaml", **given}).overrides == overrides
 
 
@@ -40,7 +40,7 @@ def test_serve_validates_the_arguments():
     assert parameter.annotation is TeacherService
 
 
-def test_rayservice_manifest():
+def test_rayservice_manifest_deploys_16_gpu_teacher():
     config = yaml.safe_load((ROOT / "cluster/kuberay/rayservice.yaml").read_text())["spec"]["serveConfigV2"]
     (application,) = yaml.safe_load(config)["applications"]
     assert application["import_path"] == f"{app.__module__}:{app.__name__}"
@@ -52,7 +52,7 @@ def test_rayservice_manifest():
     assert found.placement_group_config["bundles"] == [{"CPU": 1, "GPU": 1, "accelerator_type:H100": 0.001}] * 16
 
 
-def test_replica_capacity_equals_that_of_a_run():
+def test_replica_capacity_matches_that_of_a_run():
     """There a call holds `batch_size` prompts, and with OpenAI's API one."""
     config = {"model": "raykd/demo-teacher", "concurrency": 3, "batch_size": 5, "replicas": {"min": 1, "max": 4}}
     teacher = Teacher.model_validate(config)

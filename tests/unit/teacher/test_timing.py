@@ -9,7 +9,7 @@ from raykd.teacher import timing
 from raykd.teacher.timing import StageTimer
 
 
-def test_attempts_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_stage_time_adds_up_over_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     now = [1000.0]
     monkeypatch.setattr(timing.time, "monotonic", lambda: now[0])
     first, second = tmp_path / "first", tmp_path / "second"

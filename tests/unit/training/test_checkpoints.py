@@ -47,7 +47,7 @@ def test_valid_list_is_kept(run: Path):
     assert file.exists() and folder.exists()
 
 
-def test_without_checkpoints_there_is_none_to_resume_from(run: Path):
+def test_trial_without_checkpoints_has_nothing_to_resume_from(run: Path):
     assert checkpoints.repair(run) is None
     assert checkpoints.repair(run / "not there") is None
 
@@ -65,7 +65,7 @@ def test_damaged_list_is_replaced_by_newest_complete_checkpoint(run: Path, conte
 
 
 @pytest.mark.parametrize("missing", ["checkpoint/rank_1.pt", "worker-1.json"])
-def test_checkpoint_without_a_workers_part_is_incomplete(run: Path, missing: str):
+def test_checkpoint_without_part_of_a_worker_is_incomplete(run: Path, missing: str):
     folder = checkpoint(run, "checkpoint_1")
     assert checkpoints.is_complete(folder)
     (folder / missing).unlink()

@@ -65,9 +65,7 @@ def test_each_epoch_uses_every_row_once_in_another_order():
     rows_per_worker=st.integers(1, 12),
     micro=st.integers(1, 12),
 )
-def test_workers_share_all_rows_of_a_step_in_equal_numbers_of_micro_batches(
-    rows: int, workers: int, rows_per_worker: int, micro: int
-):
+def test_workers_share_rows_of_a_step_in_equal_micro_batches(rows: int, workers: int, rows_per_worker: int, micro: int):
     num_micro_batches = math.ceil(rows_per_worker / micro)
     batch = list(range(min(rows, workers * rows_per_worker)))
     shares = [

@@ -137,7 +137,7 @@ def test_gradient_matches_finite_differences(student_and_teacher, kind: str, mis
 
 
 @pytest.mark.parametrize("rest", [1e-4, 1e-6, 1e-8, 1e-12])
-def test_overconfident_student_gets_a_gradient(rest: float):
+def test_overconfident_student_has_gradient(rest: float):
     """The gradient of forward KL to the bucket's logits is q - p, however small q is."""
     ids = np.arange(3)[None]
     q = np.concatenate([np.full(3, (1 - rest) / 3), np.full(V - 3, rest / (V - 3))])

@@ -36,7 +36,7 @@ ROWS = [
         ({"filter": "best"}, [5], {"empty": 1, "error": 1, "not_best": 4}),
     ],
 )
-def test_selected_rows_and_reasons_for_the_dropped(settings: dict, kept: list[int], dropped: dict[str, int]):
+def test_selection_returns_rows_and_reasons_of_dropped_ones(settings: dict, kept: list[int], dropped: dict[str, int]):
     selected, reasons = select_completions(ROWS, Targets(**settings))
     assert [ROWS.index(each) if each is not ROWS[3] else 3 for each in selected] == kept
     assert dict(reasons) == dropped

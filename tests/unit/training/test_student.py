@@ -95,7 +95,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     [arm(), arm(targets=Targets(kind="top_k", top_k=K), loss=Loss(cross_entropy_weight=0.3))],
     ids=["hard", "top_k"],
 )
-def test_micro_batch_loss_is_the_sum_of_its_rows(model, packing, chunk_elements, chosen):
+def test_micro_batch_loss_is_sum_of_its_rows(model, packing, chunk_elements, chosen):
     examples = rows(soft=chosen.targets.kind == "top_k")
     expected = sum(by_row(model, row, chosen) for row in examples)
     expected.backward()

@@ -92,7 +92,7 @@ def test_accuracy_equals_that_of_greedy_answers(trial: TrialSpec, engine: studen
     assert metrics == {"number": 3, "n": 10, "correct": sum(correct), "accuracy": sum(correct) / 10}
 
 
-def test_validation_leaves_the_student_in_training_mode(trial: TrialSpec, engine: student.Distillation):
+def test_validation_keeps_student_in_training_mode(trial: TrialSpec, engine: student.Distillation):
     tokenizer = loading.load_tokenizer(Teacher(model="raykd/demo-teacher"))
     before = {name: parameter.clone() for name, parameter in engine.named_parameters()}
     metrics = validation.validate(engine, engine.model, tokenizer, replace(trial, sweep=Sweep(metric="loss")), 1)

@@ -59,7 +59,7 @@ def first_request(
     return request
 
 
-def test_requests_stay_within_the_autoscalers_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_requests_stay_within_autoscaler_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_two_kinds(tmp_path / "cluster.yaml")
     monkeypatch.setenv("RAYKD_CLUSTER", str(tmp_path / "cluster.yaml"))
     workers = [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:A10G": 0.001}] * 4

@@ -84,7 +84,7 @@ def test_trial_is_stopped_if_worse_than_others_of_its_arm(scheduler: str, metric
     assert {"b0", "b1"}.isdisjoint(over)
 
 
-def test_nobody_is_stopped_at_the_end_nor_without_a_scheduler():
+def test_no_trial_is_stopped_at_its_end_or_without_scheduler():
     reached = {"a0": [0.9, 0.9], "a1": [0.9, 0.1], "a2": [0.9, 0.05]}
     assert stopped(Sweep(num_validations=2), reached) == {}
     reached = {"a0": [0.9, 0.9], "a1": [0.1, 0.1]}
@@ -92,7 +92,7 @@ def test_nobody_is_stopped_at_the_end_nor_without_a_scheduler():
     assert stopped(Sweep(num_validations=2, scheduler="none"), reached) == {}
 
 
-def test_what_came_to_its_end_is_not_trained_again(tmp_path: Path):
+def test_ended_trials_are_not_pending(tmp_path: Path):
     first, second, third, *_ = trials = plan(tmp_path).trials
     measured(first, 0.5, 0.6)
     measured(second, 0.1, status=STOPPED)
@@ -106,7 +106,7 @@ def test_what_came_to_its_end_is_not_trained_again(tmp_path: Path):
     assert list(record["hparams"]) == ["train.learning_rate"]
 
 
-def test_max_tokens_changes_trial_ids_only_where_accuracy_is_measured(tmp_path: Path):
+def test_max_tokens_changes_trial_ids_only_with_accuracy_metric(tmp_path: Path):
     def ids(metric: str, max_tokens: int) -> list[str]:
         fields = {"sweep": TREE["sweep"] | {"metric": metric}, "evaluate": {"sampling": {"max_tokens": max_tokens}}}
         return [trial.trial_id for trial in plan(tmp_path / metric / str(max_tokens), **fields).trials]
@@ -159,7 +159,7 @@ def test_completion_sets_cover_all_points(tmp_path: Path):
     assert [usage.arms for usage in some.teacher_usages] == [["soft", "hard"], ["soft", "hard"]]
 
 
-def test_tied_points_are_tested_and_reported_alike(tmp_path: Path):
+def test_tied_points_are_selected_and_reported_alike(tmp_path: Path):
     rates = {"train.learning_rate": {"grid": [0.001 * number for number in range(1, 13)]}}
     some = plan(tmp_path, sweep={"space": rates, "num_samples": 1, "test_top_n": 1})
     for trial in some.trials:

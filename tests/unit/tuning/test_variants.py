@@ -101,7 +101,7 @@ def test_fields_without_effect_make_no_variants():
     assert [each.hparams for each in variants_of(drawn, "soft")] == [{"loss.temperature": value} for value in (1, 2, 3)]
 
 
-def test_arm_of_config_id():
+def test_arm_of_config_id_omits_point_hash():
     named = arms_by_config_id(random_variants(SPACE, num_samples=2))
     assert {arm_of_config_id(name) for name in named} == {"hard", "soft"}
     assert arm_of_config_id("own@0123abcd/warmup") == "own/warmup"
@@ -183,7 +183,7 @@ def test_equal_settings_are_one_variant():
     ]
 
 
-def test_teacher_sampling_is_searched_only_where_it_generates():
+def test_teacher_sampling_is_searched_only_for_generating_arms():
     tree = TREE | {"arms": {"taught": {}, "reference": {"targets.source": "reference"}}}
     space = {"teacher.sampling.temperature": {"grid": [0.0, 0.7]}, "teacher.num_samples": {"grid": [1]}}
     every = all_variants(Experiment.model_validate(tree | {"sweep": {"space": space, "num_samples": 1}}))
