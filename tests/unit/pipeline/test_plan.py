@@ -229,3 +229,21 @@ def test_trial_ids_change_only_with_fields_that_affect_training(tmp_path: Path):
     assert changed("loss", loss={"divergence": "reverse_kl"}) == {"soft"}, "of its own answers it is the default"
     assert changed("carried_out", train={"checkpoint_every_steps": 7}) == set()
     assert changed("epochs", train={"epochs": 3}) == {"hard", "soft", "own"}
+
+
+def test_completion_sets_cover_all_points_of_a_sweep(tmp_path: Path):
+    space = {
+        "prompt.strategy": {"grid": ["teacher", "confidence"]},
+        "targets.top_k": {"grid": [4, 8]},
+        "train.learning_rate": {"loguniform": [1e-4, 1e-2]},
+    }
+    arms = {"soft": {"targets.kind": "top_k"}, "hard": {}}
+    dataset = {"source": "demo", "num_train": 20, "num_validation": 10, "num_test": 2}
+    some = prepare(tmp_path, arms=arms, dataset=dataset, sweep={"space": space, "num_samples": 3})
+    assert len(some.trials) == 3 * 4 + 3 * 2
+    assert [(each.strategy_name, each.top_k) for each in some.required_sets] == [
+        ("teacher", 8),
+        ("confidence", 8),
+    ]
+    assert {trial.completions for trial in some.trials} == {each.folder for each in some.required_sets}
+    assert [usage.arms for usage in some.teacher_usages] == [["soft", "hard"], ["soft", "hard"]]

@@ -54,19 +54,6 @@ def test_too_many_failures_raise_with_the_remedy(place: Path):
     assert row_store.check_failures(place, schema, "row_id", "students", "evaluate.max_error_rate", 0.4) == 1
 
 
-def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    file = tmp_path / "file.json"
-    files.write_json(file, {"old": True})
-    with pytest.raises(TypeError):
-        files.write_json(file, {"new": object()})
-    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
-    with pytest.raises(OSError, match="no space"):
-        files.write_json(file, {"new": True})
-    monkeypatch.undo()
-    assert files.read_json(file) == {"old": True}
-    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
-
-
 def cut(content: bytes) -> bytes:
     return content[:-20]
 
@@ -192,11 +179,3 @@ def test_unchanged_bucket_files_are_not_read_again(bucket: str):
 def relabelled(manifest: dict, **other: dict) -> dict:
     fields = {name: each for name, each in manifest.items() if name != "digest"} | other
     return fields | {"digest": hashing.content_key(fields)}
-
-
-def test_table_is_read_whole_by_columns_and_in_batches(place: Path):
-    file = place / "split" / "train.parquet"
-    files.write_table(file, rows(("a", 1, ""), ("b", 2, "")))
-    assert files.read_table(file).column_names == SCHEMA.names
-    assert files.read_table(file, ["value"]).to_pydict() == {"value": [1, 2]}
-    assert sum(len(batch) for batch in files.read_batches(file)) == files.num_rows(file) == 2

@@ -10,9 +10,8 @@ from ray.exceptions import RayTaskError
 from raykd import cli, errors
 from raykd.errors import StageError, UserError
 from raykd.pipeline import run
-from raykd.storage import files
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 def no_space() -> OSError:
@@ -153,9 +152,3 @@ def test_library_error_about_input_names_its_source():
         raise UserError("own: words")
     with pytest.raises(KeyError), errors.as_user_error("teacher", ValueError):
         raise KeyError("x")
-
-
-def test_refused_write_names_the_file(tmp_path: Path):
-    (tmp_path / "folder").write_text("in the way")
-    with pytest.raises(OSError, match=r"folder/file\.json"):
-        files.write_json(tmp_path / "folder" / "file.json", {})
