@@ -21,7 +21,7 @@ from raykd.models import tokenization
 from raykd.storage import files, schemas
 
 EXPERIMENT = """
-name: asked
+name: exported
 teacher: {model: raykd/demo-teacher}
 student: {model: raykd/demo-student}
 dataset: {num_train: 8, num_test: 4}
@@ -45,13 +45,13 @@ def exported(folder: Path, *overrides: str) -> tuple[Experiment, dict]:
     experiment = load_experiment(file, ["prompt.instruction=End with a number.", *overrides])
     files.write_table(folder / "test.parquet", pa.Table.from_pylist(PROBLEMS, schema=schemas.PROBLEM))
     lm_eval_task.write_task(experiment, folder, folder / "lm_eval")
-    return experiment, yaml.safe_load((folder / "lm_eval" / "raykd_asked.yaml").read_text())
+    return experiment, yaml.safe_load((folder / "lm_eval" / "raykd_exported.yaml").read_text())
 
 
 def loaded(folder: Path):
     """Return the task as the harness loads it."""
     manager = TaskManager(include_path=str(folder / "lm_eval"), include_defaults=False)
-    return manager.load("raykd_asked")["tasks"]["raykd_asked"]
+    return manager.load("raykd_exported")["tasks"]["raykd_exported"]
 
 
 def awkward_outputs(num_random: int) -> list[str]:
@@ -98,7 +98,7 @@ def test_grading_matches_the_harness(tmp_path: Path, num_random: int):
                 # The one difference: a match of dots and signs without a digit is not an answer here.
                 is_none = theirs == "[invalid]" or not any(character.isdigit() for character in theirs)
                 assert (ours is None) == is_none, (name, output, theirs, ours)
-                assert is_none or ours == grading._normalized(theirs), (name, output, theirs, ours)
+                assert is_none or grading.is_correct(ours, theirs), (name, output, theirs, ours)
                 counts["right"] += bool(score)
                 counts["none"] += is_none
         # The outputs must be diverse.
@@ -123,9 +123,9 @@ def test_harness_prompts_match_student_prompts(tmp_path: Path, protocol: str):
         world_size=1,
         apply_chat_template=is_chat,
         fewshot_as_multiturn=is_chat,
-        # Compares the turns, without a model's template.
+        # Renders the turns as JSON instead of with a model's template.
         chat_template=(lambda turns, add_generation_prompt=True: json.dumps(turns)) if is_chat else None,
-        tokenizer_name="asked",
+        tokenizer_name="exported",
     )
     assert len(task.instances) == len(PROBLEMS)
     for problem, instance in zip(PROBLEMS, task.instances, strict=True):
@@ -146,7 +146,7 @@ def test_command_has_adapter_task_and_chat_template(tmp_path: Path):
     # The date of raykd's own prompts.
     assert model["chat_template_args"] == {"date_string": tokenization.DATE_STRING}
     assert "--apply_chat_template" in words
-    assert "--tasks raykd_asked" in command and "fewshot" not in command
+    assert "--tasks raykd_exported" in command and "fewshot" not in command
     raw = load_experiment(tmp_path / "experiment.yaml", ["evaluate.protocol=zero_shot_raw"])
     assert "--apply_chat_template" not in lm_eval_task.lm_eval_command(
         raw, tmp_path, ""
