@@ -26,7 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from raykd.models.builtin import resolve_model
 from raykd.pipeline.plan import Plan
 from raykd.runtime import metrics
-from runs import Ran, finish, free_port, head_ports, kill_family, plan_of
+from runs import FinishedRun, finish, free_port, head_ports, kill_family, plan_of
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
@@ -262,7 +262,7 @@ def failed(output: Path, why: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def again(reference: Reference) -> Ran:
+def again(reference: Reference) -> FinishedRun:
     """The same command, run again on this machine after the run is complete."""
     return finish(reference.arguments, reference.plan.root)
 

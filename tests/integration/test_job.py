@@ -20,19 +20,18 @@ def test_job_runs_whole_experiment(reference: Reference):
 
 
 def test_token_is_not_in_files_output_or_job_records(reference: Reference):
-    """Neither the run nor Ray's job records show the token."""
-    assert "rayjobs/run.py" in reference.listed
-    assert PLANTED not in reference.output + reference.listed
+    assert "rayjobs/run.py" in reference.job_list
+    assert PLANTED not in reference.output + reference.job_list
     files = [file for file in reference.plan.root.rglob("*") if file.is_file()]
     assert len(files) > 50
     assert not [file for file in files if PLANTED.encode() in file.read_bytes()]
 
 
 def test_job_with_invalid_config_fails_with_message(reference: Reference):
-    assert reference.mistaken.returncode != 0
-    assert "did you mean 'epochs'" in reference.mistaken.stdout + reference.mistaken.stderr
+    assert reference.invalid_job.returncode != 0
+    assert "did you mean 'epochs'" in reference.invalid_job.stdout + reference.invalid_job.stderr
 
 
 def test_submission_with_wrong_token_is_refused(reference: Reference):
-    assert reference.unknown.returncode != 0
-    assert "token" in (reference.unknown.stdout + reference.unknown.stderr).lower()
+    assert reference.unauthorized_job.returncode != 0
+    assert "token" in (reference.unauthorized_job.stdout + reference.unauthorized_job.stderr).lower()

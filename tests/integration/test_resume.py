@@ -13,7 +13,7 @@ from test_run import predictions
 from raykd.storage import files, row_store, schemas
 from raykd.training.trial import TrialSpec
 from reference_run import ARMS, NUM_TEST, NUM_TRAIN, Reference
-from runs import Ran, end_by, finish, kill_when, plan_of, wait_for_end
+from runs import FinishedRun, finish, interrupt_when, kill_when, plan_of, wait_for_end
 
 # Four commands with two engines and two trainings. In `make test`, test_sweeps.py interrupts a run in the same places
 # with a teacher that is not an engine, and test_train.py compares resumed with uninterrupted training.
@@ -32,7 +32,7 @@ def answered_parts(folder: Path) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def ended(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+def ended(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """Two arms of the reference run in another storage: ended by SIGTERM while the teacher answers, and killed
     (SIGKILL) while students train, and while they answer.
 
@@ -45,7 +45,7 @@ def ended(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Ra
     request = plan.completion_sets["soft"]
     assert request
 
-    end_by(signal.SIGTERM, lambda: len(parts(request.folder)) >= 3, arguments, root)
+    interrupt_when(signal.SIGTERM, lambda: len(parts(request.folder)) >= 3, arguments, root)
     kept = answered_parts(request.folder)
     assert kept
     assert row_store.read_manifest(request.folder) is None, "ended too late to test anything"
@@ -71,7 +71,7 @@ def undisturbed(reference: Reference, trial: TrialSpec) -> TrialSpec:
     return next(each for each in reference.plan.trials if each.arm_name == trial.arm_name)
 
 
-def test_completions_equal_those_of_uninterrupted_run(reference: Reference, ended: Ran):
+def test_completions_equal_those_of_uninterrupted_run(reference: Reference, ended: FinishedRun):
     whole, request = (plan.completion_sets["soft"] for plan in (reference.plan, ended.plan))
     assert whole and request and whole.folder.name == request.folder.name
     columns = ["completion_id", "prompt_token_ids", "completion_token_ids", "error"]
@@ -82,7 +82,7 @@ def test_completions_equal_those_of_uninterrupted_run(reference: Reference, ende
     assert tables[0].equals(tables[1])
 
 
-def test_resumed_training_gives_same_adapter(reference: Reference, ended: Ran):
+def test_resumed_training_gives_same_adapter(reference: Reference, ended: FinishedRun):
     assert [trial.arm_name for trial in ended.plan.trials] == list(KEPT)
     for resumed in ended.plan.trials:
         whole = undisturbed(reference, resumed)
@@ -98,7 +98,7 @@ def test_resumed_training_gives_same_adapter(reference: Reference, ended: Ran):
             assert torch.allclose(tensor, weights[1][name], atol=1e-5), name
 
 
-def test_predictions_equal_those_of_uninterrupted_run(reference: Reference, ended: Ran):
+def test_predictions_equal_those_of_uninterrupted_run(reference: Reference, ended: FinishedRun):
     whole, resumed = (
         {(row["trial_id"], row["problem_id"]): row["completion"] for row in predictions(plan)}
         for plan in (reference.plan, ended.plan)

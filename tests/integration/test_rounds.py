@@ -11,7 +11,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from clusters import cluster, joining
+from clusters import cluster, cluster_env
 from oracles import greedy, log_likelihoods
 from raykd.config.training import Student
 from raykd.data import prompts
@@ -21,7 +21,7 @@ from raykd.storage import row_store, schemas
 from raykd.storage.files import read_json
 from raykd.training import examples
 from raykd.training.trial import TrialSpec, problem_ids_of_round
-from runs import Ran, finish, kill_when, plan_of, wait_for_end
+from runs import FinishedRun, finish, kill_when, plan_of, wait_for_end
 
 # Starts six engines. In `make test`, only unit tests cover on-policy training.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
@@ -56,11 +56,11 @@ def own_answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def taught(own_answers: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+def taught(own_answers: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     folder = tmp_path_factory.mktemp("storage")
     # Four cores have room for the teacher beside the students.
     with cluster(3) as nodes:
-        return finish(["run", str(own_answers), f"storage={folder}"], folder, 1800, joining(nodes))
+        return finish(["run", str(own_answers), f"storage={folder}"], folder, 1800, cluster_env(nodes))
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +72,17 @@ def rows(folder: Path) -> list[dict]:
     return row_store.read_rows(folder, schemas.COMPLETION).to_pylist()
 
 
-def trial_of(ran: Ran, arm: str) -> TrialSpec:
+def trial_of(ran: FinishedRun, arm: str) -> TrialSpec:
     return next(trial for trial in ran.plan.trials if trial.arm_name == arm)
 
 
-def problems_of(ran: Ran) -> dict[str, dict]:
+def problems_of(ran: FinishedRun) -> dict[str, dict]:
     table = pyarrow.parquet.read_table(ran.plan.problems / "train.parquet")
     return {row["problem_id"]: row for row in table.to_pylist()}
 
 
 @pytest.mark.parametrize("arm", ["soft", "hard"])
-def test_rounds_partition_problems_and_steps(taught: Ran, arm: str):
+def test_rounds_partition_problems_and_steps(taught: FinishedRun, arm: str):
     trial = trial_of(taught, arm)
     answered = [{row["problem_id"] for row in rows(trial.round_folder(number) / "answers")} for number in (0, 1)]
     assert [len(each) for each in answered] == [8, 16]
@@ -95,7 +95,7 @@ def test_rounds_partition_problems_and_steps(taught: Ran, arm: str):
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_round_uses_answers_of_previous_round_adapter(taught: Ran, tokenizer, number: int):
+def test_round_uses_answers_of_previous_round_adapter(taught: FinishedRun, tokenizer, number: int):
     trial, problems = trial_of(taught, "soft"), problems_of(taught)
     model = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32)
     if number:
@@ -109,7 +109,7 @@ def test_round_uses_answers_of_previous_round_adapter(taught: Ran, tokenizer, nu
     assert sum(agreed) >= 7, agreed
 
 
-def test_primed_teacher_scores_every_token(taught: Ran, tokenizer):
+def test_primed_teacher_scores_every_token(taught: FinishedRun, tokenizer):
     trial = trial_of(taught, "soft")
     prime = taught.plan.experiment.strategies["ground_truth"].text
     teacher = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-teacher"), dtype=torch.float32).eval()
@@ -127,7 +127,7 @@ def test_primed_teacher_scores_every_token(taught: Ran, tokenizer):
             assert torch.allclose(expected.topk(8, -1).values, logprobs.double(), atol=2e-3)
 
 
-def test_on_policy_loss_is_reverse_kl(taught: Ran, tokenizer):
+def test_on_policy_loss_is_reverse_kl(taught: FinishedRun, tokenizer):
     trial = trial_of(taught, "soft")
     base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32).eval()
     written = {row["problem_id"]: row["prompt_token_ids"] for row in rows(trial.round_folder(0) / "answers")}
@@ -147,7 +147,7 @@ def test_on_policy_loss_is_reverse_kl(taught: Ran, tokenizer):
 
 
 @pytest.mark.parametrize("arm", ["begun", "begun_hard"])
-def test_warmup_round_trains_on_reference_solutions(taught: Ran, tokenizer, arm: str):
+def test_warmup_round_trains_on_reference_solutions(taught: FinishedRun, tokenizer, arm: str):
     trial, problems = trial_of(taught, arm), problems_of(taught)
     assert not (trial.round_folder(0) / "answers").exists()
     begun = read_json(trial.round_folder(0) / "round.json")
@@ -176,7 +176,7 @@ def test_warmup_round_trains_on_reference_solutions(taught: Ran, tokenizer, arm:
         assert first["loss"] == pytest.approx(float(expected), rel=1e-3)
 
 
-def test_round_without_examples_keeps_weights(taught: Ran):
+def test_round_without_examples_keeps_weights(taught: FinishedRun):
     trial = trial_of(taught, "begun_hard")
     record = read_json(trial.folder / "trial.json")
     assert (record["rows"], record["dropped"]) == (8, {"incorrect": 16})
@@ -189,30 +189,30 @@ def test_round_without_examples_keeps_weights(taught: Ran):
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 
 
-def test_run_record_counts_scored_completions(taught: Ran):
+def test_run_record_counts_scored_completions(taught: FinishedRun):
     made = read_json(taught.plan.folder / "run.json")["completions"]
     counts = {(each["source"], *each["arms"]): each["rows"] for each in made}
     assert counts == {("reference", "begun/warmup"): 24, ("student", "soft"): 24, ("student", "begun"): 16}
 
 
-def test_teacher_stays_up_between_rounds(taught: Ran):
+def test_teacher_stays_up_between_rounds(taught: FinishedRun):
     # Once to score the reference solutions, and once for both rounds.
     assert taught.stderr.count("starting the teacher") == 2
 
 
-def test_hard_on_policy_arm_needs_no_teacher(taught: Ran):
+def test_hard_on_policy_arm_needs_no_teacher(taught: FinishedRun):
     trial = trial_of(taught, "hard")
     assert not (trial.round_folder(0) / "completions").exists()
     assert read_json(trial.folder / "trial.json")["strategy"] == ""
 
 
-def test_repeated_command_does_no_work(taught: Ran, own_answers: Path):
+def test_repeated_command_does_no_work(taught: FinishedRun, own_answers: Path):
     again = finish(["run", str(own_answers), f"storage={taught.plan.root}"], taught.plan.root)
     assert again.stdout == taught.stdout
     assert "Ray" not in again.stderr
 
 
-def test_run_killed_in_second_round_resumes_to_same_adapters(taught: Ran, own_answers: Path, tmp_path: Path):
+def test_run_killed_in_second_round_resumes_to_same_adapters(taught: FinishedRun, own_answers: Path, tmp_path: Path):
     arguments = ["run", str(own_answers), f"storage={tmp_path}"]
     second = [trial.round_folder(1) / "answers" for trial in plan_of(arguments).trials]
     family = kill_when(lambda: any(any(folder.glob("part-*.parquet")) for folder in second), arguments, tmp_path)

@@ -34,7 +34,7 @@ from reference_run import (
     TOP_K,
     Reference,
 )
-from runs import Ran, finish
+from runs import FinishedRun, finish
 
 pytestmark = pytest.mark.timeout(2400)
 
@@ -258,7 +258,7 @@ def test_results_csv_matches_predictions(plan: Plan):
             assert float(row[f"accuracy_{kind}_low"]) <= share <= float(row[f"accuracy_{kind}_high"])
 
 
-def test_output_shows_progress_and_ends_with_results(reference: Reference, again: Ran):
+def test_output_shows_progress_and_ends_with_results(reference: Reference, again: FinishedRun):
     asked, answers = 4 * NUM_TRAIN, len(STUDENTS) * NUM_TEST
     for stage in (f"teacher: {asked}/{asked} rows", "training: ", f"students: {answers}/{answers} answers", "logs: "):
         assert stage in reference.output
@@ -288,7 +288,7 @@ def test_run_record_has_versions_models_counts_and_times(plan: Plan):
     }
 
 
-def test_repeated_command_does_no_work(reference: Reference, again: Ran):
+def test_repeated_command_does_no_work(reference: Reference, again: FinishedRun):
     root = reference.plan.root
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*.parquet")}
     once_more = finish(reference.arguments, root)

@@ -7,7 +7,7 @@ import yaml
 
 import s3_server
 from raykd.storage import filesystem, row_store, schemas
-from runs import Ran, finish, kill_when, plan_of, wait_for_end
+from runs import FinishedRun, finish, kill_when, plan_of, wait_for_end
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 NUM_TRAIN, NUM_TEST = 40, 10
@@ -46,13 +46,13 @@ def experiment_of_two_arms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def in_a_folder(experiment_of_two_arms: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+def in_a_folder(experiment_of_two_arms: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     root = tmp_path_factory.mktemp("folder")
     return finish(["run", str(experiment_of_two_arms), f"storage={root}"], root)
 
 
 @pytest.fixture(scope="module")
-def in_a_bucket(bucket: str, experiment_of_two_arms: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+def in_a_bucket(bucket: str, experiment_of_two_arms: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """Kill the run twice; the next command starts at once, while processes of the killed one may still be ending."""
     here = tmp_path_factory.mktemp("elsewhere")
     arguments = ["run", str(experiment_of_two_arms), f"storage={bucket}/whole run"]
@@ -81,7 +81,7 @@ def ids(folder: Path, schema: object, column: str) -> list[str]:
     return sorted(row_store.read_rows(folder, schema, [column])[column].to_pylist())  # type: ignore[arg-type]
 
 
-def test_bucket_has_each_row_once(in_a_folder: Ran, in_a_bucket: Ran):
+def test_bucket_has_each_row_once(in_a_folder: FinishedRun, in_a_bucket: FinishedRun):
     for one, other in zip(in_a_folder.plan.required_sets, in_a_bucket.plan.required_sets, strict=True):
         found = ids(other.folder, schemas.COMPLETION, "completion_id")
         assert found == ids(one.folder, schemas.COMPLETION, "completion_id")
@@ -94,10 +94,10 @@ def test_bucket_has_each_row_once(in_a_folder: Ran, in_a_bucket: Ran):
     assert found == ids(in_a_folder.plan.attention, schemas.ATTENTION, "attention_id")
 
 
-def test_predictions_equal_those_of_folder(in_a_folder: Ran, in_a_bucket: Ran):
+def test_predictions_equal_those_of_folder(in_a_folder: FinishedRun, in_a_bucket: FinishedRun):
     """A student without its adapter would answer as the base student."""
 
-    def answers(ran: Ran) -> dict[str, str]:
+    def answers(ran: FinishedRun) -> dict[str, str]:
         rows = row_store.read_rows(ran.plan.predictions, schemas.PREDICTION).to_pylist()
         assert not any(row["error"] for row in rows)
         return {row["prediction_id"]: row["completion"] for row in rows}
@@ -105,8 +105,8 @@ def test_predictions_equal_those_of_folder(in_a_folder: Ran, in_a_bucket: Ran):
     assert answers(in_a_bucket) == answers(in_a_folder)
 
 
-def test_bucket_and_folder_have_same_files(in_a_folder: Ran, in_a_bucket: Ran):
-    def kinds(ran: Ran) -> set[str]:
+def test_bucket_and_folder_have_same_files(in_a_folder: FinishedRun, in_a_bucket: FinishedRun):
+    def kinds(ran: FinishedRun) -> set[str]:
         names = [str(file.relative_to(ran.plan.folder)) for file in filesystem.list_files(ran.plan.folder)]
         # Parts are named by their content; files of Ray Tune and Train by the time.
         return {
@@ -119,7 +119,7 @@ def test_bucket_and_folder_have_same_files(in_a_folder: Ran, in_a_bucket: Ran):
     assert not [file for file in filesystem.list_files(in_a_bucket.plan.root) if file.name.startswith("run.lock")]
 
 
-def test_repeated_command_starts_no_cluster(in_a_bucket: Ran, experiment_of_two_arms: Path, tmp_path: Path):
+def test_repeated_command_starts_no_cluster(in_a_bucket: FinishedRun, experiment_of_two_arms: Path, tmp_path: Path):
     before = filesystem.file_states(in_a_bucket.plan.predictions)
     root = str(in_a_bucket.plan.root)
     done = finish(["run", str(experiment_of_two_arms), f"storage={root}"], tmp_path)
@@ -127,7 +127,7 @@ def test_repeated_command_starts_no_cluster(in_a_bucket: Ran, experiment_of_two_
     assert filesystem.file_states(in_a_bucket.plan.predictions) == before
 
 
-def test_credentials_are_not_written(in_a_bucket: Ran):
+def test_credentials_are_not_written(in_a_bucket: FinishedRun):
     secret = s3_server.KEYS["AWS_SECRET_ACCESS_KEY"].encode()
     assert [
         file for file in filesystem.list_files(in_a_bucket.plan.root) if secret in filesystem.read_bytes(file)

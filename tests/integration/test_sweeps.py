@@ -20,7 +20,7 @@ from raykd.pipeline.plan import Plan
 from raykd.storage import files, row_store, schemas
 from raykd.storage.schemas import COMPLETE, STOPPED
 from raykd.training.trial import TrialSpec, trial_status
-from runs import Ran, end_by, finish, parts, plan_of, started, wait_for_end
+from runs import FinishedRun, finish, interrupt_when, parts, plan_of, started, wait_for_end
 
 pytestmark = pytest.mark.timeout(1800)
 GOOD, POOR = 5e-3, 1e-7
@@ -107,7 +107,7 @@ def swept(sweep_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     arguments = [str(sweep_file), f"storage={folder}"]
     plan = plan_of(["sweep", *arguments])
     (request,) = plan.required_sets
-    end_by(signal.SIGTERM, lambda: len(parts(request.folder)) >= 3, ["sweep", *arguments], folder)
+    interrupt_when(signal.SIGTERM, lambda: len(parts(request.folder)) >= 3, ["sweep", *arguments], folder)
     kept = written(parts(request.folder))
     assert row_store.read_manifest(request.folder) is None, "ended too late to test anything"
     test, hidden = plan.problems / "test.parquet", plan.problems / "test.hidden"
@@ -134,7 +134,7 @@ def swept(sweep_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
 
 
 @pytest.fixture(scope="module")
-def evaluated(swept: Swept, sweep_file: Path) -> Ran:
+def evaluated(swept: Swept, sweep_file: Path) -> FinishedRun:
     """The same sweep, evaluated."""
     return finish(["sweep", str(sweep_file), f"storage={swept.plan.root}"], swept.plan.root)
 
@@ -214,14 +214,14 @@ def test_tensorboard_files_exist(swept: Swept):
 
 # An engine for what the reference run shows of an evaluation.
 @pytest.mark.slow
-def test_base_student_and_best_trial_are_evaluated(swept: Swept, evaluated: Ran):
+def test_base_student_and_best_trial_are_evaluated(swept: Swept, evaluated: FinishedRun):
     rows = row_store.read_rows(evaluated.plan.predictions, schemas.PREDICTION).to_pylist()
     assert {row["trial_id"] for row in rows} == {swept.good.trial_id, "base"}
     assert len(rows) == 20
 
 
 @pytest.mark.slow
-def test_results_have_every_trial(evaluated: Ran):
+def test_results_have_every_trial(evaluated: FinishedRun):
     with (evaluated.plan.folder / "results.csv").open() as file:
         rows = {row["trial_id"]: row for row in csv.DictReader(file)}
     assert rows.keys() == {trial.trial_id for trial in evaluated.plan.trials} | {"base"}
@@ -237,7 +237,7 @@ def test_results_have_every_trial(evaluated: Ran):
 
 
 @pytest.mark.slow
-def test_repeated_command_does_no_work(evaluated: Ran, sweep_file: Path):
+def test_repeated_command_does_no_work(evaluated: FinishedRun, sweep_file: Path):
     again = finish(["sweep", str(sweep_file), f"storage={evaluated.plan.root}"], evaluated.plan.root)
     assert again.stdout == evaluated.stdout
     assert "Ray" not in again.stderr

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config
 
-from cloud_files import write_two_kinds
+from cloud_files import write_two_pools
 from raykd.cluster import capacity, connection, nodes
 
 
@@ -42,7 +42,7 @@ def test_capacity_includes_launchable_nodes(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_group_fits_on_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    write_two_kinds(tmp_path / "cluster.yaml")
+    write_two_pools(tmp_path / "cluster.yaml")
     monkeypatch.setattr(connection.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}])
     assert capacity.fits_on_one_node([{"GPU": 1.0}] * 2)
     monkeypatch.delenv("RAYKD_CLUSTER", raising=False)

@@ -11,18 +11,18 @@ from cloud_files import (
     FILES,
     FOLDER,
     INSTALLED,
-    LAUNCHED,
     NAMES,
     PROJECT,
+    RAY_UP_FILES,
     ROOT,
     assert_all_fits,
     experiment,
     fits,
-    kinds,
+    gpu_types,
     manifests,
-    on_kind,
     read,
-    submitted,
+    readme_experiment,
+    readme_job,
 )
 from raykd.config.loading import load_experiment
 from raykd.scaffold import shipped_configs
@@ -44,15 +44,15 @@ def test_rayjob_fits_its_cluster():
 def test_readme_job_fits_cluster_of_each_cloud(name: str):
     text = " ".join((FOLDER / "README.md").read_text().split())
     kind_of_cloud = {cloud: kind for kind, cloud in re.findall(r"`([\w-]+)` on (AWS|Google Cloud|Azure)", text)}
-    assert [kind_of_cloud[NAMES[name]]] == kinds(read(name)["available_node_types"]["student"]["resources"])
-    assert_all_fits(on_kind(kind_of_cloud[NAMES[name]]), f"{name}.yaml")
+    assert [kind_of_cloud[NAMES[name]]] == gpu_types(read(name)["available_node_types"]["student"]["resources"])
+    assert_all_fits(readme_experiment(kind_of_cloud[NAMES[name]]), f"{name}.yaml")
 
 
 def test_readme_job_fits_kubernetes_cluster():
     text = (FOLDER / "README.md").read_text()
     # What it says is to be said there besides, as the job says it.
     assert "`STUDENTS=L4`" in text and "add `teacher.engine.pipeline_parallel_size=2` to that" in text
-    config = on_kind("L4", "teacher.engine.pipeline_parallel_size=2")
+    config = readme_experiment("L4", "teacher.engine.pipeline_parallel_size=2")
     assert config == experiment("rayjob")
     assert_all_fits(config, "kuberay/nodes.yaml")
 
@@ -60,20 +60,20 @@ def test_readme_job_fits_kubernetes_cluster():
 def test_readme_command_names_gpu_type_of_each_cloud():
     text = (FOLDER / "README.md").read_text()
     (line,) = re.findall(r"^STUDENTS=.*$", text, re.MULTILINE)
-    kind_of = {name: kinds(read(name)["available_node_types"]["student"]["resources"])[0] for name in CLOUDS}
+    kind_of = {name: gpu_types(read(name)["available_node_types"]["student"]["resources"])[0] for name in CLOUDS}
     assert line.startswith(f"STUDENTS={kind_of['aws']} ") and "on AWS;" in line
     assert all(f"{kind_of[name]} on {NAMES[name]}" in line for name in ("gcp", "azure"))
 
 
 def test_8b_student_needs_checkpointing_on_22_gib_only():
-    config = on_kind("A10G", "train.gradient_checkpointing=false")
+    config = readme_experiment("A10G", "train.gradient_checkpointing=false")
     (train,) = [fit for fit in fits(config, "aws.yaml") if fit.stage == "train"]
     assert "A10G has 22.0" in train.problem and train.suggestion == "train.gradient_checkpointing=true"
-    assert_all_fits(on_kind("A100", "train.gradient_checkpointing=false"), "azure.yaml")
+    assert_all_fits(readme_experiment("A100", "train.gradient_checkpointing=false"), "azure.yaml")
 
 
 def test_job_metadata_names_experiment_and_stage():
-    metadata, file, overrides = submitted()
+    metadata, file, overrides = readme_job()
     (job,) = manifests("rayjob")
     for each, name in (
         (metadata, load_experiment(shipped_configs()[file], overrides).name),
@@ -98,7 +98,9 @@ def test_commands_and_options_exist():
     fence = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
     inline = [each.replace("\n", " ") for each in re.findall(r"`([^`]+)`", fence.sub("", readme))]
     blocks = [*fence.findall(readme), *inline]
-    on_nodes = [each for name in LAUNCHED for key, value in read(name).items() if "commands" in key for each in value]
+    on_nodes = [
+        each for name in RAY_UP_FILES for key, value in read(name).items() if "commands" in key for each in value
+    ]
     lines = [line for block in [*blocks, *on_nodes] for line in block.replace("\\\n", " ").splitlines()]
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     seen: set[str] = set()
@@ -151,7 +153,7 @@ def test_head_setup_packages_are_pinned(name: str):
     (command,) = commands
     packages = [word for word in command.split()[2:] if not word.startswith(("-", "/"))]
     assert packages and all(re.fullmatch(r"[\w-]+==[\w.]+", each) for each in packages)
-    # The same on the machine from which the cluster is brought up.
+    # The same on the machine from which the cluster is launched_nodes up.
     assert all(each in (FOLDER / "README.md").read_text() for each in packages)
 
 

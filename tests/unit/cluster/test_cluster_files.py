@@ -18,30 +18,30 @@ from cloud_files import (
     FOLDER,
     IMAGE,
     INSTALLED,
-    LAUNCHED,
     MANIFESTS,
     PROJECT,
+    RAY_UP_FILES,
     ROOT,
-    brought,
+    autoscaler_config,
     experiment,
-    kinds,
+    gpu_types,
+    launched_nodes,
     manifests,
-    prepared,
     ray_cluster,
     read,
 )
 from raykd.cluster import resources
 
 
-@pytest.mark.parametrize("name", LAUNCHED)
+@pytest.mark.parametrize("name", RAY_UP_FILES)
 def test_ray_up_files_are_valid(name: str):
     # Against ray/autoscaler/ray-schema.json, with the defaults of the provider.
-    validate_config(prepared(name))
+    validate_config(autoscaler_config(name))
 
 
 @pytest.mark.parametrize("name", ["raycluster", "rayjob"])
 def test_kubernetes_nodes_file_matches_manifests(name: str):
-    node_types = prepared(name)["available_node_types"]
+    node_types = autoscaler_config(name)["available_node_types"]
     nodes = yaml.safe_load((FOLDER / "kuberay" / "nodes.yaml").read_text())
     may = {name: (each["resources"], each["max_workers"]) for name, each in nodes["available_node_types"].items()}
     assert may == {
@@ -62,7 +62,7 @@ def test_pools_start_empty_and_only_students_are_spot(name: str):
     config = read(name)
     head, teacher, student = (config["available_node_types"][each] for each in ("head", "teacher", "student"))
     assert config["head_node_type"] == "head"
-    assert head["resources"]["GPU"] == 0 and not kinds(head["resources"])
+    assert head["resources"]["GPU"] == 0 and not gpu_types(head["resources"])
     assert (teacher["min_workers"], student["min_workers"]) == (0, 0)
     assert config["max_workers"] == teacher["max_workers"] + student["max_workers"]
     assert 0 < config["idle_timeout_minutes"] <= 15
@@ -74,9 +74,9 @@ def test_pools_start_empty_and_only_students_are_spot(name: str):
 @pytest.mark.parametrize("name", [*CLOUDS, "raycluster", "rayjob"])
 def test_gpu_types_are_known_to_ray(name: str):
     known = {value for key, value in vars(accelerators).items() if key.startswith("NVIDIA_")}
-    types = prepared(name)["available_node_types"]
-    assert kinds(types["teacher"]["resources"]) == ["H100"]
-    assert set(kinds(types["student"]["resources"])) < known
+    types = autoscaler_config(name)["available_node_types"]
+    assert gpu_types(types["teacher"]["resources"]) == ["H100"]
+    assert set(gpu_types(types["student"]["resources"])) < known
     assert types["teacher"]["resources"]["GPU"] == types["student"]["resources"]["GPU"] == 8
 
 
@@ -84,24 +84,24 @@ def test_gpu_types_are_known_to_ray(name: str):
 def test_16_gpu_teacher_launches_two_nodes(name: str):
     teacher = experiment("rayservice").teacher
     bundles = resources.engine_bundles(teacher.engine, "gpu")
-    assert len(bundles) == 16 and brought(name, bundles) == {"teacher": 2}
-    assert brought(name, bundles * 2) is None
+    assert len(bundles) == 16 and launched_nodes(name, bundles) == {"teacher": 2}
+    assert launched_nodes(name, bundles * 2) is None
 
 
 @pytest.mark.parametrize("name", CLOUDS)
 @pytest.mark.parametrize("workers", [1, 4, 8])
 def test_untyped_gpu_request_launches_student_node(name: str, workers: int):
-    assert brought(name, [resources.process_bundle("gpu", None)] * workers) == {"student": 1}
+    assert launched_nodes(name, [resources.process_bundle("gpu", None)] * workers) == {"student": 1}
 
 
 @pytest.mark.parametrize("name", ["raycluster", "rayjob"])
 def test_kubernetes_trial_launches_node_of_its_gpu_type(name: str):
     train = experiment("rayjob").train
-    assert brought(name, resources.trial_bundles(train, "gpu")) == {"student": 1}
+    assert launched_nodes(name, resources.trial_bundles(train, "gpu")) == {"student": 1}
 
 
 def test_all_files_use_image_of_this_version():
-    images = {read(name)["docker"]["image"] for name in LAUNCHED}
+    images = {read(name)["docker"]["image"] for name in RAY_UP_FILES}
     for name in MANIFESTS[1:]:
         spec = ray_cluster(name)["spec"]
         groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
@@ -118,7 +118,7 @@ def test_manifests_have_locked_ray_version(name: str):
         assert pinned == [ray_cluster(name)["spec"]["rayVersion"]]
 
 
-@pytest.mark.parametrize("name", LAUNCHED)
+@pytest.mark.parametrize("name", RAY_UP_FILES)
 def test_every_node_requires_ray_token(name: str):
     config = read(name)
     assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
@@ -139,7 +139,7 @@ def test_manifests_take_token_from_secret(name: str):
 def test_no_port_is_public():
     for file in FILES:
         assert "0.0.0.0" not in file.read_text(), file
-    for name in LAUNCHED:
+    for name in RAY_UP_FILES:
         assert any("--dashboard-host=127.0.0.1" in each for each in read(name)["head_start_ray_commands"])
         # What Ray would add to the rules of a security group.
         assert "security_group" not in read(name)["provider"]
@@ -154,7 +154,7 @@ def test_no_port_is_public():
         assert ray_cluster(name)["spec"]["headGroupSpec"]["serviceType"] == "ClusterIP"
 
 
-@pytest.mark.parametrize("name", LAUNCHED)
+@pytest.mark.parametrize("name", RAY_UP_FILES)
 def test_all_nodes_mount_shared_folder(name: str):
     config = read(name)
     assert "--volume /mnt/raykd:/mnt/raykd" in config["docker"]["run_options"]
@@ -205,7 +205,7 @@ def test_bucket_permissions_can_be_uncommented(name: str):
     validate_config(config)
     head, *workers = (config["available_node_types"][each]["node_config"] for each in ("head", "teacher", "student"))
     # Ray gives the head of AWS and Google Cloud its own, and where it is given another it does not.
-    assert "raykd-nodes" not in str(head) and "raykd-nodes" not in str(prepared(name))
+    assert "raykd-nodes" not in str(head) and "raykd-nodes" not in str(autoscaler_config(name))
     if name == "aws":
         assert [each["IamInstanceProfile"] for each in workers] == [{"Name": "raykd-nodes"}] * 2
     elif name == "gcp":

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cloud_files import write_two_kinds
+from cloud_files import write_two_pools
 from raykd.cluster import nodes
 from raykd.config.training import Train
 from raykd.tuning import slots
@@ -60,7 +60,7 @@ def first_request(
 
 
 def test_requests_stay_within_autoscaler_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    write_two_kinds(tmp_path / "cluster.yaml")
+    write_two_pools(tmp_path / "cluster.yaml")
     monkeypatch.setenv("RAYKD_CLUSTER", str(tmp_path / "cluster.yaml"))
     workers = [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:A10G": 0.001}] * 4
     assert first_request(workers, min_workers=4, max_trials=21) == workers * 4
@@ -72,7 +72,7 @@ def test_requests_stay_within_autoscaler_limits(tmp_path: Path, monkeypatch: pyt
 
 
 def test_elastic_trial_requests_as_many_workers_as_the_limits_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    write_two_kinds(tmp_path / "cluster.yaml")
+    write_two_pools(tmp_path / "cluster.yaml")
     monkeypatch.setenv("RAYKD_CLUSTER", str(tmp_path / "cluster.yaml"))
     # The limits allow sixteen of them.
     workers = [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:A10G": 0.001}] * 24
