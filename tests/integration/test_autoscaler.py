@@ -37,9 +37,10 @@ def count_slots(address: str, file: Path, log: Path) -> tuple[float, int, int, f
         groups = [slots.WorkerGroup(Train(num_workers=1), "cpu")]
         before = slots.num_trial_slots(groups, {}, limit=4)
         with autoscaler.node_requests() as request_nodes:
-            slots.AutoscalerRequester(request_nodes, trial_bundles=[{"CPU": 1}], min_workers=1, max_trials=9).update(
-                before, 9
+            requester = slots.AutoscalerRequester(
+                request_nodes, trial_bundles=[{"CPU": 1}], min_workers=1, max_trials=9
             )
+            requester.update(before, 9)
             deadline = time.monotonic() + 240
             while ray.cluster_resources()["CPU"] < 5 and time.monotonic() < deadline:
                 time.sleep(1)

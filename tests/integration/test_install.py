@@ -21,7 +21,7 @@ def documented_command() -> list[str]:
     return shlex.split(command.replace("\\\n", " "))
 
 
-# Installs the whole stack. In `make test`, test_packaging.py covers the wheel's files and metadata, not its installation.
+# Installs the whole stack. In `make test`, test_packaging.py covers the wheel's content; nothing there installs it.
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_wheel_and_cpu_stack_install_and_generate(tmp_path: Path):
