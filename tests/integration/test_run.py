@@ -45,13 +45,13 @@ def plan(reference: Reference) -> Plan:
 
 
 def all_completions(plan: Plan, arm: str) -> list[dict]:
-    request = plan.completion_sets[arm]
-    assert request is not None
-    return row_store.read_rows(request.folder, schemas.COMPLETION).to_pylist()
+    completion_set = plan.completion_sets[arm]
+    assert completion_set is not None
+    return row_store.read_rows(completion_set.folder, schemas.COMPLETION).to_pylist()
 
 
 def completions(plan: Plan, arm: str) -> list[dict]:
-    """Return the rows without an error."""
+    """Return the completion rows without an error."""
     return [row for row in all_completions(plan, arm) if not row["error"]]
 
 
@@ -79,7 +79,7 @@ def tokenizer():
 
 @pytest.mark.parametrize(("arm", "num_samples"), [("greedy", 1), ("soft", 2)])
 def test_each_problem_has_all_samples_of_its_arm(plan: Plan, arm: str, num_samples: int):
-    """The sampling of the teacher can differ between arms."""
+    """Arms may differ in the teacher's sampling."""
     rows = all_completions(plan, arm)
     problems = sorted(row["problem_id"] for row in split(plan, "train"))
     assert len(problems) == NUM_TRAIN
@@ -94,7 +94,7 @@ def test_samples_of_a_problem_differ(plan: Plan):
     for row in completions(plan, "soft"):
         by_problem.setdefault(row["problem_id"], set()).add(row["completion"])
     assert len(by_problem) == NUM_ANSWERED
-    # A primed teacher begins most answers with the same words, which fill most of 32 tokens.
+    # Most answers of a primed teacher start with the same words, which fill most of the 32 tokens.
     assert sum(len(texts) == 2 for texts in by_problem.values()) >= NUM_ANSWERED // 5
 
 
@@ -117,15 +117,15 @@ def test_greedy_teacher_answers_like_transformers(plan: Plan, teacher_model, tok
 
 
 def test_sampled_tokens_have_expected_mean_log_probability(plan: Plan, teacher_model):
-    said, expected = [], []
+    sampled, expected = [], []
     for row in completions(plan, "soft")[:20]:
         log_p = log_likelihoods(teacher_model, row["prompt_token_ids"], row["completion_token_ids"])
-        said += log_p[range(len(log_p)), row["completion_token_ids"]].tolist()
+        sampled += log_p[range(len(log_p)), row["completion_token_ids"]].tolist()
         flattened = torch.softmax(log_p / 0.7, -1)
         expected += (flattened * log_p).sum(-1).tolist()
-    # The mean log-probability of tokens drawn at temperature 0.7 is that of such draws.
-    spread = np.std(said) / np.sqrt(len(said))
-    assert abs(np.mean(said) - np.mean(expected)) < 4 * spread
+    # Tokens drawn at temperature 0.7 have the expected mean log-probability at temperature 1.
+    spread = np.std(sampled) / np.sqrt(len(sampled))
+    assert abs(np.mean(sampled) - np.mean(expected)) < 4 * spread
 
 
 @pytest.mark.parametrize("arm", ["soft", "scored"])
@@ -179,8 +179,8 @@ def test_evaluation_prompts_have_no_prime(plan: Plan, tokenizer):
     test = pyarrow.parquet.read_table(plan.problems / "test.parquet")
     experiment = plan.experiment
     arguments = (experiment.student, experiment.evaluate, experiment.prompt.instruction, set())
-    asked = student_batch.BuildEvalPrompts(plan.eval_models(), *arguments)(test)
-    texts = [tokenizer.decode(row["tokenized_prompt"]) for row in asked.to_pylist()]
+    rows = student_batch.BuildEvalPrompts(plan.eval_models(), *arguments)(test)
+    texts = [tokenizer.decode(row["tokenized_prompt"]) for row in rows.to_pylist()]
     assert len(texts) == len(STUDENTS) * NUM_TEST
     primes = [strategy.text.split("{")[0] for strategy in experiment.strategies.values() if strategy.text]
     assert len(primes) == 5
@@ -230,7 +230,7 @@ def test_training_lowers_loss_and_adapters_differ(plan: Plan):
     answers = {(row["trial_id"], row["problem_id"]): row["completion"] for row in predictions(plan)}
     by_trial = {trial: [answers[key] for key in sorted(answers) if key[0] == trial] for trial, _ in answers}
     assert len(by_trial) == len(STUDENTS)
-    assert len({tuple(texts) for texts in by_trial.values()}) == len(STUDENTS), "each adapter answers in its own way"
+    assert len({tuple(texts) for texts in by_trial.values()}) == len(STUDENTS), "two students give the same answers"
 
 
 def test_results_csv_matches_predictions(plan: Plan):
@@ -249,27 +249,27 @@ def test_results_csv_matches_predictions(plan: Plan):
     ]
     assert {row["arm"] for row in rows} == set(STUDENTS)
     for row in rows:
-        own = [each for each in predictions(plan) if each["trial_id"] == row["trial_id"]]
-        assert not [each["error"] for each in own if each["error"]]
-        assert int(row["n"]) == len(own) == NUM_TEST
+        answers = [each for each in predictions(plan) if each["trial_id"] == row["trial_id"]]
+        assert not [each["error"] for each in answers if each["error"]]
+        assert int(row["n"]) == len(answers) == NUM_TEST
         for kind in ("strict", "flexible"):
-            share = float(np.mean([each[f"is_correct_{kind}"] for each in own]))
+            share = float(np.mean([each[f"is_correct_{kind}"] for each in answers]))
             assert float(row[f"accuracy_{kind}"]) == pytest.approx(share)
             assert float(row[f"accuracy_{kind}_low"]) <= share <= float(row[f"accuracy_{kind}_high"])
 
 
-def test_output_shows_progress_and_ends_with_results(reference: Reference, again: FinishedRun):
-    asked, answers = 4 * NUM_TRAIN, len(STUDENTS) * NUM_TEST
-    for stage in (f"teacher: {asked}/{asked} rows", "training: ", f"students: {answers}/{answers} answers", "logs: "):
+def test_output_shows_progress_and_ends_with_results(reference: Reference, repeated_run: FinishedRun):
+    rows, answers = 4 * NUM_TRAIN, len(STUDENTS) * NUM_TEST
+    for stage in (f"teacher: {rows}/{rows} rows", "training: ", f"students: {answers}/{answers} answers", "logs: "):
         assert stage in reference.output
-    last = again.stdout.strip().splitlines()[-1]
+    last = repeated_run.stdout.strip().splitlines()[-1]
     assert last.startswith("report: ")
     assert Path(last.removeprefix("report: ")).exists()
-    assert again.stdout in reference.output
+    assert repeated_run.stdout in reference.output
     for arm in STUDENTS:
-        assert arm in again.stdout
-    # Engines, Ray and libraries write to their logs only.
-    shown = len(reference.output.splitlines()) - len(again.stdout.splitlines())
+        assert arm in repeated_run.stdout
+    # Engines, Ray and libraries write only to their logs.
+    shown = len(reference.output.splitlines()) - len(repeated_run.stdout.splitlines())
     assert shown < 150, reference.output
 
 
@@ -288,12 +288,12 @@ def test_run_record_has_versions_models_counts_and_times(plan: Plan):
     }
 
 
-def test_repeated_command_does_no_work(reference: Reference, again: FinishedRun):
+def test_repeated_command_does_no_work(reference: Reference, repeated_run: FinishedRun):
     root = reference.plan.root
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*.parquet")}
-    once_more = finish(reference.arguments, root)
-    assert once_more.stdout == again.stdout
-    assert "Ray" not in once_more.stderr, "what is complete needs no cluster"
+    third_run = finish(reference.arguments, root)
+    assert third_run.stdout == repeated_run.stdout
+    assert "Ray" not in third_run.stderr, "a completed run started a cluster"
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*.parquet")} == before
 
 
@@ -307,4 +307,4 @@ def test_other_experiment_reuses_completions(reference: Reference):
 def test_changed_experiment_of_same_name_is_refused(reference: Reference):
     with pytest.raises(AssertionError, match=r"train\.epochs was 3, is 7") as caught:
         finish([*reference.arguments, "train.epochs=7"], reference.plan.root)
-    assert "dashboard" not in str(caught.value), "refused before a cluster is started"
+    assert "dashboard" not in str(caught.value), "a cluster was started"
