@@ -82,7 +82,7 @@ def test_bootstrap_matches_plain_resampling() -> None:
     drawn = rng.integers(0, 200, size=(40_000, 200))
     means = (a.astype(float) - b.astype(float))[drawn].mean(axis=1)
     assert difference == pytest.approx(a.mean() - b.mean())
-    # A resampled mean moves in steps of 1/200, and so does its quantile.
+    # A resampled mean, and so its quantile, is a multiple of 1/200.
     assert (low, high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.0051)
 
 

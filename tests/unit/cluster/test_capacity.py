@@ -1,4 +1,4 @@
-"""Capacity of a cluster, now and after autoscaling."""
+"""Capacity of a cluster, current and after autoscaling."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def test_group_fits_on_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_on_premise_capacity_is_current_resources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Ray's launcher then writes a file whose node type has no resources."""
+    """On premises, Ray's launcher writes a file whose node type has no resources."""
     config = yaml.safe_load((Path(__file__).parents[3] / "cluster/local.yaml").read_text())
     file = tmp_path / "ray_bootstrap_config.yaml"
     file.write_text(yaml.safe_dump(prepare_config(config)))

@@ -1,7 +1,4 @@
-"""Files of cluster/: their consumers can parse them, and the files that they name exist.
-
-Ray reads the files of `ray up` and the specs of KubeRay; Ray's own scheduler says which nodes an experiment brings.
-"""
+"""Files of cluster/: valid for Ray and KubeRay; Ray's scheduler launches the intended nodes for an experiment."""
 
 import re
 from typing import Any
@@ -35,7 +32,7 @@ from raykd.cluster import resources
 
 @pytest.mark.parametrize("name", RAY_UP_FILES)
 def test_ray_up_files_are_valid(name: str):
-    # Against ray/autoscaler/ray-schema.json, with the defaults of the provider.
+    # Validates against ray/autoscaler/ray-schema.json, with the provider's defaults.
     validate_config(autoscaler_config(name))
 
 
@@ -43,8 +40,8 @@ def test_ray_up_files_are_valid(name: str):
 def test_kubernetes_nodes_file_matches_manifests(name: str):
     node_types = autoscaler_config(name)["available_node_types"]
     nodes = yaml.safe_load((FOLDER / "kuberay" / "nodes.yaml").read_text())
-    may = {name: (each["resources"], each["max_workers"]) for name, each in nodes["available_node_types"].items()}
-    assert may == {
+    limits = {name: (each["resources"], each["max_workers"]) for name, each in nodes["available_node_types"].items()}
+    assert limits == {
         name: ({key: amount for key, amount in each["resources"].items() if key != "memory"}, each["max_workers"])
         for name, each in node_types.items()
     }
@@ -122,7 +119,7 @@ def test_manifests_have_locked_ray_version(name: str):
 def test_every_node_requires_ray_token(name: str):
     config = read(name)
     assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
-    # Without a token, `ray start` would go on without asking for one.
+    # Without a token file, `ray start` starts without authentication.
     assert config["setup_commands"] == ["ray get-auth-token > /dev/null"]
     for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
         (start,) = [each for each in commands if "ray start" in each]
@@ -141,7 +138,7 @@ def test_no_port_is_public():
         assert "0.0.0.0" not in file.read_text(), file
     for name in RAY_UP_FILES:
         assert any("--dashboard-host=127.0.0.1" in each for each in read(name)["head_start_ray_commands"])
-        # What Ray would add to the rules of a security group.
+        # Ray adds such rules to the security group.
         assert "security_group" not in read(name)["provider"]
     aws = read("aws")["available_node_types"].values()
     assert all(each["node_config"]["SecurityGroupIds"] == ["FILL_IN_SECURITY_GROUP"] for each in aws)
@@ -158,7 +155,7 @@ def test_no_port_is_public():
 def test_all_nodes_mount_shared_folder(name: str):
     config = read(name)
     assert "--volume /mnt/raykd:/mnt/raykd" in config["docker"]["run_options"]
-    # Before the container is there; what is mounted afterwards it would not see.
+    # Mounted before the container starts, because it does not see later mounts.
     assert any("/mnt/raykd" in each for each in config["initialization_commands"])
 
 
@@ -174,7 +171,7 @@ def test_manifests_have_known_kuberay_fields(name: str):
     for group in spec["workerGroupSpecs"]:
         assert set(group) <= FIELDS["workerGroupSpecs"] and group["minReplicas"] == group["replicas"] == 0
     for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
-        # Kubernetes takes nothing but strings here.
+        # Kubernetes accepts only strings here.
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
         pod = group["template"]["spec"]
         assert set(pod) <= FIELDS["pod"]
@@ -192,19 +189,19 @@ def test_manifests_describe_one_cluster():
     assert service == {**cluster, "workerGroupSpecs": cluster["workerGroupSpecs"][:1]}
     teacher, student = cluster["workerGroupSpecs"]
     assert (teacher["groupName"], student["groupName"]) == ("teacher", "student")
-    # 16 GPUs span two hosts, which come and go as one replica.
+    # 16 GPUs span two hosts, which are launched and removed as one replica.
     assert teacher["numOfHosts"] == 2
 
 
 @pytest.mark.parametrize("name", CLOUDS)
 def test_bucket_permissions_can_be_uncommented(name: str):
-    """The lines for `raykd-nodes`, which README says to uncomment for a bucket."""
+    """For a bucket, the README says to uncomment the lines with `raykd-nodes`."""
     text = (FOLDER / f"{name}.yaml").read_text()
     key = r"IamInstanceProfile:|serviceAccounts:|  - email:|    scopes:|msi_name:|msi_resource_group:"
     config = prepare_config(yaml.safe_load(re.sub(rf"^( *)# ({key})", r"\1\2", text, flags=re.MULTILINE)))
     validate_config(config)
     head, *workers = (config["available_node_types"][each]["node_config"] for each in ("head", "teacher", "student"))
-    # Ray gives the head of AWS and Google Cloud its own, and where it is given another it does not.
+    # On AWS and Google Cloud, Ray creates a role for the head unless the file sets one.
     assert "raykd-nodes" not in str(head) and "raykd-nodes" not in str(autoscaler_config(name))
     if name == "aws":
         assert [each["IamInstanceProfile"] for each in workers] == [{"Name": "raykd-nodes"}] * 2
@@ -221,7 +218,7 @@ def test_network_policy_lets_labelled_namespaces_read_metrics():
     (policy,) = [each for each in manifests("shared") if each["kind"] == "NetworkPolicy"]
     inside, metrics = policy["spec"]["ingress"]
     assert "ports" not in inside
-    # KubeRay's default, from which the manifests do not differ.
+    # KubeRay's default, which the manifests do not change.
     assert metrics["ports"] == [{"protocol": "TCP", "port": 8080}]
     assert all("metrics-export-port" not in (FOLDER / "kuberay" / f"{name}.yaml").read_text() for name in MANIFESTS)
     (source,) = metrics["from"]

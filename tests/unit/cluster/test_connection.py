@@ -1,4 +1,4 @@
-"""The line about the cluster at the start of a run."""
+"""The line about the cluster that a run prints when it starts."""
 
 import inspect
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A stage of Ray Data."""
+"""A stage of Ray Data: rows, and the end of an interrupted execution."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -46,8 +46,8 @@ def test_interrupted_execution_ends_before_exception_propagates(stage: Stage):
         assert stage.is_open
         raise KeyboardInterrupt
 
-    # The exception is held, as by the caller of a run: its traceback refers to all frames.
-    with pytest.raises(KeyboardInterrupt) as held:
+    # A reference to the exception keeps the frames of its traceback alive, as in the caller of a run.
+    with pytest.raises(KeyboardInterrupt) as caught:
         run(stage, interrupt)
     assert not stage.is_open
-    assert held.value.__traceback__
+    assert caught.value.__traceback__

@@ -183,12 +183,12 @@ def test_log_stays_local_if_the_bucket_refuses_it(bucket: str, monkeypatch: pyte
     assert not filesystem.is_remote(file) and file.read_text().endswith("Traceback\n")
 
 
-def test_predictions_are_collected_into_one_file(place: Path):
+def test_predictions_are_collected_into_one_file(storage: Path):
     rows = pa.Table.from_pylist(drawn("none", 0, 0.5, 0.5), schema=schemas.PREDICTION)
     for way in ("zero_shot_chat-1", "zero_shot_raw-2"):
-        row_store.write_part(place / "predictions" / way, rows)
-        row_store.finalize(place / "predictions" / way, schemas.PREDICTION, "prediction_id", {})
+        row_store.write_part(storage / "predictions" / way, rows)
+        row_store.finalize(storage / "predictions" / way, schemas.PREDICTION, "prediction_id", {})
     for _ in range(2):
-        evaluate.collect_predictions(place / "predictions", place / "predictions.parquet")
-        found = files.read_table(place / "predictions.parquet", ["evaluation"])["evaluation"].to_pylist()
+        evaluate.collect_predictions(storage / "predictions", storage / "predictions.parquet")
+        found = files.read_table(storage / "predictions.parquet", ["evaluation"])["evaluation"].to_pylist()
         assert found == ["zero_shot_chat-1"] * len(rows) + ["zero_shot_raw-2"] * len(rows)

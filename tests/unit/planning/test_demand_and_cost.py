@@ -147,26 +147,26 @@ def test_problems_of_files_are_counted(tmp_path: Path):
     assert cost.stage_costs(nowhere, Rates(generation=1))[0].hours is None
 
 
-def test_rates_are_measured_from_an_earlier_run(place: Path, capsys: pytest.CaptureFixture[str]):
+def test_rates_are_measured_from_an_earlier_run(storage: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(ValueError, match=r"has no run\.json"):
-        cost.measured_rates(place)
+        cost.measured_rates(storage)
     experiment = load_experiment(
         ROOT / "configs" / "quickstart.yaml", ["teacher.replicas={min: 1, max: 2}", "prices.cpu_hour=0.05"]
     )
-    files.write_text(place / "experiment.yaml", dump_experiment(experiment))
+    files.write_text(storage / "experiment.yaml", dump_experiment(experiment))
     made = {"completion_tokens": 1000, "seconds": 5.0, "rows": 12, "errors": 2}
     scored = {"source": "reference", "completion_tokens": 10**6, "seconds": 1.0, "rows": 1, "errors": 0}
     run = {"completions": [made, {**made, "source": "teacher"}, scored], "stages": {"predictions": 4.0}}
     run["processor_seconds"] = {"teacher": {"cpu": 5.0}, "students' answers": {"cpu": 4.0}}
-    files.write_json(place / "run.json", run)
+    files.write_json(storage / "run.json", run)
     for name, tokens, workers in (("a", 600, 2), ("b", 400, 1)):
         points = [{"target_tokens": tokens // 2, "seconds": 1.0, "num_workers": workers}]
         points.append({"target_tokens": tokens, "seconds": 2.0, "num_workers": workers})
         curve = "".join(json.dumps(each) + "\n" for each in points)
-        filesystem.put(place / "trials" / name / "metrics.jsonl", curve.encode())
+        filesystem.put(storage / "trials" / name / "metrics.jsonl", curve.encode())
     answers = pa.table({"num_tokens": [10, 30, 99], "error": ["", "", "lost"]})
-    files.write_table(place / "predictions.parquet", answers)
-    found = cost.measured_rates(place)
+    files.write_table(storage / "predictions.parquet", answers)
+    found = cost.measured_rates(storage)
     assert found.generation == 2000 / 11 / 2
     assert found.completion_tokens == 100
     assert found.training == 1000 / (2 * 2 + 2)
@@ -182,8 +182,8 @@ def test_rates_are_measured_from_an_earlier_run(place: Path, capsys: pytest.Capt
     }
     assert priced == {0.05}
     # The same from the command line.
-    assert cli.main(["plan", str(ROOT / "configs" / "quickstart.yaml"), "--rates-from", str(place)]) == 0
-    assert "".join(f"measured in {place}".split()) in "".join(capsys.readouterr().out.split())
+    assert cli.main(["plan", str(ROOT / "configs" / "quickstart.yaml"), "--rates-from", str(storage)]) == 0
+    assert "".join(f"measured in {storage}".split()) in "".join(capsys.readouterr().out.split())
 
 
 def test_interrupted_run_has_no_rates(tmp_path: Path):

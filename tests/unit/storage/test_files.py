@@ -27,8 +27,8 @@ def test_refused_write_names_the_file(tmp_path: Path):
         files.write_json(tmp_path / "folder" / "file.json", {})
 
 
-def test_table_is_read_whole_by_columns_and_in_batches(place: Path):
-    file = place / "split" / "train.parquet"
+def test_table_is_read_whole_by_columns_and_in_batches(storage: Path):
+    file = storage / "split" / "train.parquet"
     files.write_table(file, pa.table({"row_id": ["a", "b"], "value": [1, 2]}))
     assert files.read_table(file).column_names == ["row_id", "value"]
     assert files.read_table(file, ["value"]).to_pydict() == {"value": [1, 2]}

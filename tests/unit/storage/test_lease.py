@@ -27,35 +27,35 @@ with lock.folder_lock(filesystem.resolve(sys.argv[1]), "raykd run mine.yaml"):
 ELSEWHERE = {"who": "process 7 on elsewhere", "token": "theirs", "process": 7, "started": "1", "machine": "elsewhere"}
 
 
-def test_second_process_sees_the_owner_until_release(place: Path):
-    with lock.folder_lock(place, "first"):
+def test_second_process_sees_the_owner_until_release(storage: Path):
+    with lock.folder_lock(storage, "first"):
         message = (
             rf"is locked by process {os.getpid()} on .*: first\. Wait for that process, stop it \(same completions\)"
         )
         with (
             pytest.raises(ValueError, match=message),
-            lock.folder_lock(place, "second", " (same completions)"),
+            lock.folder_lock(storage, "second", " (same completions)"),
         ):
             raise AssertionError("both hold it")
-        assert not row_store.list_parts(place)
-    with pytest.raises(RuntimeError), lock.folder_lock(place, "second"):
+        assert not row_store.list_parts(storage)
+    with pytest.raises(RuntimeError), lock.folder_lock(storage, "second"):
         raise RuntimeError
-    with lock.folder_lock(place, "third"):
+    with lock.folder_lock(storage, "third"):
         pass
 
 
-def test_lock_of_killed_local_process_is_free(place: Path):
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(place)], stdout=subprocess.PIPE, text=True)
+def test_lock_of_killed_local_process_is_free(storage: Path):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(storage)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout and process.stdout.readline() == "held\n"
         message = rf"process {process.pid} on .*raykd run mine\.yaml"
-        with pytest.raises(ValueError, match=message), lock.folder_lock(place, "second"):
+        with pytest.raises(ValueError, match=message), lock.folder_lock(storage, "second"):
             raise AssertionError("both hold it")
     finally:
         process.kill()
         process.wait()
     started = time.monotonic()
-    with lock.folder_lock(place, "again"):
+    with lock.folder_lock(storage, "again"):
         assert time.monotonic() - started < lease.RENEWAL_INTERVAL_S, "nothing was waited for"
 
 

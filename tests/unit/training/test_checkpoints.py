@@ -37,8 +37,8 @@ def write_list(run: Path, *names: str) -> Path:
 
 
 @pytest.fixture
-def run(place: Path) -> Path:
-    return place / "trial"
+def run(storage: Path) -> Path:
+    return storage / "trial"
 
 
 def test_valid_list_is_kept(run: Path):
