@@ -1,4 +1,4 @@
-"""Packages import downward only, files do not import in circles, and fast commands load no heavy library."""
+"""Packages import downward only, imports are acyclic, and light modules load no heavy library."""
 
 import ast
 import re
@@ -120,7 +120,7 @@ def test_every_file_has_docstring_and_at_most_400_lines():
     for file in SOURCE.rglob("*.py"):
         text = file.read_text()
         assert ast.get_docstring(ast.parse(text)), f"{file} has no docstring"
-        assert len(text.splitlines()) <= 400, f"{file} holds more than one thing"
+        assert len(text.splitlines()) <= 400, f"{file} has more than 400 lines"
 
 
 def test_every_package_docstring_names_modules_to_begin_with():
@@ -150,6 +150,6 @@ def test_only_tune_error_records_are_unpickled():
 
 
 def test_test_module_names_are_unique():
-    # pytest imports them by name alone: one of the two would fail to be collected, and only when both are asked for.
+    # pytest imports test modules by name: a second module of the same name fails when both are collected.
     names = sorted(file.name for file in SOURCE.parents[1].glob("tests/**/*.py"))
     assert sorted(set(names)) == names

@@ -1,4 +1,4 @@
-"""The demonstration: correct problems, and models that behave as their README says."""
+"""The demonstration: correct problems, and models that match their README."""
 
 import json
 import random
@@ -26,7 +26,7 @@ AWKWARD = (
 
 
 def oracle(answer: str) -> list[tuple[Fraction, Fraction]]:
-    """Return each calculation of a solution as (computed here, as written)."""
+    """Return each calculation of a solution as (computed, written) result."""
     operations = {
         "+": lambda x, y: x + y,
         "-": lambda x, y: x - y,
@@ -81,7 +81,7 @@ def test_questions_are_unique_across_splits():
 
 
 def test_numbers_are_unique_across_splits():
-    """A kind's calculations name its numbers, so that another phrasing of a test problem is no training problem."""
+    """The calculations of a kind determine its numbers: no training problem rephrases a test problem."""
     sums = {
         split: {(p.kind, tuple(s.expression for s in p.steps)) for p in generate_problems(split, 4000)}
         for split in SPLITS

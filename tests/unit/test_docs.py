@@ -32,13 +32,13 @@ def name_of(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors that GitHub generates for a page's headings."""
     headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text("utf-8")), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The arguments of each `raykd` command in the page's fenced blocks."""
+    """Return the arguments of each `raykd` command in the page's fenced blocks."""
     found = []
     for language, block in FENCE.findall(page.read_text("utf-8")):
         if language:
@@ -53,7 +53,7 @@ def commands(page: Path) -> list[list[str]]:
 def test_links_resolve(page: Path):
     text = FENCE.sub("", page.read_text("utf-8"))
     if page == ROOT / "README.md":
-        # A package index shows this page without the files beside it.
+        # A package index shows this page without the linked files.
         assert not re.findall(r"\]\((?![a-z]+:|#)([^)\s]+)\)", text), "a relative link"
         text = re.sub(r"https://(github\.com|raw\.githubusercontent\.com)/raykd/raykd/(blob/)?main/", "", text)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):

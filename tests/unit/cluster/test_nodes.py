@@ -8,7 +8,7 @@ from raykd.cluster import nodes
 from raykd.cluster.gpus import GPUS
 from raykd.cluster.nodes import ClusterSpec, NodeGroup
 
-UP = """
+RAY_UP_FILE = """
 cluster_name: example
 max_workers: 3
 head_node_type: head
@@ -51,7 +51,7 @@ def test_typed_bundle_is_placed_on_its_gpu_type():
 
 
 def test_ray_up_file_is_read(tmp_path: Path):
-    (tmp_path / "up.yaml").write_text(UP)
+    (tmp_path / "up.yaml").write_text(RAY_UP_FILE)
     found = nodes.read_cluster_file(tmp_path / "up.yaml")
     # The cluster's max_workers limits each type, and all types together.
     assert [(each.name, each.count) for each in found.nodes] == [("head", 1), ("h100", 2), ("a10g", 3)]
@@ -61,7 +61,7 @@ def test_ray_up_file_is_read(tmp_path: Path):
 
 
 def test_placement_respects_cluster_max_workers(tmp_path: Path):
-    (tmp_path / "up.yaml").write_text(UP)
+    (tmp_path / "up.yaml").write_text(RAY_UP_FILE)
     found = nodes.read_cluster_file(tmp_path / "up.yaml")
     of_four = ({"CPU": 1.0, "GPU": 1.0},) * 4
     # The cluster may have only three nodes, and a group goes to the fullest node that holds it.
@@ -75,7 +75,7 @@ def test_placement_respects_cluster_max_workers(tmp_path: Path):
 
 def test_placement_prefers_higher_priority(tmp_path: Path):
     eight = '{CPU: 96, GPU: 8, "accelerator_type:A10G": 1}, priority: 1'
-    (tmp_path / "up.yaml").write_text(UP.replace('{CPU: 32, GPU: 4, "accelerator_type:A10G": 1}', eight))
+    (tmp_path / "up.yaml").write_text(RAY_UP_FILE.replace('{CPU: 32, GPU: 4, "accelerator_type:A10G": 1}', eight))
     found = nodes.read_cluster_file(tmp_path / "up.yaml")
     assert [each.bundles_per_node for each in nodes.place([({"GPU": 1.0},) * 8], found)] == [(("a10g", 8),)]
     assert [each.bundles_per_node for each in nodes.place([({"GPU": 1.0},) * 12], found)] == [

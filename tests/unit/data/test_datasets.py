@@ -14,7 +14,7 @@ from raykd.storage import row_store, schemas
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, str]:
-    """Twenty training and five test problems in GSM8K's form."""
+    """Write twenty training and five test problems in GSM8K's form."""
     for split, count in (("train", 20), ("test", 5)):
         lines = [
             json.dumps({"question": f"{split} question {i}?", "answer": f"Half of {4 * i}.\n#### {2 * i}"})
@@ -62,7 +62,7 @@ def test_existing_splits_are_not_rewritten(tmp_path: Path, files: dict[str, str]
     assert datasets.write_splits(settings, tmp_path) == folder
     assert (folder / "train.parquet").stat().st_mtime_ns == written
     Path(files["test_file"]).write_text('{"question": "Other?", "answer": "#### 1"}\n')
-    assert datasets.write_splits(settings, tmp_path) != folder, "another file is other problems"
+    assert datasets.write_splits(settings, tmp_path) != folder, "the key does not depend on the file"
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_demo_splits_have_unique_questions(tmp_path: Path):
 
 
 def test_source_gsm8k_uses_the_datasets_library(tmp_path: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch):
-    # `datasets` takes a folder of this name, where there is one, for what the hub has under it.
+    # `datasets` prefers a local folder of this name to the dataset on the hub.
     folder = tmp_path / "openai" / "gsm8k"
     folder.mkdir(parents=True)
     (folder / "README.md").write_text(

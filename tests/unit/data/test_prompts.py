@@ -14,9 +14,9 @@ def test_student_prompt_has_no_prime(name: str):
     student = prompts.student_messages(PROBLEM, "State the number.")
     assert student == [{"role": "user", "content": "How many {apples} are 3 + 4?\n\nState the number."}]
     teacher = prompts.teacher_messages(PROBLEM, strategy, "State the number.")
-    asked = "\n".join(message["content"] for message in teacher)
-    assert PROBLEM["question"] in asked
-    assert "State the number." in asked
+    text = "\n".join(message["content"] for message in teacher)
+    assert PROBLEM["question"] in text
+    assert "State the number." in text
     assert (teacher == student) == (name == "none")
 
 
@@ -47,7 +47,7 @@ def test_gold_and_shuffled_hints_differ_only_in_answer():
     shuffled = prompts.teacher_messages(PROBLEM, BUILT_IN["shuffled_hint"])[-1]["content"]
     assert "answer is 7." in gold
     assert "answer is 12." in shuffled
-    assert gold.replace("is 7.", "is 12.") == shuffled, "the control differs in the hint alone"
+    assert gold.replace("is 7.", "is 12.") == shuffled, "the prompts differ in more than the answer"
 
 
 def test_unknown_placeholder_is_refused():

@@ -81,7 +81,7 @@ def test_text_has_positions_of_numbers_and_results(tokenizer):
     assert tokenizer.decode([whole[at] for at in text.question_numbers]).replace(" ", "") == "3012"
     assert tokenizer.decode(text.completion_token_ids[:-1]) == PROBLEMS[0]["reference_solution"]
     assert text.completion_token_ids[-1] == tokenizer.eos_token_id
-    # The result of the first line, 42, from the second line on; the second has the same result.
+    # From the second line on, the previous result is that of the first line, 42, which the second line repeats.
     results = {tokenizer.decode([whole[at] for at in found]).replace(" ", "") for found in text.previous_results}
     assert results == {"", "42"}
     assert not text.previous_results[0] and text.previous_results[-1]

@@ -193,7 +193,7 @@ def test_complete_predictions_are_collected_in_one_file(tmp_path: Path):
     assert collected["evaluation"].to_pylist() == ["chat"] * 2 + ["raw"] * 2
     before = (tmp_path / "predictions.parquet").stat().st_mtime_ns
     evaluate.collect_predictions(folder, tmp_path / "predictions.parquet")
-    assert (tmp_path / "predictions.parquet").stat().st_mtime_ns == before, "nothing new"
+    assert (tmp_path / "predictions.parquet").stat().st_mtime_ns == before, "the file was rewritten"
     row_store.finalize(folder / "unfinished", schemas.PREDICTION, "prediction_id", {"trials": ["t"]})
     evaluate.collect_predictions(folder, tmp_path / "predictions.parquet")
     assert pyarrow.parquet.read_table(tmp_path / "predictions.parquet").num_rows == 3 * len(rows)

@@ -28,26 +28,26 @@ class OwnConfig(LlamaConfig):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Write a model with a configuration class of its own."""
-    made = tmp_path / "model"
-    shutil.copytree(resolve_model("raykd/demo-student"), made)
-    file = made / "config.json"
+    """Write a model with a custom configuration class."""
+    path = tmp_path / "model"
+    shutil.copytree(resolve_model("raykd/demo-student"), path)
+    file = path / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}))
-    (made / "own.py").write_text(CODE.format(proof=str(tmp_path / "was run")))
-    return made
+    (path / "own.py").write_text(CODE.format(proof=str(tmp_path / "executed")))
+    return path
 
 
 def test_remote_code_is_not_run(folder: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"trust_remote_code beside the model's name"):
         loading.load_config(Teacher(model=str(folder)))
-    assert not (tmp_path / "was run").exists()
+    assert not (tmp_path / "executed").exists()
 
 
 def test_remote_code_runs_with_trust_remote_code(folder: Path, tmp_path: Path):
     found = loading.load_config(Student(model=str(folder), trust_remote_code=True))
     assert type(found).__name__ == "OwnConfig"
-    assert (tmp_path / "was run").exists()
+    assert (tmp_path / "executed").exists()
 
 
 def test_trust_remote_code_in_engine_kwargs_is_refused():

@@ -1,4 +1,4 @@
-"""What the steps of a run read and write, apart from their engines."""
+"""Files that the steps of a run read and write, without engines."""
 
 from pathlib import Path
 

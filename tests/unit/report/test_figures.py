@@ -45,7 +45,7 @@ def test_forest_plot_places_marks_on_the_axis():
     mark = svg.split('<g class="mark">')[1].split("</g>")[0]
     assert percents(mark, "x1") == [10.0, 20.0, 30.0] and percents(mark, "x2") == [90.0, 20.0, 30.0]
     assert percents(mark, "cx") == [25.0]
-    assert svg.count('<g class="mark">') == 1, "a value that is not known is not drawn"
+    assert svg.count('<g class="mark">') == 1, "an unknown value was drawn"
     assert "<title>an arm: 25.0 (22.0–38.0)</title>" in mark
     assert 60 < height < 160
 
@@ -63,7 +63,7 @@ def test_accuracy_figure_matches_results(results: Results, by_name: dict[str, Fi
         text = f"{100 * (arm.scores.strict.value or 0):.1f} ("
         assert f"{arm.name}: strict match {text}" in figure.description
         assert text in figure.content
-    # Ticks of two seeds in five of the six trained arms: one seed of the sixth failed.
+    # Two seeds each of five of the six trained arms; one seed of the sixth arm failed.
     assert figure.content.count('class="seed"') == 2 * 5
 
 
@@ -71,7 +71,7 @@ def test_heat_map_shows_sign_size_and_significance():
     value = np.array([1.0, -1.0, 0.0, 0.5, np.nan, -0.5])
     effect = Effect(value, value, value, p=np.array([0.01, 0.01, 1.0, 0.2, np.nan, 0.01]))
     paths = dict(re.findall('<path class="([^"]*)" d="([^"]*)"', heat_map(effect, 1.0, (2, 3), 100)))
-    # From blue, h0, to red, h10; row by row, without the head that is not defined.
+    # Classes from blue, h0, to red, h10; row by row, without the undefined head.
     assert paths == {
         "h10": "M0 0.5h1",
         "h0": "M1 0.5h1",

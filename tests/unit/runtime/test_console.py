@@ -1,4 +1,4 @@
-"""Console: progress lines, the log of libraries and its appendix."""
+"""Console: progress lines, and the log of library output."""
 
 import io
 import re
@@ -48,10 +48,10 @@ def test_elapsed_time_advances_until_the_end():
             time.sleep(0.01)
         meter.total = 10
         meter.add(10)
-    said = stream.getvalue()
-    assert "training: 10/10 steps" in said.splitlines()[-1]
+    output = stream.getvalue()
+    assert "training: 10/10 steps" in output.splitlines()[-1]
     time.sleep(0.2)
-    assert stream.getvalue() == said
+    assert stream.getvalue() == output
 
 
 def test_library_output_goes_to_the_log_and_status_to_the_terminal(tmp_path: Path):
@@ -74,13 +74,13 @@ print("result")
     assert done.stderr == "ours\nafter\n"
     assert done.stdout == "result\n"
     log = (tmp_path / "folder" / "driver.log").read_text()
-    assert all(said in log for said in ("early library", "late library", "native code", "printing library"))
+    assert all(text in log for text in ("early library", "late library", "native code", "printing library"))
     assert "ours" not in log
 
 
 def test_append_to_log_adds_to_the_log_file(tmp_path: Path):
     log = tmp_path / "driver.log"
-    log.write_text("said by a library\n")
+    log.write_text("output of a library\n")
     assert console.append_to_log(log, "Traceback\n") == log
-    assert log.read_text() == "said by a library\nTraceback\n"
+    assert log.read_text() == "output of a library\nTraceback\n"
     assert [file.name for file in tmp_path.iterdir()] == ["driver.log"]

@@ -50,7 +50,7 @@ def test_local_storage_is_an_absolute_path(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(("storage", "extra"), [("gs://bucket/x", "gcs"), ("abfs://bucket", "azure"), ("s3://b", "s3")])
 def test_missing_bucket_library_names_the_extra(storage: str, extra: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(filesystem.AZURE_ACCOUNT, "somebody")
+    monkeypatch.setenv(filesystem.AZURE_ACCOUNT, "account")
     monkeypatch.setattr(sys, "meta_path", [each for each in sys.meta_path if "PathFinder" not in str(each)])
     for name in ("s3fs", "gcsfs", "adlfs"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -74,7 +74,7 @@ def test_bucket_path_keeps_its_uri(bucket: str):
     assert filesystem.is_remote(storage) and pickle.loads(pickle.dumps(storage / "x")) == storage / "x"
     assert {storage / "x": 1}[pickle.loads(pickle.dumps(storage / "x"))] == 1
     with pytest.raises(TypeError):
-        # Whoever opens files by itself must fail rather than make a folder of that name.
+        # Code that opens the path as a local file must fail, and must not create a folder of that name.
         open(storage / "x")  # noqa: PTH123, SIM115
     assert filesystem.for_engine(storage / "adapter") == ("s3://", f"{bucket.removeprefix('s3://')}/some/where/adapter")
 
@@ -151,7 +151,7 @@ def test_create_reports_an_error_if_the_file_disappears(bucket: str, monkeypatch
     def refused(*_: Any, **__: Any) -> None:
         raise FileExistsError
 
-    file = filesystem.resolve(f"{bucket}/gone in that moment")
+    file = filesystem.resolve(f"{bucket}/deleted")
     monkeypatch.setattr(filesystem, "_store", lambda _: SimpleNamespace(pipe_file=refused))
     assert not filesystem.create(file, b"second") and not file.exists()
 
@@ -165,7 +165,7 @@ def test_replace_requires_the_expected_state(bucket: str, monkeypatch: pytest.Mo
     assert filesystem.read_bytes(file) == b"two"
     file.unlink()
     assert not filesystem.replace(file, b"four", seen) and not file.exists()
-    # It goes between two looks.
+    # The file is deleted between the check and the write.
     monkeypatch.setattr(type(file), "exists", lambda _: True)
     assert not filesystem.replace(file, b"five", seen)
 

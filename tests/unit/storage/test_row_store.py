@@ -1,4 +1,4 @@
-"""Row stores: atomic, resumable by id, and refused with the file's name if damaged."""
+"""Row stores: atomic writes, resumption by id, and errors that name damaged files."""
 
 from pathlib import Path
 
@@ -49,21 +49,21 @@ def test_too_many_failures_raise_with_the_remedy(storage: Path):
         row_store.check_failures(storage, schema, "row_id", "students", "evaluate.max_error_rate", 0.4)
     for words in ("students: 2 of 4 rows", "evaluate.max_error_rate=0.4", "p2: timeout", "p3: refused", str(storage)):
         assert words in str(caught.value)
-    # What was answered later did not fail.
+    # Rows that were answered later do not count as failed.
     row_store.write_part(storage, table.slice(1, 1).set_column(2, "error", pa.array([""])))
     assert row_store.check_failures(storage, schema, "row_id", "students", "evaluate.max_error_rate", 0.4) == 1
 
 
-def cut(content: bytes) -> bytes:
+def truncate(content: bytes) -> bytes:
     return content[:-20]
 
 
-def flipped(content: bytes) -> bytes:
+def flip_bit(content: bytes) -> bytes:
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-def edited(content: bytes) -> bytes:
+def edit_rows(content: bytes) -> bytes:
     """Write a valid Parquet file with the same number of rows."""
     table = pa.parquet.read_table(pa.BufferReader(content))
     buffer = pa.BufferOutputStream()
@@ -72,7 +72,7 @@ def edited(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("is_complete", [False, True])
-@pytest.mark.parametrize("damage", [cut, flipped, edited])
+@pytest.mark.parametrize("damage", [truncate, flip_bit, edit_rows])
 def test_damaged_part_is_refused_by_name(storage: Path, damage, is_complete: bool):
     row_store.write_part(storage, rows(("a", 1, "")))
     part = row_store.write_part(storage, rows(("b", 2, "")))
@@ -84,7 +84,7 @@ def test_damaged_part_is_refused_by_name(storage: Path, damage, is_complete: boo
     if is_complete:
         with pytest.raises(ValueError, match=f"{part.name} was truncated or modified.*delete it"):
             row_store.read_manifest(storage)
-    # As the message says.
+    # The message says to delete the part.
     part.unlink()
     if is_complete:
         with pytest.raises(ValueError, match=f"{part.name} is missing"):
@@ -150,32 +150,32 @@ def test_fingerprint_ignores_hidden_files_and_documentation(tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
     before = hashing.fingerprint(tmp_path)
     (tmp_path / ".cache").mkdir()
-    (tmp_path / ".cache" / "download").write_text("at noon")
-    (tmp_path / "README.md").write_text("a fine model")
+    (tmp_path / ".cache" / "download").write_text("a timestamp")
+    (tmp_path / "README.md").write_text("a description")
     assert hashing.fingerprint(tmp_path) == before
     (tmp_path / "config.json").write_text("{ }")
     assert hashing.fingerprint(tmp_path) != before
 
 
 def test_unchanged_bucket_files_are_not_read_again(bucket: str):
-    folder = filesystem.resolve(f"{bucket}/sealed")
+    folder = filesystem.resolve(f"{bucket}/finalized")
     part = row_store.write_part(folder, rows(("a", 1, "")))
     manifest = row_store.finalize(folder, SCHEMA, "row_id", {})
     assert manifest["states"] == {part.name: filesystem.file_state(part)}
-    # Had the part been read, this would be refused.
-    files.write_json(folder / row_store.MANIFEST, relabelled(manifest, parts={part.name: "another digest"}))
+    # If the part were read, this digest would be refused.
+    files.write_json(folder / row_store.MANIFEST, with_fields(manifest, parts={part.name: "another digest"}))
     assert row_store.read_manifest(folder)
     files.write_json(folder / row_store.MANIFEST, manifest)
     content = part.read_bytes()
-    part.write_bytes(cut(content))
+    part.write_bytes(truncate(content))
     with pytest.raises(ValueError, match="was truncated or modified"):
         row_store.read_manifest(folder)
-    # Copied to another bucket a file may have another state, and is then judged by what it holds.
+    # In another bucket, a copied file has another state, and its content is compared.
     part.write_bytes(content)
-    files.write_json(folder / row_store.MANIFEST, relabelled(manifest, states={}))
-    assert row_store.read_manifest(folder) == relabelled(manifest, states={})
+    files.write_json(folder / row_store.MANIFEST, with_fields(manifest, states={}))
+    assert row_store.read_manifest(folder) == with_fields(manifest, states={})
 
 
-def relabelled(manifest: dict, **other: dict) -> dict:
+def with_fields(manifest: dict, **other: dict) -> dict:
     fields = {name: each for name, each in manifest.items() if name != "digest"} | other
     return fields | {"digest": hashing.content_key(fields)}

@@ -57,7 +57,7 @@ def test_late_reply_times_out(monkeypatch: pytest.MonkeyPatch):
 
 def test_client_waits_for_scale_from_zero(monkeypatch: pytest.MonkeyPatch):
     none = {"min": 0, "max": 1}
-    # Loading takes longer than a reply may; the full timeout follows it.
+    # The reply timeout starts after loading.
     assert call(monkeypatch, none, [DOWN, DOWN, UP, UP], reply_after_s=0.35) == (REPLY, 3)
     assert call(monkeypatch, none, [DOWN, UP, UP], reply_after_s=10) == (TIMED_OUT, 3)
     # `teacher.start_timeout_s` limits the time without a replica.
@@ -82,17 +82,17 @@ def actor_error() -> RayError:
 
 
 def task_error(cause: Exception) -> RayError:
-    return RayTaskError("answer", "Traceback\nso it says", cause)
+    return RayTaskError("answer", "Traceback\nKeyError: x", cause)
 
 
 @pytest.mark.parametrize(
     ("outcomes", "expected", "num_calls"),
     [
-        # A replica that died is not the rows' fault: Serve replaces it.
+        # Serve replaces a dead replica, so the call is retried.
         ([actor_error(), actor_error(), REPLY], REPLY, 3),
         ([task_error(EngineDeadError()), task_error(EngineDeadError()), REPLY], REPLY, 3),
-        # A second failure on a live replica is the call's own.
-        ([task_error(KeyError("x")), task_error(KeyError("x")), REPLY], [{"error": "RayTaskError: so it says"}], 2),
+        # A call that fails twice on a live replica is not retried.
+        ([task_error(KeyError("x")), task_error(KeyError("x")), REPLY], [{"error": "RayTaskError: KeyError: x"}], 2),
         (
             [actor_error()] * 9,
             [{"error": "RayActorError: the replica died"}],

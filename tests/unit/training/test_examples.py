@@ -42,7 +42,7 @@ def test_selection_returns_rows_and_reasons_of_dropped_ones(settings: dict, kept
     selected, reasons = select_completions(ROWS, Targets(**settings))
     assert [ROWS.index(each) if each is not ROWS[3] else 3 for each in selected] == kept
     assert dict(reasons) == dropped
-    assert len(selected) + sum(reasons.values()) == len(ROWS), "every row is accounted for"
+    assert len(selected) + sum(reasons.values()) == len(ROWS), "a row is neither selected nor counted"
 
 
 def test_best_of_incorrect_rows_is_the_shortest_untruncated():

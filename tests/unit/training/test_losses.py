@@ -162,10 +162,10 @@ def test_divergence_is_finite_for_extreme_logits(student_and_teacher, kind: str,
     ids, log_p = top_k(teacher, 4)
     log_p[0, 1:] = -np.inf
     log_p[0, 0] = 0.0
-    # All of the student's mass on the teacher's tokens, none left for the rest.
+    # The student's whole mass is on the teacher's tokens.
     student[1, :] = -1e4
     student[1, ids[1]] = 0
-    # None of it on the teacher's tokens, and tokens with a logit of -inf.
+    # It has no mass on the teacher's tokens; their logits are -inf.
     student[2, ids[2]] = -np.inf
     student[3, :] = -np.inf
     student[3, ids[3, 0]] = 0

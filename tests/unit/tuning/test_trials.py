@@ -16,8 +16,8 @@ def test_ended_trials_are_not_pending(tmp_path: Path):
     assert [trial.trial_id for trial in sweep_plan(tmp_path).pending_trials()] == [
         trial.trial_id for trial in trials[3:]
     ]
-    again = sweep_plan(tmp_path, retry_failed=True).pending_trials()
-    assert [trial.trial_id for trial in again] == [third.trial_id, *(trial.trial_id for trial in trials[3:])]
+    retried = sweep_plan(tmp_path, retry_failed=True).pending_trials()
+    assert [trial.trial_id for trial in retried] == [third.trial_id, *(trial.trial_id for trial in trials[3:])]
     record = files.read_json(third.folder / "trial.json")
     assert (record["status"], record["error"], record["adapter"]) == (FAILED, "out of memory", None)
     assert record["validation"] == {"number": 1, "n": 10, "correct": 2.0, "accuracy": 0.2}
@@ -43,5 +43,5 @@ def test_stopped_trial_is_pending_without_a_scheduler(tmp_path: Path):
     trial, *_ = sweep_plan(tmp_path).trials
     write_validations(trial, 0.1, status=STOPPED)
     assert trial.trial_id not in {each.trial_id for each in sweep_plan(tmp_path).pending_trials()}
-    unstopped = TREE["sweep"] | {"scheduler": "none"}
-    assert trial.trial_id in {each.trial_id for each in sweep_plan(tmp_path, sweep=unstopped).pending_trials()}
+    without_scheduler = TREE["sweep"] | {"scheduler": "none"}
+    assert trial.trial_id in {each.trial_id for each in sweep_plan(tmp_path, sweep=without_scheduler).pending_trials()}
