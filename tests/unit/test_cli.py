@@ -111,10 +111,10 @@ def test_plan_refuses_a_misfit_and_suggests_a_fit(capsys, monkeypatch, tmp_path)
     assert "does not fit: a process needs" in captured.out
     assert captured.err.count("\n") == 1
     assert "does not fit: teacher: a process needs" in captured.err
-    (remedy,) = re.findall(r"closest fit: (\S+)", captured.err)
-    assert remedy == "teacher.engine.pipeline_parallel_size=2"
+    (suggestion,) = re.findall(r"closest fit: (\S+)", captured.err)
+    assert suggestion == "teacher.engine.pipeline_parallel_size=2"
     # Fields may be set before and after options.
-    assert cli.main([plan[0], plan[1], bf16, *plan[2:], remedy]) == 0
+    assert cli.main([plan[0], plan[1], bf16, *plan[2:], suggestion]) == 0
     assert "2 nodes (8 on worker, 8 on worker)" in capsys.readouterr().out
 
 

@@ -63,7 +63,6 @@ def test_difference_controls_family_wise_error(problems: int, kind: str):
 
 
 # Seconds each. `make test` runs one of the four cases.
-# Seconds each. `make test` runs one of the four cases.
 @pytest.mark.parametrize("num_right", [5, *(pytest.param(each, marks=pytest.mark.slow) for each in (2, 20, 50))])
 def test_correlation_controls_family_wise_error(num_right: int):
     rng = np.random.default_rng(4)

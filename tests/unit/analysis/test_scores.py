@@ -33,9 +33,9 @@ def test_majority_and_pass_at_k_are_per_problem_and_seed():
     found = compute_scores(rows)
     assert (found.num_samples, found.n, found.num_problems) == (4, 20, 4)
     assert found.strict.value == pytest.approx((2 + 2 + 1 + 1 + 1) / 20)
-    # The majority is correct in rows 1 and 3. With equal votes, as in row 2, the earlier answer counts.
+    # The majority is correct for problems 1 and 3. With equal votes, as for problem 2, the earlier answer counts.
     assert found.majority_strict.value == pytest.approx(2 / 5)
-    # Each has a correct answer among four. The shares of pairs with one are 5/6, 5/6, 3/6, 3/6 and 3/6.
+    # All five have a correct answer among four. The shares of pairs with one are 5/6, 5/6, 3/6, 3/6 and 3/6.
     assert list(found.pass_strict) == [2, 4]
     assert found.pass_strict[4].value == 1
     assert found.pass_strict[2].value == pytest.approx((5 / 6 + 5 / 6 + 3 / 6 + 3 / 6 + 3 / 6) / 5)

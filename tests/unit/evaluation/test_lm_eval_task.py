@@ -73,6 +73,7 @@ def awkward_outputs(num_random: int) -> list[str]:
     return outputs
 
 
+# `make test` grades a tenth as many random outputs.
 @pytest.mark.parametrize("num_random", [500, pytest.param(5000, marks=pytest.mark.slow)])
 def test_grading_matches_the_harness(tmp_path: Path, num_random: int):
     exported(tmp_path)
@@ -92,13 +93,13 @@ def test_grading_matches_the_harness(tmp_path: Path, num_random: int):
                 ("strict-match", grading.strict_match),
                 ("flexible-extract", grading.flexible_extract),
             ):
-                theirs, ours = instance.filtered_resps[name], extract(output)
-                score = task.process_results(doc, [theirs])["exact_match"]
-                assert bool(score) == grading.is_correct(ours, solution), (name, output, theirs, ours)
+                harness_answer, answer = instance.filtered_resps[name], extract(output)
+                score = task.process_results(doc, [harness_answer])["exact_match"]
+                assert bool(score) == grading.is_correct(answer, solution), (name, output, harness_answer, answer)
                 # The one difference: a match of dots and signs without a digit is not an answer here.
-                is_none = theirs == "[invalid]" or not any(character.isdigit() for character in theirs)
-                assert (ours is None) == is_none, (name, output, theirs, ours)
-                assert is_none or grading.is_correct(ours, theirs), (name, output, theirs, ours)
+                is_none = harness_answer == "[invalid]" or not any(character.isdigit() for character in harness_answer)
+                assert (answer is None) == is_none, (name, output, harness_answer, answer)
+                assert is_none or grading.is_correct(answer, harness_answer), (name, output, harness_answer, answer)
                 counts["right"] += bool(score)
                 counts["none"] += is_none
         # The outputs must be diverse.
@@ -107,10 +108,10 @@ def test_grading_matches_the_harness(tmp_path: Path, num_random: int):
 
 def test_filters_and_metrics_match_the_harness_gsm8k_task(tmp_path: Path):
     _, task = exported(tmp_path)
-    theirs = yaml.safe_load((Path(lm_eval.__file__).parent / "tasks/gsm8k/gsm8k.yaml").read_text())
-    assert task["filter_list"] == theirs["filter_list"]
-    assert task["metric_list"] == theirs["metric_list"]
-    assert task["output_type"] == theirs["output_type"]
+    gsm8k_task = yaml.safe_load((Path(lm_eval.__file__).parent / "tasks/gsm8k/gsm8k.yaml").read_text())
+    assert task["filter_list"] == gsm8k_task["filter_list"]
+    assert task["metric_list"] == gsm8k_task["metric_list"]
+    assert task["output_type"] == gsm8k_task["output_type"]
 
 
 @pytest.mark.parametrize("protocol", ["zero_shot_chat", "eight_shot_cot", "zero_shot_raw"])

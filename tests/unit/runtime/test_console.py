@@ -60,7 +60,7 @@ import logging, os, pathlib, sys
 from raykd.runtime import console
 early = logging.StreamHandler()
 with console.redirect_library_output(pathlib.Path({str(tmp_path / "folder" / "driver.log")!r})):
-    console.print_status("ours")
+    console.print_status("status")
     logging.getLogger("early").addHandler(early)
     logging.getLogger("early").warning("early library")
     logging.getLogger("late").addHandler(logging.StreamHandler())
@@ -71,11 +71,11 @@ print("after", file=sys.stderr)
 print("result")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stderr == "ours\nafter\n"
+    assert done.stderr == "status\nafter\n"
     assert done.stdout == "result\n"
     log = (tmp_path / "folder" / "driver.log").read_text()
     assert all(text in log for text in ("early library", "late library", "native code", "printing library"))
-    assert "ours" not in log
+    assert "status" not in log
 
 
 def test_append_to_log_adds_to_the_log_file(tmp_path: Path):

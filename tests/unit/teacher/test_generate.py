@@ -185,7 +185,7 @@ def test_empty_answers_are_kept_and_counted_as_dropped(experiment: Experiment, f
     written = tmp_path / "answers"
     row_store.write_part(written, pyarrow.Table.from_pylist(answers, schema=schemas.COMPLETION))
     assert generate._num_to_score(written) == 1
-    for _ in range(2):  # the second call changes empty_row
+    for _ in range(2):  # the second call changes nothing
         assert generate._keep_empty_answers(written, one_set) == 2
     kept = row_store.read_rows(one_set.folder, schemas.COMPLETION).to_pylist()
     assert [(row["problem_id"], row["strategy"]) for row in kept] == [("1", "teacher"), ("2", "teacher")]
