@@ -181,7 +181,7 @@ def test_token_counts_are_not_secrets(tmp_path: Path):
 def test_min_workers_requires_zero_stage_0(tmp_path: Path):
     def with_min_workers(min_workers: int, stage: int) -> Experiment:
         workers = f"num_workers: 4, min_workers: {min_workers}"
-        return load(tmp_path, SMALLEST, f"train={{{{{workers}, zero_stage: {stage}, dtype: float32}}}}")
+        return load(tmp_path, SMALLEST, f"train={{{workers}, zero_stage: {stage}, dtype: float32}}")
 
     assert with_min_workers(2, 0).train.min_workers == 2
     assert with_min_workers(4, 2).train.min_workers == 4

@@ -84,7 +84,7 @@ def test_terminal_shows_a_table(trials: dict[str, TrialSpec], monkeypatch: pytes
         [
             ["0.01", "complete", "10/10", "90.0 % of 10 (2 of 2)"],
             ["0.001", "stopped", "5/10", "40.0 % of 10 (1 of 2)"],
-            ["0.0001", "waiting", "not first_validation"],
+            ["0.0001", "waiting", "not measured"],
         ],
         strict=True,
     ):
