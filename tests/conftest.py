@@ -15,11 +15,11 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["DO_NOT_TRACK"] = "1"
-# Without its compiled modules every process of a run takes a second longer to load raykd.
+# Without compiled modules, each process of a run takes a second longer to load raykd.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# By default Ray's workers run at a low priority; on a busy machine an engine then loads for minutes.
+# Ray's workers run at a low priority by default; on a busy machine an engine then takes minutes to load.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
-# Marks the processes of these tests, also those whose parent has ended.
+# Identifies the processes of these tests, including those whose parent has ended.
 os.environ["RAYKD_TESTS"] = uuid.uuid4().hex
 
 import s3_server
@@ -43,7 +43,7 @@ def started_here() -> list[psutil.Process]:
     for process in psutil.process_iter():
         try:
             is_ours = process.environ().get("RAYKD_TESTS") == os.environ["RAYKD_TESTS"] and process.pid != os.getpid()
-            # multiprocessing keeps it as long as this process lives.
+            # multiprocessing's resource tracker lives as long as this process.
             if is_ours and "multiprocessing." not in " ".join(process.cmdline()):
                 found.append(process)
         except psutil.Error:
@@ -59,9 +59,9 @@ def bucket() -> Iterator[str]:
 
 
 @pytest.fixture(params=["folder", "bucket"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """An empty folder, then an empty prefix of a bucket."""
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """An empty folder; in a second test, an empty prefix of a bucket."""
     if request.param == "folder":
-        (tmp_path / "place").mkdir()
-        return filesystem.resolve(str(tmp_path / "place"))
+        (tmp_path / "storage").mkdir()
+        return filesystem.resolve(str(tmp_path / "storage"))
     return filesystem.resolve(f"{request.getfixturevalue('bucket')}/with space/{uuid.uuid4().hex}")

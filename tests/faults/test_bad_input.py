@@ -1,4 +1,4 @@
-"""Bad input gives a result or a UserError that names the place, and no other exception.
+"""Bad input gives a result or a UserError that names its source, and no other exception.
 
 `RAYKD_CASES` sets the number of cases of each test.
 """
@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raykd.config.loading import dump_experiment, load_experiment
+from raykd.config.sections import Dataset
 from raykd.data import datasets, grading
 from raykd.errors import UserError
 from raykd.evaluation import attention_spans
@@ -27,12 +28,12 @@ from raykd.storage import files, row_store, schemas
 
 ROOT = Path(__file__).parents[2]
 CASES = int(os.environ.get("RAYKD_CASES", "60"))
-many = settings(
+many_cases = settings(
     max_examples=CASES,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-# Values that YAML and JSON files hold, and likely typing errors.
+# Values of YAML and JSON files, and likely typing errors.
 words = st.sampled_from(["", "~", "none", "ground_truth", "student", "top_k", "auto", "1e-3", "../up", "a/b", "null"])
 numbers = st.integers(-3, 10**20) | st.floats() | st.booleans()
 scalars = st.none() | numbers | words | st.text(max_size=12)
@@ -49,8 +50,8 @@ trees = st.recursive(
 CONFIGURATIONS = sorted(ROOT.glob("configs/**/*.yaml"))
 
 
-def read_or_refused(file: Path, *overrides: str) -> None:
-    """Load an experiment; a refusal must be one line that names the file or the argument."""
+def check_loading(file: Path, *overrides: str) -> None:
+    """Load an experiment; an error must be one line that names the file or the argument."""
     try:
         experiment = load_experiment(file, overrides)
     except UserError as error:
@@ -65,50 +66,50 @@ def read_or_refused(file: Path, *overrides: str) -> None:
     assert dump_experiment(load_experiment(again)) == dump_experiment(experiment)
 
 
-def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def value_paths(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     found = [path] if path else []
     for key, value in tree.items() if isinstance(tree, dict) else ():
-        found += places(value, (*path, key))
+        found += value_paths(value, (*path, key))
     return found
 
 
-@many
+@many_cases
 @given(tree=trees)
-def test_any_yaml_tree(tmp_path: Path, tree: Any):
+def test_arbitrary_yaml_loads_or_raises_user_error(tmp_path: Path, tree: Any):
     file = tmp_path / "experiment.yaml"
     file.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8", errors="surrogatepass")
-    read_or_refused(file)
+    check_loading(file)
 
 
-@many
+@many_cases
 @given(data=st.data(), file=st.sampled_from(CONFIGURATIONS))
-def test_configuration_with_one_arbitrary_value(tmp_path: Path, data: st.DataObject, file: Path):
+def test_arbitrary_config_values_load_or_raise_user_error(tmp_path: Path, data: st.DataObject, file: Path):
     tree = yaml.safe_load(file.read_text())
     for _ in range(data.draw(st.integers(1, 3))):
-        *parents, last = data.draw(st.sampled_from(places(tree)))
+        *parents, last = data.draw(st.sampled_from(value_paths(tree)))
         at = tree
         for key in parents:
             at = at[key]
         at[last] = copy.deepcopy(data.draw(trees))
     changed = tmp_path / "experiment.yaml"
     changed.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8", errors="surrogatepass")
-    read_or_refused(changed)
+    check_loading(changed)
 
 
-@many
+@many_cases
 @given(content=st.binary(max_size=60))
-def test_any_bytes_where_yaml_is_expected(tmp_path: Path, content: bytes):
+def test_arbitrary_bytes_as_yaml_load_or_raise_user_error(tmp_path: Path, content: bytes):
     file = tmp_path / "experiment.yaml"
     file.write_bytes(content)
-    read_or_refused(file)
+    check_loading(file)
 
 
-@many
+@many_cases
 @given(typed=st.lists(st.text(max_size=20) | st.builds("{}={}".format, keys, st.text(max_size=12)), max_size=3))
-def test_any_override(tmp_path: Path, typed: list[str]):
+def test_arbitrary_overrides_load_or_raise_user_error(tmp_path: Path, typed: list[str]):
     file = tmp_path / "experiment.yaml"
     file.write_text((ROOT / "configs/quickstart.yaml").read_text())
-    read_or_refused(file, *typed)
+    check_loading(file, *typed)
 
 
 lines = st.binary(max_size=40) | st.builds(
@@ -118,17 +119,20 @@ lines = st.binary(max_size=40) | st.builds(
 )
 
 
-@many
+@many_cases
 @given(content=st.lists(lines, max_size=4))
-def test_any_json_lines(tmp_path: Path, content: list[bytes]):
+def test_arbitrary_json_lines_give_problems_or_user_error(tmp_path: Path, content: list[bytes]):
     file = tmp_path / "train.jsonl"
     file.write_bytes(b"\n".join(content))
     try:
-        rows = list(datasets._rows("train", str(file), datasets.read_jsonl(file)))
+        dataset = Dataset(source="jsonl", train_file=str(file), test_file=str(file))
+        rows = datasets.read_split(dataset, tmp_path, "train")
     except UserError as error:
-        assert str(file) in str(error) and type(error) is UserError, error
+        # A file without a problem has no line to name.
+        assert str(file) in str(error) or "dataset.num_" in str(error), error
+        assert type(error) is UserError, type(error)
         return
-    assert all(row["question"] and row["reference_answer"] for row in rows)
+    assert rows and all(row["question"] and row["reference_answer"] for row in rows)
 
 
 texts = st.text(max_size=200) | st.lists(
@@ -139,9 +143,9 @@ texts = st.text(max_size=200) | st.lists(
 ).map("".join)
 
 
-@many
+@many_cases
 @given(text=texts, reference=texts)
-def test_any_completion(text: str, reference: str):
+def test_arbitrary_completion_is_graded_without_exception(text: str, reference: str):
     for found in (grading.strict_match(text), grading.flexible_extract(text)):
         assert found is None or any(character.isdigit() for character in found)
         assert grading.is_correct(found, reference) in (True, False)
@@ -164,9 +168,9 @@ def test_any_completion(text: str, reference: str):
 manifests = trees | st.fixed_dictionaries({"rows": scalars, "parts": trees})
 
 
-@many
+@many_cases
 @given(content=st.binary(max_size=80) | manifests.map(lambda tree: json.dumps(tree).encode()))
-def test_any_bytes_where_a_manifest_or_rows_are_expected(tmp_path: Path, content: bytes):
+def test_arbitrary_manifest_or_rows_raise_only_user_error(tmp_path: Path, content: bytes):
     (tmp_path / row_store.MANIFEST).write_bytes(content)
     for part in tmp_path.glob("part-*"):
         part.unlink()
@@ -182,27 +186,27 @@ def test_any_bytes_where_a_manifest_or_rows_are_expected(tmp_path: Path, content
             assert str(tmp_path) in str(error) and type(error) is UserError, repr(error)
 
 
-def written(names: list[str], shapes: list[tuple[int, ...]], fill: float) -> bytes:
+def tensor_file(names: list[str], shapes: list[tuple[int, ...]], fill: float) -> bytes:
     return safetensors.numpy.save({n: np.full(s, fill, np.float32) for n, s in zip(names, shapes, strict=False)})
 
 
 tensors = st.builds(
-    written,
+    tensor_file,
     st.lists(st.sampled_from(["x.lora_A.weight", "x.lora_B.weight", "y.lora_A.weight", "z"]), unique=True, max_size=4),
     st.lists(st.sampled_from([(2, 3), (3, 2), (2, 2), (2,), (), (0, 2)]), min_size=4, max_size=4),
     st.sampled_from([0.0, 1.0, float("nan"), float("inf")]),
 )
-said = st.sampled_from(["peft_type", "r", "auto_mapping", "megatron_config"])
-configs = trees | st.dictionaries(said, scalars | st.sampled_from(["LORA", 2]), max_size=4)
+config_keys = st.sampled_from(["peft_type", "r", "auto_mapping", "megatron_config"])
+configs = trees | st.dictionaries(config_keys, scalars | st.sampled_from(["LORA", 2]), max_size=4)
 
 
-@many
+@many_cases
 @given(
     config=st.binary(max_size=40) | configs.map(lambda tree: json.dumps(tree).encode()),
     weights=st.binary(max_size=80) | tensors | tensors.map(lambda content: content[:-3]),
     more=st.sampled_from(["", "adapter_model.bin", "own.py"]),
 )
-def test_any_adapter_folder(tmp_path: Path, config: bytes, weights: bytes, more: str):
+def test_arbitrary_adapter_passes_or_raises_user_error(tmp_path: Path, config: bytes, weights: bytes, more: str):
     folder = tmp_path / "trial" / "adapter"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -216,13 +220,13 @@ def test_any_adapter_folder(tmp_path: Path, config: bytes, weights: bytes, more:
         assert str(folder) in str(error) and "delete" in str(error) and type(error) is UserError, repr(error)
         return
     assert not more and json.loads(config)["r"] == 2
-    held = safetensors.numpy.load(weights)
-    assert held and all(np.isfinite(value).all() for value in held.values())
+    loaded = safetensors.numpy.load(weights)
+    assert loaded and all(np.isfinite(value).all() for value in loaded.values())
 
 
-@many
+@many_cases
 @given(text=st.text(max_size=30) | st.builds("{}:{}:{}".format, words, words, words | st.integers(-5, 5)))
-def test_any_run_name(text: str):
+def test_arbitrary_student_name_parses_or_raises_user_error(text: str):
     try:
         folder, arm, seed = compare_runs.parse_student(text)
     except UserError as error:

@@ -10,10 +10,10 @@ import pytest
 import ray
 from ray.util import placement_group_table
 
-from clusters import cluster, joining
+from clusters import cluster, cluster_env
 
-# The actor stands for Ray Train's controller, which lives for up to 30 s more and may take another place in that time:
-# it is meant to outlive the run, so that it surely does.
+# The actor stands for Ray Train's controller, which lives for up to 30 s after its run and may create a placement group
+# in that time. It is detached, so that it always outlives the run.
 RUN = """
 import sys, threading, time
 from pathlib import Path
@@ -24,36 +24,36 @@ from raykd.cluster.connection import connected
 @ray.remote(num_cpus=0)
 class Controller:
     def __init__(self, marker):
-        threading.Thread(target=self.hold, args=(marker,), daemon=True).start()
+        threading.Thread(target=self.create_group, args=(marker,), daemon=True).start()
 
-    def hold(self, marker):
+    def create_group(self, marker):
         time.sleep(8)
-        held = placement_group([{"CPU": 1}])
-        assert held.wait(30)
-        Path(marker).write_text(held.id.hex())
+        group = placement_group([{"CPU": 1}])
+        assert group.wait(30)
+        Path(marker).write_text(group.id.hex())
 
-    def is_there(self):
+    def ping(self):
         return True
 
-with connected(Path(sys.argv[1]) / "log", "leavings", "test"):
+with connected(Path(sys.argv[1]) / "log", "cleanup", "test"):
     controller = Controller.options(name="controller", lifetime="detached").remote(sys.argv[1] + "/marker")
-    ray.get(controller.is_there.remote())
-    Path(sys.argv[1], "works").touch()
-    time.sleep(1 if sys.argv[2] == "ends" else 300)
+    ray.get(controller.ping.remote())
+    Path(sys.argv[1], "started").touch()
+    time.sleep(1 if sys.argv[2] == "returns" else 300)
 """
 # Waits for a minute. No test in `make test` covers this.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-@pytest.mark.parametrize("how", ["ends", "killed"])
-def test_a_place_that_is_taken_after_the_end_is_given_back(tmp_path: Path, how: str):
+@pytest.mark.parametrize("end", ["returns", "killed"])
+def test_placement_group_created_after_run_end_is_removed(tmp_path: Path, end: str):
     marker = tmp_path / "marker"
-    with cluster(1) as made:
-        ray.init(address=made.address, log_to_driver=False)
-        run = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path), how], env=joining(made))
+    with cluster(1) as nodes:
+        ray.init(address=nodes.address, log_to_driver=False)
+        run = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path), end], env=cluster_env(nodes))
         try:
-            wait_for((tmp_path / "works").exists)
-            if how == "killed":
+            wait_for((tmp_path / "started").exists)
+            if end == "killed":
                 run.kill()
             run.wait(60)
             assert not marker.exists()
@@ -69,5 +69,5 @@ def test_a_place_that_is_taken_after_the_end_is_given_back(tmp_path: Path, how: 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, "never came to be"
+        assert time.monotonic() < deadline, "the condition did not hold in time"
         time.sleep(0.5)

@@ -23,7 +23,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode:
-        pytest.skip(f"a disk of its own needs the right to mount one: {mounted.stderr.decode().strip()}")
+        pytest.skip(f"a separate file system needs the right to mount one: {mounted.stderr.decode().strip()}")
     try:
         yield folder
     finally:
@@ -32,7 +32,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def full(disk: Path) -> Iterator[None]:
+def filled(disk: Path) -> Iterator[None]:
     """Fill the disk during the block."""
     filler = disk / "filler"
     file = os.open(filler, os.O_WRONLY | os.O_CREAT)
@@ -64,7 +64,7 @@ ROWS = pa.table({"row_id": ["a", "b"], "error": ["", ""]})
 def test_failed_write_on_a_full_disk_keeps_the_old_file(disk: Path, write: Callable[[Path], object]):
     files.write_json(disk / "run.json", {"old": True})
     before = {path.name for path in disk.iterdir()}
-    with full(disk), pytest.raises(OSError, match=rf"No space left on device: '{disk}/"):
+    with filled(disk), pytest.raises(OSError, match=rf"No space left on device: '{disk}/"):
         write(disk)
     assert {path.name for path in disk.iterdir()} == before
     assert files.read_json(disk / "run.json") == {"old": True}
@@ -79,34 +79,35 @@ def command(root: Path) -> list[str]:
     ]
 
 
-def fails_clearly(condition: Callable[[], bool], arguments: list[str], cwd: Path, disk: Path) -> None:
-    with started(condition, arguments, cwd) as run, full(disk):
+def check_disk_error(condition: Callable[[], bool], arguments: list[str], cwd: Path, disk: Path) -> None:
+    with started(condition, arguments, cwd) as run, filled(disk):
         assert run.wait(300) == 1
-    said = (cwd / "started.log").read_text()
-    last = said.splitlines()[-1]
+    output = (cwd / "started.log").read_text()
+    last = output.splitlines()[-1]
     assert "raykd: a file cannot be read or written: [Errno 28] No space left on device" in last
     assert "free disk space" in last
-    assert "Traceback" not in said
+    assert "Traceback" not in output
 
 
+# Runs the quickstart twice. In `make test`, the test above covers writes to a full disk, test_errors.py the message.
 @pytest.mark.slow
 def test_run_resumes_after_space_is_freed(disk: Path, tmp_path: Path):
     arguments = command(disk / "storage")
     plan = plan_of(arguments)
     checkpoints = plan.folder / "checkpoints"
-    fails_clearly(lambda: len(parts(disk)) >= 1, arguments, tmp_path, disk)
-    fails_clearly(lambda: any(checkpoints.rglob("*.pt")), arguments, tmp_path, disk)
-    fails_clearly(lambda: len(parts(plan.predictions)) >= 1, arguments, tmp_path, disk)
+    check_disk_error(lambda: len(parts(disk)) >= 1, arguments, tmp_path, disk)
+    check_disk_error(lambda: any(checkpoints.rglob("*.pt")), arguments, tmp_path, disk)
+    check_disk_error(lambda: len(parts(plan.predictions)) >= 1, arguments, tmp_path, disk)
     done = finish(arguments, tmp_path).plan
-    (request,), (trial,) = done.required_sets, done.trials
-    rows = row_store.read_rows(request.folder, schemas.COMPLETION)
+    (completions,), (trial,) = done.required_sets, done.trials
+    rows = row_store.read_rows(completions.folder, schemas.COMPLETION)
     assert len(set(rows["problem_id"].to_pylist())) == len(rows) == 200
     answers = row_store.read_rows(done.predictions, schemas.PREDICTION)
     assert len(set(answers["prediction_id"].to_pylist())) == len(answers) == 120
     steps = [point["step"] for point in files.read_json_lines(trial.folder / "metrics.jsonl")]
     assert steps == sorted(set(steps)) and steps[-1] == files.read_json(trial.folder / "trial.json")["steps"]
     # The reference: the same run on a disk with free space.
-    elsewhere = finish(command(tmp_path / "elsewhere"), tmp_path).plan
-    theirs = row_store.read_rows(elsewhere.predictions, schemas.PREDICTION)
+    reference = finish(command(tmp_path / "reference"), tmp_path).plan
+    expected = row_store.read_rows(reference.predictions, schemas.PREDICTION)
     columns = ["prediction_id", "completion"]
-    assert answers.select(columns).sort_by(columns[0]).equals(theirs.select(columns).sort_by(columns[0]))
+    assert answers.select(columns).sort_by(columns[0]).equals(expected.select(columns).sort_by(columns[0]))

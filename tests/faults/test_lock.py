@@ -50,32 +50,32 @@ def holder(tmp_path: Path):
 def test_second_run_names_the_first(holder, tmp_path: Path, capsys, stage: str):
     process, folder = holder
     assert cli.main([stage, str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path}"]) == 2
-    said = capsys.readouterr().err
-    assert f"{folder} is locked by process {process.pid} on " in said
-    assert "raykd run mine.yaml" in said and "name=..." in said
-    # Nothing was touched.
+    message = capsys.readouterr().err
+    assert f"{folder} is locked by process {process.pid} on " in message
+    assert "raykd run mine.yaml" in message and "name=..." in message
+    # Nothing was written.
     assert [path.name for path in folder.iterdir()] == [lock.LOCK_FILE]
 
 
-# Starts a command. In `make test`, tests/unit/storage tests the message.
+# Starts a command. In `make test`, test_lease.py covers the message.
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_shared_completions_name_the_experiment_that_generates_them(tmp_path: Path):
     arguments = ["generate", str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path}", "arms={one: {}}"]
-    (request,) = plan_of(arguments).required_sets
-    with holding(request.folder) as process:
+    (completions,) = plan_of(arguments).required_sets
+    with holding(completions.folder) as process:
         done = subprocess.run([RAYKD, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=250)
     assert done.returncode == 2, done.stderr
-    assert f"{request.folder} is locked by process {process.pid} on " in done.stderr
+    assert f"{completions.folder} is locked by process {process.pid} on " in done.stderr
     assert "(same completions)" in done.stderr
-    assert [path.name for path in request.folder.iterdir()] == [lock.LOCK_FILE], "nothing was asked"
+    assert [path.name for path in completions.folder.iterdir()] == [lock.LOCK_FILE], "completions were generated"
 
 
-def test_lock_of_a_killed_run_is_free(holder):
+def test_lock_of_killed_run_is_free(holder):
     process, folder = holder
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert str(process.pid) in (folder / lock.LOCK_FILE).read_text(), "it had no time to tidy up"
+    assert str(process.pid) in (folder / lock.LOCK_FILE).read_text(), "the lock file still names the killed process"
     with lock.folder_lock(folder, "again"):
         assert "again" in (folder / lock.LOCK_FILE).read_text()
     assert (folder / lock.LOCK_FILE).read_text() == ""
@@ -104,19 +104,19 @@ def test_removed_lock_file_is_not_locked(tmp_path: Path, monkeypatch):
     first.__enter__()
     flock = lock.fcntl.flock
 
-    def late(file, how: int) -> None:
-        # Meanwhile the first ends.
+    def release_first(file, operation: int) -> None:
+        # The first process releases the lock between the second one's open and flock.
         monkeypatch.setattr(lock.fcntl, "flock", flock)
         first.__exit__(None, None, None)
-        flock(file, how)
+        flock(file, operation)
 
-    monkeypatch.setattr(lock.fcntl, "flock", late)
+    monkeypatch.setattr(lock.fcntl, "flock", release_first)
     with (
         lock.folder_lock(tmp_path, "second"),
         pytest.raises(UserError, match=r"by process .*: second"),
         lock.folder_lock(tmp_path, "third"),
     ):
-        raise AssertionError("both hold it")
+        raise AssertionError("two owners")
 
 
 def test_storage_that_is_a_file_is_refused(tmp_path: Path):
@@ -125,4 +125,4 @@ def test_storage_that_is_a_file_is_refused(tmp_path: Path):
         pytest.raises(UserError, match="storage is a file, not a folder"),
         lock.folder_lock(tmp_path / "storage", "first"),
     ):
-        raise AssertionError("no folder")
+        raise AssertionError("a file was locked as a folder")

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from clusters import cluster, joining
+from clusters import cluster, cluster_env
 from raykd.storage import files
 from raykd.storage.schemas import COMPLETE, FAILED, STOPPED
 from raykd.training.trial import TrialSpec
@@ -28,7 +28,7 @@ def command(root: Path, *more: str) -> list[str]:
             "train",
             str(ROOT / "configs/quickstart.yaml"),
             f"storage={root}",
-            "arms={own: {targets.source: reference}}",
+            "arms={one: {targets.source: reference}}",
         ],
         *["dataset.num_train=96", "train.batch_size=8", "train.micro_batch_size=4", "train.epochs=4"],
         *["train.num_workers=2", "train.zero_stage=0", f"train.checkpoint_every_steps={EVERY}", *more],
@@ -36,8 +36,8 @@ def command(root: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> TrialSpec:
-    root = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> TrialSpec:
+    root = tmp_path_factory.mktemp("uninterrupted")
     return finish(command(root), root).plan.trials[0]
 
 
@@ -46,85 +46,94 @@ def curve(trial: TrialSpec) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def has_come_far(trial: TrialSpec) -> bool:
+def is_past_second_checkpoint(trial: TrialSpec) -> bool:
     """Return whether a trial has passed its second checkpoint and is not near its end."""
     points = curve(trial)
     return bool(points) and 2 * EVERY < points[-1]["step"] < STEPS - EVERY
 
 
-def goes_on(trial: TrialSpec, run: subprocess.Popen[str], disturb: Callable[[], None]) -> None:
-    """Disturb a run; it must succeed without starting again from the first step."""
-    disturb()
+def check_resumption(trial: TrialSpec, run: subprocess.Popen[str], inject_fault: Callable[[], None]) -> None:
+    """Inject a fault into a run; it must succeed without repeating the first steps."""
+    inject_fault()
     least = len(curve(trial))
     deadline = time.monotonic() + 400
     while run.poll() is None:
-        assert time.monotonic() < deadline, "it did not go on"
+        assert time.monotonic() < deadline, "the training did not finish"
         least = min(least, len(curve(trial)))
         time.sleep(0.1)
     assert run.returncode == 0
-    assert least >= EVERY, "it started again"
+    assert least >= EVERY, "the training started from its first step"
 
 
-def check_the_same(trial: TrialSpec, undisturbed: TrialSpec) -> None:
-    ours, theirs = curve(trial), curve(undisturbed)
-    assert [point["step"] for point in ours] == [point["step"] for point in theirs] == list(range(1, STEPS + 1))
-    assert [point["loss"] for point in ours] == pytest.approx([point["loss"] for point in theirs], rel=1e-3)
+def check_equal(trial: TrialSpec, uninterrupted: TrialSpec) -> None:
+    resumed, expected = curve(trial), curve(uninterrupted)
+    assert [point["step"] for point in resumed] == [point["step"] for point in expected] == list(range(1, STEPS + 1))
+    assert [point["loss"] for point in resumed] == pytest.approx([point["loss"] for point in expected], rel=1e-3)
     weights = [
         safetensors.torch.load_file(each.folder / "adapter" / "adapter_model.safetensors")
-        for each in (trial, undisturbed)
+        for each in (trial, uninterrupted)
     ]
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
         assert torch.allclose(tensor, weights[1][name], atol=2e-3), name
 
 
-# In `make test`, test_sweeps.py kills a worker.
+# Trains twice. In `make test`, test_sweeps.py kills the workers of a trial.
 @pytest.mark.slow
-def test_a_worker_is_killed(undisturbed: TrialSpec, tmp_path: Path):
+def test_killed_worker_resumes_from_checkpoint(uninterrupted: TrialSpec, tmp_path: Path):
     arguments = command(tmp_path)
     (trial,) = plan_of(arguments).trials
-    with started(lambda: has_come_far(trial), arguments, tmp_path) as run:
+    with started(lambda: is_past_second_checkpoint(trial), arguments, tmp_path) as run:
 
         def kill() -> None:
-            below = psutil.Process(run.pid).children(recursive=True)
-            workers = [each for each in below if "RayTrainWorker" in " ".join(each.cmdline())]
+            descendants = psutil.Process(run.pid).children(recursive=True)
+            workers = [each for each in descendants if "RayTrainWorker" in " ".join(each.cmdline())]
             assert len(workers) == 2
             workers[0].kill()
 
-        goes_on(trial, run, kill)
-    check_the_same(trial, undisturbed)
+        check_resumption(trial, run, kill)
+    check_equal(trial, uninterrupted)
 
 
+# Trains for a minute. Nothing in `make test` removes a node during training.
 @pytest.mark.slow
-def test_a_node_is_lost_and_its_place_is_waited_for(undisturbed: TrialSpec, tmp_path: Path):
+def test_node_loss_resumes_training_on_replacement_node(uninterrupted: TrialSpec, tmp_path: Path):
     arguments = command(tmp_path)
     (trial,) = plan_of(arguments).trials
-    with cluster(1) as nodes, started(lambda: has_come_far(trial), arguments, tmp_path, joining(nodes)) as run:
+    with (
+        cluster(1) as nodes,
+        started(lambda: is_past_second_checkpoint(trial), arguments, tmp_path, cluster_env(nodes)) as run,
+    ):
 
-        def lose() -> None:
+        def replace_node() -> None:
             nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
             time.sleep(40)
-            assert run.poll() is None, "it waits"
+            assert run.poll() is None, "the run does not wait"
             assert len(curve(trial)) < STEPS
             nodes.add_node(num_cpus=1)
 
-        goes_on(trial, run, lose)
-    check_the_same(trial, undisturbed)
+        check_resumption(trial, run, replace_node)
+    check_equal(trial, uninterrupted)
 
 
+# Trains for a minute. In `make test`, test_train.py resumes with fewer workers; nothing there removes a node.
 @pytest.mark.slow
-def test_a_node_is_lost_and_those_that_are_left_go_on(undisturbed: TrialSpec, tmp_path: Path):
+def test_node_loss_resumes_elastic_training_with_fewer_workers(uninterrupted: TrialSpec, tmp_path: Path):
     arguments = command(tmp_path, "train.min_workers=1")
     (trial,) = plan_of(arguments).trials
-    with cluster(1) as nodes, started(lambda: has_come_far(trial), arguments, tmp_path, joining(nodes)) as run:
-        goes_on(trial, run, lambda: nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False))
-    check_the_same(trial, undisturbed)
+    with (
+        cluster(1) as nodes,
+        started(lambda: is_past_second_checkpoint(trial), arguments, tmp_path, cluster_env(nodes)) as run,
+    ):
+        check_resumption(trial, run, lambda: nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False))
+    check_equal(trial, uninterrupted)
 
 
+# Trains three trials. In `make test`, test_trials.py covers failed trials; nothing there fails a training.
 @pytest.mark.slow
-def test_a_trial_that_cannot_be_trained_fails_and_the_others_finish(tmp_path: Path):
-    # Every row is longer.
-    arms = "arms={own: {targets.source: reference}, nothing: {targets.source: reference, train.max_length: 2}}"
+def test_failed_trial_does_not_stop_other_trials(tmp_path: Path):
+    # Every row exceeds max_length=2.
+    arms = "arms={valid: {targets.source: reference}, empty: {targets.source: reference, train.max_length: 2}}"
     sweep = "sweep={space: {train.learning_rate: {grid: [0.005, 0.002]}}, metric: loss, num_validations: 2}"
     arguments = [
         *["sweep", str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path}", arms, sweep, "attention=null"],
@@ -135,7 +144,7 @@ def test_a_trial_that_cannot_be_trained_fails_and_the_others_finish(tmp_path: Pa
     assert "every example was filtered out (" in done.stdout
     for trial in plan_of(arguments).trials:
         record = files.read_json(trial.folder / "trial.json")
-        if trial.arm_name == "nothing":
+        if trial.arm_name == "empty":
             assert record["status"] == FAILED and "every example was filtered out (" in record["error"]
         else:
             assert record["status"] in (COMPLETE, STOPPED)

@@ -41,11 +41,11 @@ def autoscaling_head(folder: Path, types: dict[str, Any], idle_timeout_minutes: 
     """
     port = free_port()
     config = {
-        "cluster_name": "growing",
+        "cluster_name": "autoscaling",
         "max_workers": sum(each["max_workers"] for each in types.values()),
         "idle_timeout_minutes": idle_timeout_minutes,
         "provider": {
-            # As an external module: Ray's wheel lacks the defaults of the provider `fake_multinode`.
+            # As an external module, because Ray's wheel lacks the defaults of the provider `fake_multinode`.
             "type": "external",
             "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "gcs_address": f"127.0.0.1:{port}",

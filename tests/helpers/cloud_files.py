@@ -32,7 +32,7 @@ INSTALLED = "/opt/raykd"
 CLOUDS = ("aws", "gcp", "azure")
 # Names in the README.
 NAMES = {"aws": "AWS", "gcp": "Google Cloud", "azure": "Azure"}
-LAUNCHED = (*CLOUDS, "local")
+RAY_UP_FILES = (*CLOUDS, "local")
 MANIFESTS = ("shared", "raycluster", "rayjob", "rayservice")
 FILES = sorted(file for file in FOLDER.rglob("*") if file.is_file())
 # The fields of KubeRay 1.6.2 and Kubernetes that the manifests may use
@@ -80,16 +80,16 @@ def ray_cluster(name: str) -> dict[str, Any]:
     return {**found, "spec": spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec}
 
 
-def prepared(name: str) -> dict[str, Any]:
+def autoscaler_config(name: str) -> dict[str, Any]:
     """Return the autoscaler's configuration that Ray derives from a file."""
     if name in MANIFESTS:
         return _derive_autoscaling_config_from_ray_cr(ray_cluster(name))
     return prepare_config(copy.deepcopy(read(name)))
 
 
-def brought(name: str, bundles: list[dict[str, float]]) -> dict[str, int] | None:
-    """Return the nodes that Ray's autoscaler launches for a placement group; None where it is infeasible."""
-    config = AutoscalingConfig(prepared(name), skip_content_hash=True)
+def launched_nodes(name: str, bundles: list[dict[str, float]]) -> dict[str, int] | None:
+    """Return the nodes that Ray's autoscaler launches for a placement group; None if it is infeasible."""
+    config = AutoscalingConfig(autoscaler_config(name), skip_content_hash=True)
     group = GangResourceRequest(requests=[ResourceRequestUtil.make(bundle) for bundle in bundles])
     request = SchedulingRequest(
         disable_launch_config_check=True,
@@ -115,7 +115,7 @@ def experiment(name: str) -> Experiment:
     return load_experiment(ROOT / Path(file).relative_to(INSTALLED), overrides)
 
 
-def submitted() -> tuple[dict[str, str], str, list[str]]:
+def readme_job() -> tuple[dict[str, str], str, list[str]]:
     """Return the job that the README submits: its metadata, the experiment, and the overrides."""
     lines = (FOLDER / "README.md").read_text().replace("\\\n", " ").splitlines()
     (line,) = [line for line in lines if line.startswith("ray job submit ")]
@@ -125,11 +125,12 @@ def submitted() -> tuple[dict[str, str], str, list[str]]:
     return json.loads(words[words.index("--metadata-json") + 1]), file, overrides
 
 
-def on_kind(kind: str, *more: str) -> Experiment:
+def readme_experiment(gpu_type: str, *overrides: str) -> Experiment:
     """Return the experiment that the README submits, with students on a type of GPU."""
-    _, file, overrides = submitted()
-    assert any("$STUDENTS" in each for each in overrides)
-    return load_experiment(shipped_configs()[file], [*(each.replace("$STUDENTS", kind) for each in overrides), *more])
+    _, file, own = readme_job()
+    assert any("$STUDENTS" in each for each in own)
+    replaced = [each.replace("$STUDENTS", gpu_type) for each in own]
+    return load_experiment(shipped_configs()[file], [*replaced, *overrides])
 
 
 def fits(experiment_config: Experiment, name: str) -> list[Fit]:
@@ -145,14 +146,15 @@ def fits(experiment_config: Experiment, name: str) -> list[Fit]:
 
 
 def assert_all_fits(config: Experiment, name: str) -> None:
-    """Assert that every stage fits the pool that is meant for it, without problems or notes."""
+    """Assert that every stage fits its pool, without problems or notes."""
     found = fits(config, name)
     assert [(fit.stage, fit.problem, fit.notes) for fit in found if fit.problem or fit.notes] == []
     pools = {fit.stage: {pool for placed in fit.placements for pool, _ in placed.bundles_per_node} for fit in found}
     assert pools == {"teacher": {"teacher"}, "train": {"student"}, "evaluate": {"student"}, "attention": {"student"}}
 
 
-def kinds(resources: dict[str, Any]) -> list[str]:
+def gpu_types(resources: dict[str, Any]) -> list[str]:
+    """Return the GPU types in the resources of a node."""
     return [
         name.removeprefix(compat.ACCELERATOR_TYPE_PREFIX)
         for name in resources
@@ -160,8 +162,8 @@ def kinds(resources: dict[str, Any]) -> list[str]:
     ]
 
 
-def write_two_kinds(file: Path) -> None:
-    """Write the file of a cluster that may have two nodes of 8 GPUs and four of 4."""
+def write_two_pools(file: Path) -> None:
+    """Write the file of a cluster with at most two nodes of 8 H100 and four nodes of 4 A10G."""
     large = {"resources": {"CPU": 192, "GPU": 8, "accelerator_type:H100": 1}, "max_workers": 2}
     small = {"resources": {"CPU": 48, "GPU": 4, "accelerator_type:A10G": 1}, "max_workers": 4}
     types = {"head": {"resources": {"CPU": 8}}, "large": large, "small": small}

@@ -15,16 +15,16 @@ from runs import free_port, wait_for_end
 def cluster(*nodes: int) -> Iterator[Cluster]:
     """Start a cluster with a head of one core, and a worker node for each number of cores; stop it afterwards."""
     head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": free_port()}
-    # Processes that are not the cluster's, such as multiprocessing's resource tracker.
+    # These are not the cluster's: multiprocessing's resource tracker, for example.
     before = set(_children())
-    made = Cluster(initialize_head=True, head_node_args=head)
+    ray_cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for cores in nodes:
-            made.add_node(num_cpus=cores)
-        yield made
+            ray_cluster.add_node(num_cpus=cores)
+        yield ray_cluster
     finally:
         family = [each for each in _children() if each not in before]
-        made.shutdown()
+        ray_cluster.shutdown()
         wait_for_end(family)
 
 
@@ -32,9 +32,9 @@ def _children() -> list[psutil.Process]:
     return psutil.Process(os.getpid()).children(recursive=True)
 
 
-def joining(made: Cluster) -> dict[str, str]:
-    """Return the environment for commands that connect to a cluster."""
-    return {**os.environ, "RAY_ADDRESS": made.address}
+def cluster_env(ray_cluster: Cluster) -> dict[str, str]:
+    """Return the environment variables of commands that connect to a cluster."""
+    return {**os.environ, "RAY_ADDRESS": ray_cluster.address}
 
 
 def processes(name: str) -> list[psutil.Process]:
@@ -49,11 +49,11 @@ def processes(name: str) -> list[psutil.Process]:
     return found
 
 
-def holders(made: Cluster) -> list[Any]:
-    """Return the worker nodes that run an engine's process."""
+def nodes_with_engines(ray_cluster: Cluster) -> list[Any]:
+    """Return the worker nodes on which an engine runs."""
     engines = {parent.pid for engine in processes("EngineCore") for parent in engine.parents()}
     return [
         node
-        for node in made.worker_nodes
+        for node in ray_cluster.worker_nodes
         if any(each.process.pid in engines for infos in node.all_processes.values() for each in infos)
     ]

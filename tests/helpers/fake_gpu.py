@@ -46,7 +46,7 @@ def carry(module: str) -> None:
 
 @contextmanager
 def deployed(teacher: Teacher, kind: resources.Accelerator, deployment: type[LLMServer]) -> Iterator[Any]:
-    """Deploy the teacher's configuration with a deployment class of a test, for a `with` block.
+    """Deploy the teacher's configuration with the deployment class of a test, for a `with` block.
 
     Yields:
         The application's handle; requests wait until a replica is up.

@@ -98,30 +98,30 @@ def serving(respond: Callable[[ReceivedRequest, int], Answer]) -> Iterator[FakeS
 
 
 def tokens(*ids: int, text: str = "It is 4.", finish: str = "stop", **more: Any) -> Answer:
-    """An answer of `/completions` as vLLM's server gives it."""
+    """Return an answer of `/completions` in the form of vLLM's server."""
     choice = {"index": 0, "text": text, "finish_reason": finish, "token_ids": list(ids), **more}
     return 200, {}, {"object": "text_completion", "choices": [choice]}
 
 
 def message(text: str | None, finish: str = "stop") -> Answer:
-    """An answer of `/chat/completions`."""
+    """Return an answer of `/chat/completions`."""
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
     return 200, {}, {"object": "chat.completion", "choices": [choice]}
 
 
 def scores(request: ReceivedRequest, number: int = 0) -> Answer:
-    """Return scores of a teacher that is nearly certain of every token, with its k best."""
+    """Return the k best log-probabilities at each token, by a teacher that is nearly certain of every token."""
     prompt, k = request.body["prompt"], request.body["prompt_logprobs"]
-    each = [[token, *(other for other in range(k) if other != token)][:k] for token in prompt[1:]]
+    ranked = [[token, *(other for other in range(k) if other != token)][:k] for token in prompt[1:]]
     best = [
         {str(token): {"logprob": -4.0 - rank if rank else -0.1, "rank": rank + 1} for rank, token in enumerate(ids)}
-        for ids in each
+        for ids in ranked
     ]
     return tokens(0, prompt_logprobs=[None, *best])
 
 
 def complete_answer(request: ReceivedRequest, number: int = 0) -> Answer:
-    """Return an answer with everything that the request asks for; it does not depend on the number."""
+    """Return an answer with all log-probabilities that the request contains; it does not depend on the number."""
     if request.path.endswith("/chat/completions"):
         return message(f"{request.body['messages'][-1]['content'][:9]}\n#### 4")
     top_k, scored_k, prompt = (request.body.get(name) for name in ("logprobs", "prompt_logprobs", "prompt"))

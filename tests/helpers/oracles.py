@@ -4,7 +4,7 @@ import torch
 
 
 def greedy(model, prompt: list[int], eos: int, max_tokens: int) -> list[int]:
-    """Return a model's greedy answer, by transformers alone."""
+    """Return a model's greedy answer, computed by transformers."""
     with torch.no_grad():
         out = model.generate(
             torch.tensor([prompt]),

@@ -79,11 +79,11 @@ def trial_spec(variant: str, workers: int) -> TrialSpec:
 
 
 def write_problems(dataset: Dataset) -> Path:
-    """Write the splits of a data set, with a validation split, and return their folder."""
-    # Workers may write at the same time, so each has a folder of its own.
+    """Write the splits of a dataset, with a validation split, and return their folder."""
+    # Workers may write at the same time, so each has its own folder.
     folder = FOLDER / f"splits-{os.environ['RANK']}"
     shutil.copytree(datasets.write_splits(dataset, FOLDER), folder, dirs_exist_ok=True)
-    # Any problems that are not trained on serve as validation split.
+    # The test problems serve as the validation split.
     shutil.copyfile(folder / "test.parquet", folder / "validation.parquet")
     return folder
 
@@ -133,7 +133,7 @@ def run(variant: str, workers: int) -> None:
 
 
 def ignore(metrics: dict[str, Any], checkpoint: Path | None) -> None:
-    """A report that goes nowhere."""
+    """Report nothing."""
 
 
 if __name__ == "__main__":

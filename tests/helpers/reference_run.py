@@ -1,8 +1,8 @@
-"""The reference run: one experiment, submitted once as a job to a head that asks for a token, read by many tests.
+"""The reference run: one experiment, submitted once as a job to a head with token authentication, read by many tests.
 
-It is the longest fixture of the suite. What it wrote, what it said and what Ray's metrics showed of it meanwhile are
-read by test_run, test_reference_checks, test_job, test_run_metrics, test_resume and test_endpoint; none of
-them changes it. A test that needs something else of a run adds an arm here before it starts an engine of its own.
+It is the longest fixture of the suite. test_run, test_reference_checks, test_job, test_run_metrics, test_resume and
+test_endpoint read its files, its output and its metrics; none of them changes its files. Add an arm here before a test
+starts an engine of its own.
 """
 
 import json
@@ -26,18 +26,18 @@ from prometheus_client.parser import text_string_to_metric_families
 from raykd.models.builtin import resolve_model
 from raykd.pipeline.plan import Plan
 from raykd.runtime import metrics
-from runs import Ran, finish, free_port, head_ports, kill_family, plan_of
+from runs import FinishedRun, finish, free_port, head_ports, kill_family, plan_of
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
 SAMPLE = ROOT / "tests" / "data"
-"""Problems in GSM8K's form, two dozen of them for training, written for these tests."""
+"""Problems in GSM8K's form, two dozen of them for training."""
 TOKEN = "a-token-for-this-test-alone-0123456789abcdef"
 PLANTED = "hf_planted0aG9yc2ViYXR0ZXJ5c3RhcGxl"
 
 NAME = "reference"
 NUM_TRAIN, NUM_TOO_LONG, NUM_TEST = 24, 3, 11
-"""Problems of the training split, how many of them no model has room for, and those of the test split."""
+"""Problems of the training split, those of them that exceed the context length, and problems of the test split."""
 NUM_ANSWERED = NUM_TRAIN - NUM_TOO_LONG
 MAX_TOKENS = 32
 CONTEXT = 1024
@@ -66,14 +66,14 @@ ARMS: dict[str, dict[str, Any]] = {
     },
 }
 STUDENTS = ["base", *ARMS]
-# A driver that connects to the head and shows a trial once.
-BYSTANDER = """
+# A driver that connects to the head and sets the gauges of a trial once.
+SECOND_DRIVER = """
 import sys
 from pathlib import Path
 from raykd.cluster import connection
 from raykd.runtime import metrics
-with connection.connected(Path(sys.argv[1]), "kept", "watch"):
-    metrics.show_trials("kept", {"one": "complete"})
+with connection.connected(Path(sys.argv[1]), "second", "show"):
+    metrics.show_trials("second", {"one": "complete"})
     print("shown", file=sys.__stdout__, flush=True)
     sys.stdin.read()
 """
@@ -86,44 +86,43 @@ class Head:
     """A Ray head with token authentication."""
 
     environment: dict[str, str]
-    """In which a user talks to it."""
+    """Environment variables of its clients."""
     address: str
-    page: str
-    """Where it offers its metrics."""
-    mistaken: subprocess.CompletedProcess[str]
-    """The first submission, with a mistake in the experiment."""
+    metrics_url: str
+    invalid_job: subprocess.CompletedProcess[str]
+    """The first submission, with an unknown field in the experiment."""
 
 
 @dataclass
-class Seen:
-    """A node's metrics: all values of each series, from the first to the last."""
+class NodeMetrics:
+    """Metrics of a node: all scraped values of each series, in order."""
 
-    page: str
+    url: str
     values: dict[str, dict[frozenset[tuple[str, str]], list[float]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(list))
     )
-    now: list[tuple[str, Tags]] = field(default_factory=list)
-    """The series that were there at the last look."""
+    last_series: list[tuple[str, Tags]] = field(default_factory=list)
+    """The series of the last scrape."""
 
-    def look(self) -> None:
-        self.now = []
-        with urllib.request.urlopen(self.page, timeout=30) as answer:
+    def scrape(self) -> None:
+        self.last_series = []
+        with urllib.request.urlopen(self.url, timeout=30) as answer:
             lines = answer.read().decode().splitlines()
         # Most metrics are Ray's own, and parsing all of them takes seconds.
         kept = [line for line in lines if any(name in line for name in ("ray_raykd_", "ray_vllm_"))]
         for family in text_string_to_metric_families("\n".join([*kept, ""])):
             for sample in family.samples:
                 self.values[sample.name][frozenset(sample.labels.items())].append(sample.value)
-                self.now.append((sample.name, sample.labels))
+                self.last_series.append((sample.name, sample.labels))
 
-    def of(self, name: str, **tags: str) -> list[tuple[Tags, list[float]]]:
-        """The series with these tags."""
-        found = [(dict(series), values) for series, values in self.values.get(name, {}).items()]
-        return [(series, values) for series, values in found if tags.items() <= series.items()]
+    def series(self, name: str, **tags: str) -> list[tuple[Tags, list[float]]]:
+        """Return the series with these tags, and their values."""
+        found = [(dict(labels), values) for labels, values in self.values.get(name, {}).items()]
+        return [(labels, values) for labels, values in found if tags.items() <= labels.items()]
 
     def total(self, metric: metrics.Metric, **tags: str) -> float:
-        """The last value of a counter."""
-        return sum(values[-1] for _, values in self.of(metric.exported, **tags))
+        """Return the last value of a counter."""
+        return sum(values[-1] for _, values in self.series(metric.exported, **tags))
 
 
 @dataclass
@@ -134,16 +133,16 @@ class Reference:
     file: Path
     """The experiment."""
     output: str
-    """What the job printed, as `ray job submit` showed it."""
-    mistaken: subprocess.CompletedProcess[str]
-    """A submission with a mistake in the experiment."""
-    unknown: subprocess.CompletedProcess[str]
-    """A submission with another token."""
-    listed: str
-    """What `ray job list` printed afterwards."""
+    """The job's output, from `ray job submit`."""
+    invalid_job: subprocess.CompletedProcess[str]
+    """A submission with an unknown field in the experiment."""
+    unauthorized_job: subprocess.CompletedProcess[str]
+    """A submission with a wrong token."""
+    job_list: str
+    """The output of `ray job list` after the run."""
     jobs: list[dict[str, Any]]
-    """What the dashboard shows of the jobs."""
-    seen: Seen
+    """The dashboard's records of the jobs."""
+    metrics: NodeMetrics
 
     @property
     def arguments(self) -> list[str]:
@@ -153,7 +152,7 @@ class Reference:
 
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in teacher with sampling defaults of its own, as models on the hub have."""
+    """The built-in teacher with sampling defaults in its files, like models on the hub."""
     folder = tmp_path_factory.mktemp("models") / "teacher"
     shutil.copytree(resolve_model("raykd/demo-teacher"), folder)
     file = folder / "generation_config.json"
@@ -170,7 +169,7 @@ def experiment_file(teacher_folder: Path, tmp_path_factory: pytest.TempPathFacto
         "name": NAME,
         "dataset": {
             "source": "jsonl",
-            "train_file": str(with_too_long(folder / "train.jsonl")),
+            "train_file": str(write_train_file(folder / "train.jsonl")),
             "test_file": str(SAMPLE / "test.jsonl"),
             "num_validation": 3,
         },
@@ -207,7 +206,7 @@ def experiment_file(teacher_folder: Path, tmp_path_factory: pytest.TempPathFacto
     return file
 
 
-def with_too_long(file: Path) -> Path:
+def write_train_file(file: Path) -> Path:
     """Write the sample's training problems, some of them with a question that exceeds every context length."""
     lines = (SAMPLE / "train.jsonl").read_text().splitlines()
     for number in range(NUM_TOO_LONG):
@@ -220,49 +219,55 @@ def with_too_long(file: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def reference(experiment_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """Run the experiment without a fault."""
+    """Run the experiment without interruption."""
     storage, folder = tmp_path_factory.mktemp("storage"), tmp_path_factory.mktemp("job")
     arguments = [str(experiment_file), f"storage={storage}"]
-    with token_head(folder) as head, bystander(head, folder):
-        environment, seen, output = head.environment, Seen(head.page), folder / "output"
+    with token_head(folder) as head, second_driver(head, folder):
+        environment, node_metrics, output = head.environment, NodeMetrics(head.metrics_url), folder / "output"
         with output.open("w") as stream:
             run = subprocess.Popen(
                 submission("rayjobs/run.py", "run", *arguments), env=environment, cwd=ROOT, stdout=stream, stderr=stream
             )
         try:
-            # Meanwhile the teacher's engine loads.
-            (folder / "other").write_text("another-token-altogether-0123456789abcdef")
-            other = {**environment, "RAY_AUTH_TOKEN_PATH": str(folder / "other")}
-            unknown = submit(other, "rayjobs/run.py", "--version")
+            # The teacher's engine loads during this submission.
+            (folder / "wrong").write_text("another-token-altogether-0123456789abcdef")
+            wrong = {**environment, "RAY_AUTH_TOKEN_PATH": str(folder / "wrong")}
+            unauthorized_job = submit(wrong, "rayjobs/run.py", "--version")
             deadline = time.monotonic() + 2100
             while run.poll() is None:
-                assert time.monotonic() < deadline, failed(output, "takes too long")
-                seen.look()
-                # Exporting them costs a large part of a core.
+                assert time.monotonic() < deadline, failure_message(output, "takes too long")
+                node_metrics.scrape()
+                # Each export takes a large part of a core.
                 time.sleep(5)
         finally:
             run.kill()
             run.wait()
-        assert run.returncode == 0, failed(output, f"ended with {run.returncode}")
-        # Processes export their counts every 10 s and at their end.
+        assert run.returncode == 0, failure_message(output, f"ended with {run.returncode}")
+        # Processes export their metrics every 10 s and at their end.
         time.sleep(12)
-        seen.look()
+        node_metrics.scrape()
         listed = subprocess.run([RAY, "job", "list"], env=environment, capture_output=True, text=True, timeout=120)
         jobs = list_jobs(environment)
-    job_list = listed.stdout + listed.stderr
     return Reference(
-        plan_of(["run", *arguments]), experiment_file, output.read_text(), head.mistaken, unknown, job_list, jobs, seen
+        plan=plan_of(["run", *arguments]),
+        file=experiment_file,
+        output=output.read_text(),
+        invalid_job=head.invalid_job,
+        unauthorized_job=unauthorized_job,
+        job_list=listed.stdout + listed.stderr,
+        jobs=jobs,
+        metrics=node_metrics,
     )
 
 
-def failed(output: Path, why: str) -> str:
-    """Return why the run failed: one line, then the end of the job's output."""
+def failure_message(output: Path, reason: str) -> str:
+    """Return the reason of a failure in one line, and the end of the job's output."""
     lines = output.read_text().splitlines()
-    return "\n".join([f"the reference run {why}: {lines[-1] if lines else ''}", *lines[-60:]])
+    return "\n".join([f"the reference run {reason}: {lines[-1] if lines else ''}", *lines[-60:]])
 
 
 @pytest.fixture(scope="session")
-def again(reference: Reference) -> Ran:
+def repeated_run(reference: Reference) -> FinishedRun:
     """The same command, run again on this machine after the run is complete."""
     return finish(reference.arguments, reference.plan.root)
 
@@ -284,24 +289,24 @@ def token_head(folder: Path) -> Iterator[Head]:
     environment.pop("RAY_ADDRESS", None)
     command = [RAY, "start", "--head", "--block", "--num-cpus=4", f"--port={port}", f"--dashboard-port={dashboard}"]
     command += ["--include-dashboard=true", f"--metrics-export-port={exported}", *head_ports()]
-    started = up(command, environment, log) or up(command, environment, log)
+    started = start_head(command, environment, log) or start_head(command, environment, log)
     assert started, log.read_text()
-    process, mistaken = started
+    process, invalid_job = started
     try:
-        yield Head(environment, f"127.0.0.1:{port}", f"http://127.0.0.1:{exported}/metrics", mistaken)
+        yield Head(environment, f"127.0.0.1:{port}", f"http://127.0.0.1:{exported}/metrics", invalid_job)
     finally:
-        # On SIGTERM it waits for its processes for 30 s.
+        # On SIGTERM the head waits up to 30 s for its processes.
         kill_family(process)
 
 
-def up(
+def start_head(
     command: list[str], environment: dict[str, str], log: Path
 ) -> tuple[subprocess.Popen[bytes], subprocess.CompletedProcess[str]] | None:
-    """Start a head and submit a job with an error in its experiment, until the head accepts it.
+    """Start a head, and submit a job with an unknown field until the head accepts it.
 
     Returns:
-        its process, and what became of the job; None where it gave itself up, as a node does whose agents take more
-        than 15 s to load: where Ray's files are read for the first time, they may.
+        The head's process and the job; None if the head exited. A node exits if its agents take more than 15 s to load,
+        which can happen when Ray's files are read for the first time.
     """
     with log.open("w") as stream:
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
@@ -310,7 +315,7 @@ def up(
         while process.poll() is None:
             if "Ray runtime started" in log.read_text():
                 job = submit(environment, "rayjobs/run.py", "train", "configs/quickstart.yaml", "train.epoch=3")
-                # The agent that starts jobs loads some seconds longer than the head.
+                # The agent that starts jobs is up some seconds after the head.
                 if "submitted successfully" in job.stdout + job.stderr:
                     return process, job
             assert time.monotonic() < deadline, log.read_text()
@@ -322,11 +327,13 @@ def up(
 
 
 @contextmanager
-def bystander(head: Head, folder: Path) -> Iterator[None]:
-    """Start a driver that connects to the head and shows a trial once."""
-    joined = {**head.environment, "RAY_ADDRESS": head.address}
-    command = [sys.executable, "-c", BYSTANDER, str(folder / "bystander.log")]
-    with subprocess.Popen(command, env=joined, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+def second_driver(head: Head, folder: Path) -> Iterator[None]:
+    """Start a driver that connects to the head and sets the gauges of a trial once."""
+    environment = {**head.environment, "RAY_ADDRESS": head.address}
+    command = [sys.executable, "-c", SECOND_DRIVER, str(folder / "second_driver.log")]
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         try:
             assert process.stdout and process.stdout.readline() == "shown\n"
             yield

@@ -21,7 +21,7 @@ RAYKD = str(Path(sys.executable).parent / "raykd")
 
 
 @dataclass
-class Ran:
+class FinishedRun:
     """A finished run and its output."""
 
     plan: Plan
@@ -40,13 +40,15 @@ def head_ports() -> list[str]:
     return [f"--{name}={free_port()}" for name in ("dashboard-agent-listen-port", "ray-client-server-port")]
 
 
-def finish(arguments: list[str], cwd: Path, timeout_s: float = 900, environment: dict[str, str] | None = None) -> Ran:
+def finish(
+    arguments: list[str], cwd: Path, timeout_s: float = 900, environment: dict[str, str] | None = None
+) -> FinishedRun:
     """Run a command, which must succeed."""
     done = subprocess.run(
         [RAYKD, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout_s
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return Ran(plan_of(arguments), done.stdout, done.stderr)
+    return FinishedRun(plan_of(arguments), done.stdout, done.stderr)
 
 
 def plan_of(arguments: list[str]) -> Plan:
@@ -82,8 +84,8 @@ def started(
     try:
         deadline = time.monotonic() + timeout_s
         while not condition():
-            assert driver.poll() is None, f"ended too early:\n{log.read_text()}"
-            assert time.monotonic() < deadline, f"never came so far:\n{log.read_text()}"
+            assert driver.poll() is None, f"ended before the condition held:\n{log.read_text()}"
+            assert time.monotonic() < deadline, f"the condition did not hold in time:\n{log.read_text()}"
             time.sleep(0.05)
         yield driver
     finally:
@@ -100,13 +102,13 @@ def kill_when(
     """Start a command and kill its driver (SIGKILL) as soon as a condition holds.
 
     Returns:
-        The driver's processes, which must end by themselves.
+        The driver's processes, which must end without being killed.
     """
     with started(condition, arguments, cwd, environment) as driver:
         return psutil.Process(driver.pid).children(recursive=True)
 
 
-def end_by(signum: int, condition: Callable[[], bool], arguments: list[str], cwd: Path) -> None:
+def interrupt_when(signum: int, condition: Callable[[], bool], arguments: list[str], cwd: Path) -> None:
     """Start a command and send it a signal when a condition holds.
 
     All its processes must end within 30 s, and its message must say how to resume.
@@ -117,9 +119,9 @@ def end_by(signum: int, condition: Callable[[], bool], arguments: list[str], cwd
         run.send_signal(signum)
         assert run.wait(30) == 128 + signum
         wait_for_end(family, max(0, since + 30 - time.monotonic()))
-    said = (cwd / "started.log").read_text()
-    assert "interrupted; re-run to resume: raykd" in said
-    assert "Traceback" not in said
+    output = (cwd / "started.log").read_text()
+    assert "interrupted; re-run to resume: raykd" in output
+    assert "Traceback" not in output
 
 
 def parts(folder: Path) -> list[Path]:

@@ -18,9 +18,9 @@ STATISTICS = tuple(NAMES)
 NUM_TEST = 60
 
 
-def prediction(arm: str, seed: int, number: int, strict: bool, flexible: bool, in_form: bool, **more) -> dict:
+def prediction(arm: str, seed: int, number: int, strict: bool, flexible: bool, has_format: bool, **more) -> dict:
     trial_id = arm if arm == BASE else f"{arm}-{seed}"
-    said = str(number) if strict or flexible else "0"
+    answer = str(number) if strict or flexible else "0"
     return {
         "prediction_id": f"{trial_id}/{number}",
         "trial_id": trial_id,
@@ -31,26 +31,26 @@ def prediction(arm: str, seed: int, number: int, strict: bool, flexible: bool, i
         "sample_index": 0,
         "question": f"Ada has {number} apples and buys {number} more. How many apples does she have, a < b & c?",
         "reference_answer": str(number),
-        "completion": f"Ada has them.\n{'#### ' if in_form else 'So it is '}{said}",
+        "completion": f"Ada has them.\n{'#### ' if has_format else 'So it is '}{answer}",
         "num_tokens": 20 + number,
         "finish_reason": "stop",
-        "answer_strict": said if in_form else None,
-        "answer_flexible": said,
+        "answer_strict": answer if has_format else None,
+        "answer_flexible": answer,
         "is_correct_strict": strict,
         "is_correct_flexible": flexible,
         "error": "",
     } | more
 
 
-def drawn(arm: str, seed: int, share: float, in_form: float, num_test: int = NUM_TEST) -> list[dict]:
+def drawn(arm: str, seed: int, share: float, format_rate: float, num_test: int = NUM_TEST) -> list[dict]:
     """Return predictions with random correctness, format and length."""
     draw = random.Random(f"{arm}{seed}")
     rows = []
     for number in range(num_test):
-        is_right, stated = draw.random() < share, draw.random() < in_form
-        cut = not stated and draw.random() < 0.7
-        row = prediction(arm, seed, number, is_right and stated, is_right, stated)
-        rows.append(row | {"finish_reason": "length" if cut else "stop", "num_tokens": draw.randint(40, 300)})
+        is_correct, has_format = draw.random() < share, draw.random() < format_rate
+        is_truncated = not has_format and draw.random() < 0.7
+        row = prediction(arm, seed, number, is_correct and has_format, is_correct, has_format)
+        rows.append(row | {"finish_reason": "length" if is_truncated else "stop", "num_tokens": draw.randint(40, 300)})
     return rows
 
 
@@ -168,20 +168,20 @@ def full_experiment(folder: Path, num_test: int = NUM_TEST) -> Experiment:
         "confidence": ("confidence", 0.55, 0.8, {"prompt.strategy": "confidence"}),
         "shuffled_hint": ("shuffled_hint", 0.42, 0.75, {"prompt.strategy": "shuffled_hint"}),
     }
-    for arm, (strategy, share, in_form, overrides) in arms.items():
+    for arm, (strategy, share, format_rate, overrides) in arms.items():
         for seed in (0, 1):
             if (arm, seed) == ("confidence", 1):
-                why = "CUDA out of memory [rank 3]\nTraceback …"
-                failed = {"status": "failed", "error": why, "loss_last": float("nan"), "steps": None}
+                message = "CUDA out of memory [rank 3]\nTraceback …"
+                failed = {"status": "failed", "error": message, "loss_last": float("nan"), "steps": None}
                 experiment.trial(arm, seed, [], strategy, overrides=overrides, **failed)
             else:
-                rows = drawn(arm, seed, share, in_form, num_test)
+                rows = drawn(arm, seed, share, format_rate, num_test)
                 experiment.trial(arm, seed, rows, strategy, overrides=overrides)
     for strategy, correct in (("none", 401), ("teacher", 420), ("ground_truth", 433), ("confidence", 428)):
         experiment.completions(strategy, correct, [strategy])
     experiment.completions("shuffled_hint", 210, ["shuffled_hint"])
     # One request that failed twice, and one that failed once and was answered later.
     experiment.rows[-1] |= {"error": "the engine died", "completion": "", "answer_strict": None}
-    again = dict(experiment.rows[3])
-    experiment.rows.insert(0, again | {"error": "timed out", "is_correct_strict": False})
+    repeated = dict(experiment.rows[3])
+    experiment.rows.insert(0, repeated | {"error": "timed out", "is_correct_strict": False})
     return experiment

@@ -10,7 +10,10 @@ SOURCES = ("pyproject.toml", "README.md", "LICENSE", "src", "configs", "cluster"
 
 
 def build_wheel(folder: Path) -> Path:
-    """Build the wheel from a copy of the sources, for setuptools writes beside them. Return its path in `folder`."""
+    """Build the wheel in `folder` and return its path.
+
+    The sources are copied, because setuptools writes files next to them.
+    """
     copy = folder / "sources"
     copy.mkdir()
     for name in SOURCES:

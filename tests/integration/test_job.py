@@ -10,7 +10,7 @@ from reference_run import PLANTED, STUDENTS, Reference
 pytestmark = pytest.mark.timeout(2400)
 
 
-def test_a_job_runs_the_whole_experiment(reference: Reference):
+def test_job_runs_whole_experiment(reference: Reference):
     assert "succeeded" in reference.output
     report = re.search(r"report: (\S+)", reference.output)
     assert report
@@ -19,20 +19,19 @@ def test_a_job_runs_the_whole_experiment(reference: Reference):
     assert (reference.plan.folder / "results.csv").read_text().count("\n") == 1 + len(STUDENTS)
 
 
-def test_what_the_environment_holds_is_written_nowhere(reference: Reference):
-    """Neither the run nor Ray's job records show the token."""
-    assert "rayjobs/run.py" in reference.listed
-    assert PLANTED not in reference.output + reference.listed
+def test_token_is_not_in_files_output_or_job_records(reference: Reference):
+    assert "rayjobs/run.py" in reference.job_list
+    assert PLANTED not in reference.output + reference.job_list
     files = [file for file in reference.plan.root.rglob("*") if file.is_file()]
     assert len(files) > 50
     assert not [file for file in files if PLANTED.encode() in file.read_bytes()]
 
 
-def test_a_job_with_a_mistake_fails_and_says_so(reference: Reference):
-    assert reference.mistaken.returncode != 0
-    assert "did you mean 'epochs'" in reference.mistaken.stdout + reference.mistaken.stderr
+def test_job_with_invalid_config_fails_with_message(reference: Reference):
+    assert reference.invalid_job.returncode != 0
+    assert "did you mean 'epochs'" in reference.invalid_job.stdout + reference.invalid_job.stderr
 
 
-def test_without_the_token_nobody_gets_in(reference: Reference):
-    assert reference.unknown.returncode != 0
-    assert "token" in (reference.unknown.stdout + reference.unknown.stderr).lower()
+def test_submission_with_wrong_token_is_refused(reference: Reference):
+    assert reference.unauthorized_job.returncode != 0
+    assert "token" in (reference.unauthorized_job.stdout + reference.unauthorized_job.stderr).lower()

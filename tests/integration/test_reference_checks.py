@@ -32,7 +32,7 @@ def answers(folder: Path) -> list[dict]:
     return row_store.read_rows(folder, schemas.PREDICTION).to_pylist()
 
 
-def test_every_student_read_the_same_texts_and_what_its_heads_did_is_what_the_model_says(reference: Reference):
+def test_attention_rows_cover_students_and_match_models(reference: Reference):
     plan = reference.plan
     assert plan.attention
     rows = row_store.read_rows(plan.attention, schemas.ATTENTION).to_pylist()
@@ -53,10 +53,10 @@ def test_every_student_read_the_same_texts_and_what_its_heads_did_is_what_the_mo
                 found, attention_heads.attention_statistics(model, [text], 0)[0].ravel(), rtol=1e-3, atol=1e-5
             )
             seen.append(tuple(found))
-    assert len(set(seen)) == len(seen), "each student looks in its own way"
+    assert len(set(seen)) == len(seen), "two students have the same statistics"
 
 
-def test_the_report_tells_what_heads_did(reference: Reference):
+def test_report_has_attention_statistics(reference: Reference):
     with (reference.plan.folder / "attention.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["arm"] for row in rows} == set(STUDENTS)
@@ -64,9 +64,9 @@ def test_the_report_tells_what_heads_did(reference: Reference):
     assert "Attention statistics" in (reference.plan.folder / "report.html").read_text()
 
 
-# In `make test`, test_lm_eval_task.py compares prompts, extraction and score.
+# Runs lm-eval on a model. In `make test`, test_lm_eval_task.py compares prompts, extraction and score.
 @pytest.mark.slow
-def test_lm_evaluation_harness_hears_the_same_answers(reference: Reference, tmp_path: Path):
+def test_lm_eval_command_gives_same_answers_and_scores(reference: Reference, tmp_path: Path):
     """Run the report's command: lm-eval with its own backend, prompts, extraction and score."""
     plan = reference.plan
     trial = next(trial for trial in plan.trials if trial.arm_name == "scored")
@@ -92,27 +92,27 @@ def test_lm_evaluation_harness_hears_the_same_answers(reference: Reference, tmp_
     for name, column in (("strict-match", "is_correct_strict"), ("flexible-extract", "is_correct_flexible")):
         assert found[f"exact_match,{name}"] == pytest.approx(np.mean([row[column] for row in own.values()]))
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
-    said = [json.loads(line) for line in samples.read_text().splitlines()]
-    texts = {each["doc"]["prompt"]: each["resps"][0][0] for each in said if each["filter"] == "strict-match"}
+    documents = [json.loads(line) for line in samples.read_text().splitlines()]
+    texts = {each["doc"]["prompt"]: each["resps"][0][0] for each in documents if each["filter"] == "strict-match"}
     assert texts.keys() == own.keys()
     # Equal, except where two tokens are nearly equally probable.
     assert sum(texts[question] == row["completion"] for question, row in own.items()) >= NUM_TEST - 1
 
 
-# Starts an engine. In `make test`, tests/unit/evaluation covers the prompts and answers of each protocol.
+# Starts an engine. In `make test`, test_evaluate.py covers the prompts and answers of each protocol.
 @pytest.mark.slow
-def test_the_same_students_can_be_asked_by_another_protocol(reference: Reference):
-    """Samples of raw text prompts, answered by the existing adapters; earlier answers stay unchanged."""
+def test_other_protocol_reuses_adapters_and_keeps_answers(reference: Reference):
+    """The existing adapters answer raw text prompts; earlier answers stay unchanged."""
     before = {path: path.stat().st_mtime_ns for path in reference.plan.predictions.iterdir()}
-    asked = len(STUDENTS) * NUM_TEST * 3
+    num_answers = len(STUDENTS) * NUM_TEST * 3
     overrides = ["evaluate.protocol=zero_shot_raw", "evaluate.num_samples=3", "evaluate.stop=['.', Question]"]
     overrides.append("evaluate.sampling={temperature: 0.9, max_tokens: 12, seed: 5}")
     other = finish(["run", *reference.arguments[1:], *overrides], reference.plan.root)
     try:
-        assert "training" not in other.stderr and f"students: {asked}/{asked} answers" in other.stderr
+        assert "training" not in other.stderr and f"students: {num_answers}/{num_answers} answers" in other.stderr
         assert other.plan.predictions != reference.plan.predictions
         rows = answers(other.plan.predictions)
-        assert len({(row["trial_id"], row["problem_id"], row["sample_index"]) for row in rows}) == asked
+        assert len({(row["trial_id"], row["problem_id"], row["sample_index"]) for row in rows}) == num_answers
         assert {row["protocol"] for row in rows} == {"zero_shot_raw"}
         # An answer does not contain its stop string.
         stopped = [row for row in rows if row["finish_reason"] == "stop"]
@@ -121,22 +121,24 @@ def test_the_same_students_can_be_asked_by_another_protocol(reference: Reference
         by_problem: dict[tuple, set] = {}
         for row in rows:
             by_problem.setdefault((row["trial_id"], row["problem_id"]), set()).add(row["completion"])
-        assert sum(len(texts) > 1 for texts in by_problem.values()) > len(by_problem) / 2, "samples differ"
+        assert sum(len(texts) > 1 for texts in by_problem.values()) > len(by_problem) / 2, (
+            "the samples of most problems are equal"
+        )
         table = pyarrow.parquet.read_table(reference.plan.folder / "predictions.parquet")
         assert sorted(set(table["protocol"].to_pylist())) == ["zero_shot_chat", "zero_shot_raw"]
-        assert table.num_rows == asked // 3 + asked
+        assert table.num_rows == num_answers // 3 + num_answers
         page = (reference.plan.folder / "report.html").read_text()
         assert "maj@3" in page and "pass@2" in page and "protocol zero_shot_raw, temperature 0.9" in page
         assert {path: path.stat().st_mtime_ns for path in reference.plan.predictions.iterdir()} == before
     finally:
-        again = finish(["run", *reference.arguments[1:]], reference.plan.root)
-    assert "Ray" not in again.stderr, "the first answers are there"
-    assert again.stdout in reference.output
+        repeated = finish(["run", *reference.arguments[1:]], reference.plan.root)
+    assert "Ray" not in repeated.stderr, "the first answers were not reused"
+    assert repeated.stdout in reference.output
 
 
 # Starts an engine. In `make test`, test_lm_eval_task.py covers the prompts, and test_run.py prompts that are too long.
 @pytest.mark.slow
-def test_eight_worked_problems_come_before_the_question(reference: Reference):
+def test_eight_shot_answers_match_transformers(reference: Reference):
     """Answers equal those of transformers; a question that does not fit beside the examples has an error."""
     overrides = ["evaluate.protocol=eight_shot_cot", "evaluate.max_error_rate=0.2"]
     other = finish(["evaluate", *reference.arguments[1:], *overrides], reference.plan.root)

@@ -11,7 +11,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from clusters import cluster, joining
+from clusters import cluster, cluster_env
 from oracles import greedy, log_likelihoods
 from raykd.config.training import Student
 from raykd.data import prompts
@@ -21,16 +21,17 @@ from raykd.storage import row_store, schemas
 from raykd.storage.files import read_json
 from raykd.training import examples
 from raykd.training.trial import TrialSpec, problem_ids_of_round
-from runs import Ran, finish, kill_when, plan_of, wait_for_end
+from runs import FinishedRun, finish, kill_when, plan_of, wait_for_end
 
-# Starts six engines. In `make test`, only unit tests cover on-policy training.
+# Starts six engines. In `make test`, unit tests cover the settings, completion sets, schedule and losses of on-policy
+# arms; nothing there runs a rollout or a round.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 MAX_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
-def own_answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two rounds on 24 problems, three steps in all; answers are greedy, so that transformers can reproduce them."""
+def rounds_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An experiment with two rounds and three steps on 24 problems; transformers can reproduce its greedy answers."""
     engine = {"engine_kwargs": {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 32}}
     own = {"source": "student", "rounds": 2, "rollout": {"temperature": 0, "max_tokens": MAX_TOKENS}}
     soft = {**own, "kind": "top_k", "top_k": 8}
@@ -45,9 +46,9 @@ def own_answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "arms": {
             "soft": {"prompt.strategy": "ground_truth", "targets": soft},
             "hard": {"targets": own},
-            "begun": {"prompt.strategy": "ground_truth", "targets": {**soft, "warmup_rounds": 1}},
-            # None of its answers will be correct: a round may leave no example.
-            "begun_hard": {"targets": {**own, "warmup_rounds": 1, "filter": "correct"}},
+            "warm_soft": {"prompt.strategy": "ground_truth", "targets": {**soft, "warmup_rounds": 1}},
+            # None of its answers is correct, so its second round has no example.
+            "warm_hard": {"targets": {**own, "warmup_rounds": 1, "filter": "correct"}},
         },
     }
     file = tmp_path_factory.mktemp("experiment") / "rounds.yaml"
@@ -56,11 +57,11 @@ def own_answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def taught(own_answers: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+def finished(rounds_file: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     folder = tmp_path_factory.mktemp("storage")
-    # Four cores have room for the teacher beside the students.
+    # On four cores the teacher fits beside the students.
     with cluster(3) as nodes:
-        return finish(["run", str(own_answers), f"storage={folder}"], folder, 1800, joining(nodes))
+        return finish(["run", str(rounds_file), f"storage={folder}"], folder, 1800, cluster_env(nodes))
 
 
 @pytest.fixture(scope="module")
@@ -72,21 +73,21 @@ def rows(folder: Path) -> list[dict]:
     return row_store.read_rows(folder, schemas.COMPLETION).to_pylist()
 
 
-def trial_of(ran: Ran, arm: str) -> TrialSpec:
+def trial_of(ran: FinishedRun, arm: str) -> TrialSpec:
     return next(trial for trial in ran.plan.trials if trial.arm_name == arm)
 
 
-def problems_of(ran: Ran) -> dict[str, dict]:
+def problems_of(ran: FinishedRun) -> dict[str, dict]:
     table = pyarrow.parquet.read_table(ran.plan.problems / "train.parquet")
     return {row["problem_id"]: row for row in table.to_pylist()}
 
 
 @pytest.mark.parametrize("arm", ["soft", "hard"])
-def test_the_rounds_share_out_the_problems_and_the_steps(taught: Ran, arm: str):
-    trial = trial_of(taught, arm)
+def test_rounds_partition_problems_and_steps(finished: FinishedRun, arm: str):
+    trial = trial_of(finished, arm)
     answered = [{row["problem_id"] for row in rows(trial.round_folder(number) / "answers")} for number in (0, 1)]
     assert [len(each) for each in answered] == [8, 16]
-    assert answered[0] | answered[1] == set(problems_of(taught))
+    assert answered[0] | answered[1] == set(problems_of(finished))
     record = read_json(trial.folder / "trial.json")
     assert (record["status"], record["steps"]) == ("complete", 3)
     assert record["rows"] + sum(record["dropped"].values()) == 24
@@ -95,8 +96,8 @@ def test_the_rounds_share_out_the_problems_and_the_steps(taught: Ran, arm: str):
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_round_begins_with_the_answers_of_the_adapter_of_the_round_before(taught: Ran, tokenizer, number: int):
-    trial, problems = trial_of(taught, "soft"), problems_of(taught)
+def test_round_uses_answers_of_previous_round_adapter(finished: FinishedRun, tokenizer, number: int):
+    trial, problems = trial_of(finished, "soft"), problems_of(finished)
     model = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32)
     if number:
         model = PeftModel.from_pretrained(model, str(trial.round_folder(0) / "adapter"))
@@ -104,14 +105,14 @@ def test_a_round_begins_with_the_answers_of_the_adapter_of_the_round_before(taug
     agreed = []
     for row in rows(trial.round_folder(number) / "answers")[:8]:
         prompt = tokenization.prompt_token_ids(tokenizer, prompts.student_messages(problems[row["problem_id"]]))
-        assert row["prompt_token_ids"] == prompt, "a student is never shown a prime"
+        assert row["prompt_token_ids"] == prompt, "the student's prompt has a prime"
         agreed.append(greedy(model, prompt, tokenizer.eos_token_id, MAX_TOKENS) == row["completion_token_ids"])
     assert sum(agreed) >= 7, agreed
 
 
-def test_the_primed_teacher_scored_every_token(taught: Ran, tokenizer):
-    trial = trial_of(taught, "soft")
-    prime = taught.plan.experiment.strategies["ground_truth"].text
+def test_primed_teacher_scores_every_token(finished: FinishedRun, tokenizer):
+    trial = trial_of(finished, "soft")
+    prime = finished.plan.experiment.strategies["ground_truth"].text
     teacher = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-teacher"), dtype=torch.float32).eval()
     for number in (0, 1):
         written = {row["problem_id"]: row for row in rows(trial.round_folder(number) / "answers")}
@@ -127,8 +128,8 @@ def test_the_primed_teacher_scored_every_token(taught: Ran, tokenizer):
             assert torch.allclose(expected.topk(8, -1).values, logprobs.double(), atol=2e-3)
 
 
-def test_its_own_answers_are_learnt_from_by_reverse_kl(taught: Ran, tokenizer):
-    trial = trial_of(taught, "soft")
+def test_on_policy_loss_is_reverse_kl(finished: FinishedRun, tokenizer):
+    trial = trial_of(finished, "soft")
     base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32).eval()
     written = {row["problem_id"]: row["prompt_token_ids"] for row in rows(trial.round_folder(0) / "answers")}
     nats, tokens = 0.0, 0
@@ -146,38 +147,40 @@ def test_its_own_answers_are_learnt_from_by_reverse_kl(taught: Ran, tokenizer):
     assert first["loss"] == pytest.approx(nats / tokens, rel=1e-3)
 
 
-@pytest.mark.parametrize("arm", ["begun", "begun_hard"])
-def test_a_warmed_up_student_begins_with_the_reference_solutions(taught: Ran, tokenizer, arm: str):
-    trial, problems = trial_of(taught, arm), problems_of(taught)
+@pytest.mark.parametrize("arm", ["warm_soft", "warm_hard"])
+def test_warmup_round_trains_on_reference_solutions(finished: FinishedRun, tokenizer, arm: str):
+    trial, problems = trial_of(finished, arm), problems_of(finished)
     assert not (trial.round_folder(0) / "answers").exists()
-    begun = read_json(trial.round_folder(0) / "round.json")
-    assert (begun["rows"], begun["dropped"]) == (8, {})
+    warmup = read_json(trial.round_folder(0) / "round.json")
+    assert (warmup["rows"], warmup["dropped"]) == (8, {})
     assert len(rows(trial.round_folder(1) / "answers")) == 16
     record = read_json(trial.folder / "trial.json")
     assert (record["status"], record["rows"] + sum(record["dropped"].values())) == ("complete", 24)
     # The first loss is that of the reference solutions under the base model.
-    chosen = problem_ids_of_round(trial, 0)
-    lesson, _ = examples.build_examples(trial.arm, trial.problems, trial.completions, tokenizer, True, chosen)
-    assert {row.problem_id for row in lesson} == chosen
-    for row in lesson:
+    problem_ids = problem_ids_of_round(trial, 0)
+    rows_of_round, _ = examples.build_examples(
+        trial.arm, trial.problems, trial.completions, tokenizer, True, problem_ids
+    )
+    assert {row.problem_id for row in rows_of_round} == problem_ids
+    for row in rows_of_round:
         solution = problems[row.problem_id]["reference_solution"]
         assert tokenizer.decode(row.completion_token_ids, skip_special_tokens=True) == solution
-        assert (row.topk_ids_TK is not None) == (arm == "begun")
-    if arm == "begun_hard":
+        assert (row.topk_ids_TK is not None) == (arm == "warm_soft")
+    if arm == "warm_hard":
         model = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32).eval()
         nats = [
             -log_likelihoods(model, row.prompt_token_ids, row.completion_token_ids)
             .gather(-1, torch.tensor(row.completion_token_ids)[:, None])
             .sum()
-            for row in lesson
+            for row in rows_of_round
         ]
-        expected = sum(nats) / sum(len(row.completion_token_ids) for row in lesson)
+        expected = sum(nats) / sum(len(row.completion_token_ids) for row in rows_of_round)
         first = json.loads((trial.folder / "metrics.jsonl").read_text().splitlines()[0])
         assert first["loss"] == pytest.approx(float(expected), rel=1e-3)
 
 
-def test_a_round_that_leaves_nothing_moves_nothing(taught: Ran):
-    trial = trial_of(taught, "begun_hard")
+def test_round_without_examples_keeps_weights(finished: FinishedRun):
+    trial = trial_of(finished, "warm_hard")
     record = read_json(trial.folder / "trial.json")
     assert (record["rows"], record["dropped"]) == (8, {"incorrect": 16})
     first, *others = (json.loads(line) for line in (trial.folder / "metrics.jsonl").read_text().splitlines())
@@ -189,36 +192,36 @@ def test_a_round_that_leaves_nothing_moves_nothing(taught: Ran):
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 
 
-def test_what_the_teacher_scored_is_in_the_report(taught: Ran):
-    made = read_json(taught.plan.folder / "run.json")["completions"]
-    counts = {(each["source"], *each["arms"]): each["rows"] for each in made}
-    assert counts == {("reference", "begun/warmup"): 24, ("student", "soft"): 24, ("student", "begun"): 16}
+def test_run_record_counts_scored_completions(finished: FinishedRun):
+    recorded = read_json(finished.plan.folder / "run.json")["completions"]
+    counts = {(each["source"], *each["arms"]): each["rows"] for each in recorded}
+    assert counts == {("reference", "warm_soft/warmup"): 24, ("student", "soft"): 24, ("student", "warm_soft"): 16}
 
 
-def test_the_teacher_stays_up_from_round_to_round(taught: Ran):
-    # Once to score the reference solutions, and once for both rounds.
-    assert taught.stderr.count("starting the teacher") == 2
+def test_teacher_stays_up_between_rounds(finished: FinishedRun):
+    # It starts once to score the reference solutions, and once for both rounds.
+    assert finished.stderr.count("starting the teacher") == 2
 
 
-def test_without_soft_targets_the_teacher_is_not_asked(taught: Ran):
-    trial = trial_of(taught, "hard")
+def test_hard_on_policy_arm_needs_no_teacher(finished: FinishedRun):
+    trial = trial_of(finished, "hard")
     assert not (trial.round_folder(0) / "completions").exists()
     assert read_json(trial.folder / "trial.json")["strategy"] == ""
 
 
-def test_the_same_command_again_does_nothing_again(taught: Ran, own_answers: Path):
-    again = finish(["run", str(own_answers), f"storage={taught.plan.root}"], taught.plan.root)
-    assert again.stdout == taught.stdout
-    assert "Ray" not in again.stderr
+def test_repeated_command_does_no_work(finished: FinishedRun, rounds_file: Path):
+    repeated = finish(["run", str(rounds_file), f"storage={finished.plan.root}"], finished.plan.root)
+    assert repeated.stdout == finished.stdout
+    assert "Ray" not in repeated.stderr
 
 
-def test_killed_in_its_second_round_it_ends_as_an_undisturbed_run(taught: Ran, own_answers: Path, tmp_path: Path):
-    arguments = ["run", str(own_answers), f"storage={tmp_path}"]
+def test_run_killed_in_second_round_resumes_to_same_adapters(finished: FinishedRun, rounds_file: Path, tmp_path: Path):
+    arguments = ["run", str(rounds_file), f"storage={tmp_path}"]
     second = [trial.round_folder(1) / "answers" for trial in plan_of(arguments).trials]
     family = kill_when(lambda: any(any(folder.glob("part-*.parquet")) for folder in second), arguments, tmp_path)
     done = finish(arguments, tmp_path)
     wait_for_end(family)
-    for whole, resumed in zip(taught.plan.trials, done.plan.trials, strict=True):
+    for whole, resumed in zip(finished.plan.trials, done.plan.trials, strict=True):
         files = [trial.folder / "adapter" / "adapter_model.safetensors" for trial in (whole, resumed)]
         weights = [safetensors.torch.load_file(file) for file in files]
         for name, tensor in weights[0].items():

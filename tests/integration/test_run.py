@@ -34,7 +34,7 @@ from reference_run import (
     TOP_K,
     Reference,
 )
-from runs import Ran, finish
+from runs import FinishedRun, finish
 
 pytestmark = pytest.mark.timeout(2400)
 
@@ -45,13 +45,13 @@ def plan(reference: Reference) -> Plan:
 
 
 def all_completions(plan: Plan, arm: str) -> list[dict]:
-    request = plan.completion_sets[arm]
-    assert request is not None
-    return row_store.read_rows(request.folder, schemas.COMPLETION).to_pylist()
+    completion_set = plan.completion_sets[arm]
+    assert completion_set is not None
+    return row_store.read_rows(completion_set.folder, schemas.COMPLETION).to_pylist()
 
 
 def completions(plan: Plan, arm: str) -> list[dict]:
-    """Return the rows without an error."""
+    """Return the completion rows without an error."""
     return [row for row in all_completions(plan, arm) if not row["error"]]
 
 
@@ -78,8 +78,8 @@ def tokenizer():
 
 
 @pytest.mark.parametrize(("arm", "num_samples"), [("greedy", 1), ("soft", 2)])
-def test_every_problem_has_its_samples_under_every_strategy(plan: Plan, arm: str, num_samples: int):
-    """The sampling of the teacher can differ between arms."""
+def test_each_problem_has_all_samples_of_its_arm(plan: Plan, arm: str, num_samples: int):
+    """Arms may differ in the teacher's sampling."""
     rows = all_completions(plan, arm)
     problems = sorted(row["problem_id"] for row in split(plan, "train"))
     assert len(problems) == NUM_TRAIN
@@ -89,17 +89,17 @@ def test_every_problem_has_its_samples_under_every_strategy(plan: Plan, arm: str
     assert len({row["completion_id"] for row in rows}) == num_samples * NUM_TRAIN
 
 
-def test_samples_are_drawn_anew(plan: Plan):
+def test_samples_of_a_problem_differ(plan: Plan):
     by_problem: dict[str, set[str]] = {}
     for row in completions(plan, "soft"):
         by_problem.setdefault(row["problem_id"], set()).add(row["completion"])
     assert len(by_problem) == NUM_ANSWERED
-    # A primed teacher begins most answers with the same words, which fill most of 32 tokens.
+    # Most answers of a primed teacher start with the same words, which fill most of the 32 tokens.
     assert sum(len(texts) == 2 for texts in by_problem.values()) >= NUM_ANSWERED // 5
 
 
 @pytest.mark.parametrize("arm", ["greedy", "soft", "scored"])
-def test_prompts_that_are_too_long_carry_why_and_the_others_of_their_calls_are_answered(plan: Plan, arm: str):
+def test_too_long_prompts_have_errors_and_others_answers(plan: Plan, arm: str):
     too_long = {row["problem_id"] for row in split(plan, "train") if is_too_long(row)}
     assert len(too_long) == NUM_TOO_LONG
     rows = all_completions(plan, arm)
@@ -110,26 +110,26 @@ def test_prompts_that_are_too_long_carry_why_and_the_others_of_their_calls_are_a
         assert not row["error"] or "refused" in row["error"]
 
 
-def test_a_greedy_teacher_answers_as_the_model_does(plan: Plan, teacher_model, tokenizer):
+def test_greedy_teacher_answers_like_transformers(plan: Plan, teacher_model, tokenizer):
     for row in completions(plan, "greedy")[:6]:
         answer = greedy(teacher_model, row["prompt_token_ids"], tokenizer.eos_token_id, MAX_TOKENS)
         assert row["completion_token_ids"] == answer
 
 
-def test_the_served_teacher_says_what_the_model_would(plan: Plan, teacher_model):
-    said, expected = [], []
+def test_sampled_tokens_have_expected_mean_log_probability(plan: Plan, teacher_model):
+    sampled, expected = [], []
     for row in completions(plan, "soft")[:20]:
         log_p = log_likelihoods(teacher_model, row["prompt_token_ids"], row["completion_token_ids"])
-        said += log_p[range(len(log_p)), row["completion_token_ids"]].tolist()
+        sampled += log_p[range(len(log_p)), row["completion_token_ids"]].tolist()
         flattened = torch.softmax(log_p / 0.7, -1)
         expected += (flattened * log_p).sum(-1).tolist()
-    # The mean log-probability of tokens drawn at temperature 0.7 is that of such draws.
-    spread = np.std(said) / np.sqrt(len(said))
-    assert abs(np.mean(said) - np.mean(expected)) < 4 * spread
+    # Tokens drawn at temperature 0.7 have the expected mean log-probability at temperature 1.
+    spread = np.std(sampled) / np.sqrt(len(sampled))
+    assert abs(np.mean(sampled) - np.mean(expected)) < 4 * spread
 
 
 @pytest.mark.parametrize("arm", ["soft", "scored"])
-def test_soft_targets_are_the_models_own_distribution_whatever_the_sampling(plan: Plan, teacher_model, arm: str):
+def test_soft_targets_equal_model_log_probabilities(plan: Plan, teacher_model, arm: str):
     for row in completions(plan, arm)[:5]:
         answer = row["completion_token_ids"]
         expected = log_likelihoods(teacher_model, row["prompt_token_ids"], answer)
@@ -139,7 +139,7 @@ def test_soft_targets_are_the_models_own_distribution_whatever_the_sampling(plan
         assert torch.allclose(expected.topk(TOP_K, -1).values, logprobs.double(), atol=2e-3)
 
 
-def test_the_reference_solutions_were_scored_under_the_prime(plan: Plan, tokenizer):
+def test_scored_rows_hold_reference_solutions(plan: Plan, tokenizer):
     solutions = {row["problem_id"]: row["reference_solution"] for row in split(plan, "train")}
     rows = completions(plan, "scored")
     assert len(rows) == NUM_ANSWERED
@@ -150,7 +150,7 @@ def test_the_reference_solutions_were_scored_under_the_prime(plan: Plan, tokeniz
         assert row["is_correct"]
 
 
-def test_the_prime_is_before_the_teacher_and_never_before_the_student(plan: Plan, tokenizer):
+def test_teacher_prompts_have_prime_and_training_prompts_none(plan: Plan, tokenizer):
     strategies = plan.experiment.strategies
     for arm, strategy in (("soft", "teacher"), ("scored", "ground_truth")):
         prime = strategies[strategy].text
@@ -175,19 +175,19 @@ def test_the_prime_is_before_the_teacher_and_never_before_the_student(plan: Plan
     assert {arm: (each["rows"], each["dropped"]) for arm, each in records.items()} == counts
 
 
-def test_no_row_that_a_student_is_asked_holds_a_prime(plan: Plan, tokenizer):
+def test_evaluation_prompts_have_no_prime(plan: Plan, tokenizer):
     test = pyarrow.parquet.read_table(plan.problems / "test.parquet")
     experiment = plan.experiment
     arguments = (experiment.student, experiment.evaluate, experiment.prompt.instruction, set())
-    asked = student_batch.BuildEvalPrompts(plan.eval_models(), *arguments)(test)
-    texts = [tokenizer.decode(row["tokenized_prompt"]) for row in asked.to_pylist()]
+    rows = student_batch.BuildEvalPrompts(plan.eval_models(), *arguments)(test)
+    texts = [tokenizer.decode(row["tokenized_prompt"]) for row in rows.to_pylist()]
     assert len(texts) == len(STUDENTS) * NUM_TEST
     primes = [strategy.text.split("{")[0] for strategy in experiment.strategies.values() if strategy.text]
     assert len(primes) == 5
     assert not [text for text in texts for prime in primes if prime in text]
 
 
-def test_nothing_but_evaluation_reads_the_test_split(plan: Plan):
+def test_only_predictions_use_test_problems(plan: Plan):
     held_out = {row["problem_id"] for name in ("test", "validation") for row in split(plan, name)}
     for arm in ("greedy", "soft"):
         assert not held_out & {row["problem_id"] for row in all_completions(plan, arm)}
@@ -195,7 +195,7 @@ def test_nothing_but_evaluation_reads_the_test_split(plan: Plan):
 
 
 @pytest.mark.parametrize("arm", list(ARMS))
-def test_an_adapter_is_peft_s_and_vllm_answered_with_it(plan: Plan, tokenizer, arm: str):
+def test_predictions_match_adapter_loaded_by_peft(plan: Plan, tokenizer, arm: str):
     trial = next(trial for trial in plan.trials if trial.arm_name == arm)
     base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(trial.folder / "adapter")).eval()
@@ -210,7 +210,7 @@ def test_an_adapter_is_peft_s_and_vllm_answered_with_it(plan: Plan, tokenizer, a
     assert sum(agreed) >= 5, agreed
 
 
-def test_the_untouched_student_answers_as_the_base_model_does(plan: Plan, tokenizer):
+def test_base_student_answers_like_base_model(plan: Plan, tokenizer):
     base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-student"), dtype=torch.float32).eval()
     problems = {row["problem_id"]: row for row in split(plan, "test")}
     agreed = []
@@ -221,7 +221,7 @@ def test_the_untouched_student_answers_as_the_base_model_does(plan: Plan, tokeni
     assert sum(agreed) >= 5, agreed
 
 
-def test_training_lowered_the_loss_and_the_adapters_differ(plan: Plan):
+def test_training_lowers_loss_and_adapters_differ(plan: Plan):
     for trial in plan.trials:
         curve = files.read_json_lines(trial.folder / "metrics.jsonl")
         assert len(curve) == STEPS
@@ -230,10 +230,10 @@ def test_training_lowered_the_loss_and_the_adapters_differ(plan: Plan):
     answers = {(row["trial_id"], row["problem_id"]): row["completion"] for row in predictions(plan)}
     by_trial = {trial: [answers[key] for key in sorted(answers) if key[0] == trial] for trial, _ in answers}
     assert len(by_trial) == len(STUDENTS)
-    assert len({tuple(texts) for texts in by_trial.values()}) == len(STUDENTS), "each adapter answers in its own way"
+    assert len({tuple(texts) for texts in by_trial.values()}) == len(STUDENTS), "two students give the same answers"
 
 
-def test_results_csv_is_what_the_predictions_say(plan: Plan):
+def test_results_csv_matches_predictions(plan: Plan):
     with (plan.folder / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0])[:9] == [
@@ -249,31 +249,31 @@ def test_results_csv_is_what_the_predictions_say(plan: Plan):
     ]
     assert {row["arm"] for row in rows} == set(STUDENTS)
     for row in rows:
-        own = [each for each in predictions(plan) if each["trial_id"] == row["trial_id"]]
-        assert not [each["error"] for each in own if each["error"]]
-        assert int(row["n"]) == len(own) == NUM_TEST
+        answers = [each for each in predictions(plan) if each["trial_id"] == row["trial_id"]]
+        assert not [each["error"] for each in answers if each["error"]]
+        assert int(row["n"]) == len(answers) == NUM_TEST
         for kind in ("strict", "flexible"):
-            share = float(np.mean([each[f"is_correct_{kind}"] for each in own]))
+            share = float(np.mean([each[f"is_correct_{kind}"] for each in answers]))
             assert float(row[f"accuracy_{kind}"]) == pytest.approx(share)
             assert float(row[f"accuracy_{kind}_low"]) <= share <= float(row[f"accuracy_{kind}_high"])
 
 
-def test_the_screen_shows_progress_and_ends_with_the_table(reference: Reference, again: Ran):
-    asked, answers = 4 * NUM_TRAIN, len(STUDENTS) * NUM_TEST
-    for stage in (f"teacher: {asked}/{asked} rows", "training: ", f"students: {answers}/{answers} answers", "logs: "):
+def test_output_shows_progress_and_ends_with_results(reference: Reference, repeated_run: FinishedRun):
+    rows, answers = 4 * NUM_TRAIN, len(STUDENTS) * NUM_TEST
+    for stage in (f"teacher: {rows}/{rows} rows", "training: ", f"students: {answers}/{answers} answers", "logs: "):
         assert stage in reference.output
-    last = again.stdout.strip().splitlines()[-1]
+    last = repeated_run.stdout.strip().splitlines()[-1]
     assert last.startswith("report: ")
     assert Path(last.removeprefix("report: ")).exists()
-    assert again.stdout in reference.output
+    assert repeated_run.stdout in reference.output
     for arm in STUDENTS:
-        assert arm in again.stdout
-    # Engines, Ray and libraries write to their logs only.
-    shown = len(reference.output.splitlines()) - len(again.stdout.splitlines())
+        assert arm in repeated_run.stdout
+    # Engines, Ray and libraries write only to their logs.
+    shown = len(reference.output.splitlines()) - len(repeated_run.stdout.splitlines())
     assert shown < 150, reference.output
 
 
-def test_the_run_says_what_it_was_made_of(plan: Plan):
+def test_run_record_has_versions_models_counts_and_times(plan: Plan):
     run = json.loads((plan.folder / "run.json").read_text())
     assert run["versions"]["ray"] == "2.60.0"
     assert run["models"]["student"]["revision"] == hashing.fingerprint(MODELS["raykd/demo-student"])
@@ -288,23 +288,23 @@ def test_the_run_says_what_it_was_made_of(plan: Plan):
     }
 
 
-def test_the_same_command_again_does_nothing_again(reference: Reference, again: Ran):
+def test_repeated_command_does_no_work(reference: Reference, repeated_run: FinishedRun):
     root = reference.plan.root
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*.parquet")}
-    once_more = finish(reference.arguments, root)
-    assert once_more.stdout == again.stdout
-    assert "Ray" not in once_more.stderr, "what is complete needs no cluster"
+    third_run = finish(reference.arguments, root)
+    assert third_run.stdout == repeated_run.stdout
+    assert "Ray" not in third_run.stderr, "a completed run started a cluster"
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*.parquet")} == before
 
 
-def test_another_experiment_shares_the_completions_that_it_has_in_common(reference: Reference):
+def test_other_experiment_reuses_completions(reference: Reference):
     arguments = ["generate", *reference.arguments[1:], "name=other", "train.epochs=7"]
     other = finish(arguments, reference.plan.root)
     assert "starting the teacher" not in other.stderr
     shutil.rmtree(other.plan.folder)
 
 
-def test_another_experiment_of_the_same_name_is_refused(reference: Reference):
+def test_changed_experiment_of_same_name_is_refused(reference: Reference):
     with pytest.raises(AssertionError, match=r"train\.epochs was 3, is 7") as caught:
         finish([*reference.arguments, "train.epochs=7"], reference.plan.root)
-    assert "dashboard" not in str(caught.value), "refused before a cluster is started"
+    assert "dashboard" not in str(caught.value), "a cluster was started"

@@ -7,8 +7,9 @@ import yaml
 
 import s3_server
 from raykd.storage import filesystem, row_store, schemas
-from runs import Ran, finish, kill_when, plan_of, wait_for_end
+from runs import FinishedRun, finish, kill_when, plan_of, wait_for_end
 
+# Runs an experiment twice. In `make test`, test_stages_on_bucket.py covers the files of each stage, without engines.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 NUM_TRAIN, NUM_TEST = 40, 10
 ENGINE = {"engine_kwargs": {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 32}}
@@ -46,34 +47,34 @@ def experiment_of_two_arms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def in_a_folder(experiment_of_two_arms: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+def folder_run(experiment_of_two_arms: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     root = tmp_path_factory.mktemp("folder")
     return finish(["run", str(experiment_of_two_arms), f"storage={root}"], root)
 
 
 @pytest.fixture(scope="module")
-def in_a_bucket(bucket: str, experiment_of_two_arms: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """Kill the run twice; the next command starts at once, while processes of the killed one may still be ending."""
-    here = tmp_path_factory.mktemp("elsewhere")
-    arguments = ["run", str(experiment_of_two_arms), f"storage={bucket}/whole run"]
+def bucket_run(bucket: str, experiment_of_two_arms: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """Kill the run twice; the next command starts at once, while processes of the killed one may still be running."""
+    folder = tmp_path_factory.mktemp("work")
+    arguments = ["run", str(experiment_of_two_arms), f"storage={bucket}/a run"]
     plan = plan_of(arguments)
-    answers = plan.required_sets[0].folder
+    completions = plan.required_sets[0].folder
 
-    family = kill_when(lambda: len(row_store.list_parts(answers)) >= 3, arguments, here)
-    kept = filesystem.file_states(answers)
-    assert row_store.read_manifest(answers) is None, "killed too late to test anything"
+    family = kill_when(lambda: len(row_store.list_parts(completions)) >= 3, arguments, folder)
+    kept = filesystem.file_states(completions)
+    assert row_store.read_manifest(completions) is None, "killed too late"
 
     first = plan.trials[0]
     checkpoints = plan.root / "experiments/bucket/checkpoints" / first.trial_id
     saved = lambda: any(file.name.endswith(".pt") for file in filesystem.list_files(checkpoints))  # noqa: E731
-    family += kill_when(saved, arguments, here)
+    family += kill_when(saved, arguments, folder)
     parts = [name for name in kept if name.startswith("part-")]
-    assert {name: filesystem.file_states(answers)[name] for name in parts} == {name: kept[name] for name in parts}
-    assert not (first.folder / "trial.json").exists(), "killed too late to test anything"
+    assert {name: filesystem.file_states(completions)[name] for name in parts} == {name: kept[name] for name in parts}
+    assert not (first.folder / "trial.json").exists(), "killed too late"
 
-    done = finish(arguments, here)
+    done = finish(arguments, folder)
     wait_for_end(family)
-    assert not (here / "s3:").exists(), "nothing took the URI for a folder"
+    assert not (folder / "s3:").exists(), "the URI was used as a local path"
     return done
 
 
@@ -81,54 +82,52 @@ def ids(folder: Path, schema: object, column: str) -> list[str]:
     return sorted(row_store.read_rows(folder, schema, [column])[column].to_pylist())  # type: ignore[arg-type]
 
 
-def test_each_row_is_there_once(in_a_folder: Ran, in_a_bucket: Ran):
-    for one, other in zip(in_a_folder.plan.required_sets, in_a_bucket.plan.required_sets, strict=True):
+def test_bucket_has_each_row_once(folder_run: FinishedRun, bucket_run: FinishedRun):
+    for one, other in zip(folder_run.plan.required_sets, bucket_run.plan.required_sets, strict=True):
         found = ids(other.folder, schemas.COMPLETION, "completion_id")
         assert found == ids(one.folder, schemas.COMPLETION, "completion_id")
         assert len(found) == len(set(found)) == NUM_TRAIN
-    found = ids(in_a_bucket.plan.predictions, schemas.PREDICTION, "prediction_id")
-    assert found == ids(in_a_folder.plan.predictions, schemas.PREDICTION, "prediction_id")
+    found = ids(bucket_run.plan.predictions, schemas.PREDICTION, "prediction_id")
+    assert found == ids(folder_run.plan.predictions, schemas.PREDICTION, "prediction_id")
     assert len(found) == len(set(found)) == 3 * NUM_TEST
-    assert in_a_bucket.plan.attention and in_a_folder.plan.attention
-    found = ids(in_a_bucket.plan.attention, schemas.ATTENTION, "attention_id")
-    assert found == ids(in_a_folder.plan.attention, schemas.ATTENTION, "attention_id")
+    assert bucket_run.plan.attention and folder_run.plan.attention
+    found = ids(bucket_run.plan.attention, schemas.ATTENTION, "attention_id")
+    assert found == ids(folder_run.plan.attention, schemas.ATTENTION, "attention_id")
 
 
-def test_no_answer_is_an_error_and_adapters_answer_as_in_a_folder(in_a_folder: Ran, in_a_bucket: Ran):
-    """A student without its adapter would answer as the base student."""
+def test_predictions_equal_those_of_folder(folder_run: FinishedRun, bucket_run: FinishedRun):
+    """A student without its adapter would answer like the base student."""
 
-    def answers(ran: Ran) -> dict[str, str]:
+    def answers(ran: FinishedRun) -> dict[str, str]:
         rows = row_store.read_rows(ran.plan.predictions, schemas.PREDICTION).to_pylist()
         assert not any(row["error"] for row in rows)
         return {row["prediction_id"]: row["completion"] for row in rows}
 
-    assert answers(in_a_bucket) == answers(in_a_folder)
+    assert answers(bucket_run) == answers(folder_run)
 
 
-def test_the_same_files_are_there(in_a_folder: Ran, in_a_bucket: Ran):
-    def kinds(ran: Ran) -> set[str]:
+def test_bucket_and_folder_have_same_files(folder_run: FinishedRun, bucket_run: FinishedRun):
+    def file_names(ran: FinishedRun) -> set[str]:
         names = [str(file.relative_to(ran.plan.folder)) for file in filesystem.list_files(ran.plan.folder)]
-        # Parts are named by their content; files of Ray Tune and Train by the time.
+        # The names of parts depend on their content, those of Ray Tune's and Train's files on the time.
         return {
             name for name in names if "part-" not in name and not name.startswith(("tune/", "checkpoints/", "driver"))
         }
 
-    assert kinds(in_a_bucket) - {"run.lock"} == kinds(in_a_folder) - {"run.lock"}
-    assert (in_a_bucket.plan.folder / "report.html").is_file()
-    assert f"report: {in_a_bucket.plan.folder}/report.html" in in_a_bucket.stdout
-    assert not [file for file in filesystem.list_files(in_a_bucket.plan.root) if file.name.startswith("run.lock")]
+    assert file_names(bucket_run) - {"run.lock"} == file_names(folder_run) - {"run.lock"}
+    assert (bucket_run.plan.folder / "report.html").is_file()
+    assert f"report: {bucket_run.plan.folder}/report.html" in bucket_run.stdout
+    assert not [file for file in filesystem.list_files(bucket_run.plan.root) if file.name.startswith("run.lock")]
 
 
-def test_a_complete_run_is_only_reported_anew(in_a_bucket: Ran, experiment_of_two_arms: Path, tmp_path: Path):
-    before = filesystem.file_states(in_a_bucket.plan.predictions)
-    root = str(in_a_bucket.plan.root)
+def test_repeated_command_starts_no_cluster(bucket_run: FinishedRun, experiment_of_two_arms: Path, tmp_path: Path):
+    before = filesystem.file_states(bucket_run.plan.predictions)
+    root = str(bucket_run.plan.root)
     done = finish(["run", str(experiment_of_two_arms), f"storage={root}"], tmp_path)
-    assert "dashboard" not in done.stderr, "no cluster was started"
-    assert filesystem.file_states(in_a_bucket.plan.predictions) == before
+    assert "dashboard" not in done.stderr, "a cluster was started"
+    assert filesystem.file_states(bucket_run.plan.predictions) == before
 
 
-def test_no_key_is_written(in_a_bucket: Ran):
+def test_credentials_are_not_written(bucket_run: FinishedRun):
     secret = s3_server.KEYS["AWS_SECRET_ACCESS_KEY"].encode()
-    assert [
-        file for file in filesystem.list_files(in_a_bucket.plan.root) if secret in filesystem.read_bytes(file)
-    ] == []
+    assert [file for file in filesystem.list_files(bucket_run.plan.root) if secret in filesystem.read_bytes(file)] == []

@@ -18,7 +18,7 @@ from runs import free_port, head_ports, wait_for_end
 
 ROOT = Path(__file__).parents[2]
 RAY, SERVE = (str(Path(sys.executable).parent / name) for name in ("ray", "serve"))
-# `serve run` takes it, and no other.
+# The default port of `serve run`.
 PORT = 8000
 
 pytestmark = pytest.mark.timeout(900)
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """The address of the quickstart's teacher, and the command that serves it."""
+    """The address of the quickstart's teacher, and the process that serves it."""
     port = free_port()
     environment = {**os.environ, "RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "token"}
     environment["RAY_AUTH_TOKEN"] = "a-token-for-this-test-alone-0123456789abcdef"
@@ -48,26 +48,27 @@ def served(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
                 wait_for_end(family)
 
 
-def ask(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+def request_json(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     data = json.dumps(body).encode() if body else None
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as answer:
         return json.load(answer)
 
 
+# Starts an engine. In `make test`, test_serve_app.py covers arguments and deployment; nothing there sends a request.
 @pytest.mark.slow
-def test_the_teacher_answers_by_openais_protocol(served: tuple[str, subprocess.Popen[bytes]], tmp_path: Path):
+def test_served_teacher_answers_openai_requests(served: tuple[str, subprocess.Popen[bytes]], tmp_path: Path):
     url, command = served
     deadline = time.monotonic() + 600
     while True:
         try:
-            models = ask(f"{url}/v1/models")
+            models = request_json(f"{url}/v1/models")
             break
         except (urllib.error.URLError, ConnectionError):
             assert time.monotonic() < deadline and command.poll() is None, (tmp_path / "log").read_text()
             time.sleep(2)
     assert [model["id"] for model in models["data"]] == ["teacher"]
     messages = [{"role": "user", "content": "Tom has 3 apples and buys 4. How many has he?"}]
-    answer = ask(f"{url}/v1/chat/completions", {"model": "teacher", "messages": messages, "max_tokens": 40})
+    answer = request_json(f"{url}/v1/chat/completions", {"model": "teacher", "messages": messages, "max_tokens": 40})
     (choice,) = answer["choices"]
     assert choice["message"]["content"].strip()

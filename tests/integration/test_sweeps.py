@@ -20,7 +20,7 @@ from raykd.pipeline.plan import Plan
 from raykd.storage import files, row_store, schemas
 from raykd.storage.schemas import COMPLETE, STOPPED
 from raykd.training.trial import TrialSpec, trial_status
-from runs import Ran, end_by, finish, parts, plan_of, started, wait_for_end
+from runs import FinishedRun, finish, interrupt_when, parts, plan_of, started, wait_for_end
 
 pytestmark = pytest.mark.timeout(1800)
 GOOD, POOR = 5e-3, 1e-7
@@ -29,19 +29,19 @@ NUM_TRAIN, BATCH_SIZE, CONCURRENCY = 96, 8, 2
 
 @pytest.fixture(scope="module")
 def scripted() -> Iterator[fake_openai_server.FakeServer]:
-    """A scripted teacher, slow enough to be interrupted; no test here depends on its answers."""
+    """A scripted teacher that is slow enough to be interrupted; no test depends on its answers."""
 
-    def slowly(request: fake_openai_server.ReceivedRequest, number: int) -> fake_openai_server.Answer:
+    def respond_slowly(request: fake_openai_server.ReceivedRequest, number: int) -> fake_openai_server.Answer:
         time.sleep(0.3)
         return fake_openai_server.scores(request, number)
 
-    with fake_openai_server.serving(slowly) as server:
+    with fake_openai_server.serving(respond_slowly) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def sweep_file(scripted: fake_openai_server.FakeServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An arm at two learning rates, one of which is too low to learn."""
+    """A sweep of one arm with two learning rates, one of which is too low to learn."""
     engine = {"engine_kwargs": {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 32}}
     tree = {
         "name": "swept",
@@ -88,17 +88,18 @@ def sweep_file(scripted: fake_openai_server.FakeServer, tmp_path_factory: pytest
 
 @dataclass
 class Swept:
-    """A sweep that was interrupted while the teacher scored, lost its workers and was killed while it trained, and then
-    trained all students; and what its last command printed."""
+    """A sweep that was interrupted by SIGTERM during scoring, lost its workers and its driver during training, and was
+    resumed until all students were trained."""
 
     plan: Plan
     stderr: str
+    """The standard error of the last command."""
     kept: dict[str, int]
-    """The completions that were there when generation was interrupted, and when they were written, in nanoseconds."""
+    """The parts at the interruption of scoring, and their modification times in nanoseconds."""
     good: TrialSpec
-    """The trial that lost its worker, and was complete when the driver was killed."""
+    """The trial that lost its workers, and was complete when the driver was killed."""
     good_written: int
-    """When its adapter was written, in nanoseconds."""
+    """The modification time of its adapter, in nanoseconds."""
 
 
 @pytest.fixture(scope="module")
@@ -106,19 +107,19 @@ def swept(sweep_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     folder = tmp_path_factory.mktemp("storage")
     arguments = [str(sweep_file), f"storage={folder}"]
     plan = plan_of(["sweep", *arguments])
-    (request,) = plan.required_sets
-    end_by(signal.SIGTERM, lambda: len(parts(request.folder)) >= 3, ["sweep", *arguments], folder)
-    kept = written(parts(request.folder))
-    assert row_store.read_manifest(request.folder) is None, "ended too late to test anything"
+    (completions,) = plan.required_sets
+    interrupt_when(signal.SIGTERM, lambda: len(parts(completions.folder)) >= 3, ["sweep", *arguments], folder)
+    kept = modification_times(parts(completions.folder))
+    assert row_store.read_manifest(completions.folder) is None, "interrupted too late"
     test, hidden = plan.problems / "test.parquet", plan.problems / "test.hidden"
 
     def has_checkpoint() -> bool:
-        # A command that reads the test problems while it trains fails. Before the training it may check them.
+        # Hide the test problems during training, so that a command that reads them fails. It may check them before.
         if test.exists() and "training" in (folder / "started.log").read_text():
             test.rename(hidden)
         return any((plan.folder / "checkpoints" / good.trial_id).glob("checkpoint_*"))
 
-    good = by_rate(plan)[GOOD]
+    good = trials_by_rate(plan)[GOOD]
     with started(has_checkpoint, ["sweep", *arguments], folder) as driver:
         kill_workers(psutil.Process(driver.pid).children(recursive=True))
         deadline = time.monotonic() + 600
@@ -134,7 +135,7 @@ def swept(sweep_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
 
 
 @pytest.fixture(scope="module")
-def evaluated(swept: Swept, sweep_file: Path) -> Ran:
+def evaluated(swept: Swept, sweep_file: Path) -> FinishedRun:
     """The same sweep, evaluated."""
     return finish(["sweep", str(sweep_file), f"storage={swept.plan.root}"], swept.plan.root)
 
@@ -147,10 +148,10 @@ def kill_workers(family: list[psutil.Process]) -> None:
             if "ray::RayTrainWorker" in " ".join(process.cmdline()):
                 process.kill()
                 killed += 1
-    assert killed, "no worker was there to be killed"
+    assert killed, "no worker was running"
 
 
-def written(paths: list[Path]) -> dict[str, int]:
+def modification_times(paths: list[Path]) -> dict[str, int]:
     """Return the modification times of files."""
     return {path.name: path.stat().st_mtime_ns for path in paths}
 
@@ -159,7 +160,7 @@ def adapter(trial: TrialSpec) -> Path:
     return trial.folder / "adapter" / "adapter_model.safetensors"
 
 
-def by_rate(plan: Plan) -> dict[float, TrialSpec]:
+def trials_by_rate(plan: Plan) -> dict[float, TrialSpec]:
     """Return the trials by learning rate."""
     return {trial.hparams["train.learning_rate"]: trial for trial in plan.trials}
 
@@ -168,21 +169,21 @@ def trial_record(trial: TrialSpec) -> dict[str, Any]:
     return files.read_json(trial.folder / "trial.json")
 
 
-def test_the_teacher_was_asked_once_for_all_trials(swept: Swept, scripted: fake_openai_server.FakeServer):
-    (request,) = swept.plan.required_sets
-    rows = row_store.read_rows(request.folder, schemas.COMPLETION, ["problem_id"])
+def test_teacher_scores_each_problem_once_for_all_trials(swept: Swept, scripted: fake_openai_server.FakeServer):
+    (completions,) = swept.plan.required_sets
+    rows = row_store.read_rows(completions.folder, schemas.COMPLETION, ["problem_id"])
     assert len(rows) == len(set(rows["problem_id"].to_pylist())) == NUM_TRAIN
-    assert {trial.completions for trial in swept.plan.trials} == {request.folder}
-    assert swept.kept.items() <= written(parts(request.folder)).items()
-    # Two tokens are asked about first, to see whether it answers; and again what was in flight when it was interrupted.
-    asked = Counter(tuple(each.body["prompt"]) for each in scripted.requests if len(each.body["prompt"]) > 2)
-    assert len(asked) == NUM_TRAIN
-    assert asked.total() <= NUM_TRAIN + CONCURRENCY * BATCH_SIZE
+    assert {trial.completions for trial in swept.plan.trials} == {completions.folder}
+    assert swept.kept.items() <= modification_times(parts(completions.folder)).items()
+    # The check of the endpoint sends two tokens. Requests in flight at the interruption are repeated.
+    sent = Counter(tuple(each.body["prompt"]) for each in scripted.requests if len(each.body["prompt"]) > 2)
+    assert len(sent) == NUM_TRAIN
+    assert sent.total() <= NUM_TRAIN + CONCURRENCY * BATCH_SIZE
     assert "using the teacher" not in swept.stderr
 
 
-def test_what_is_worse_by_validation_is_stopped_early(swept: Swept):
-    trials = by_rate(swept.plan)
+def test_trial_with_worse_validation_loss_is_stopped(swept: Swept):
+    trials = trials_by_rate(swept.plan)
     good, poor = trial_record(trials[GOOD]), trial_record(trials[POOR])
     assert (good["status"], good["steps"], good["validation"]["number"]) == (COMPLETE, 24, 3)
     assert poor["status"] == STOPPED
@@ -193,35 +194,36 @@ def test_what_is_worse_by_validation_is_stopped_early(swept: Swept):
     assert poor["adapter"] is None and not adapter(trials[POOR]).exists()
 
 
-def test_what_was_complete_when_the_driver_was_killed_was_not_trained_again(swept: Swept):
+def test_trial_completed_before_kill_is_not_retrained(swept: Swept):
     assert adapter(swept.good).stat().st_mtime_ns == swept.good_written
 
 
-def test_a_lost_worker_left_no_gap(swept: Swept):
+def test_killed_workers_leave_no_gap_in_steps(swept: Swept):
     steps = [json.loads(line)["step"] for line in (swept.good.folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 25))
 
 
-def test_the_best_of_each_arm_and_the_base_student_will_be_tested(swept: Swept):
+def test_base_student_and_best_trial_are_selected(swept: Swept):
     assert [each.trial_id for each in swept.plan.eval_models()] == ["base", swept.good.trial_id]
 
 
-def test_tensorboard_s_files_are_there(swept: Swept):
+def test_tensorboard_files_exist(swept: Swept):
     for trial in swept.plan.trials:
         if trial_status(trial) == COMPLETE:
             assert any((swept.plan.folder / "tune" / trial.trial_id).glob("events.out.tfevents.*"))
 
 
-# An engine for what the reference run shows of an evaluation.
+# Starts an engine. In `make test`, the test of the selection and test_run.py cover it.
 @pytest.mark.slow
-def test_the_best_of_each_arm_and_the_base_student_were_tested(swept: Swept, evaluated: Ran):
+def test_base_student_and_best_trial_are_evaluated(swept: Swept, evaluated: FinishedRun):
     rows = row_store.read_rows(evaluated.plan.predictions, schemas.PREDICTION).to_pylist()
     assert {row["trial_id"] for row in rows} == {swept.good.trial_id, "base"}
     assert len(rows) == 20
 
 
+# Needs the evaluation above. In `make test`, test_report_sweep.py covers the table.
 @pytest.mark.slow
-def test_the_table_has_every_trial(evaluated: Ran):
+def test_results_have_every_trial(evaluated: FinishedRun):
     with (evaluated.plan.folder / "results.csv").open() as file:
         rows = {row["trial_id"]: row for row in csv.DictReader(file)}
     assert rows.keys() == {trial.trial_id for trial in evaluated.plan.trials} | {"base"}
@@ -236,8 +238,9 @@ def test_the_table_has_every_trial(evaluated: Ran):
         assert word in evaluated.stdout
 
 
+# Needs the evaluation above. In `make test`, test_run.py repeats the command of a completed run.
 @pytest.mark.slow
-def test_the_same_command_again_does_nothing_again(evaluated: Ran, sweep_file: Path):
-    again = finish(["sweep", str(sweep_file), f"storage={evaluated.plan.root}"], evaluated.plan.root)
-    assert again.stdout == evaluated.stdout
-    assert "Ray" not in again.stderr
+def test_repeated_command_does_no_work(evaluated: FinishedRun, sweep_file: Path):
+    repeated = finish(["sweep", str(sweep_file), f"storage={evaluated.plan.root}"], evaluated.plan.root)
+    assert repeated.stdout == evaluated.stdout
+    assert "Ray" not in repeated.stderr

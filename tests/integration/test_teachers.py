@@ -32,7 +32,7 @@ MODEL = "raykd/demo-teacher"
 ENGINE = {"engine_kwargs": {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8}}
 GREEDY = {"max_tokens": 12, "temperature": 0.0}
 QUESTIONS = ["A box holds 4 pens. How many do 3 boxes hold?", "Ann has 7 eggs and eats 2. How many are left?"]
-# The GPUs of these tests are fake: nothing is loaded onto them.
+# The GPUs of these tests are fake; no model is loaded.
 SHARDED = {"accelerator": "gpu", "tensor_parallel_size": 8, "pipeline_parallel_size": 2, "accelerator_type": "H100"}
 
 
@@ -45,8 +45,8 @@ class Located(TeacherDeployment):
 
 
 @contextlib.contextmanager
-def joined(made: Cluster) -> Iterator[None]:
-    ray.init(address=made.address, log_to_driver=False)
+def connected(ray_cluster: Cluster) -> Iterator[None]:
+    ray.init(address=ray_cluster.address, log_to_driver=False)
     try:
         serve.start(proxy_location=ProxyLocation.Disabled)
         yield
@@ -56,7 +56,7 @@ def joined(made: Cluster) -> Iterator[None]:
 
 
 def wait_for_all() -> None:
-    """Wait until all replicas are up; otherwise the first would answer everything."""
+    """Wait until all replicas are up; otherwise the first one would answer all calls."""
     deadline = time.monotonic() + 240
     while any(app.status != "RUNNING" for app in serve.status().applications.values()):
         assert time.monotonic() < deadline, serve.status()
@@ -76,17 +76,17 @@ def expected(prompts: list[list[int]]) -> list[list[int]]:
     return [greedy(model, prompt, eos, GREEDY["max_tokens"]) for prompt in prompts]
 
 
-# An engine of two processes. In `make test`, the test of sixteen GPUs shows where the shards of a replica lie.
+# Starts an engine of two processes. In `make test`, the test of 16 GPUs covers the placement of shards.
 @pytest.mark.slow
-def test_an_engine_of_two_shards_answers_as_the_model_does(prompts: list[list[int]], expected: list[list[int]]):
+def test_sharded_engine_answers_like_transformers(prompts: list[list[int]], expected: list[list[int]]):
     section = Teacher.model_validate(
         {
             "model": MODEL,
-            # Without it, vLLM looks for one NUMA node per process.
+            # Without this variable, vLLM needs one NUMA node per process.
             "engine": {**ENGINE, "tensor_parallel_size": 2, "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}},
         }
     )
-    with cluster(2) as made, joined(made), deployed(section, "cpu", TeacherDeployment) as handle:
+    with cluster(2) as nodes, connected(nodes), deployed(section, "cpu", TeacherDeployment) as handle:
         replies = handle.answer.remote(prompts, GREEDY, 120).result(timeout_s=240)
         (group,) = [each for each in placement_group_table().values() if each["state"] == "CREATED"]
     assert [reply["token_ids"].tolist() for reply in replies] == expected
@@ -94,11 +94,11 @@ def test_an_engine_of_two_shards_answers_as_the_model_does(prompts: list[list[in
     assert len(set(group["bundles_to_node_id"].values())) == 1
 
 
-# Starts two engines. In `make test`, the fake GPUs below show the placement of replicas.
+# Starts two engines. In `make test`, the test of 16 GPUs covers the placement of one replica; nothing covers two.
 @pytest.mark.slow
 def test_two_replicas_on_two_nodes_both_answer(prompts: list[list[int]], expected: list[list[int]]):
     section = Teacher.model_validate({"model": MODEL, "engine": ENGINE, "replicas": {"min": 2, "max": 2}})
-    with cluster(1, 1) as made, joined(made), deployed(section, "cpu", Located) as handle:
+    with cluster(1, 1) as nodes, connected(nodes), deployed(section, "cpu", Located) as handle:
         wait_for_all()
         calls = [handle.answer.remote(prompts, GREEDY, 120) for _ in range(16)]
         replies = [reply for call in calls for reply in call.result(timeout_s=240)]
@@ -108,21 +108,21 @@ def test_two_replicas_on_two_nodes_both_answer(prompts: list[list[int]], expecte
 
 
 @pytest.fixture(scope="module")
-def pretended() -> Iterator[Cluster]:
+def fake_gpu_cluster() -> Iterator[Cluster]:
     """Three nodes with eight fake GPUs each, of two types, and a head without GPUs."""
-    with cluster() as made:
+    with cluster() as ray_cluster:
         for kind in ("H100", "H100", "A10G"):
             # The nodes share this machine's memory.
-            made.add_node(num_cpus=10, num_gpus=8, resources={f"accelerator_type:{kind}": 1})
-        with joined(made):
-            yield made
+            ray_cluster.add_node(num_cpus=10, num_gpus=8, resources={f"accelerator_type:{kind}": 1})
+        with connected(ray_cluster):
+            yield ray_cluster
 
 
 def nodes_of(kind: str) -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if f"accelerator_type:{kind}" in node["Resources"]}
 
 
-def test_a_replica_of_sixteen_gpus_lies_on_two_nodes_and_students_get_them_when_it_is_gone(pretended: Cluster):
+def test_16_gpu_replica_spans_two_nodes_and_frees_them_for_students(fake_gpu_cluster: Cluster):
     section = Teacher.model_validate({"model": MODEL, "engine": SHARDED})
     workers = Train(num_workers=2, batch_size=2, accelerator="gpu", accelerator_type="H100")
     with deployed(section, "gpu", FakeGpuServer) as handle:
@@ -130,18 +130,19 @@ def test_a_replica_of_sixteen_gpus_lies_on_two_nodes_and_students_get_them_when_
         (group,) = [each for each in placement_group_table().values() if each["state"] == "CREATED"]
         assert set(group["bundles_to_node_id"].values()) == nodes_of("H100")
         assert sorted(Counter(group["bundles_to_node_id"].values()).values()) == [8, 8]
-        place = placement_group(resources.trial_bundles(workers, "gpu"))
-        assert not place.wait(5), "the teacher holds all GPUs of the kind"
-    assert place.wait(60)
-    remove_placement_group(place)
-    held = train_on(workers)
-    assert len(held) == 2
-    assert {node for node, _ in held} <= nodes_of("H100")
-    assert all(len(gpus) == 1 for _, gpus in held)
+        trial_group = placement_group(resources.trial_bundles(workers, "gpu"))
+        assert not trial_group.wait(5), "the teacher does not hold all H100"
+    assert trial_group.wait(60)
+    remove_placement_group(trial_group)
+    reports = train_on(workers)
+    assert len(reports) == 2
+    assert {node for node, _ in reports} <= nodes_of("H100")
+    assert all(len(gpus) == 1 for _, gpus in reports)
 
 
+# Serve adds a replica after 30 s of load. Nothing in `make test` scales replicas.
 @pytest.mark.slow
-def test_replicas_come_with_the_calls_in_flight_and_go_again(pretended: Cluster):
+def test_replicas_scale_up_with_load_and_down_to_zero(fake_gpu_cluster: Cluster):
     section = Teacher.model_validate(
         {
             "model": MODEL,
@@ -152,11 +153,11 @@ def test_replicas_come_with_the_calls_in_flight_and_go_again(pretended: Cluster)
     )
     with deployed(section, "gpu", FakeGpuServer) as handle:
         assert ray.available_resources()["GPU"] == 24
-        # More requests than one replica finishes in the 30 s after which Serve adds another.
+        # More requests than one replica answers in 30 s, after which Serve adds another replica.
         calls = [handle.answer.remote(20) for _ in range(16)]
         found = {call.result(timeout_s=300) for call in calls}
-        assert found == nodes_of("H100"), "a replica of eight GPUs on each"
+        assert found == nodes_of("H100"), "not every H100 node had a replica"
         deadline = time.monotonic() + 180
         while ray.available_resources()["GPU"] < 24:
-            assert time.monotonic() < deadline, "the replicas stay"
+            assert time.monotonic() < deadline, "the replicas were not removed"
             time.sleep(1)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(900)
 SCRIPT = Path(__file__).parents[1] / "helpers" / "plain_loop.py"
 
 
-# The first of each list is what the others must agree with.
+# The first variant is the reference for the others.
 HARD = {
     1: ["zero0-micro8", "zero0-micro1", "zero0-micro8-packed-loss", "zero0-micro4"],
     2: [
@@ -33,7 +33,7 @@ HARD = {
         "zero3-micro2-loss",
     ],
 }
-# Ended at its first checkpoint, and resumed from it.
+# Killed at its first checkpoint, and resumed from it.
 KILLED = "zero3-micro2-checkpointed-answers-killed"
 # Started with two workers, and resumed from the first checkpoint with one or three.
 FEWER, MORE = "zero0-micro2-elastic", "zero0-micro2-packed-elastic"
@@ -50,7 +50,7 @@ def names(variants: dict[int, list[str]]) -> list[str]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plain")
     both = {workers: [variant for group in (HARD, SOFT, BFLOAT16) for variant in group[workers]] for workers in (1, 2)}
-    # Processes end at the first checkpoint of a killed or elastic variant, so each of these is the last one.
+    # The processes exit at the first checkpoint of a killed or elastic variant, so it must be the last variant.
     run(folder, 2, [*both[2], KILLED])
     run(folder, 2, [KILLED, FEWER])
     run(folder, 1, [FEWER, *both[1]])
@@ -88,15 +88,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     [(names(group)[0], name) for group in (HARD, SOFT) for name in names(group)[1:]]
     + [(names(HARD)[0], f"workers2-{variant}") for variant in (KILLED, FEWER)],
 )
-def test_how_it_is_carried_out_changes_nothing_but_rounding(trained: Path, first: str, name: str):
-    """Workers, micro-batches, ZeRO stage, packing, checkpointed activations, chunks, being killed and resumed, also by
-    fewer workers."""
+def test_runtime_variants_differ_by_rounding_only(trained: Path, first: str, name: str):
+    """Variants of workers, micro-batches, ZeRO stage, packing, activation checkpointing, chunks, and resumption."""
     check_agreement(trained, first, name)
 
 
-# Starts five more processes. The test above covers fewer workers.
+# Starts five more processes. In `make test`, the test above covers fewer workers.
 @pytest.mark.slow
-def test_more_workers_change_nothing_but_rounding(trained: Path):
+def test_resume_with_more_workers_differs_by_rounding_only(trained: Path):
     resume_with(trained, 3, MORE)
     check_agreement(trained, names(HARD)[0], f"workers2-{MORE}")
 
@@ -105,21 +104,21 @@ def check_agreement(trained: Path, first: str, name: str) -> None:
     expected = trained / first
     assert len(losses(expected)) == 6
     assert losses(trained / name) == pytest.approx(losses(expected), rel=1e-4)
-    ours, theirs = weights(trained / name), weights(expected)
-    assert ours.keys() == theirs.keys()
-    for key, tensor in theirs.items():
+    found, wanted = weights(trained / name), weights(expected)
+    assert found.keys() == wanted.keys()
+    for key, tensor in wanted.items():
         # Adam divides by small second moments, which amplifies rounding.
-        assert torch.allclose(ours[key], tensor, atol=2e-3), key
+        assert torch.allclose(found[key], tensor, atol=2e-3), key
 
 
-def measured(folder: Path) -> list[dict]:
+def validations(folder: Path) -> list[dict]:
     points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [(point["step"], point["validation"]) for point in points if "validation" in point]
 
 
 @pytest.mark.parametrize("name", [name for name in names(HARD) if "loss" in name])
-def test_the_loss_on_validation_problems_is_that_of_the_saved_adapter(trained: Path, name: str):
-    (middle, first), (end, last) = measured(trained / name)
+def test_validation_loss_matches_saved_adapter(trained: Path, name: str):
+    (middle, first), (end, last) = validations(trained / name)
     assert (middle, end) == (3, 6)
     assert [{key: each[key] for key in ("number", "n")} for each in (first, last)] == [
         {"number": 1, "n": 5},
@@ -139,8 +138,8 @@ def test_the_loss_on_validation_problems_is_that_of_the_saved_adapter(trained: P
     assert last["loss"] < first["loss"]
 
 
-def test_every_worker_answers_its_share_of_the_validation_problems(trained: Path):
-    found = [measured(trained / name) for name in [*names(HARD), f"workers2-{KILLED}"] if "answers" in name]
+def test_validation_accuracy_covers_problems_of_all_workers(trained: Path):
+    found = [validations(trained / name) for name in [*names(HARD), f"workers2-{KILLED}"] if "answers" in name]
     assert len(found) == 2
     for (middle, first), (end, last) in found:
         assert (middle, first["number"], end, last["number"]) == (3, 1, 6, 2)
@@ -149,13 +148,13 @@ def test_every_worker_answers_its_share_of_the_validation_problems(trained: Path
 
 
 @pytest.mark.parametrize("name", names(BFLOAT16))
-def test_bfloat16_goes_the_same_way_as_far_as_its_digits_reach(trained: Path, name: str):
+def test_bfloat16_losses_match_float32(trained: Path, name: str):
     check_bfloat16(trained, name)
 
 
-# Ten seconds per variant, because CPUs emulate bfloat16. The test above covers the lowest and the highest stage.
+# Ten seconds per variant, because CPUs emulate bfloat16. In `make test`, the test above covers stages 1 and 3.
 @pytest.mark.slow
-def test_bfloat16_in_every_stage(trained: Path):
+def test_bfloat16_losses_match_float32_at_zero_stage_2(trained: Path):
     for workers, variants in MORE_BFLOAT16.items():
         run(trained, workers, variants)
     for name in names(MORE_BFLOAT16):
@@ -166,6 +165,6 @@ def check_bfloat16(trained: Path, name: str) -> None:
     assert losses(trained / name) == pytest.approx(losses(trained / names(HARD)[0]), rel=0.02)
 
 
-def test_the_loss_falls(trained: Path):
+def test_loss_falls(trained: Path):
     curve = losses(trained / "workers1-zero0-micro8")
     assert curve[-1] < curve[0]

@@ -1,4 +1,4 @@
-"""Packages import downward only, files do not import in circles, and fast commands load no heavy library."""
+"""Packages import downward only, imports are acyclic, and light modules load no heavy library."""
 
 import ast
 import re
@@ -81,7 +81,7 @@ def test_every_package_has_its_allowed_imports():
     assert packages == set(ALLOWED) - {"identity", *EVERYWHERE} | {"pipeline"}
 
 
-def test_no_two_files_import_each_other():
+def test_imports_are_acyclic():
     graph = {module: imported(file) for module, file in MODULES.items()}
     done: set[str] = set()
 
@@ -96,7 +96,7 @@ def test_no_two_files_import_each_other():
         visit(module, ())
 
 
-def test_nothing_imports_the_scripts_of_the_demonstration():
+def test_no_module_imports_demo_scripts():
     users = [module for module, file in MODULES.items() if any(each.startswith("demo") for each in imported(file))]
     assert [module for module in users if not module.startswith("demo")] == []
 
@@ -116,14 +116,14 @@ for name in {sorted(light)!r}:
     assert ran.returncode == 0, ran.stderr
 
 
-def test_every_file_says_first_what_it_owns_and_holds_one_thing():
+def test_every_file_has_docstring_and_at_most_400_lines():
     for file in SOURCE.rglob("*.py"):
         text = file.read_text()
         assert ast.get_docstring(ast.parse(text)), f"{file} has no docstring"
-        assert len(text.splitlines()) <= 400, f"{file} holds more than one thing"
+        assert len(text.splitlines()) <= 400, f"{file} has more than 400 lines"
 
 
-def test_every_package_says_what_it_owns_and_where_to_begin():
+def test_every_package_docstring_names_modules_to_begin_with():
     for file in SOURCE.glob("*/__init__.py"):
         first, _, rest = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n\n")
         assert ": " in first and "Begin with `" in rest, file
@@ -131,14 +131,14 @@ def test_every_package_says_what_it_owns_and_where_to_begin():
         assert [name for name in named if not (file.parent / f"{name}.py").exists()] == [], file
 
 
-def test_every_package_is_pinned_exactly():
+def test_every_requirement_is_pinned_exactly():
     for file in (SOURCE.parents[1] / "requirements").glob("*.txt"):
         lines = [line for line in file.read_text().splitlines() if line and not line.startswith(("#", "--"))]
         assert len(lines) > 50
         assert [line for line in lines if "==" not in line.split(";")[0]] == [], file
 
 
-def test_nothing_but_tunes_own_record_of_an_error_is_unpickled():
+def test_only_tune_error_records_are_unpickled():
     loads = ("pickle.load", "torch.load(", "joblib.load", "yaml.load(", "yaml.unsafe_load")
     found = [
         file.name
@@ -149,7 +149,7 @@ def test_nothing_but_tunes_own_record_of_an_error_is_unpickled():
     assert found == ["callbacks.py"]
 
 
-def test_no_two_test_modules_share_a_name():
-    # pytest imports them by name alone: one of the two would fail to be collected, and only when both are asked for.
+def test_test_module_names_are_unique():
+    # pytest imports test modules by name: a second module of the same name fails when both are collected.
     names = sorted(file.name for file in SOURCE.parents[1].glob("tests/**/*.py"))
     assert sorted(set(names)) == names

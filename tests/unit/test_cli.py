@@ -40,10 +40,10 @@ def test_invalid_input_is_reported_without_torch_and_ray():
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["train", "--help"]])
-def test_help_of_commands(arguments, capsys):
-    with pytest.raises(SystemExit) as ended:
+def test_command_help_shows_arguments(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
-    assert ended.value.code == 0
+    assert caught.value.code == 0
     assert "FILE" in capsys.readouterr().out
 
 
@@ -69,7 +69,7 @@ def test_plan_shows_fields_of_a_single_arm(capsys, monkeypatch):
     shown = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in shown.splitlines() if line.split()[:1] in (["soft"], ["own"])}
     assert {"64", "3.0"} <= set(rows["soft"])
-    assert "renorm" in shown, "folded where the terminal is narrow"
+    assert "renorm" in shown, "the value is missing, or wrapped in a narrow terminal"
     assert {"9", "2"} <= set(rows["own"])
 
 
@@ -82,7 +82,7 @@ def test_plan_shows_the_trials_of_a_sweep(capsys, monkeypatch):
     assert "the best 2 of each arm" in shown
 
 
-UP = """
+RAY_UP_FILE = """
 head_node_type: head
 max_workers: 2
 available_node_types:
@@ -103,7 +103,7 @@ def test_plan_shows_requirements(file, capsys, monkeypatch):
 
 def test_plan_refuses_a_misfit_and_suggests_a_fit(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    (tmp_path / "up.yaml").write_text(UP)
+    (tmp_path / "up.yaml").write_text(RAY_UP_FILE)
     plan = ["plan", "configs/gsm8k/405b-fp8-to-8b.yaml", "--cluster", str(tmp_path / "up.yaml")]
     bf16 = "teacher.model=meta-llama/Llama-3.1-405B-Instruct"
     assert cli.main([*plan, bf16]) == 2
@@ -111,14 +111,14 @@ def test_plan_refuses_a_misfit_and_suggests_a_fit(capsys, monkeypatch, tmp_path)
     assert "does not fit: a process needs" in captured.out
     assert captured.err.count("\n") == 1
     assert "does not fit: teacher: a process needs" in captured.err
-    (remedy,) = re.findall(r"closest fit: (\S+)", captured.err)
-    assert remedy == "teacher.engine.pipeline_parallel_size=2"
-    # Fields may be set before and behind options.
-    assert cli.main([plan[0], plan[1], bf16, *plan[2:], remedy]) == 0
+    (suggestion,) = re.findall(r"closest fit: (\S+)", captured.err)
+    assert suggestion == "teacher.engine.pipeline_parallel_size=2"
+    # Fields may be set before and after options.
+    assert cli.main([plan[0], plan[1], bf16, *plan[2:], suggestion]) == 0
     assert "2 nodes (8 on worker, 8 on worker)" in capsys.readouterr().out
 
 
-def test_plan_shows_hours_and_cost_from_given_rates(capsys, monkeypatch):
+def test_plan_shows_hours_and_cost_from_rates(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     rates = ["--generation-rate", "1000", "--completion-tokens", "200", "--training-rate=500", "--eval-rate=2000"]
     assert cli.main(["plan", "configs/gsm8k/405b-awq-to-8b.yaml", *rates, "prices.gpu_hour=2.5", "seeds=[0]"]) == 0
@@ -160,9 +160,9 @@ def test_plan_does_not_import_ray_or_vllm():
 
 def test_unknown_options_are_refused(capsys):
     for arguments in (["plan", "a.yaml", "--clutser", "x"], ["compare", "a", "b", "c=1"]):
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as caught:
             cli.main(arguments)
-        assert ended.value.code == 2
+        assert caught.value.code == 2
         assert "unrecognized arguments" in capsys.readouterr().err
 
 
@@ -178,7 +178,7 @@ def test_prompts_shows_teacher_and_student_prompts(capsys, monkeypatch, tmp_path
     assert "strategy ground_truth (arms: ground_truth)" in teacher
     assert student.count("State the number.") == 1
     assert re.search(r"every arm: \d+ tokens", student)
-    assert list(tmp_path.iterdir()) == [], "nothing is written"
+    assert list(tmp_path.iterdir()) == [], "a file was written"
     assert cli.main([*arguments, "--problem", "100000"]) == 2
     assert "no training problem '100000'" in capsys.readouterr().err
     # str.isdigit accepts the superscript, int() rejects it.

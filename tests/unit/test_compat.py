@@ -18,10 +18,10 @@ from raykd.config.sections import Teacher
 from raykd.teacher import server
 
 SOURCE = Path(raykd.__file__).parent
-# Libraries whose modules, attributes and constants are meant.
+# Libraries whose private interfaces are checked.
 FOREIGN = ("ray", "vllm", "transformers", "deepspeed", "torch", "peft", "datasets", "optuna")
-# What compat spells, nothing else does.
-SPELLED = {value for name, value in vars(compat).items() if name.isupper()} | {"ds_numel", "ENV_VARS_TO_PROPAGATE"}
+# Names that only compat.py may contain.
+COMPAT_NAMES = {value for name, value in vars(compat).items() if name.isupper()} | {"ds_numel", "ENV_VARS_TO_PROPAGATE"}
 
 
 def private_uses(file: Path) -> list[str]:
@@ -48,7 +48,7 @@ def private_uses(file: Path) -> list[str]:
             is_os_exit = node.attr == "_exit"
             if node.attr not in own and not is_os_exit:
                 found.append(ast.unparse(node))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in SPELLED:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in COMPAT_NAMES:
             found.append(node.value)
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
             text = node.args[1]
@@ -67,7 +67,7 @@ FILES = sorted(
 
 def test_no_other_module_uses_a_private_interface():
     found = {f"{file.parent.name}/{file.name}": uses for file in FILES if (uses := private_uses(file))}
-    assert not found, f"add what is needed to compat.py, with why, and a test of it here: {found}"
+    assert not found, f"move these uses to compat.py, document the reason, and add a test here: {found}"
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,9 @@ def test_each_entry_documents_reason_and_consequence():
         assert "Why" in text and "ithout it:" in text, node.name
     constants = [at for at, node in enumerate(tree.body) if isinstance(node, ast.Assign)]
     for at in constants:
-        said = tree.body[at + 1]
-        assert isinstance(said, ast.Expr) and isinstance(said.value, ast.Constant), ast.unparse(tree.body[at])
-        text = str(said.value.value)
+        docstring = tree.body[at + 1]
+        assert isinstance(docstring, ast.Expr) and isinstance(docstring.value, ast.Constant), ast.unparse(tree.body[at])
+        text = str(docstring.value.value)
         assert "ENGINE_DEAD_ERROR" in ast.unparse(tree.body[at]) or ("Why:" in text and "Without it:" in text), text
 
 
@@ -177,11 +177,11 @@ def test_draw_points_is_seeded_and_covers_grids():
     first, same = (list(compat.draw_points(space, np.random.default_rng(3))) for _ in range(2))
     assert first == same
     assert [point["a"] for point in first] == [1, 2]
-    assert first[0]["b"] == first[1]["b"], "one draw for all combinations of the grids"
+    assert first[0]["b"] == first[1]["b"], "the combinations of a grid have different draws"
 
 
 def test_ray_data_honours_the_block_buffer():
-    """Setting a name that Ray does not know would have no effect, and no error."""
+    """Setting an unknown name would neither have an effect nor raise an error."""
     from ray.data import DataContext
     from ray.data._internal.execution.interfaces import op_runtime_metrics
 
@@ -211,11 +211,11 @@ def test_vllm_raises_engine_dead_error():
     assert async_llm.EngineDeadError is compat.engine_dead_error()
 
 
-def test_serve_llm_callback_gets_the_runtime_environment():
+def test_serve_llm_callback_has_runtime_environment():
     base: Any = compat.engine_callback()
-    made = base(llm_config=None, ctx_kwargs={"runtime_env": {"env_vars": {"A": "1"}}})
-    assert made.ctx.runtime_env == {"env_vars": {"A": "1"}}
-    assert made.ctx.run_init_node
+    callback = base(llm_config=None, ctx_kwargs={"runtime_env": {"env_vars": {"A": "1"}}})
+    assert callback.ctx.runtime_env == {"env_vars": {"A": "1"}}
+    assert callback.ctx.run_init_node
     from ray.llm._internal.serve.engines.vllm import vllm_engine
 
     assert "if callback.ctx.run_init_node:" in inspect.getsource(vllm_engine)

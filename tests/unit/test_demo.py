@@ -1,4 +1,4 @@
-"""The demonstration: correct problems, and models that behave as their README says."""
+"""The demonstration: correct problems, and models that match their README."""
 
 import json
 import random
@@ -26,7 +26,7 @@ AWKWARD = (
 
 
 def oracle(answer: str) -> list[tuple[Fraction, Fraction]]:
-    """Return each calculation of a solution as (computed here, as written)."""
+    """Return each calculation of a solution as (computed, written) result."""
     operations = {
         "+": lambda x, y: x + y,
         "-": lambda x, y: x - y,
@@ -81,7 +81,7 @@ def test_questions_are_unique_across_splits():
 
 
 def test_numbers_are_unique_across_splits():
-    """A kind's calculations name its numbers, so that another phrasing of a test problem is no training problem."""
+    """The calculations of a kind determine its numbers: no training problem rephrases a test problem."""
     sums = {
         split: {(p.kind, tuple(s.expression for s in p.steps)) for p in generate_problems(split, 4000)}
         for split in SPLITS
@@ -102,7 +102,7 @@ def test_unknown_split_is_refused():
         next(generate("dev", 1))
 
 
-def test_resolve_model():
+def test_resolve_model_maps_built_in_names():
     assert resolve_model("raykd/demo-teacher") == str(MODELS["raykd/demo-teacher"])
     assert resolve_model("meta-llama/Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
 
@@ -114,7 +114,7 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(MODELS["raykd/demo-teacher"])
 
 
-def test_tokenizer_round_trip(tokenizer: Any):
+def test_tokenizer_round_trips(tokenizer: Any):
     for text in AWKWARD:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -124,7 +124,7 @@ def test_each_digit_is_a_token(tokenizer: Any):
     assert [t for t in tokens if any(c.isdigit() for c in t)] == list("123456789") + list("12345")
 
 
-def test_chat_template_equals_training(tokenizer: Any):
+def test_chat_template_matches_training(tokenizer: Any):
     from raykd.demo.tokenizer import render_chat
 
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "What is 6 * 12?"}]

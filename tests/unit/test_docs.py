@@ -32,13 +32,13 @@ def name_of(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors that GitHub generates for a page's headings."""
     headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text("utf-8")), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The arguments of each `raykd` command in the page's fenced blocks."""
+    """Return the arguments of each `raykd` command in the page's fenced blocks."""
     found = []
     for language, block in FENCE.findall(page.read_text("utf-8")):
         if language:
@@ -53,7 +53,7 @@ def commands(page: Path) -> list[list[str]]:
 def test_links_resolve(page: Path):
     text = FENCE.sub("", page.read_text("utf-8"))
     if page == ROOT / "README.md":
-        # A package index shows this page without the files beside it.
+        # A package index shows this page without the linked files.
         assert not re.findall(r"\]\((?![a-z]+:|#)([^)\s]+)\)", text), "a relative link"
         text = re.sub(r"https://(github\.com|raw\.githubusercontent\.com)/raykd/raykd/(blob/)?main/", "", text)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -77,7 +77,7 @@ def test_commands_parse(page: Path):
         assert is_shipped or re.match(r"(mine\.yaml|storage/|FILE|FOLDER)", file), f"{file}: no such configuration"
 
 
-def test_the_parser_finds_commands():
+def test_command_parser_finds_commands():
     assert len([words for page in PAGES for words in commands(page)]) >= 15
 
 
@@ -99,11 +99,11 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
 
 
-def test_the_image_is_small():
+def test_report_image_is_small():
     assert (ROOT / "docs/images/report.png").stat().st_size < 300_000
 
 
-def test_the_configuration_page_is_current():
+def test_configuration_page_is_current():
     spec = importlib.util.spec_from_file_location("config_docs", ROOT / "tools" / "config_docs.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -111,7 +111,7 @@ def test_the_configuration_page_is_current():
     assert module.PAGE.read_text("utf-8") == module.page(), "docs/configuration.md is stale: run `make docs`"
 
 
-def test_every_section_has_a_heading_that_its_links_reach():
+def test_configuration_sections_have_anchors():
     page = ROOT / "docs" / "configuration.md"
     assert {"dataset", "teacherengine", "targetsrollout", "sweepspacepath"} <= anchors(page)
 

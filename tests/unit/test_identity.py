@@ -38,9 +38,9 @@ STATISTICS = ("entropy", "first")
 
 def keys(experiment: Experiment, arms: dict[str, Arm]) -> dict[str, str]:
     """Return all keys of an experiment with the given arms."""
-    of_problems = identity.problem_set(experiment.dataset)
+    problems = identity.problem_set(experiment.dataset)
     found = {
-        "problems": of_problems,
+        "problems": problems,
         "predictions": identity.evaluation_settings(experiment.evaluate),
     }
     if experiment.sweep:
@@ -49,10 +49,10 @@ def keys(experiment: Experiment, arms: dict[str, Arm]) -> dict[str, str]:
         dtype = experiment.attention.dtype or experiment.train.dtype
         found["attention"] = identity.attention_settings(experiment.attention, dtype, STATISTICS)
     for name, arm in arms.items():
-        asked = identity.completion_set(experiment, arm, of_problems, TEACHER) if arm.needs_teacher else None
-        if asked:
-            found[f"completions {name}"] = asked
-        found[f"trial {name}"] = identity.trial(experiment, arm, 0, of_problems, asked, STUDENT)
+        completions = identity.completion_set(experiment, arm, problems, TEACHER) if arm.needs_teacher else None
+        if completions:
+            found[f"completions {name}"] = completions
+        found[f"trial {name}"] = identity.trial(experiment, arm, 0, problems, completions, STUDENT)
     return {name: hashing.content_key(content) for name, content in found.items()}
 
 
@@ -104,9 +104,10 @@ def is_marked(path: str) -> bool:
     return False
 
 
-# In no key: what only names or adds, what other functions identify, and what plays no part here.
-ELSEWHERE = {"name", "arms", "seeds", "prompt.strategies", "teacher.model", "teacher.revision"}
-ELSEWHERE |= {"sweep.num_samples", "sweep.test_top_n", "dataset.revision"}
+# Fields in no key: names, the numbers of arms, seeds and points, fields that are identified by content, and fields that
+# this experiment does not use.
+UNKEYED_FIELDS = {"name", "arms", "seeds", "prompt.strategies", "teacher.model", "teacher.revision"}
+UNKEYED_FIELDS |= {"sweep.num_samples", "sweep.test_top_n", "dataset.revision"}
 BASE = Experiment.model_validate(TREE)
 ARMS = {name: BASE.arm(name) for name in BASE.arms}
 FIELDS = {path: annotation for path, annotation in leaves(BASE) if path != "teacher.endpoint"}
@@ -134,7 +135,7 @@ def keys_changed_by(path: str) -> frozenset[str]:
 @pytest.mark.parametrize("path", sorted(FIELDS))
 def test_field_changes_a_key_unless_runtime_only(path: str):
     found = keys_changed_by(path)
-    assert bool(found) == (not is_marked(path) and path not in ELSEWHERE), found
+    assert bool(found) == (not is_marked(path) and path not in UNKEYED_FIELDS), found
 
 
 @pytest.mark.parametrize(
@@ -163,8 +164,8 @@ def test_field_changes_only_the_keys_it_affects(path: str, kinds: set[str]):
     "path", [path for path in FIELDS if any(f"{path}.".startswith(f"{each}.") for each in ARM_SECTIONS)]
 )
 def test_affects_teacher_agrees_with_completion_keys(path: str):
-    asks = any(key.startswith("completions") for key in keys_changed_by(path))
-    assert asks == affects_teacher(path)
+    changes_completions = any(key.startswith("completions") for key in keys_changed_by(path))
+    assert changes_completions == affects_teacher(path)
 
 
 GOLDEN = {
@@ -223,11 +224,11 @@ def test_every_vllm_argument_is_classified():
     assert known == identity.RUNTIME_ARGUMENTS | identity.ANSWER_ARGUMENTS
 
 
-def test_runtime_arguments_are_left_out():
+def test_runtime_arguments_are_omitted():
     runtime = {"load_format": "runai_streamer", "model_loader_extra_config": {"concurrency": 16}, "enforce_eager": True}
     runtime |= {"compilation_config": {"level": 3}, "max_num_seqs": 8, "enable_sleep_mode": True, "block_size": 32}
-    bearing = {"dtype": "float32", "max_model_len": 64, "hf_overrides": {"rope_theta": 1.0}, "not_known_yet": 1}
-    assert identity.engine_arguments(runtime | bearing) == bearing
+    affecting = {"dtype": "float32", "max_model_len": 64, "hf_overrides": {"rope_theta": 1.0}, "not_known_yet": 1}
+    assert identity.engine_arguments(runtime | affecting) == affecting
     for load_format in ("dummy", "bitsandbytes"):
         assert identity.engine_arguments({"load_format": load_format}) == {"load_format": load_format}
 
@@ -240,7 +241,7 @@ def test_problem_set_key_follows_file_content(tmp_path: Path):
     first = identity.problem_set(dataset)
     assert str(tmp_path) not in str(first)
     assert first["train_file"] == hashing.fingerprint(file) == first["test_file"]
-    assert "seed" not in first, "nothing is generated"
+    assert "seed" not in first, "the seed of unused generated problems is in the key"
     assert set(first) - set(identity.train_problems(first)) == {"test_file"}
     file.write_text('{"question": "1 + 2?", "answer": "#### 3"}')
     assert identity.problem_set(dataset) != first
@@ -249,8 +250,8 @@ def test_problem_set_key_follows_file_content(tmp_path: Path):
 def test_unused_fields_are_in_no_key():
     greedy = {"model": "a", "sampling": {"temperature": 0}}
     assert keys_of(teacher=greedy) == keys_of(teacher={"model": "a", "sampling": {"seed": 7, "top_p": 0.5}})
-    said = {name: key for name, key in keys_of(loss={"divergence": "forward_kl"}).items() if name != "trial own"}
-    assert said.items() < keys_of().items(), "what null stands for is the same, said or not"
+    explicit = {name: key for name, key in keys_of(loss={"divergence": "forward_kl"}).items() if name != "trial own"}
+    assert explicit.items() < keys_of().items(), "an explicit default changes a key"
 
 
 def load(*overrides: str) -> Experiment:
@@ -261,16 +262,16 @@ def load(*overrides: str) -> Experiment:
     return Experiment.model_validate(tree)
 
 
-def test_experiment_fields_hold_what_affects_results():
+def test_experiment_fields_are_those_that_affect_results():
     base = identity.experiment_fields(load())
-    same = ["teacher.concurrency=9", "train.max_failures=9", "arms={other: {}}", "seeds=[5]", "storage=elsewhere"]
+    same = ["teacher.concurrency=9", "train.max_failures=9", "arms={other: {}}", "seeds=[5]", "storage=other"]
     same += ["train.min_workers=1", "train.micro_batch_size=1", "train.gradient_checkpointing=true"]
     assert identity.experiment_fields(load(*same)) == base
-    elsewhere = ["teacher.engine.tensor_parallel_size=8", "teacher.engine.engine_kwargs={max_num_seqs: 8}"]
-    assert identity.experiment_fields(load(*elsewhere)) == base
-    asked = ("evaluate.protocol=zero_shot_raw", "evaluate.sampling.max_tokens=9", "evaluate.stop=[x]")
-    asked += ("evaluate.engine.engine_kwargs={dtype: float32}",)
-    assert identity.experiment_fields(load(*asked)) == base
+    engine_fields = ["teacher.engine.tensor_parallel_size=8", "teacher.engine.engine_kwargs={max_num_seqs: 8}"]
+    assert identity.experiment_fields(load(*engine_fields)) == base
+    evaluation_fields = ("evaluate.protocol=zero_shot_raw", "evaluate.sampling.max_tokens=9", "evaluate.stop=[x]")
+    evaluation_fields += ("evaluate.engine.engine_kwargs={dtype: float32}",)
+    assert identity.experiment_fields(load(*evaluation_fields)) == base
     changed = identity.experiment_fields(load("train.learning_rate=0.5"))
     assert {key for key in changed if changed[key] != base[key]} == {"train.learning_rate"}
 

@@ -125,5 +125,5 @@ def test_defaults_are_pinned():
     """A key omits defaults, so a changed default would reuse old results."""
     found = defaults()
     other = {path: (DEFAULTS[path], found.get(path)) for path in DEFAULTS if DEFAULTS[path] != found.get(path)}
-    assert not other, f"changed defaults (old, new): raise identity.VERSIONS of the kinds they bear on: {other}"
-    assert not found.keys() - DEFAULTS.keys(), "new fields: write their defaults down here"
+    assert not other, f"changed defaults (old, new): raise identity.VERSIONS of the kinds they affect: {other}"
+    assert not found.keys() - DEFAULTS.keys(), "add the defaults of new fields here"

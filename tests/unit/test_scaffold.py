@@ -25,7 +25,7 @@ def test_every_shipped_configuration_loads(name: str):
     assert load_experiment(scaffold.find_config(name)).arms
 
 
-def test_a_file_takes_precedence_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_file_takes_precedence_over_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     assert Path(scaffold.find_config("quickstart")).samefile(ROOT / "configs" / "quickstart.yaml")
     Path("quickstart").mkdir()
@@ -42,7 +42,7 @@ def test_find_config_returns_paths_unchanged(tmp_path: Path, monkeypatch: pytest
         assert scaffold.find_config(file) == file
 
 
-def test_an_unknown_name_lists_the_shipped_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_unknown_name_lists_shipped_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["plan", "quikstart"]) == 2
     error = capsys.readouterr().err
@@ -107,7 +107,7 @@ def test_commented_alternatives_of_the_starter_load(tmp_path: Path):
 
 
 @pytest.mark.parametrize("cluster", scaffold.CLUSTERS)
-def test_init_writes_the_files_of_a_cluster(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_init_writes_cluster_files(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["init", "mine", "--cluster", cluster]) == 0
     shown = capsys.readouterr().out

@@ -16,7 +16,7 @@ SHAPE = (len(STATISTICS), LAYERS, HEADS)
 
 
 def rows_of(trial_id: str, arm: str, seed: int, values: np.ndarray, missing: int | None = None) -> list[dict]:
-    """Rows of a student, (P, S, L, H); one of its problems could not be read."""
+    """Return the rows of a student from its values (P, S, L, H); problem `missing` has an error instead."""
     return [
         {
             "attention_id": f"{trial_id}/problem-{number:03}",
@@ -54,7 +54,7 @@ def test_arms_are_compared_with_base_student_on_common_problems(tmp_path: Path):
     seeds[1][:, 1, 2, 1] += 3.0
     rows = rows_of(BASE, BASE, 0, base, missing=4)
     rows += [row for seed in (0, 1) for row in rows_of(f"primed-{seed}", "primed", seed, seeds[seed])]
-    # A student of an arm that is not asked about.
+    # A student of an arm that is not compared.
     rows += rows_of("other-0", "other", 0, rng.normal(size=base.shape))
     right = {name: rng.random(30) < share for name, share in ((BASE, 0.2), ("primed-0", 0.6), ("primed-1", 0.7))}
     answers = {
@@ -79,7 +79,7 @@ def test_arms_are_compared_with_base_student_on_common_problems(tmp_path: Path):
         assert primed.overall[name].value == pytest.approx([paired.mean()], abs=1e-6)
         assert primed.heads[name].is_significant.all()
         students = [base, *seeds]
-        # Two arms, so that r is 1 or -1.
+        # With two arms, r is 1 or -1.
         assert np.abs(found.accuracy_by_arm[name].value) == pytest.approx(np.ones(LAYERS * HEADS))
         for head in range(LAYERS * HEADS):
             own = [

@@ -7,8 +7,8 @@ from raykd.analysis.comparison import baselines
 
 
 def baseline_names(arms: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
-    """Return the baseline of each arm, given (strategy, overrides); a `+` marks baselines that differ in more."""
-    # As in a file: an unprimed arm need not set its strategy.
+    """Return the baseline of each arm, given (strategy, overrides); `+` marks baselines that differ in more fields."""
+    # As in a file, an unprimed arm does not set its strategy.
     overrides = {
         name: {"prompt.strategy": strategy, **more} if strategy == "teacher" else more
         for name, (strategy, more) in arms.items()

@@ -34,7 +34,7 @@ def test_undefined_values_are_excluded_by_head():
     assert np.isnan([found.value[3], found.low[3], found.high[3], found.p[3]]).all()
 
 
-# Seconds each; `make test` holds the one in which the plain bootstrap would fail most.
+# Seconds each. `make test` runs the case in which the plain bootstrap fails most.
 @pytest.mark.parametrize(
     ("problems", "kind"),
     [
@@ -55,13 +55,14 @@ def test_difference_controls_family_wise_error(problems: int, kind: str):
         if kind == "together":
             arm += 2 * rng.normal(size=(problems, 1))
         if kind == "skewed":
-            # Weights have long tails: two students that look alike have the same ones.
+            # Attention weights have long tails, which are equal for students without a difference.
             arm, base = rng.lognormal(sigma=1.5, size=(2, problems, 200))
         significant.append(difference(arm, base, seed=number).is_significant.any())
-    # 3 of 60 expected; 9 or more would come up in one of 500 tests, were that true.
+    # 3 of 60 are expected at 5 %; 9 or more have a probability of 1 in 500.
     assert sum(significant) < 9, sum(significant)
 
 
+# Seconds each. `make test` runs one of the four cases.
 @pytest.mark.parametrize("num_right", [5, *(pytest.param(each, marks=pytest.mark.slow) for each in (2, 20, 50))])
 def test_correlation_controls_family_wise_error(num_right: int):
     rng = np.random.default_rng(4)
@@ -69,7 +70,7 @@ def test_correlation_controls_family_wise_error(num_right: int):
     for number in range(60):
         right = np.zeros(100)
         right[rng.permutation(100)[:num_right]] = 1
-        # Problems that one student has right are easy for the other too.
+        # Problems that one student solves are easier for the other one, too.
         other = np.where(rng.random(100) < 0.8, right, rng.random(100) < 0.1).astype(float)
         values = [rng.normal(size=(100, 100)) for _ in range(2)]
         significant.append(correlation(values, [right, other], seed=number).is_significant.any())
@@ -128,7 +129,7 @@ def test_correlation_excludes_undefined_and_constant_values():
     values[:25, 1] = np.nan
     values[:, 2] = 0.125
     right[50:] = np.nan
-    # A student that has nothing right has no say.
+    # A student without a correct answer is excluded.
     found = correlation([values, rng.normal(size=(60, 3))], [right, np.zeros(60)])
     for head, kept in ((0, slice(0, 50)), (1, slice(25, 50))):
         assert found.value[head] == pytest.approx(np.corrcoef(values[kept, head], right[kept])[0, 1], abs=1e-9)
@@ -156,7 +157,7 @@ def test_across_arms_matches_scipy_and_exact_permutations():
         bounds = expected.confidence_interval(0.95)
         assert found.value[head] == pytest.approx(expected.statistic, abs=1e-9)
         assert (found.low[head], found.high[head]) == pytest.approx((bounds.low, bounds.high), abs=1e-6)
-    # All 720 orders, and in each the larger of the two heads' correlations.
+    # For each of the 720 orders, the larger correlation of the two heads.
     largest = [
         max(abs(np.corrcoef(values[:, head], accuracy[list(order)])[0, 1]) for head in range(2))
         for order in permutations(range(6))

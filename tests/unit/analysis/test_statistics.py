@@ -26,7 +26,7 @@ def stats():
 
 @pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.999])
 @pytest.mark.parametrize("n", [1, 2, 7, 100, 1319])
-def test_wilson_interval_against_scipy(stats, n: int, confidence: float) -> None:
+def test_wilson_interval_matches_scipy(stats, n: int, confidence: float) -> None:
     for correct in sorted({0, 1, n // 3, n // 2, n - 1, n}):
         expected = stats.binomtest(correct, n).proportion_ci(confidence, method="wilson")
         assert wilson_interval(correct, n, confidence) == pytest.approx((expected.low, expected.high), abs=1e-12)
@@ -41,7 +41,7 @@ def test_wilson_interval_contains_proportion_and_reaches_bounds() -> None:
 
 @pytest.mark.parametrize("only_a", [0, 1, 2, 5, 40, 171])
 @pytest.mark.parametrize("only_b", [0, 1, 3, 5, 60, 903])
-def test_mcnemar_against_the_binomial_test(stats, only_a: int, only_b: int) -> None:
+def test_mcnemar_matches_scipy_binomial_test(stats, only_a: int, only_b: int) -> None:
     n = only_a + only_b
     expected = stats.binomtest(only_a, n, 0.5).pvalue if n else 1.0
     assert mcnemar_exact(only_a, only_b) == pytest.approx(expected, rel=1e-9)
@@ -67,14 +67,14 @@ def test_wilson_bounds_solve_the_score_equation(correct: int, n: int) -> None:
         assert abs(correct / n - bound) / (bound * (1 - bound) / n) ** 0.5 == pytest.approx(1.959964, abs=1e-6)
 
 
-def test_holm_by_hand() -> None:
+def test_holm_matches_hand_calculation() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.6, 0.9]) == pytest.approx([1.0, 1.0])
     assert holm([0.02]) == [0.02]
     assert holm([]) == []
 
 
-def test_bootstrap_against_plain_resampling() -> None:
+def test_bootstrap_matches_plain_resampling() -> None:
     rng = np.random.default_rng(7)
     a, b = rng.random(200) < 0.6, rng.random(200) < 0.45
     difference, low, high = paired_bootstrap(a, b, num_resamples=40_000)
@@ -82,11 +82,11 @@ def test_bootstrap_against_plain_resampling() -> None:
     drawn = rng.integers(0, 200, size=(40_000, 200))
     means = (a.astype(float) - b.astype(float))[drawn].mean(axis=1)
     assert difference == pytest.approx(a.mean() - b.mean())
-    # A resampled mean moves in steps of 1/200, and so does its quantile.
+    # A resampled mean, and so its quantile, is a multiple of 1/200.
     assert (low, high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.0051)
 
 
-def test_bootstrap_against_every_possible_resample() -> None:
+def test_bootstrap_matches_every_possible_resample() -> None:
     a, b = [1, 0, 1, 1, 0], [0, 0, 0, 1, 1]
     every = [sum(draw) / 5 for draw in product([1, 0, 1, 0, -1], repeat=5)]
     for confidence in (0.5, 0.8, 0.9):
@@ -95,7 +95,7 @@ def test_bootstrap_against_every_possible_resample() -> None:
         assert (low, high) == pytest.approx(tuple(np.quantile(every, [tail, 1 - tail])))
 
 
-def test_bootstrap_of_real_values_against_scipy(stats) -> None:
+def test_bootstrap_of_real_values_matches_scipy(stats) -> None:
     rng = np.random.default_rng(3)
     a, b = rng.normal(0.4, 1, 60), rng.normal(0, 1, 60)
     expected = stats.bootstrap(
@@ -105,7 +105,7 @@ def test_bootstrap_of_real_values_against_scipy(stats) -> None:
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.02)
 
 
-def test_bootstrap_is_seeded_and_exact_where_nothing_varies() -> None:
+def test_bootstrap_is_seeded_and_exact_without_variance() -> None:
     a, b = [1, 0, 1, 1, 0, 1], [0, 0, 1, 0, 1, 0]
     assert paired_bootstrap(a, b, seed=1) == paired_bootstrap(a, b, seed=1)
     assert paired_bootstrap([1, 1, 1], [0, 0, 0]) == (1.0, 1.0, 1.0)
@@ -145,7 +145,7 @@ def test_pass_at_k_refuses_invalid_counts(n: int, correct: int, k: int) -> None:
     ("answers", "expected"),
     [(["1", "2", "2"], "2"), (["1", "2"], "1"), ([None, None, "3"], "3"), ([None], None), ([], None)],
 )
-def test_majority(answers: list, expected: str | None) -> None:
+def test_majority_is_most_frequent_then_earliest_answer(answers: list, expected: str | None) -> None:
     assert majority(answers) == expected
 
 

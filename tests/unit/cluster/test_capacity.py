@@ -1,4 +1,4 @@
-"""Capacity of a cluster, now and after autoscaling."""
+"""Capacity of a cluster, current and after autoscaling."""
 
 from pathlib import Path
 
@@ -6,11 +6,11 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config
 
-from cloud_files import write_two_kinds
+from cloud_files import write_two_pools
 from raykd.cluster import capacity, connection, nodes
 
 
-def test_gpus_are_counted_by_type_too():
+def test_gpus_are_counted_in_total_and_by_type():
     head, h100 = {"CPU": 8.0}, {"CPU": 96.0, "GPU": 8.0, "accelerator_type:H100": 1.0}
     a10g = {"CPU": 16.0, "GPU": 4.0, "accelerator_type:A10G": 1.0}
     found = nodes.from_ray(
@@ -24,7 +24,7 @@ def test_gpus_are_counted_by_type_too():
     }
 
 
-def test_capacity_includes_nodes_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_capacity_includes_launchable_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "cluster.yaml"
     node = {"resources": {"CPU": 192, "GPU": 8, "accelerator_type:H100": 1}, "max_workers": 2}
     types = {"head": {"resources": {"CPU": 8}}, "teacher": node}
@@ -42,7 +42,7 @@ def test_capacity_includes_nodes_to_come(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_group_fits_on_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    write_two_kinds(tmp_path / "cluster.yaml")
+    write_two_pools(tmp_path / "cluster.yaml")
     monkeypatch.setattr(connection.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}])
     assert capacity.fits_on_one_node([{"GPU": 1.0}] * 2)
     monkeypatch.delenv("RAYKD_CLUSTER", raising=False)
@@ -53,8 +53,8 @@ def test_group_fits_on_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not capacity.fits_on_one_node([{"GPU": 1.0}] * 9)
 
 
-def test_on_premise_capacity_is_what_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Ray's launcher then writes a file whose node type has no resources."""
+def test_on_premise_capacity_is_current_resources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On premises, Ray's launcher writes a file whose node type has no resources."""
     config = yaml.safe_load((Path(__file__).parents[3] / "cluster/local.yaml").read_text())
     file = tmp_path / "ray_bootstrap_config.yaml"
     file.write_text(yaml.safe_dump(prepare_config(config)))

@@ -1,7 +1,4 @@
-"""Files of cluster/: their consumers can parse them, and the files that they name exist.
-
-Ray reads the files of `ray up` and the specs of KubeRay; Ray's own scheduler says which nodes an experiment brings.
-"""
+"""Files of cluster/: valid for Ray and KubeRay; Ray's scheduler launches the intended nodes for an experiment."""
 
 import re
 from typing import Any
@@ -18,33 +15,33 @@ from cloud_files import (
     FOLDER,
     IMAGE,
     INSTALLED,
-    LAUNCHED,
     MANIFESTS,
     PROJECT,
+    RAY_UP_FILES,
     ROOT,
-    brought,
+    autoscaler_config,
     experiment,
-    kinds,
+    gpu_types,
+    launched_nodes,
     manifests,
-    prepared,
     ray_cluster,
     read,
 )
 from raykd.cluster import resources
 
 
-@pytest.mark.parametrize("name", LAUNCHED)
-def test_ray_accepts_the_files_of_ray_up(name: str):
-    # Against ray/autoscaler/ray-schema.json, with the defaults of the provider.
-    validate_config(prepared(name))
+@pytest.mark.parametrize("name", RAY_UP_FILES)
+def test_ray_up_files_are_valid(name: str):
+    # Validates against ray/autoscaler/ray-schema.json, with the provider's defaults.
+    validate_config(autoscaler_config(name))
 
 
 @pytest.mark.parametrize("name", ["raycluster", "rayjob"])
-def test_a_run_on_kubernetes_is_told_what_the_manifests_may_bring(name: str):
-    node_types = prepared(name)["available_node_types"]
+def test_kubernetes_nodes_file_matches_manifests(name: str):
+    node_types = autoscaler_config(name)["available_node_types"]
     nodes = yaml.safe_load((FOLDER / "kuberay" / "nodes.yaml").read_text())
-    may = {name: (each["resources"], each["max_workers"]) for name, each in nodes["available_node_types"].items()}
-    assert may == {
+    limits = {name: (each["resources"], each["max_workers"]) for name, each in nodes["available_node_types"].items()}
+    assert limits == {
         name: ({key: amount for key, amount in each["resources"].items() if key != "memory"}, each["max_workers"])
         for name, each in node_types.items()
     }
@@ -52,17 +49,17 @@ def test_a_run_on_kubernetes_is_told_what_the_manifests_may_bring(name: str):
 
 
 @pytest.mark.parametrize("change", [{"colour": "red"}, {"idle_timeout_minutes": "ten"}, {"head_node_type": "neck"}])
-def test_rays_check_refuses_what_is_wrong(change: dict[str, Any]):
+def test_ray_validation_refuses_invalid_fields(change: dict[str, Any]):
     with pytest.raises(Exception, match=r"colour|ten|head_node_type"):
         validate_config(prepare_config(read("aws") | change))
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_pools_begin_with_no_node_and_only_students_are_spot(name: str):
+def test_pools_start_empty_and_only_students_are_spot(name: str):
     config = read(name)
     head, teacher, student = (config["available_node_types"][each] for each in ("head", "teacher", "student"))
     assert config["head_node_type"] == "head"
-    assert head["resources"]["GPU"] == 0 and not kinds(head["resources"])
+    assert head["resources"]["GPU"] == 0 and not gpu_types(head["resources"])
     assert (teacher["min_workers"], student["min_workers"]) == (0, 0)
     assert config["max_workers"] == teacher["max_workers"] + student["max_workers"]
     assert 0 < config["idle_timeout_minutes"] <= 15
@@ -72,36 +69,36 @@ def test_pools_begin_with_no_node_and_only_students_are_spot(name: str):
 
 
 @pytest.mark.parametrize("name", [*CLOUDS, "raycluster", "rayjob"])
-def test_kinds_of_gpu_are_spelt_as_ray_spells_them(name: str):
+def test_gpu_types_are_known_to_ray(name: str):
     known = {value for key, value in vars(accelerators).items() if key.startswith("NVIDIA_")}
-    types = prepared(name)["available_node_types"]
-    assert kinds(types["teacher"]["resources"]) == ["H100"]
-    assert set(kinds(types["student"]["resources"])) < known
+    types = autoscaler_config(name)["available_node_types"]
+    assert gpu_types(types["teacher"]["resources"]) == ["H100"]
+    assert set(gpu_types(types["student"]["resources"])) < known
     assert types["teacher"]["resources"]["GPU"] == types["student"]["resources"]["GPU"] == 8
 
 
 @pytest.mark.parametrize("name", [*CLOUDS, "raycluster", "rayjob", "rayservice"])
-def test_a_teacher_of_16_gpus_brings_two_nodes(name: str):
+def test_16_gpu_teacher_launches_two_nodes(name: str):
     teacher = experiment("rayservice").teacher
     bundles = resources.engine_bundles(teacher.engine, "gpu")
-    assert len(bundles) == 16 and brought(name, bundles) == {"teacher": 2}
-    assert brought(name, bundles * 2) is None
+    assert len(bundles) == 16 and launched_nodes(name, bundles) == {"teacher": 2}
+    assert launched_nodes(name, bundles * 2) is None
 
 
 @pytest.mark.parametrize("name", CLOUDS)
 @pytest.mark.parametrize("workers", [1, 4, 8])
-def test_gpus_of_no_kind_are_those_of_students(name: str, workers: int):
-    assert brought(name, [resources.process_bundle("gpu", None)] * workers) == {"student": 1}
+def test_untyped_gpu_request_launches_student_node(name: str, workers: int):
+    assert launched_nodes(name, [resources.process_bundle("gpu", None)] * workers) == {"student": 1}
 
 
 @pytest.mark.parametrize("name", ["raycluster", "rayjob"])
-def test_on_kubernetes_students_go_where_their_kind_is(name: str):
+def test_kubernetes_trial_launches_node_of_its_gpu_type(name: str):
     train = experiment("rayjob").train
-    assert brought(name, resources.trial_bundles(train, "gpu")) == {"student": 1}
+    assert launched_nodes(name, resources.trial_bundles(train, "gpu")) == {"student": 1}
 
 
-def test_one_image_of_this_version_everywhere():
-    images = {read(name)["docker"]["image"] for name in LAUNCHED}
+def test_all_files_use_image_of_this_version():
+    images = {read(name)["docker"]["image"] for name in RAY_UP_FILES}
     for name in MANIFESTS[1:]:
         spec = ray_cluster(name)["spec"]
         groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
@@ -112,17 +109,17 @@ def test_one_image_of_this_version_everywhere():
 
 
 @pytest.mark.parametrize("name", MANIFESTS[1:])
-def test_kuberay_is_told_the_version_of_ray_in_both_locks(name: str):
+def test_manifests_have_locked_ray_version(name: str):
     for lock in ("cpu", "gpu"):
         pinned = re.findall(r"^ray==(.*)$", (ROOT / "requirements" / f"{lock}.txt").read_text(), re.MULTILINE)
         assert pinned == [ray_cluster(name)["spec"]["rayVersion"]]
 
 
-@pytest.mark.parametrize("name", LAUNCHED)
-def test_ray_asks_for_the_token_on_every_node(name: str):
+@pytest.mark.parametrize("name", RAY_UP_FILES)
+def test_every_node_requires_ray_token(name: str):
     config = read(name)
     assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
-    # Without a token, `ray start` would go on without asking for one.
+    # Without a token file, `ray start` starts without authentication.
     assert config["setup_commands"] == ["ray get-auth-token > /dev/null"]
     for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
         (start,) = [each for each in commands if "ray start" in each]
@@ -131,17 +128,17 @@ def test_ray_asks_for_the_token_on_every_node(name: str):
 
 
 @pytest.mark.parametrize("name", MANIFESTS[1:])
-def test_kuberay_gives_the_token_of_a_secret(name: str):
+def test_manifests_take_token_from_secret(name: str):
     assert ray_cluster(name)["spec"]["authOptions"] == {"mode": "token", "secretName": "raykd-token"}
     assert ray_cluster(name)["metadata"]["namespace"] == "raykd"
 
 
-def test_no_port_is_open_to_the_world():
+def test_no_port_is_public():
     for file in FILES:
         assert "0.0.0.0" not in file.read_text(), file
-    for name in LAUNCHED:
+    for name in RAY_UP_FILES:
         assert any("--dashboard-host=127.0.0.1" in each for each in read(name)["head_start_ray_commands"])
-        # What Ray would add to the rules of a security group.
+        # Ray adds such rules to the security group.
         assert "security_group" not in read(name)["provider"]
     aws = read("aws")["available_node_types"].values()
     assert all(each["node_config"]["SecurityGroupIds"] == ["FILL_IN_SECURITY_GROUP"] for each in aws)
@@ -154,16 +151,16 @@ def test_no_port_is_open_to_the_world():
         assert ray_cluster(name)["spec"]["headGroupSpec"]["serviceType"] == "ClusterIP"
 
 
-@pytest.mark.parametrize("name", LAUNCHED)
-def test_all_nodes_see_the_shared_folder(name: str):
+@pytest.mark.parametrize("name", RAY_UP_FILES)
+def test_all_nodes_mount_shared_folder(name: str):
     config = read(name)
     assert "--volume /mnt/raykd:/mnt/raykd" in config["docker"]["run_options"]
-    # Before the container is there; what is mounted afterwards it would not see.
+    # Mounted before the container starts, because it does not see later mounts.
     assert any("/mnt/raykd" in each for each in config["initialization_commands"])
 
 
 @pytest.mark.parametrize("name", MANIFESTS[1:])
-def test_manifests_have_fields_that_kuberay_knows(name: str):
+def test_manifests_have_known_kuberay_fields(name: str):
     (found,) = manifests(name)
     assert found["apiVersion"] == "ray.io/v1" and set(found["spec"]) <= FIELDS[found["kind"]]
     spec = ray_cluster(name)["spec"]
@@ -174,7 +171,7 @@ def test_manifests_have_fields_that_kuberay_knows(name: str):
     for group in spec["workerGroupSpecs"]:
         assert set(group) <= FIELDS["workerGroupSpecs"] and group["minReplicas"] == group["replicas"] == 0
     for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
-        # Kubernetes takes nothing but strings here.
+        # Kubernetes accepts only strings here.
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
         pod = group["template"]["spec"]
         assert set(pod) <= FIELDS["pod"]
@@ -186,26 +183,26 @@ def test_manifests_have_fields_that_kuberay_knows(name: str):
     assert claims == {"raykd"}
 
 
-def test_the_manifests_describe_one_cluster():
+def test_manifests_describe_one_cluster():
     cluster, job, service = (ray_cluster(name)["spec"] for name in MANIFESTS[1:])
     assert cluster == job
     assert service == {**cluster, "workerGroupSpecs": cluster["workerGroupSpecs"][:1]}
     teacher, student = cluster["workerGroupSpecs"]
     assert (teacher["groupName"], student["groupName"]) == ("teacher", "student")
-    # 16 GPUs span two hosts, which come and go as one replica.
+    # 16 GPUs span two hosts, which are launched and removed as one replica.
     assert teacher["numOfHosts"] == 2
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_rights_to_a_bucket_are_there_to_be_uncommented(name: str):
-    """The lines for `raykd-nodes`, which README says to uncomment for a bucket."""
+def test_bucket_permissions_can_be_uncommented(name: str):
+    """For a bucket, the README says to uncomment the lines with `raykd-nodes`."""
     text = (FOLDER / f"{name}.yaml").read_text()
     key = r"IamInstanceProfile:|serviceAccounts:|  - email:|    scopes:|msi_name:|msi_resource_group:"
     config = prepare_config(yaml.safe_load(re.sub(rf"^( *)# ({key})", r"\1\2", text, flags=re.MULTILINE)))
     validate_config(config)
     head, *workers = (config["available_node_types"][each]["node_config"] for each in ("head", "teacher", "student"))
-    # Ray gives the head of AWS and Google Cloud its own, and where it is given another it does not.
-    assert "raykd-nodes" not in str(head) and "raykd-nodes" not in str(prepared(name))
+    # On AWS and Google Cloud, Ray creates a role for the head unless the file sets one.
+    assert "raykd-nodes" not in str(head) and "raykd-nodes" not in str(autoscaler_config(name))
     if name == "aws":
         assert [each["IamInstanceProfile"] for each in workers] == [{"Name": "raykd-nodes"}] * 2
     elif name == "gcp":
@@ -217,11 +214,11 @@ def test_rights_to_a_bucket_are_there_to_be_uncommented(name: str):
         assert (provider["msi_name"], provider["msi_resource_group"]) == ("raykd-nodes", provider["resource_group"])
 
 
-def test_other_namespaces_read_metrics_where_they_are_let_in():
+def test_network_policy_lets_labelled_namespaces_read_metrics():
     (policy,) = [each for each in manifests("shared") if each["kind"] == "NetworkPolicy"]
     inside, metrics = policy["spec"]["ingress"]
     assert "ports" not in inside
-    # KubeRay's default, from which the manifests do not differ.
+    # KubeRay's default, which the manifests do not change.
     assert metrics["ports"] == [{"protocol": "TCP", "port": 8080}]
     assert all("metrics-export-port" not in (FOLDER / "kuberay" / f"{name}.yaml").read_text() for name in MANIFESTS)
     (source,) = metrics["from"]

@@ -1,4 +1,4 @@
-"""A stage of Ray Data."""
+"""A stage of Ray Data: rows, and the end of an interrupted execution."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -35,19 +35,19 @@ def run(stage: Stage, on_row: Any) -> None:
     data_stage.run_stage(stage, dict, {}, "a name", on_row, batch_size=1)  # pyright: ignore[reportArgumentType]
 
 
-def test_every_row_is_passed_on(stage: Stage):
+def test_every_row_is_passed_to_callback(stage: Stage):
     rows: list[dict[str, Any]] = []
     run(stage, rows.append)
     assert (stage.name, rows) == ("a name", [{"rows": 0}, {"rows": 1}, {"rows": 2}])
 
 
-def test_an_interrupted_execution_ends_before_the_exception_arrives(stage: Stage):
+def test_interrupted_execution_ends_before_exception_propagates(stage: Stage):
     def interrupt(_: dict[str, Any]) -> None:
         assert stage.is_open
         raise KeyboardInterrupt
 
-    # The exception is held, as by the caller of a run: its traceback refers to all frames.
-    with pytest.raises(KeyboardInterrupt) as held:
+    # A reference to the exception keeps the frames of its traceback alive, as in the caller of a run.
+    with pytest.raises(KeyboardInterrupt) as caught:
         run(stage, interrupt)
     assert not stage.is_open
-    assert held.value.__traceback__
+    assert caught.value.__traceback__

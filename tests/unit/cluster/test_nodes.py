@@ -8,7 +8,7 @@ from raykd.cluster import nodes
 from raykd.cluster.gpus import GPUS
 from raykd.cluster.nodes import ClusterSpec, NodeGroup
 
-UP = """
+RAY_UP_FILE = """
 cluster_name: example
 max_workers: 3
 head_node_type: head
@@ -22,7 +22,7 @@ available_node_types:
 @pytest.mark.parametrize(
     ("sizes", "nodes_of", "expected"),
     [
-        # Packed: each group on one node where there is room.
+        # Each group is on one node if it fits.
         ([4, 4, 4], (2, 8), [[("n", 4)], [("n", 4)], [("n", 4)]]),
         ([16], (2, 8), [[("n", 8), ("n", 8)]]),
         ([6, 6, 4], (2, 8), [[("n", 6)], [("n", 6)], [("n", 2), ("n", 2)]]),
@@ -32,8 +32,8 @@ available_node_types:
 )
 def test_groups_are_packed(sizes: list[int], nodes_of: tuple[int, int], expected: list):
     count, gpus = nodes_of
-    there = ClusterSpec("a test", (NodeGroup("n", count, {"CPU": 32.0, "GPU": float(gpus)}),))
-    placed = nodes.place([({"CPU": 1.0, "GPU": 1.0},) * size for size in sizes], there)
+    spec = ClusterSpec("a test", (NodeGroup("n", count, {"CPU": 32.0, "GPU": float(gpus)}),))
+    placed = nodes.place([({"CPU": 1.0, "GPU": 1.0},) * size for size in sizes], spec)
     assert [list(each.bundles_per_node) for each in placed] == expected
 
 
@@ -51,31 +51,31 @@ def test_typed_bundle_is_placed_on_its_gpu_type():
 
 
 def test_ray_up_file_is_read(tmp_path: Path):
-    (tmp_path / "up.yaml").write_text(UP)
+    (tmp_path / "up.yaml").write_text(RAY_UP_FILE)
     found = nodes.read_cluster_file(tmp_path / "up.yaml")
-    # The cluster's own limit holds for each type, and for all together.
+    # The cluster's max_workers limits each type, and all types together.
     assert [(each.name, each.count) for each in found.nodes] == [("head", 1), ("h100", 2), ("a10g", 3)]
     assert found.resources["GPU"] == 2 * 8 + 1 * 4
     assert (found.resources["GPU:A10G"], found.resources["CPU"]) == (3 * 4, 8 + 2 * 96 + 32)
     assert [each.gpu and each.gpu.kind for each in found.nodes] == [None, "H100", "A10G"]
 
 
-def test_placement_respects_the_clusters_max_workers(tmp_path: Path):
-    (tmp_path / "up.yaml").write_text(UP)
+def test_placement_respects_cluster_max_workers(tmp_path: Path):
+    (tmp_path / "up.yaml").write_text(RAY_UP_FILE)
     found = nodes.read_cluster_file(tmp_path / "up.yaml")
     of_four = ({"CPU": 1.0, "GPU": 1.0},) * 4
-    # Two nodes of eight and one of four hold five, but there may be three nodes only, and the fullest come first.
+    # The cluster may have only three nodes, and a group goes to the fullest node that holds it.
     assert [each.bundles_per_node for each in nodes.place([of_four] * 9, found)] == [(("a10g", 4),)] * 3
     of_sixteen = ({"CPU": 1.0, "GPU": 1.0},) * 16
     assert [each.bundles_per_node for each in nodes.place([of_sixteen], found)] == [(("h100", 8), ("h100", 8))]
     assert len(nodes.place([of_sixteen, of_four, of_four], found)) == 2
-    # The head is there in any case.
+    # The head does not count as a worker.
     assert len(nodes.place([({"CPU": 8.0},)] * 9, found)) == 9
 
 
 def test_placement_prefers_higher_priority(tmp_path: Path):
     eight = '{CPU: 96, GPU: 8, "accelerator_type:A10G": 1}, priority: 1'
-    (tmp_path / "up.yaml").write_text(UP.replace('{CPU: 32, GPU: 4, "accelerator_type:A10G": 1}', eight))
+    (tmp_path / "up.yaml").write_text(RAY_UP_FILE.replace('{CPU: 32, GPU: 4, "accelerator_type:A10G": 1}', eight))
     found = nodes.read_cluster_file(tmp_path / "up.yaml")
     assert [each.bundles_per_node for each in nodes.place([({"GPU": 1.0},) * 8], found)] == [(("a10g", 8),)]
     assert [each.bundles_per_node for each in nodes.place([({"GPU": 1.0},) * 12], found)] == [
@@ -115,7 +115,7 @@ def test_unknown_gpu_types_are_refused(resources: dict, words: str):
 
 
 def test_running_cluster_is_read_from_ray():
-    # As `ray.nodes()` of Ray 2.60 has it.
+    # Records of `ray.nodes()` in Ray 2.60.
     gpu = {"CPU": 96.0, "GPU": 8.0, "accelerator_type:A100": 1.0, "node:10.0.0.2": 1.0, "memory": 1e12}
     records = [
         {"NodeID": "a", "Alive": True, "Resources": {"CPU": 8.0, "node:__internal_head__": 1.0, "memory": 3e10}},

@@ -14,7 +14,7 @@ from raykd.storage import row_store, schemas
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, str]:
-    """Twenty training and five test problems in GSM8K's form."""
+    """Write twenty training and five test problems in GSM8K's form."""
     for split, count in (("train", 20), ("test", 5)):
         lines = [
             json.dumps({"question": f"{split} question {i}?", "answer": f"Half of {4 * i}.\n#### {2 * i}"})
@@ -62,7 +62,7 @@ def test_existing_splits_are_not_rewritten(tmp_path: Path, files: dict[str, str]
     assert datasets.write_splits(settings, tmp_path) == folder
     assert (folder / "train.parquet").stat().st_mtime_ns == written
     Path(files["test_file"]).write_text('{"question": "Other?", "answer": "#### 1"}\n')
-    assert datasets.write_splits(settings, tmp_path) != folder, "another file is other problems"
+    assert datasets.write_splits(settings, tmp_path) != folder, "the key does not depend on the file"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_too_many_problems_are_refused(tmp_path: Path, files: dict[str, str]):
         datasets.write_splits(Dataset(source="jsonl", train_file="nowhere", test_file=files["test_file"]), tmp_path)
 
 
-def test_demo_splits(tmp_path: Path):
+def test_demo_splits_have_unique_questions(tmp_path: Path):
     folder = datasets.write_splits(Dataset(source="demo", num_train=50, num_validation=10, num_test=20), tmp_path)
     questions = [row["question"] for split in datasets.SPLITS for row in read(folder, split)]
     assert len(set(questions)) == 80
@@ -111,7 +111,7 @@ def test_demo_splits(tmp_path: Path):
 
 
 def test_source_gsm8k_uses_the_datasets_library(tmp_path: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch):
-    # `datasets` takes a folder of this name, where there is one, for what the hub has under it.
+    # `datasets` prefers a local folder of this name to the dataset on the hub.
     folder = tmp_path / "openai" / "gsm8k"
     folder.mkdir(parents=True)
     (folder / "README.md").write_text(
@@ -126,7 +126,7 @@ def test_source_gsm8k_uses_the_datasets_library(tmp_path: Path, files: dict[str,
     assert read(splits, "test")[1]["reference_answer"] == "2"
 
 
-def test_splits_of_gsm8k(tmp_path: Path):
+def test_gsm8k_splits_have_expected_sizes_and_answers(tmp_path: Path):
     source = os.environ.get("RAYKD_GSM8K_DIR")
     if not source:
         pytest.skip("RAYKD_GSM8K_DIR is not set: it names the folder with GSM8K's train.jsonl and test.jsonl")

@@ -1,4 +1,4 @@
-"""Grading against outputs scored by hand, and against all problems of GSM8K if its files exist."""
+"""Grading of outputs with known answers, and of all problems of GSM8K if its files exist."""
 
 import json
 import os
@@ -38,7 +38,7 @@ from raykd.data.grading import (
         ("The answer is \\boxed{42}", None, "42"),
         ("5-3", None, "-3"),
         ("It is 18...", None, "18.."),
-        # The harness extracts the dots; there is no answer in them, and neither of us counts it as right.
+        # The harness extracts the dots, and counts them as wrong.
         ("It is 18 ...", None, None),
         ("#### ...", None, None),
         ("7%", None, "7"),
@@ -49,7 +49,7 @@ from raykd.data.grading import (
         ("no number at all", None, None),
     ],
 )
-def test_extraction_from_awkward_outputs(text: str, strict: str | None, flexible: str | None) -> None:
+def test_awkward_outputs_are_extracted(text: str, strict: str | None, flexible: str | None) -> None:
     assert strict_match(text) == strict
     assert flexible_extract(text) == flexible
 
@@ -60,7 +60,7 @@ def test_extraction_from_awkward_outputs(text: str, strict: str | None, flexible
         ("18", "18", True),
         ("1234", "1,234", True),
         ("18", "$18.", True),
-        # As it is found in "#### 18..", and not right there either.
+        # The extraction of "#### 18..", which is wrong in the harness, too.
         ("18.", "18", False),
         ("18.00", "18", False),
         ("018", "18", False),
@@ -84,7 +84,7 @@ def test_answers_are_compared_as_strings(answer: str | None, reference: str, exp
         ("#### 2.5 \n", "2.5"),
     ],
 )
-def test_reference_answer(solution: str, answer: str) -> None:
+def test_reference_answer_is_number_after_marker(solution: str, answer: str) -> None:
     assert reference_answer(solution) == answer
 
 
@@ -92,7 +92,7 @@ def test_reference_answer(solution: str, answer: str) -> None:
     ("solution", "named"),
     [("the answer is 18", "no '####'"), ("", "no '####'"), ("#### about 18", "about 18"), ("18 ####", "''")],
 )
-def test_reference_answer_names_the_problem(solution: str, named: str) -> None:
+def test_solution_without_reference_answer_is_refused(solution: str, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         reference_answer(solution)
 
@@ -100,7 +100,7 @@ def test_reference_answer_names_the_problem(solution: str, named: str) -> None:
 @pytest.mark.parametrize(
     ("split", "count", "negatives", "with_commas"), [("train", 7473, 3, 79), ("test", 1319, 2, 14)]
 )
-def test_every_problem_of_gsm8k(split: str, count: int, negatives: int, with_commas: int) -> None:
+def test_gsm8k_solutions_are_graded_correct(split: str, count: int, negatives: int, with_commas: int) -> None:
     folder = os.environ.get("RAYKD_GSM8K_DIR")
     if not folder:
         pytest.skip("set RAYKD_GSM8K_DIR to the directory with GSM8K's train.jsonl and test.jsonl")
@@ -112,13 +112,13 @@ def test_every_problem_of_gsm8k(split: str, count: int, negatives: int, with_com
     assert all(str(int(answer)) == answer for answer in answers)
     assert sum(answer.startswith("-") for answer in answers) == negatives
     assert sum("," in solution.rsplit("####", 1)[1] for solution in solutions) == with_commas
-    # A student that copies the reference solution is right by both scores.
+    # A copy of the reference solution is correct by both scores.
     for solution, answer in zip(solutions, answers, strict=True):
         assert strict_match(solution) == flexible_extract(solution) == answer
         assert is_correct(answer, solution)
-    # Each of them works before it answers, whether or not the calculator's marks are there.
-    for written in (solutions, [re.sub(r"<<.*?>>", "", solution) for solution in solutions]):
-        assert sum(map(states_answer_first, written)) < 0.01 * count
+    # The solutions calculate before they answer, with and without calculator annotations.
+    for texts in (solutions, [re.sub(r"<<.*?>>", "", solution) for solution in solutions]):
+        assert sum(map(states_answer_first, texts)) < 0.01 * count
 
 
 @pytest.mark.parametrize(

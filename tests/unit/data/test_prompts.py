@@ -9,18 +9,18 @@ PROBLEM = {"question": "How many {apples} are 3 + 4?", "reference_answer": "7", 
 
 
 @pytest.mark.parametrize("name", sorted(BUILT_IN))
-def test_student_never_sees_the_prime(name: str):
+def test_student_prompt_has_no_prime(name: str):
     strategy = BUILT_IN[name]
     student = prompts.student_messages(PROBLEM, "State the number.")
     assert student == [{"role": "user", "content": "How many {apples} are 3 + 4?\n\nState the number."}]
     teacher = prompts.teacher_messages(PROBLEM, strategy, "State the number.")
-    asked = "\n".join(message["content"] for message in teacher)
-    assert PROBLEM["question"] in asked
-    assert "State the number." in asked
+    text = "\n".join(message["content"] for message in teacher)
+    assert PROBLEM["question"] in text
+    assert "State the number." in text
     assert (teacher == student) == (name == "none")
 
 
-def test_places_of_the_prime():
+def test_prime_is_placed_as_configured():
     def contents(place) -> list[tuple[str, str]]:
         strategy = Strategy(place=place, text="Prime.")
         return [(message["role"], message["content"]) for message in prompts.teacher_messages(PROBLEM, strategy)]
@@ -42,12 +42,12 @@ def test_exemplars_are_turns_with_the_instruction():
     assert messages[3] == prompts.student_messages(PROBLEM, "State the number.")[0]
 
 
-def test_gold_and_shuffled_hints_differ_in_the_answer_only():
+def test_gold_and_shuffled_hints_differ_only_in_answer():
     gold = prompts.teacher_messages(PROBLEM, BUILT_IN["gold_hint"])[-1]["content"]
     shuffled = prompts.teacher_messages(PROBLEM, BUILT_IN["shuffled_hint"])[-1]["content"]
     assert "answer is 7." in gold
     assert "answer is 12." in shuffled
-    assert gold.replace("is 7.", "is 12.") == shuffled, "the control differs in the hint alone"
+    assert gold.replace("is 7.", "is 12.") == shuffled, "the prompts differ in more than the answer"
 
 
 def test_unknown_placeholder_is_refused():

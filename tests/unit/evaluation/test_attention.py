@@ -72,7 +72,7 @@ def values(problems: Path) -> dict[str, np.ndarray]:
     return {row["attention_id"]: np.array(row["values"]) for row in rows}
 
 
-def test_positions_of_numbers_and_results_in_prompt_and_solution(tokenizer):
+def test_text_has_positions_of_numbers_and_results(tokenizer):
     text = attention.attention_text(PROBLEMS[0], tokenizer, "End with a number like 99.", None)
     whole = text.prompt_token_ids + text.completion_token_ids
     assert text.prompt_token_ids == tokenization.prompt_token_ids(
@@ -81,7 +81,7 @@ def test_positions_of_numbers_and_results_in_prompt_and_solution(tokenizer):
     assert tokenizer.decode([whole[at] for at in text.question_numbers]).replace(" ", "") == "3012"
     assert tokenizer.decode(text.completion_token_ids[:-1]) == PROBLEMS[0]["reference_solution"]
     assert text.completion_token_ids[-1] == tokenizer.eos_token_id
-    # The result of the first line, 42, from the second line on; the second has the same result.
+    # From the second line on, the previous result is that of the first line, 42, which the second line repeats.
     results = {tokenizer.decode([whole[at] for at in found]).replace(" ", "") for found in text.previous_results}
     assert results == {"", "42"}
     assert not text.previous_results[0] and text.previous_results[-1]
@@ -110,7 +110,7 @@ def sum_of_tokens() -> int:
     return sum(len(tokenizer(row["reference_solution"])["input_ids"]) + 1 for row in PROBLEMS)
 
 
-def test_failed_text_has_an_error_and_the_others_values(problems: Path):
+def test_failed_text_has_error_and_others_have_values(problems: Path):
     long = PROBLEMS[1] | {"reference_solution": "1 + 1 = 2\n" * 300 + "#### 2"}
     rows = [PROBLEMS[0], long, *PROBLEMS[2:]]
     files.write_table(problems / "test.parquet", pa.Table.from_pylist(rows, schema=schemas.PROBLEM))

@@ -36,7 +36,7 @@ from raykd.evaluation.attention_heads import STATISTICS, Text
 from raykd.training import student
 
 V, L, H = 61, 3, 4
-# Initial weights large enough for peaked attention.
+# The initial weights are large enough for peaked attention.
 SIZES: dict[str, Any] = {
     "vocab_size": V,
     "hidden_size": 32,
@@ -169,7 +169,7 @@ def test_entropy_without_first_is_undefined_for_a_single_key(llama):
     measured = attention_heads.attention_statistics(llama, [single, Text([3], [], [], []), Text([], [5], [], [[]])], 0)
     np.testing.assert_allclose(measured[0], oracle(attention_of(llama, single), single), atol=2e-6)
     assert np.isnan(measured[1]).all()
-    # A single token attends to itself in every layer.
+    # A single token attends only to itself.
     lone = {"entropy": 0, "first": 1, "diagonal": 1, "above_tenth": 1, "cosine": 1}
     for number, name in enumerate(STATISTICS):
         np.testing.assert_allclose(measured[2, number, 1:], lone.get(name, np.nan), atol=1e-6, err_msg=name)
@@ -214,7 +214,7 @@ def test_other_architectures_match_their_eager_attention(config, model_class):
 
 
 @pytest.mark.parametrize("window", [3, 64])
-def test_sliding_window_hides_keys(window: int):
+def test_statistics_match_sliding_window_attention(window: int):
     model = build(MistralConfig(**SIZES, sliding_window=window), MistralForCausalLM)
     assert_close(attention_heads.attention_statistics(model, example_texts(), 0), expected(model, window))
 
@@ -232,7 +232,7 @@ def test_bfloat16_differs_by_rounding_only(llama):
 
 
 @pytest.mark.parametrize("before", ["eager", "sdpa"])
-def test_model_is_left_unchanged(llama, before: str):
+def test_model_is_unchanged(llama, before: str):
     llama.set_attn_implementation(before)
     tokens = torch.tensor([example_texts()[0].prompt_token_ids])
     logits = llama(input_ids=tokens).logits
@@ -274,7 +274,7 @@ class _Largest(TorchDispatchMode):
 
 
 def test_attention_weights_never_exceed_a_block(llama):
-    # A number of keys that no other dimension has.
+    # No other dimension has this size.
     texts = [Text([1] * 10, [2] * 43, [0], [[]] * 43) for _ in range(3)]
     with _Largest(keys=53) as largest:
         attention_heads.attention_statistics(llama, texts, 0, block_elements=3 * H * 53 * 12)

@@ -45,7 +45,7 @@ def words(text: str) -> list[tuple[int, int]]:
         ("", []),
     ],
 )
-def test_number_spans(text: str, expected: list[str]):
+def test_number_spans_cover_written_numbers(text: str, expected: list[str]):
     assert numbers(text) == expected
 
 
@@ -81,7 +81,7 @@ def test_number_spans(text: str, expected: list[str]):
         ("= ", []),
     ],
 )
-def test_result_of_a_step_is_the_number_after_its_last_equals_sign(line: str, expected: list[str]):
+def test_step_result_is_number_after_last_equals_sign(line: str, expected: list[str]):
     assert results(line) == ([expected] if expected else [])
     # With other lines around it.
     assert results(f"Take 5 of them.\n\n{line}\n#### 24") == ([expected] if expected else [])

@@ -51,7 +51,7 @@ def test_answer_without_end_token_is_truncated(tmp_path: Path):
     assert rows[3]["error"] == "ValueError: too long"
 
 
-def test_stop_string_ends_an_answer_and_is_removed(tmp_path: Path):
+def test_stop_string_ends_answer_and_is_removed(tmp_path: Path):
     rows = scored(
         tmp_path,
         [
@@ -66,7 +66,7 @@ def test_stop_string_ends_an_answer_and_is_removed(tmp_path: Path):
     assert {row["sample_index"] for row in rows} == {2}
 
 
-def test_end_token_ids_are_those_of_the_model():
+def test_end_token_ids_are_read_from_model():
     assert tokenization.end_token_ids(Student(model="raykd/demo-student")) == {END}
 
 
@@ -82,7 +82,7 @@ def test_greedy_answers_have_no_seed(temperature: float):
     assert "stop" not in params
 
 
-def test_stop_strings_default_to_the_protocol():
+def test_stop_strings_default_to_protocol():
     raw = Evaluate(protocol="zero_shot_raw")
     assert student_batch.sampling_params(raw, seed=0)["stop"] == ["Question:"]
     assert "stop" not in student_batch.sampling_params(raw.model_copy(update={"stop": ()}), seed=0)
@@ -193,7 +193,7 @@ def test_complete_predictions_are_collected_in_one_file(tmp_path: Path):
     assert collected["evaluation"].to_pylist() == ["chat"] * 2 + ["raw"] * 2
     before = (tmp_path / "predictions.parquet").stat().st_mtime_ns
     evaluate.collect_predictions(folder, tmp_path / "predictions.parquet")
-    assert (tmp_path / "predictions.parquet").stat().st_mtime_ns == before, "nothing new"
+    assert (tmp_path / "predictions.parquet").stat().st_mtime_ns == before, "the file was rewritten"
     row_store.finalize(folder / "unfinished", schemas.PREDICTION, "prediction_id", {"trials": ["t"]})
     evaluate.collect_predictions(folder, tmp_path / "predictions.parquet")
     assert pyarrow.parquet.read_table(tmp_path / "predictions.parquet").num_rows == 3 * len(rows)

@@ -21,7 +21,7 @@ from raykd.models import tokenization
 from raykd.storage import files, schemas
 
 EXPERIMENT = """
-name: asked
+name: exported
 teacher: {model: raykd/demo-teacher}
 student: {model: raykd/demo-student}
 dataset: {num_train: 8, num_test: 4}
@@ -45,13 +45,13 @@ def exported(folder: Path, *overrides: str) -> tuple[Experiment, dict]:
     experiment = load_experiment(file, ["prompt.instruction=End with a number.", *overrides])
     files.write_table(folder / "test.parquet", pa.Table.from_pylist(PROBLEMS, schema=schemas.PROBLEM))
     lm_eval_task.write_task(experiment, folder, folder / "lm_eval")
-    return experiment, yaml.safe_load((folder / "lm_eval" / "raykd_asked.yaml").read_text())
+    return experiment, yaml.safe_load((folder / "lm_eval" / "raykd_exported.yaml").read_text())
 
 
 def loaded(folder: Path):
     """Return the task as the harness loads it."""
     manager = TaskManager(include_path=str(folder / "lm_eval"), include_defaults=False)
-    return manager.load("raykd_asked")["tasks"]["raykd_asked"]
+    return manager.load("raykd_exported")["tasks"]["raykd_exported"]
 
 
 def awkward_outputs(num_random: int) -> list[str]:
@@ -73,6 +73,7 @@ def awkward_outputs(num_random: int) -> list[str]:
     return outputs
 
 
+# `make test` grades a tenth as many random outputs.
 @pytest.mark.parametrize("num_random", [500, pytest.param(5000, marks=pytest.mark.slow)])
 def test_grading_matches_the_harness(tmp_path: Path, num_random: int):
     exported(tmp_path)
@@ -92,13 +93,13 @@ def test_grading_matches_the_harness(tmp_path: Path, num_random: int):
                 ("strict-match", grading.strict_match),
                 ("flexible-extract", grading.flexible_extract),
             ):
-                theirs, ours = instance.filtered_resps[name], extract(output)
-                score = task.process_results(doc, [theirs])["exact_match"]
-                assert bool(score) == grading.is_correct(ours, solution), (name, output, theirs, ours)
+                harness_answer, answer = instance.filtered_resps[name], extract(output)
+                score = task.process_results(doc, [harness_answer])["exact_match"]
+                assert bool(score) == grading.is_correct(answer, solution), (name, output, harness_answer, answer)
                 # The one difference: a match of dots and signs without a digit is not an answer here.
-                is_none = theirs == "[invalid]" or not any(character.isdigit() for character in theirs)
-                assert (ours is None) == is_none, (name, output, theirs, ours)
-                assert is_none or ours == grading._normalized(theirs), (name, output, theirs, ours)
+                is_none = harness_answer == "[invalid]" or not any(character.isdigit() for character in harness_answer)
+                assert (answer is None) == is_none, (name, output, harness_answer, answer)
+                assert is_none or grading.is_correct(answer, harness_answer), (name, output, harness_answer, answer)
                 counts["right"] += bool(score)
                 counts["none"] += is_none
         # The outputs must be diverse.
@@ -107,10 +108,10 @@ def test_grading_matches_the_harness(tmp_path: Path, num_random: int):
 
 def test_filters_and_metrics_match_the_harness_gsm8k_task(tmp_path: Path):
     _, task = exported(tmp_path)
-    theirs = yaml.safe_load((Path(lm_eval.__file__).parent / "tasks/gsm8k/gsm8k.yaml").read_text())
-    assert task["filter_list"] == theirs["filter_list"]
-    assert task["metric_list"] == theirs["metric_list"]
-    assert task["output_type"] == theirs["output_type"]
+    gsm8k_task = yaml.safe_load((Path(lm_eval.__file__).parent / "tasks/gsm8k/gsm8k.yaml").read_text())
+    assert task["filter_list"] == gsm8k_task["filter_list"]
+    assert task["metric_list"] == gsm8k_task["metric_list"]
+    assert task["output_type"] == gsm8k_task["output_type"]
 
 
 @pytest.mark.parametrize("protocol", ["zero_shot_chat", "eight_shot_cot", "zero_shot_raw"])
@@ -123,9 +124,9 @@ def test_harness_prompts_match_student_prompts(tmp_path: Path, protocol: str):
         world_size=1,
         apply_chat_template=is_chat,
         fewshot_as_multiturn=is_chat,
-        # Compares the turns, without a model's template.
+        # Renders the turns as JSON instead of with a model's template.
         chat_template=(lambda turns, add_generation_prompt=True: json.dumps(turns)) if is_chat else None,
-        tokenizer_name="asked",
+        tokenizer_name="exported",
     )
     assert len(task.instances) == len(PROBLEMS)
     for problem, instance in zip(PROBLEMS, task.instances, strict=True):
@@ -146,7 +147,7 @@ def test_command_has_adapter_task_and_chat_template(tmp_path: Path):
     # The date of raykd's own prompts.
     assert model["chat_template_args"] == {"date_string": tokenization.DATE_STRING}
     assert "--apply_chat_template" in words
-    assert "--tasks raykd_asked" in command and "fewshot" not in command
+    assert "--tasks raykd_exported" in command and "fewshot" not in command
     raw = load_experiment(tmp_path / "experiment.yaml", ["evaluate.protocol=zero_shot_raw"])
     assert "--apply_chat_template" not in lm_eval_task.lm_eval_command(
         raw, tmp_path, ""

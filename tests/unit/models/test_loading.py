@@ -28,29 +28,29 @@ class OwnConfig(LlamaConfig):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Write a model with a configuration class of its own."""
-    made = tmp_path / "model"
-    shutil.copytree(resolve_model("raykd/demo-student"), made)
-    file = made / "config.json"
+    """Write a model with a custom configuration class."""
+    path = tmp_path / "model"
+    shutil.copytree(resolve_model("raykd/demo-student"), path)
+    file = path / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}))
-    (made / "own.py").write_text(CODE.format(proof=str(tmp_path / "was run")))
-    return made
+    (path / "own.py").write_text(CODE.format(proof=str(tmp_path / "executed")))
+    return path
 
 
 def test_remote_code_is_not_run(folder: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"trust_remote_code beside the model's name"):
         loading.load_config(Teacher(model=str(folder)))
-    assert not (tmp_path / "was run").exists()
+    assert not (tmp_path / "executed").exists()
 
 
 def test_remote_code_runs_with_trust_remote_code(folder: Path, tmp_path: Path):
     found = loading.load_config(Student(model=str(folder), trust_remote_code=True))
     assert type(found).__name__ == "OwnConfig"
-    assert (tmp_path / "was run").exists()
+    assert (tmp_path / "executed").exists()
 
 
-def test_an_engines_arguments_are_no_way_around_it():
+def test_trust_remote_code_in_engine_kwargs_is_refused():
     with pytest.raises(ValueError, match="set trust_remote_code beside the model's name"):
         experiment.Experiment.model_validate(
             {
@@ -84,7 +84,7 @@ def test_missing_model_is_reported_in_one_line(model: str, monkeypatch: pytest.M
     assert "\n" not in str(caught.value)
 
 
-def test_context_length_defaults_to_the_model():
+def test_context_length_defaults_to_model():
     teacher = Teacher(model="raykd/demo-teacher")
     own = loading.load_config(teacher).max_position_embeddings
     assert [

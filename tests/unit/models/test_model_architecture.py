@@ -34,7 +34,7 @@ from tiny_llamas import llama_of
         ("hugging-quants/Meta-Llama-3.1-405B-Instruct-AWQ-INT4", 405_853_388_800),
     ],
 )
-def test_parameters_of_published_llamas(model: str, parameters: int):
+def test_parameter_counts_match_published_llamas(model: str, parameters: int):
     shape = architecture.find_shape(model)
     assert shape is not None
     assert shape.parameters == parameters
@@ -52,7 +52,7 @@ def test_parameters_match_transformers(name: str):
     ("scaling", "length"),
     [
         ({"rope_type": "default"}, 32_768),
-        # As the cards of Qwen 2.5 have it.
+        # From the model cards of Qwen 2.5.
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}, 131_072),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8_192}, 32_768),
         ({"rope_type": "linear", "factor": 2.0}, 65_536),
@@ -74,7 +74,7 @@ def test_max_positions_matches_vllm(scaling: dict, length: int):
 
     model = LlamaConfig(max_position_embeddings=32_768, rope_parameters={"rope_theta": 10_000.0, **scaling})
     assert architecture.max_positions({"max_position_embeddings": 32_768, "rope_parameters": scaling}) == length
-    # As it is written in older files.
+    # The form of older files.
     older = {"type": scaling["rope_type"], **{name: value for name, value in scaling.items() if name != "rope_type"}}
     assert architecture.max_positions({"max_position_embeddings": 32_768, "rope_scaling": older}) == length
     config: Any = SimpleNamespace(derived_max_model_len_and_key=(32_768, "max_position_embeddings"))
@@ -82,7 +82,7 @@ def test_max_positions_matches_vllm(scaling: dict, length: int):
 
 
 @pytest.mark.parametrize("model", ["raykd/demo-teacher", "raykd/demo-student"])
-def test_shape_of_a_folder(model: str):
+def test_shape_of_folder_matches_its_model(model: str):
     shape = architecture.find_shape(model)
     assert shape is not None
     folder = builtin.resolve_model(model)
@@ -103,7 +103,7 @@ def test_shape_of_a_folder(model: str):
             {"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["lm_head", "model.layers.0.mlp.up_proj"]},
             Quantization("fp8", 8, 0, ("lm_head", "model.layers.0.mlp.up_proj")),
         ),
-        # As llm-compressor writes it.
+        # The form of llm-compressor.
         (
             {
                 "quant_method": "compressed-tensors",
@@ -135,7 +135,7 @@ def test_shape_of_a_folder(model: str):
         ({}, Quantization()),
     ],
 )
-def test_quantization_from_the_configuration(config: dict, expected: Quantization, tmp_path: Path):
+def test_quantization_is_read_from_config(config: dict, expected: Quantization, tmp_path: Path):
     tree = llama_of(architecture.LLAMA["Llama-3.2-1B"]).to_dict() | {"quantization_config": config}
     (tmp_path / "config.json").write_text(json.dumps(tree))
     shape = architecture.find_shape(str(tmp_path))
@@ -156,7 +156,7 @@ def test_quantization_from_the_configuration(config: dict, expected: Quantizatio
         ("Llama-3.2-8B-it", Quantization(kept=("lm_head",))),
     ],
 )
-def test_quantization_from_the_name_without_bits(name: str, expected: Quantization, tmp_path: Path):
+def test_quantization_without_bits_is_read_from_name(name: str, expected: Quantization, tmp_path: Path):
     config = {"quant_method": "quark", "modules_to_not_convert": ["lm_head"]}
     tree = llama_of(architecture.LLAMA["Llama-3.2-1B"]).to_dict() | {"quantization_config": config}
     (tmp_path / name).mkdir()
@@ -174,7 +174,7 @@ def test_unquantized_modules_match_whole_parts_of_a_name():
     assert kept("model.layers.0.mlp.up_proj") and kept("model.layers.125.mlp.down_proj")
     assert not kept("model.layers.10.mlp.up_proj") and not kept("model.layers.12.mlp.up_proj")
     assert Quantization("fp8", 8, kept=("re:.*self_attn.*",)).keeps("model.layers.3.self_attn.o_proj")
-    # Another maker's quantization is of all matrices.
+    # Another publisher's checkpoint quantizes all matrices.
     other = architecture.find_shape("RedHatAI/Meta-Llama-3.1-405B-Instruct-FP8")
     assert other is not None
     assert not other.quantization.keeps("model.layers.7.self_attn.q_proj")
@@ -193,7 +193,7 @@ def test_hub_cache_precedes_the_table(tmp_path: Path):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
     (snapshot / "config.json").write_text(json.dumps(llama_of(architecture.LLAMA["Llama-3.2-1B"]).to_dict()))
-    # The hub's library reads where its cache is when it is imported.
+    # huggingface_hub reads the cache's path on import.
     code = (
         "from raykd.models.architecture import find_shape; "
         "found = find_shape('meta-llama/Llama-3.1-8B'); print(found.layers, found.source)"
@@ -205,7 +205,7 @@ def test_hub_cache_precedes_the_table(tmp_path: Path):
 
 def test_unknown_model_is_none_and_damaged_config_is_refused(tmp_path: Path):
     assert architecture.find_shape("someone/of-another-build") is None
-    assert architecture.find_shape("not a name, nor a folder") is None
+    assert architecture.find_shape("neither a name nor a folder") is None
     (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
     assert architecture.find_shape(str(tmp_path)) is None
     for text in (

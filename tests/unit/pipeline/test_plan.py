@@ -16,7 +16,7 @@ from raykd.training import checkpoints
 from runs import started_plan
 
 
-def described(tmp_path: Path, **tree: Any) -> Experiment:
+def experiment_in(tmp_path: Path, **tree: Any) -> Experiment:
     experiment: dict[str, Any] = {
         "name": "small",
         "storage": str(tmp_path),
@@ -28,7 +28,7 @@ def described(tmp_path: Path, **tree: Any) -> Experiment:
 
 
 def prepare(tmp_path: Path, **tree: Any) -> Plan:
-    return started_plan(described(tmp_path, **tree))
+    return started_plan(experiment_in(tmp_path, **tree))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_resolve_writes_nothing(tmp_path: Path):
     }
     plan = resolve(Experiment.model_validate(tree))
     assert list((tmp_path / "storage").iterdir()) == []
-    # The same trials and completions as those of an experiment that is written.
+    # The plan has the same trials and completions after its files are written.
     ids = [trial.trial_id for trial in plan.trials]
     run.start(plan, "raykd run small.yaml")
     again = resolve(Experiment.model_validate(tree))
@@ -101,7 +101,7 @@ ON_POLICY = {"targets": {"source": "student", "kind": "top_k", "rounds": 2}, "tr
             {"CPU": 2},
             ["teacher, strategy 'none'", "of 20 prompts", "520 tokens", "raise teacher.engine"],
         ),
-        # The students answer long after the teacher, but their prompts are checked before it starts.
+        # The students' prompts are checked before the teacher starts.
         (
             {"evaluate": {"engine": {"engine_kwargs": {"max_model_len": 520}}}},
             {"CPU": 2},
@@ -122,7 +122,7 @@ ON_POLICY = {"targets": {"source": "student", "kind": "top_k", "rounds": 2}, "tr
         ),
     ],
 )
-def test_preflight_reports_what_does_not_fit(
+def test_preflight_reports_settings_that_do_not_fit(
     tmp_path: Path, tree: dict[str, Any], resources: dict[str, float], words: list[str]
 ):
     plan = prepare(tmp_path, **tree)
@@ -143,7 +143,7 @@ def test_preflight_reports_missing_vllm_with_the_install_command(tmp_path: Path,
     preflight.preflight(plan, {"CPU": 4}, ["train"])
 
 
-def refused(plan: Plan, resources: dict[str, float]) -> list[str]:
+def refused_stages(plan: Plan, resources: dict[str, float]) -> list[str]:
     """Return the stages that do not fit."""
     stages = []
     for stage in ("generate", "train", "evaluate"):
@@ -154,12 +154,12 @@ def refused(plan: Plan, resources: dict[str, float]) -> list[str]:
     return stages
 
 
-def test_preflight_checks_only_the_given_stages(tmp_path: Path):
+def test_preflight_checks_only_selected_stages(tmp_path: Path):
     plan = prepare(tmp_path, train={"num_workers": 4, "batch_size": 8})
-    assert refused(plan, {"CPU": 4}) == []
-    assert refused(plan, {"CPU": 3}) == ["train"]
-    # An engine needs a core and the pipeline another.
-    assert refused(plan, {"CPU": 1}) == ["generate", "train", "evaluate"]
+    assert refused_stages(plan, {"CPU": 4}) == []
+    assert refused_stages(plan, {"CPU": 3}) == ["train"]
+    # An engine and the pipeline need a core each.
+    assert refused_stages(plan, {"CPU": 1}) == ["generate", "train", "evaluate"]
 
 
 def test_corrected_experiment_keeps_its_name(tmp_path: Path):
@@ -170,12 +170,12 @@ def test_corrected_experiment_keeps_its_name(tmp_path: Path):
 
 def test_experiment_that_does_not_fit_leaves_no_record(tmp_path: Path):
     too_large: dict[str, Any] = {"train": {"num_workers": 4, "batch_size": 8}}
-    plan = resolve(described(tmp_path, **too_large))
+    plan = resolve(experiment_in(tmp_path, **too_large))
     with pytest.raises(UserError, match="a trial needs 4 CPU"):
         run.check_and_start(plan, "raykd run small.yaml", {"CPU": 2})
     assert not plan.folder.exists()
-    # Its results would differ, so they could not share a folder.
-    smaller = resolve(described(tmp_path, train={"batch_size": 4}, prompt={"instruction": "Think."}))
+    # Its results differ, so the two experiments cannot share a folder.
+    smaller = resolve(experiment_in(tmp_path, train={"batch_size": 4}, prompt={"instruction": "Think."}))
     run.check_and_start(smaller, "raykd run small.yaml", {"CPU": 2})
     assert (smaller.folder / "run.json").is_file()
 
@@ -226,6 +226,24 @@ def test_trial_ids_change_only_with_fields_that_affect_training(tmp_path: Path):
     assert changed("same") == set()
     assert changed("rounds", targets={"rounds": 2}) == {"own"}
     assert changed("top_k", targets={"top_k": 8}) == {"soft", "own"}
-    assert changed("loss", loss={"divergence": "reverse_kl"}) == {"soft"}, "of its own answers it is the default"
-    assert changed("carried_out", train={"checkpoint_every_steps": 7}) == set()
+    assert changed("loss", loss={"divergence": "reverse_kl"}) == {"soft"}, "reverse_kl is the default of on-policy arms"
+    assert changed("runtime", train={"checkpoint_every_steps": 7}) == set()
     assert changed("epochs", train={"epochs": 3}) == {"hard", "soft", "own"}
+
+
+def test_completion_sets_cover_all_points_of_a_sweep(tmp_path: Path):
+    space = {
+        "prompt.strategy": {"grid": ["teacher", "confidence"]},
+        "targets.top_k": {"grid": [4, 8]},
+        "train.learning_rate": {"loguniform": [1e-4, 1e-2]},
+    }
+    arms = {"soft": {"targets.kind": "top_k"}, "hard": {}}
+    dataset = {"source": "demo", "num_train": 20, "num_validation": 10, "num_test": 2}
+    plan = prepare(tmp_path, arms=arms, dataset=dataset, sweep={"space": space, "num_samples": 3})
+    assert len(plan.trials) == 3 * 4 + 3 * 2
+    assert [(each.strategy_name, each.top_k) for each in plan.required_sets] == [
+        ("teacher", 8),
+        ("confidence", 8),
+    ]
+    assert {trial.completions for trial in plan.trials} == {each.folder for each in plan.required_sets}
+    assert [usage.arms for usage in plan.teacher_usages] == [["soft", "hard"], ["soft", "hard"]]

@@ -1,4 +1,4 @@
-"""What the steps of a run read and write, apart from their engines."""
+"""Files that the steps of a run read and write, without engines."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from raykd.storage.paths import ExperimentPaths, split_file
 from runs import started_plan
 
 
-def test_before_the_evaluation_no_test_problem_is_read(tmp_path: Path):
+def test_recording_results_before_evaluation_reads_no_test_problem(tmp_path: Path):
     experiment = {
         "name": "small",
         "storage": str(tmp_path),

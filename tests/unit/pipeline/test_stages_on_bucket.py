@@ -1,4 +1,4 @@
-"""The stages on a bucket read and write as in a folder; without a cluster."""
+"""Stages on a bucket read and write the same files as in a folder; without a cluster."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def names(folder: Path) -> set[str]:
     return {str(file.relative_to(folder)) for file in filesystem.list_files(folder)}
 
 
-def copied(folder: Path, target: Path) -> None:
+def copy_files(folder: Path, target: Path) -> None:
     with filesystem.atomic_write_dir(target) as local:
         for file in filesystem.list_files(folder):
             (local / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def test_bucket_and_folder_have_the_same_report(bucket: str, tmp_path: Path):
         full_experiment(tmp_path / "mine").write(),
         filesystem.resolve(f"{bucket}/reported/experiments/mine"),
     )
-    copied(local, remote)
+    copy_files(local, remote)
     write_report(local)
     write_report(remote)
     assert names(remote) == names(local)
@@ -95,7 +95,7 @@ def test_bucket_and_folder_have_the_same_report(bucket: str, tmp_path: Path):
 
 def test_compare_reads_a_bucket(bucket: str, tmp_path: Path):
     local, remote = full_experiment(tmp_path / "mine").write(), filesystem.resolve(f"{bucket}/compared/mine")
-    copied(local, remote)
+    copy_files(local, remote)
     arms = list(dict.fromkeys(trial["arm"] for trial in trials(local)))[:2]
     texts = [compare_runs.compare(*(f"{folder}:{arm}" for arm in arms)) for folder in (local, remote)]
     assert texts[0] == texts[1]
@@ -110,11 +110,11 @@ def trials(folder: Path) -> list[dict]:
 @pytest.fixture
 def adapter(bucket: str) -> Path:
     """Save a student's adapter into a bucket."""
-    named = Student(model="raykd/demo-student", lora=Lora(r=4))
-    model = student.add_lora(loading.load_base_model(named, torch.float32), named, seed=0)
-    made = filesystem.resolve(f"{bucket}/saved/trial/adapter")
-    student.save_adapter(model, made, named, write=True, is_trained=False)
-    return made
+    section = Student(model="raykd/demo-student", lora=Lora(r=4))
+    model = student.add_lora(loading.load_base_model(section, torch.float32), section, seed=0)
+    path = filesystem.resolve(f"{bucket}/saved/trial/adapter")
+    student.save_adapter(model, path, section, write=True, is_trained=False)
+    return path
 
 
 def test_adapter_and_null_adapter_are_saved(adapter: Path, bucket: str):
@@ -128,7 +128,7 @@ def test_adapter_and_null_adapter_are_saved(adapter: Path, bucket: str):
 
 def test_lm_eval_command_copies_its_inputs(adapter: Path, bucket: str, tmp_path: Path):
     experiment = Experiment.model_validate(SMALL)
-    plan, folder = plan_in(filesystem.resolve(f"{bucket}/asked")), filesystem.resolve(f"{bucket}/asked/lm_eval")
+    plan, folder = plan_in(filesystem.resolve(f"{bucket}/exported")), filesystem.resolve(f"{bucket}/exported/lm_eval")
     lm_eval_task.write_task(experiment, plan.problems, folder)
     *copies, command = lm_eval_task.lm_eval_command(experiment, folder, str(adapter)).split(" && ")
     for copy in copies:
@@ -146,10 +146,10 @@ def test_each_process_copies_its_own_log(bucket: str, monkeypatch: pytest.Monkey
     for host in ("one", "another"):
         monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
         with console.redirect_library_output(log) as written:
-            os.write(2, f"said by {host}".encode())
+            os.write(2, f"output of {host}".encode())
             assert written.is_file() and not (log.parent / written.name).exists()
     for host in ("one", "another"):
-        assert f"said by {host}" in (log.parent / f"driver-{host}-{os.getpid()}.log").read_text()
+        assert f"output of {host}" in (log.parent / f"driver-{host}-{os.getpid()}.log").read_text()
 
 
 def test_traceback_is_in_the_named_log(
@@ -160,16 +160,16 @@ def test_traceback_is_in_the_named_log(
     def fail(*_: object) -> None:
         log = filesystem.resolve(storage_of_run) / "experiments" / "quickstart" / "driver.log"
         with console.redirect_library_output(log):
-            os.write(2, b"said by a library")
+            os.write(2, b"output of a library")
         raise RuntimeError("3 of 4 rows failed")
 
     monkeypatch.setattr(run, "run_experiment", fail)
     command = ["run", str(ROOT / "configs/quickstart.yaml"), f"storage={storage_of_run}"]
     assert cli.main(command) == 1
-    named = capsys.readouterr().err.partition("Log: ")[2].strip()
-    assert named.startswith(f"{storage_of_run}/experiments/quickstart/driver-")
-    log = filesystem.resolve(named).read_text()
-    assert "said by a library" in log and "Traceback" in log and "3 of 4 rows failed" in log
+    log_name = capsys.readouterr().err.partition("Log: ")[2].strip()
+    assert log_name.startswith(f"{storage_of_run}/experiments/quickstart/driver-")
+    log = filesystem.resolve(log_name).read_text()
+    assert "output of a library" in log and "Traceback" in log and "3 of 4 rows failed" in log
 
 
 def test_log_stays_local_if_the_bucket_refuses_it(bucket: str, monkeypatch: pytest.MonkeyPatch):
@@ -177,18 +177,18 @@ def test_log_stays_local_if_the_bucket_refuses_it(bucket: str, monkeypatch: pyte
         raise ConnectionError
 
     monkeypatch.setattr(filesystem, "put", refuse)
-    # Nothing was written to it before.
+    # The log does not exist yet.
     log = filesystem.resolve(f"{bucket}/refused/{os.getpid()}/experiments/mine") / "driver.log"
     file = console.append_to_log(log, "Traceback\n")
     assert not filesystem.is_remote(file) and file.read_text().endswith("Traceback\n")
 
 
-def test_predictions_are_collected_into_one_file(place: Path):
+def test_predictions_are_collected_into_one_file(storage: Path):
     rows = pa.Table.from_pylist(drawn("none", 0, 0.5, 0.5), schema=schemas.PREDICTION)
-    for way in ("zero_shot_chat-1", "zero_shot_raw-2"):
-        row_store.write_part(place / "predictions" / way, rows)
-        row_store.finalize(place / "predictions" / way, schemas.PREDICTION, "prediction_id", {})
+    for name in ("zero_shot_chat-1", "zero_shot_raw-2"):
+        row_store.write_part(storage / "predictions" / name, rows)
+        row_store.finalize(storage / "predictions" / name, schemas.PREDICTION, "prediction_id", {})
     for _ in range(2):
-        evaluate.collect_predictions(place / "predictions", place / "predictions.parquet")
-        found = files.read_table(place / "predictions.parquet", ["evaluation"])["evaluation"].to_pylist()
+        evaluate.collect_predictions(storage / "predictions", storage / "predictions.parquet")
+        found = files.read_table(storage / "predictions.parquet", ["evaluation"])["evaluation"].to_pylist()
         assert found == ["zero_shot_chat-1"] * len(rows) + ["zero_shot_raw-2"] * len(rows)

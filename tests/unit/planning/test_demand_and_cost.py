@@ -30,7 +30,7 @@ def test_demand_has_a_placement_group_for_each_replica_trial_and_engine():
     assert [len(group) for group in stage_demand.attention] == [1]
     every = [bundle for groups in stage_demand.stages().values() for group in groups for bundle in group]
     assert all(bundle == {"CPU": 1, "GPU": 1} for bundle in every)
-    # The bundles that the stages themselves create.
+    # The stages create the same bundles.
     assert list(stage_demand.generation[0]) == resources.engine_bundles(experiment.teacher.engine, "gpu")
     assert list(stage_demand.training[0]) == resources.trial_bundles(experiment.train, "gpu")
 
@@ -114,13 +114,13 @@ def test_hours_and_cost_follow_from_rates_and_prices():
     )
     known = Rates(generation=1000, training=500, evaluation=2000, completion_tokens=200, answer_tokens=100)
     stages = {stage.stage: stage for stage in cost.stage_costs(experiment, known, concurrent_trials=2)}
-    writes = stages["Teacher generation"]
-    assert writes.tokens == 6 * 6973 * 200
-    assert not writes.is_bound
+    generation = stages["Teacher generation"]
+    assert generation.tokens == 6 * 6973 * 200
+    assert not generation.is_bound
     # Two replicas of four GPUs.
-    assert writes.hours == pytest.approx(6 * 6973 * 200 / 2000 / 3600)
-    assert writes.processor_hours == pytest.approx(8 * 6 * 6973 * 200 / 2000 / 3600)
-    assert writes.cost == pytest.approx(3.0 * 8 * 6 * 6973 * 200 / 2000 / 3600)
+    assert generation.hours == pytest.approx(6 * 6973 * 200 / 2000 / 3600)
+    assert generation.processor_hours == pytest.approx(8 * 6 * 6973 * 200 / 2000 / 3600)
+    assert generation.cost == pytest.approx(3.0 * 8 * 6 * 6973 * 200 / 2000 / 3600)
     trained = stages["Training"]
     # Concurrent trials shorten the wall-clock time, not the processor hours.
     assert trained.processor_hours == pytest.approx(7 * 2 * 6973 * 200 / 500 / 3600)
@@ -142,31 +142,31 @@ def test_problems_of_files_are_counted(tmp_path: Path):
     tree = {"name": "a", "teacher": {"model": "b"}, "student": {"model": "c"}}
     experiment = Experiment.model_validate({**tree, "dataset": {**files_config, "num_validation": 2, "num_test": 2}})
     assert demand.num_problems(experiment.dataset) == (3, 2)
-    nowhere = Experiment.model_validate({**tree, "dataset": {**files_config, "train_file": "nowhere.jsonl"}})
-    assert demand.num_problems(nowhere.dataset) == (None, 3)
-    assert cost.stage_costs(nowhere, Rates(generation=1))[0].hours is None
+    without_file = Experiment.model_validate({**tree, "dataset": {**files_config, "train_file": "nowhere.jsonl"}})
+    assert demand.num_problems(without_file.dataset) == (None, 3)
+    assert cost.stage_costs(without_file, Rates(generation=1))[0].hours is None
 
 
-def test_rates_are_measured_from_an_earlier_run(place: Path, capsys: pytest.CaptureFixture[str]):
+def test_rates_are_measured_from_an_earlier_run(storage: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(ValueError, match=r"has no run\.json"):
-        cost.measured_rates(place)
+        cost.measured_rates(storage)
     experiment = load_experiment(
         ROOT / "configs" / "quickstart.yaml", ["teacher.replicas={min: 1, max: 2}", "prices.cpu_hour=0.05"]
     )
-    files.write_text(place / "experiment.yaml", dump_experiment(experiment))
-    made = {"completion_tokens": 1000, "seconds": 5.0, "rows": 12, "errors": 2}
+    files.write_text(storage / "experiment.yaml", dump_experiment(experiment))
+    generated = {"completion_tokens": 1000, "seconds": 5.0, "rows": 12, "errors": 2}
     scored = {"source": "reference", "completion_tokens": 10**6, "seconds": 1.0, "rows": 1, "errors": 0}
-    run = {"completions": [made, {**made, "source": "teacher"}, scored], "stages": {"predictions": 4.0}}
+    run = {"completions": [generated, {**generated, "source": "teacher"}, scored], "stages": {"predictions": 4.0}}
     run["processor_seconds"] = {"teacher": {"cpu": 5.0}, "students' answers": {"cpu": 4.0}}
-    files.write_json(place / "run.json", run)
+    files.write_json(storage / "run.json", run)
     for name, tokens, workers in (("a", 600, 2), ("b", 400, 1)):
         points = [{"target_tokens": tokens // 2, "seconds": 1.0, "num_workers": workers}]
         points.append({"target_tokens": tokens, "seconds": 2.0, "num_workers": workers})
         curve = "".join(json.dumps(each) + "\n" for each in points)
-        filesystem.put(place / "trials" / name / "metrics.jsonl", curve.encode())
+        filesystem.put(storage / "trials" / name / "metrics.jsonl", curve.encode())
     answers = pa.table({"num_tokens": [10, 30, 99], "error": ["", "", "lost"]})
-    files.write_table(place / "predictions.parquet", answers)
-    found = cost.measured_rates(place)
+    files.write_table(storage / "predictions.parquet", answers)
+    found = cost.measured_rates(storage)
     assert found.generation == 2000 / 11 / 2
     assert found.completion_tokens == 100
     assert found.training == 1000 / (2 * 2 + 2)
@@ -181,9 +181,9 @@ def test_rates_are_measured_from_an_earlier_run(place: Path, capsys: pytest.Capt
         if each.hours
     }
     assert priced == {0.05}
-    # The same from the command line.
-    assert cli.main(["plan", str(ROOT / "configs" / "quickstart.yaml"), "--rates-from", str(place)]) == 0
-    assert "".join(f"measured in {place}".split()) in "".join(capsys.readouterr().out.split())
+    # The command line reads the same rates.
+    assert cli.main(["plan", str(ROOT / "configs" / "quickstart.yaml"), "--rates-from", str(storage)]) == 0
+    assert "".join(f"measured in {storage}".split()) in "".join(capsys.readouterr().out.split())
 
 
 def test_interrupted_run_has_no_rates(tmp_path: Path):

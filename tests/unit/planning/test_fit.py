@@ -28,14 +28,14 @@ def experiment_of(file: str, *overrides: str) -> Experiment:
     return load_experiment(GSM8K / file, overrides)
 
 
-def refused(experiment: Experiment, there: ClusterSpec | None) -> str:
+def refusal(experiment: Experiment, spec: ClusterSpec | None) -> str:
     teacher = architecture.find_shape(experiment.teacher.model, None, experiment.teacher.engine.engine_kwargs)
-    return refusal_message(fit_stages(experiment, teacher, architecture.find_shape(experiment.student.model), there))
+    return refusal_message(fit_stages(experiment, teacher, architecture.find_shape(experiment.student.model), spec))
 
 
 @pytest.mark.parametrize("file", [*sorted(GSM8K.glob("*.yaml")), *sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))])
 def test_shipped_configurations_fit_their_target_clusters(file: Path):
-    made_for = {
+    target_clusters = {
         "405b-awq-to-8b": cluster(1, 4, "A100-80G"),
         "405b-fp8-to-8b": cluster(1, 8, "H100"),
         "70b-to-8b": cluster(1, 4, "A100-80G"),
@@ -45,24 +45,24 @@ def test_shipped_configurations_fit_their_target_clusters(file: Path):
         "paper": cluster(1, 4, "H100"),
     }
     experiment = load_experiment(file)
-    assert refused(experiment, made_for[file.stem]) == ""
-    assert refused(experiment, None) == ""
+    assert refusal(experiment, target_clusters[file.stem]) == ""
+    assert refusal(experiment, None) == ""
 
 
 @pytest.mark.parametrize("cores", [2, 1])
-def test_quickstart_fits_two_cores_and_not_one(cores: int):
-    there = ClusterSpec("this machine", (NodeGroup("head", 1, {"CPU": float(cores)}),))
-    message = refused(load_experiment(ROOT / "configs" / "quickstart.yaml"), there)
+def test_quickstart_fits_two_cores_but_not_one(cores: int):
+    spec = ClusterSpec("this machine", (NodeGroup("head", 1, {"CPU": float(cores)}),))
+    message = refusal(load_experiment(ROOT / "configs" / "quickstart.yaml"), spec)
     assert (message == "") == (cores == 2)
     assert "train: needs 2 CPU, the cluster has 1" in message or cores == 2
 
 
 @pytest.mark.parametrize(
-    ("model", "tensor", "pipeline", "there", "words"),
+    ("model", "tensor", "pipeline", "spec", "words"),
     [
         (INT4, 4, 1, cluster(1, 4, "A100-80G"), ""),
         (FP8, 8, 1, cluster(1, 8, "H100"), ""),
-        # As the configuration says for nodes of four.
+        # The layout that the configuration's comment gives for nodes of four GPUs.
         (FP8, 4, 2, cluster(2, 4, "H100"), ""),
         (FP8, 4, 1, cluster(2, 4, "H100"), "closest fit: teacher.engine.pipeline_parallel_size=2"),
         (BF16, 8, 2, cluster(2, 8, "A100-80G"), ""),
@@ -79,14 +79,14 @@ def test_quickstart_fits_two_cores_and_not_one(cores: int):
         ),
     ],
 )
-def test_teachers_fit_published_clusters(model: str, tensor: int, pipeline: int, there: ClusterSpec, words: str):
+def test_teachers_fit_published_clusters(model: str, tensor: int, pipeline: int, spec: ClusterSpec, words: str):
     overrides = (
         f"teacher={{model: {model}, engine: {{tensor_parallel_size: {tensor}, pipeline_parallel_size: {pipeline}, "
     )
     experiment = experiment_of(
         "405b-fp8-to-8b.yaml", overrides + "engine_kwargs: {max_model_len: 4096}}}", "train.num_workers=4"
     )
-    found = [each for each in refused(experiment, there).split(". ") if each.startswith("teacher")]
+    found = [each for each in refusal(experiment, spec).split(". ") if each.startswith("teacher")]
     if words:
         assert found
         assert re.search(words, found[0])
@@ -116,20 +116,20 @@ def test_invalid_sharding_is_refused(model: str, tensor: int, pipeline: int, wor
 
 
 def test_length_above_the_models_maximum_is_refused():
-    message = refused(experiment_of("one-24gb-gpu.yaml", "teacher.engine.engine_kwargs={max_model_len: 200000}"), None)
+    message = refusal(experiment_of("one-24gb-gpu.yaml", "teacher.engine.engine_kwargs={max_model_len: 200000}"), None)
     assert "max_model_len=200000 is above the model's maximum of 131072" in message
     assert "teacher.engine.engine_kwargs.max_model_len=131072" in message
 
 
 def test_shorter_context_is_suggested_last():
     experiment = experiment_of("8b-to-1b.yaml", "teacher.engine.engine_kwargs={}")
-    assert "closest fit: teacher.engine.engine_kwargs.max_model_len=16384" in refused(experiment, cluster(1, 1, "L4"))
+    assert "closest fit: teacher.engine.engine_kwargs.max_model_len=16384" in refusal(experiment, cluster(1, 1, "L4"))
     # With more GPUs, tensor parallelism is the smaller change.
-    assert "closest fit: teacher.engine.tensor_parallel_size=2" in refused(experiment, cluster(1, 4, "L4"))
+    assert "closest fit: teacher.engine.tensor_parallel_size=2" in refusal(experiment, cluster(1, 4, "L4"))
 
 
 @pytest.mark.parametrize(
-    ("overrides", "there", "nearest_that_fits"),
+    ("overrides", "spec", "nearest_that_fits"),
     [
         (["train.max_length=1024"], cluster(1, 1, "A10G"), "train.gradient_checkpointing=true"),
         (
@@ -150,19 +150,19 @@ def test_shorter_context_is_suggested_last():
         (["train.num_workers=8"], cluster(1, 4, "H100"), "train.num_workers=4"),
     ],
 )
-def test_training_that_does_not_fit_gets_a_suggestion(overrides: list[str], there: ClusterSpec, nearest_that_fits: str):
+def test_training_that_does_not_fit_gets_a_suggestion(overrides: list[str], spec: ClusterSpec, nearest_that_fits: str):
     experiment = experiment_of("70b-to-8b.yaml", "train.num_workers=1", *overrides)
-    (message,) = [each for each in refused(experiment, there).split(". ") if each.startswith("train")]
+    (message,) = [each for each in refusal(experiment, spec).split(". ") if each.startswith("train")]
     suggestion = message.split("closest fit: ")[1]
     assert nearest_that_fits in suggestion.split()
     # Training fits with the suggestion applied.
-    assert "train: " not in refused(
-        experiment_of("70b-to-8b.yaml", "train.num_workers=1", *overrides, *suggestion.split()), there
+    assert "train: " not in refusal(
+        experiment_of("70b-to-8b.yaml", "train.num_workers=1", *overrides, *suggestion.split()), spec
     )
 
 
-def test_bfloat16_needs_a_gpu_that_supports_it():
-    message = refused(experiment_of("one-24gb-gpu.yaml"), cluster(1, 1, "T4"))
+def test_gpu_without_bfloat16_support_is_reported():
+    message = refusal(experiment_of("one-24gb-gpu.yaml"), cluster(1, 1, "T4"))
     assert "train: T4 does not support bfloat16" in message
     # Engines with 4-bit weights compute in float16.
     assert "teacher: " not in message
@@ -190,7 +190,7 @@ def test_mixed_cluster_needs_an_accelerator_type():
     assert fit_stages(absent, teacher, student, mixed)[0].problem == "no node has accelerator_type:H200"
 
 
-def test_tensor_parallel_group_across_nodes_gets_a_note():
+def test_tensor_parallel_group_across_nodes_is_noted():
     experiment = experiment_of("405b-fp8-to-8b.yaml", "train.num_workers=4")
     shape = architecture.find_shape(experiment.teacher.model)
     (teacher, *_) = fit_stages(experiment, shape, None, cluster(2, 4, "H200"))
@@ -208,16 +208,14 @@ def test_model_of_unknown_shape_is_planned_without_memory():
     assert "train: needs 4 GPU, the cluster has 2" in refusal_message(two_gpus)
 
 
-def problem_after_suggestion(experiment: Experiment, there: ClusterSpec, *overrides: str) -> str:
+def problem_after_suggestion(experiment: Experiment, spec: ClusterSpec, *overrides: str) -> str:
     """Return the problem of training with its suggestion applied; empty where it fits."""
     student = architecture.find_shape(experiment.student.model)
-    (fit,) = (each for each in fit_stages(experiment, None, student, there) if each.stage == "train")
+    (fit,) = (each for each in fit_stages(experiment, None, student, spec) if each.stage == "train")
     assert fit.problem and fit.suggestion
     (again,) = (
         each
-        for each in fit_stages(
-            experiment_of("8b-to-1b.yaml", *overrides, *fit.suggestion.split()), None, student, there
-        )
+        for each in fit_stages(experiment_of("8b-to-1b.yaml", *overrides, *fit.suggestion.split()), None, student, spec)
         if each.stage == "train"
     )
     return again.problem
@@ -227,7 +225,7 @@ MIXED = ClusterSpec("mixed", (*cluster(4, 1, "T4").nodes, *cluster(1, 2, "A10G")
 
 
 @pytest.mark.parametrize(
-    ("overrides", "there"),
+    ("overrides", "spec"),
     [
         (["train.num_workers=8", "train.min_workers=4", "train.zero_stage=0", "train.dtype=float32"], MIXED),
         (["student.model=meta-llama/Llama-3.1-8B", "train.max_length=512"], MIXED),
@@ -235,29 +233,29 @@ MIXED = ClusterSpec("mixed", (*cluster(4, 1, "T4").nodes, *cluster(1, 2, "A10G")
         (["train.num_workers=8", "student.model=meta-llama/Llama-3.1-8B"], cluster(2, 2, "L4")),
     ],
 )
-def test_suggestion_for_training_fits(overrides: list[str], there: ClusterSpec):
-    assert problem_after_suggestion(experiment_of("8b-to-1b.yaml", *overrides), there, *overrides) == ""
+def test_suggestion_for_training_fits(overrides: list[str], spec: ClusterSpec):
+    assert problem_after_suggestion(experiment_of("8b-to-1b.yaml", *overrides), spec, *overrides) == ""
 
 
 def test_suggested_accelerator_type_holds_the_whole_stage():
     one = cluster(1, 1, "A100-80G").nodes
-    there = ClusterSpec("mixed", (*cluster(4, 1, "T4").nodes, *one, *cluster(2, 8, "H100").nodes))
+    spec = ClusterSpec("mixed", (*cluster(4, 1, "T4").nodes, *one, *cluster(2, 8, "H100").nodes))
     experiment = experiment_of("70b-to-8b.yaml")
     teacher, student = (
         architecture.find_shape(experiment.teacher.model),
         architecture.find_shape(experiment.student.model),
     )
-    fits = {each.stage: each for each in fit_stages(experiment, teacher, student, there)}
+    fits = {each.stage: each for each in fit_stages(experiment, teacher, student, spec)}
     assert fits["teacher"].problem == "may be placed on T4, which cannot hold it"
     assert fits["teacher"].suggestion == "teacher.engine.accelerator_type=H100"
     assert fits["train"].suggestion == "train.accelerator_type=H100"
     # Two types together have four GPUs, but a stage can request only one type.
     kinds = (cluster(1, 2, "A100-80G"), cluster(1, 2, "H100"), cluster(1, 4, "T4"))
-    there = ClusterSpec("mixed", tuple(node for each in kinds for node in each.nodes))
-    (fit, *_) = fit_stages(experiment, teacher, student, there)
+    spec = ClusterSpec("mixed", tuple(node for each in kinds for node in each.nodes))
+    (fit, *_) = fit_stages(experiment, teacher, student, spec)
     assert fit.problem == "may be placed on T4, which cannot hold it"
     assert "tensor_parallel_size=2" in fit.suggestion
-    (fit, *_) = fit_stages(experiment_of("70b-to-8b.yaml", *fit.suggestion.split()), teacher, student, there)
+    (fit, *_) = fit_stages(experiment_of("70b-to-8b.yaml", *fit.suggestion.split()), teacher, student, spec)
     assert not fit.problem
 
 

@@ -41,7 +41,7 @@ def shape_of(model: str) -> Shape:
         ("hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4", 1e9, 5.73),
     ],
 )
-def test_weights_are_as_large_as_published(model: str, unit: float, published: float):
+def test_weight_sizes_match_published(model: str, unit: float, published: float):
     assert memory.weight_bytes(shape_of(model)) / unit == pytest.approx(published, rel=0.01)
 
 
@@ -63,7 +63,7 @@ def test_meta_fp8_keeps_attention_and_outer_layers_in_16_bits():
         ("meta-llama/Llama-3.2-1B", 32_768, 0.49),
     ],
 )
-def test_kv_cache_is_as_large_as_published(model: str, token: int, gib_of_16k: float):
+def test_kv_cache_sizes_match_published(model: str, token: int, gib_of_16k: float):
     assert memory.engine_memory(shape_of(model), Engine(), None).kv_token == token
     assert token * 16_000 / GIB == pytest.approx(gib_of_16k, abs=0.01)
 
@@ -71,7 +71,7 @@ def test_kv_cache_is_as_large_as_published(model: str, token: int, gib_of_16k: f
 @pytest.mark.parametrize(
     ("model", "tensor", "pipeline", "kind", "holds"),
     [
-        # The paper's own teacher: INT4 on four GPUs of 80 GB (arXiv 2412.17846), and not on two.
+        # The paper's teacher: INT4 on four GPUs of 80 GB (arXiv 2412.17846), and not on two.
         (INT4, 4, 1, "A100-80G", True),
         (INT4, 4, 1, "H100", True),
         (INT4, 2, 1, "H100", False),
@@ -112,13 +112,13 @@ def test_shards_sum_to_the_model_and_its_replicated_kv_heads():
     whole = memory.weight_bytes(shape)
     assert fullest(1, 1) == whole
     assert fullest(8, 1) == pytest.approx(whole / 8, rel=1e-3)
-    # Sixteen processes share eight heads of keys and values: two have the same.
+    # With eight KV heads, each of the sixteen processes holds a head that another one holds, too.
     keys_and_values = 126 * 2 * 16384 * 1024 * 2
     assert fullest(16, 1) == pytest.approx((whole + keys_and_values) / 16, rel=1e-3)
     assert fullest(8, 2) == pytest.approx(whole / 16, rel=1e-3)
 
 
-def test_pipeline_stages_equal_vllms():
+def test_pipeline_stages_match_vllm():
     from vllm.distributed.utils import get_pp_indices
 
     for layers in (2, 16, 28, 126):
@@ -130,10 +130,10 @@ def test_pipeline_stages_equal_vllms():
 
 @pytest.mark.parametrize(
     ("kind", "tokens", "sequences"),
-    # `EngineArgs.get_batch_defaults` of vLLM 0.29, twice, as performance_mode=throughput has it.
+    # `EngineArgs.get_batch_defaults` of vLLM 0.29, doubled by performance_mode=throughput.
     [("L4", 4096, 512), ("A100-80G", 4096, 512), ("H100", 16384, 2048), ("B200", 32768, 2048)],
 )
-def test_server_defaults_equal_vllms(kind: str, tokens: int, sequences: int):
+def test_server_defaults_match_vllm(kind: str, tokens: int, sequences: int):
     shape = shape_of("meta-llama/Llama-3.1-8B")
     engine_kwargs = {"max_num_batched_tokens": tokens, "max_num_seqs": sequences}
     assert memory.engine_memory(shape, Engine(), GPUS[kind]) == memory.engine_memory(
@@ -147,7 +147,7 @@ def test_fp8_kv_cache_and_shorter_length_save_memory():
     small = memory.engine_memory(shape, Engine(engine_kwargs={"max_model_len": 4096, "kv_cache_dtype": "fp8"}), gpu)
     assert plain.kv_token == 2 * small.kv_token == 131_072
     assert small.sequences(gpu.bytes) >= 2 * plain.sequences(gpu.bytes) > 0
-    # As Llama 3.1 comes: 131,072 tokens are 16 GiB.
+    # At Llama 3.1's default of 131,072 tokens, a sequence takes 16 GiB.
     whole = memory.engine_memory(shape, Engine(), gpu)
     assert whole.kv_sequence == 16 * GIB
     assert whole.sequences(gpu.bytes) < 1
@@ -161,10 +161,10 @@ def test_layer_activations_equal_a_measured_forward_pass(
     dtype: str, modules: tuple, dropout: float, checkpointing: bool
 ):
     lora = Lora(r=4, target_modules=modules, lora_dropout=dropout)
-    # Padded rows: packed ones are gathered by copying where there is no kernel for them, on a CPU.
+    # Padded rows, because CPUs have no kernel for packed ones and copy them.
     train = Train(dtype=dtype, gradient_checkpointing=checkpointing, packing=False)  # type: ignore[arg-type]
     rows = [Example(str(number), [1] * 40, [2] * 8) for number in range(2)]
-    kept = {layers: _kept(_shape(layers), lora, train, rows) for layers in (2, 3)}
+    kept = {layers: _saved_bytes(_shape(layers), lora, train, rows) for layers in (2, 3)}
     expected = memory.activation_bytes(_shape(3), lora, train) - memory.activation_bytes(_shape(2), lora, train)
     assert (kept[3] - kept[2]) / (2 * 48) == expected
     assert kept[3] <= 2 * 48 * memory.activation_bytes(_shape(3), lora, train) + 16 * (64 * 4 + 3 * 4 * 256)
@@ -198,8 +198,8 @@ def test_llama_8b_trains_on_24_gb_with_checkpointing_and_short_rows(
 
 
 def test_zero_stages_shard_as_published():
-    # Rajbhandari et al., arXiv 1910.02054, figure 1, for what is trained: stage 1 divides the optimizer, 2 gradients,
-    # 3 the weights, of which DeepSpeed gathers a billion at a time.
+    # Rajbhandari et al., arXiv 1910.02054, figure 1: stage 1 shards the optimizer, stage 2 the gradients, stage 3 the
+    # weights, of which DeepSpeed gathers a billion at a time.
     shape, lora, workers = shape_of("meta-llama/Llama-3.1-70B"), Lora(r=64), 8
     trained = shape.adapter_parameters(64, lora.target_modules)
     needs = [
@@ -216,7 +216,7 @@ def test_zero_stages_shard_as_published():
     assert needs[3].base == shape.parameters * 2 // workers + 2 * 10**9
 
 
-def test_loss_chunk_equals_the_students():
+def test_loss_chunk_matches_student():
     assert memory.CHUNK_ELEMENTS == student.CHUNK_ELEMENTS
     needs = memory.worker_memory(shape_of("meta-llama/Llama-3.1-8B"), Lora(), Train(micro_batch_size=8), targets=512)
     assert needs.loss <= 1.2 * GIB
@@ -228,15 +228,15 @@ def _shape(layers: int) -> Shape:
     return Shape(layers, 64, 4, 2, 176, 256, False, 16)
 
 
-def _kept(shape: Shape, lora: Lora, train: Train, rows: list[Example]) -> int:
+def _saved_bytes(shape: Shape, lora: Lora, train: Train, rows: list[Example]) -> int:
     """Return the bytes that autograd saves for the backward pass, without the parameters."""
     config = llama_of(shape)
     dtype = getattr(torch, train.dtype)
     base = LlamaForCausalLM(config).to(dtype)
-    tree = {"name": "kept", "teacher": {"model": "a"}, "student": {"model": "b"}}
+    tree = {"name": "memory", "teacher": {"model": "a"}, "student": {"model": "b"}}
     arm = Experiment.model_validate(tree).arm("default")
     student_config = arm.student.model_copy(update={"lora": lora})
-    # DeepSpeed brings the adapter to the type of the base.
+    # DeepSpeed converts the adapter to the base model's type.
     learner = student.wrap_student(base, arm.model_copy(update={"student": student_config, "train": train}), seed=0).to(
         dtype
     )

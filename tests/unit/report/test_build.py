@@ -42,7 +42,7 @@ class Page(HTMLParser):
         self.attributes += attrs
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes no open tag"
 
     def handle_data(self, data: str) -> None:
         self.text += data.replace("\u00a0", " ")
@@ -82,24 +82,24 @@ def test_results_csv_matches_recomputed_numbers(tmp_path: Path) -> None:
             p["problem_id"]: p for p in experiment.rows if p["trial_id"] == row["trial_id"] and not p["error"]
         }.values()
         n = len(answers)
-        asked = {p["problem_id"] for p in experiment.rows if p["trial_id"] == row["trial_id"]}
-        assert (int(row["n"]), int(row["errors"])) == (n, len(asked) - n)
+        problem_ids = {p["problem_id"] for p in experiment.rows if p["trial_id"] == row["trial_id"]}
+        assert (int(row["n"]), int(row["errors"])) == (n, len(problem_ids) - n)
         for score in ("strict", "flexible"):
             share = sum(p[f"is_correct_{score}"] for p in answers) / n
             assert float(row[f"accuracy_{score}"]) == pytest.approx(share, abs=1e-12)
             bounds = float(row[f"accuracy_{score}_low"]), float(row[f"accuracy_{score}_high"])
             assert bounds == pytest.approx(wilson_by_bisection(share, n), abs=1e-9)
-        in_form = sum("#### " in p["completion"] for p in answers) / n
-        assert float(row["format_rate"]) == pytest.approx(in_form)
+        format_rate = sum("#### " in p["completion"] for p in answers) / n
+        assert float(row["format_rate"]) == pytest.approx(format_rate)
         assert float(row["truncated"]) == pytest.approx(sum(p["finish_reason"] == "length" for p in answers) / n)
         assert float(row["mean_tokens"]) == pytest.approx(sum(p["num_tokens"] for p in answers) / n)
     by_trial = {row["trial_id"]: row for row in table}
     assert by_trial[BASE]["errors"] == "0"
     assert by_trial["shuffled_hint-1"]["errors"] == "1"
     trained = by_trial["none-0"]
-    of_training = ("train_rows", "train_steps", "target_tokens", "train_seconds", "loss_first", "loss_last")
-    assert [trained[c] for c in of_training] == ["480", "30", "98765", "61.5", "1.9", "0.7"]
-    assert all(by_trial[BASE][column] == "" for column in of_training)
+    training_columns = ("train_rows", "train_steps", "target_tokens", "train_seconds", "loss_first", "loss_last")
+    assert [trained[c] for c in training_columns] == ["480", "30", "98765", "61.5", "1.9", "0.7"]
+    assert all(by_trial[BASE][column] == "" for column in training_columns)
 
 
 def test_failed_trial_is_listed_with_its_error(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_failed_trial_is_listed_with_its_error(tmp_path: Path) -> None:
         assert "CUDA out of memory" in (tmp_path / name).read_text()
     console = Console(width=200, record=True)
     console.print(*result_tables(results))
-    # Brackets are shown, not taken for markup.
+    # Brackets are shown, and not parsed as markup.
     assert "CUDA out of memory [rank 3]" in console.export_text()
 
 
@@ -135,7 +135,7 @@ def test_differences_match_recounted_pairs(tmp_path: Path) -> None:
         assert comparison.only_arm == sum(a and not b for a, b in pairs)
         assert comparison.only_baseline == sum(b and not a for a, b in pairs)
         assert comparison.low <= comparison.difference <= comparison.high
-    # Where every problem has as many pairs, the mean over problems is the mean over pairs.
+    # Every problem has the same number of pairs, so the mean over problems is the mean over pairs.
     truth = next(c for c in results.strict if c.arm == "ground_truth")
     assert truth.difference == pytest.approx((truth.only_arm - truth.only_baseline) / truth.num_pairs)
 
@@ -148,7 +148,7 @@ def test_pooled_interval_counts_problems_and_not_seeds(tmp_path: Path) -> None:
     assert bounds == pytest.approx(wilson_by_bisection(arm.scores.strict.value or 0, NUM_TEST), abs=1e-9)
 
 
-def test_page_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
+def test_page_is_one_file_without_external_resources(tmp_path: Path) -> None:
     write_report(full_experiment(tmp_path).write())
     html = (tmp_path / "report.html").read_text()
     page = Page(html)
@@ -200,8 +200,8 @@ def test_external_text_is_escaped(tmp_path: Path) -> None:
     assert all(line.startswith("    ") for line in indented)
     for lines in markdown.split("\n\n"):
         if lines.startswith("| "):
-            bars = {line.replace("\\|", "").count("|") for line in lines.splitlines()}
-            assert len(bars) == 1, "a cell broke out of its table"
+            num_bars = {line.replace("\\|", "").count("|") for line in lines.splitlines()}
+            assert len(num_bars) == 1, "a cell has an unescaped bar"
 
 
 def two_arms(folder: Path, only_primed: int, only_none: int, both: int, neither: int) -> Experiment:
@@ -266,20 +266,22 @@ def test_effect_of_prompt_needs_same_other_settings(tmp_path: Path) -> None:
     assert "matches this one in all other settings" in found.sentences[1]
     assert found.figure == ""
     assert "| soft | none † | +" in (tmp_path / "report.md").read_text()
-    # With its unprimed twin beside it, or another primed arm that has one, it can.
-    experiment.trial("bare_soft", 0, drawn("bare_soft", 0, 0.7, 1.0), overrides={"prompt.strategy": "none", **soft})
+    # With an unprimed arm that is equal otherwise, the effect is estimated.
+    experiment.trial(
+        "unprimed_soft", 0, drawn("unprimed_soft", 0, 0.7, 1.0), overrides={"prompt.strategy": "none", **soft}
+    )
     found = answer(write_report(experiment.write()))
-    assert "“soft” against “bare_soft”" in found.figure_caption
-    assert "| soft | bare\\_soft | +" in (tmp_path / "report.md").read_text()
+    assert "“soft” against “unprimed_soft”" in found.figure_caption
+    assert "| soft | unprimed\\_soft | +" in (tmp_path / "report.md").read_text()
 
 
 def test_custom_control_strategy_is_a_control(tmp_path: Path) -> None:
     experiment = Experiment(tmp_path)
     experiment.trial("none", 0, drawn("none", 0, 0.2, 1.0))
-    experiment.trial("mine", 0, drawn("mine", 0, 0.9, 1.0), "lure", overrides={"prompt.strategy": "lure"})
+    experiment.trial("mine", 0, drawn("mine", 0, 0.9, 1.0), "wrong", overrides={"prompt.strategy": "wrong"})
     experiment.write()
     with (tmp_path / "experiment.yaml").open("a") as file:
-        file.write("prompt: {strategies: {lure: {text: 'It is {other_answer}.'}}}\n")
+        file.write("prompt: {strategies: {wrong: {text: 'It is {other_answer}.'}}}\n")
     results = write_report(tmp_path)
     assert {arm.name: arm.kind for arm in results.arms} == {"none": "baseline", "mine": "control"}
     assert "no arm with a primed teacher" in answer(results).sentences[1]
@@ -363,7 +365,7 @@ def test_damaged_loss_curve_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-def test_examples_show_where_arms_differ(tmp_path: Path) -> None:
+def test_examples_show_disagreeing_arms_first(tmp_path: Path) -> None:
     results = write_report(two_arms(tmp_path, 2, 1, 20, 20).write())
     disagreeing = [e for e in results.examples if len({r["is_correct_strict"] for r in e.predictions.values()}) == 2]
     assert len(results.examples) == 10

@@ -1,4 +1,4 @@
-"""Disagreements: two students, problem by problem."""
+"""Comparison of two students, problem by problem."""
 
 from pathlib import Path
 
@@ -11,12 +11,14 @@ from synthetic import Experiment, prediction
 
 def experiment(folder: Path, right: dict[str, list[bool]], seeds: tuple[int, ...] = (0,)) -> Path:
     """Write predictions of arms with one seed or several; `right` says which are correct."""
-    made = Experiment(folder, seeds=list(seeds))
+    synthetic_experiment = Experiment(folder, seeds=list(seeds))
     for arm, answers in right.items():
         for seed in seeds:
             rows = [prediction(arm, seed, n, is_right, is_right, True) for n, is_right in enumerate(answers)]
-            made.trial(arm, seed, [row | {"completion": f"{arm} says so of {row['problem_id']}"} for row in rows])
-    return made.write()
+            synthetic_experiment.trial(
+                arm, seed, [row | {"completion": f"{arm} answers {row['problem_id']}"} for row in rows]
+            )
+    return synthetic_experiment.write()
 
 
 def test_problems_with_one_correct_student_are_listed(tmp_path: Path):
@@ -28,15 +30,15 @@ def test_problems_with_one_correct_student_are_listed(tmp_path: Path):
     before, only_none, only_primed = text.split("only none (seed 0) is correct: 1")[0], *text.split("is correct: ")[1:]
     assert "50.0 % (15.0–85.0)" in before and "75.0 % (30.1–95.4)" in before
     assert "problem-001" in only_none and "problem-002" not in only_none
-    assert "none says so of problem-001" in only_none and "primed says so of problem-001" in only_none
+    assert "none answers problem-001" in only_none and "primed answers problem-001" in only_none
     assert [f"problem-00{n}" in only_primed for n in range(4)] == [False, False, True, True]
 
 
 def test_limit_shortens_the_list(tmp_path: Path):
     folder = experiment(tmp_path, {"none": [False] * 30, "primed": [True] * 30})
     text = compare(f"{folder}:none", f"{folder}:primed")
-    assert "only primed (seed 0) is correct: 10 of 30" in text and text.count("says so") == 20
-    assert compare(f"{folder}:none", f"{folder}:primed", limit=None).count("says so") == 60
+    assert "only primed (seed 0) is correct: 10 of 30" in text and text.count("answers problem-") == 20
+    assert compare(f"{folder}:none", f"{folder}:primed", limit=None).count("answers problem-") == 60
 
 
 def test_same_arm_of_two_experiments_is_labelled_by_folder(tmp_path: Path):
@@ -50,7 +52,7 @@ def test_default_seed_is_first_common_seed(tmp_path: Path):
     first = experiment(tmp_path / "a", {"none": [True, False]}, seeds=(0, 1, 2))
     second = experiment(tmp_path / "b", {"primed": [True, True]}, seeds=(1, 2))
     assert "none (seed 1)" in compare(str(first), str(second))
-    # The one that is named binds the other side.
+    # A named seed on one side sets the seed of the other side.
     assert "none (seed 2)" in compare(str(first), f"{second}:primed:2")
     assert "none (seed 2)" in compare(f"{first}:none:2", str(second))
     with pytest.raises(ValueError, match=r"predictions for the seeds \[1, 2\] only"):
@@ -63,7 +65,7 @@ def test_default_seed_is_first_common_seed(tmp_path: Path):
         ("{}", "several arms.*none, primed"),
         ("{}:prmed", "did you mean 'primed'"),
         ("{}:none:x", "write FOLDER, FOLDER:ARM or FOLDER:ARM:SEED"),
-        ("{}/elsewhere", "has no run.json"),
+        ("{}/other", "has no run.json"),
     ],
 )
 def test_unknown_student_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture, named: str, message: str):

@@ -45,7 +45,7 @@ def test_forest_plot_places_marks_on_the_axis():
     mark = svg.split('<g class="mark">')[1].split("</g>")[0]
     assert percents(mark, "x1") == [10.0, 20.0, 30.0] and percents(mark, "x2") == [90.0, 20.0, 30.0]
     assert percents(mark, "cx") == [25.0]
-    assert svg.count('<g class="mark">') == 1, "a value that is not known is not drawn"
+    assert svg.count('<g class="mark">') == 1, "an unknown value was drawn"
     assert "<title>an arm: 25.0 (22.0–38.0)</title>" in mark
     assert 60 < height < 160
 
@@ -57,13 +57,13 @@ def test_axis_holds_all_values_within_its_limits():
     assert axis_over([], 0, 100).ticks == [0, 20, 40, 60, 80, 100]
 
 
-def test_accuracy_figure_has_the_numbers_of_the_results(results: Results, by_name: dict[str, Figure]):
+def test_accuracy_figure_matches_results(results: Results, by_name: dict[str, Figure]):
     figure = by_name["accuracy"]
     for arm in results.arms:
         text = f"{100 * (arm.scores.strict.value or 0):.1f} ("
         assert f"{arm.name}: strict match {text}" in figure.description
         assert text in figure.content
-    # Ticks of two seeds in five of the six trained arms: one seed of the sixth failed.
+    # Two seeds each of five of the six trained arms; one seed of the sixth arm failed.
     assert figure.content.count('class="seed"') == 2 * 5
 
 
@@ -71,7 +71,7 @@ def test_heat_map_shows_sign_size_and_significance():
     value = np.array([1.0, -1.0, 0.0, 0.5, np.nan, -0.5])
     effect = Effect(value, value, value, p=np.array([0.01, 0.01, 1.0, 0.2, np.nan, 0.01]))
     paths = dict(re.findall('<path class="([^"]*)" d="([^"]*)"', heat_map(effect, 1.0, (2, 3), 100)))
-    # From blue, h0, to red, h10; row by row, without the head that is not defined.
+    # Classes from blue, h0, to red, h10; row by row, without the undefined head.
     assert paths == {
         "h10": "M0 0.5h1",
         "h0": "M1 0.5h1",
@@ -81,13 +81,13 @@ def test_heat_map_shows_sign_size_and_significance():
     }
 
 
-def test_heat_map_draws_equal_neighbours_at_once():
+def test_heat_map_merges_equal_neighbours():
     value = np.ones(8)
     effect = Effect(value, value, value, p=np.zeros(8))
     assert re.findall(' d="([^"]*)"', heat_map(effect, 1.0, (2, 4), 100)) == ["M0 0.5h4M0 1.5h4"]
 
 
-def test_curves_leave_out_undefined_values():
+def test_curves_omit_undefined_values():
     panel = curves_panel("a statistic", [("c0", [(0, float("nan")), (1, 2.0), (2, 4.0)])], (2.0, 4.0), "", ("", ""))
     assert 'points="50.00,60.00 100.00,0.00"' in panel.content
 
@@ -113,7 +113,7 @@ def test_figure_files_are_well_formed_and_named_in_markdown(results: Results, by
         assert f"](report/{name}.svg)" in markdown
 
 
-def test_page_and_file_hold_the_same_drawing(results: Results, by_name: dict[str, Figure]):
+def test_page_and_file_have_same_drawing(results: Results, by_name: dict[str, Figure]):
     page = (results.folder / "report.html").read_text()
     for name, figure in by_name.items():
         assert figure.content in page
@@ -130,7 +130,7 @@ def test_figure_of_an_earlier_report_is_removed(tmp_path: Path):
     assert "attention" not in (tmp_path / "report.md").read_text().lower()
 
 
-def test_names_from_outside_are_escaped_and_wrapped(tmp_path: Path):
+def test_external_names_are_escaped_and_wrapped(tmp_path: Path):
     name = "a" * 60 + " <b>&\x1b"
     experiment = Experiment(tmp_path)
     rows = [row | {"arm": name} for row in drawn("none", 0, 0.5, 0.9)]

@@ -20,30 +20,30 @@ import sys
 class Refused:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("torch", "ray", "vllm", "transformers", "datasets", "huggingface_hub"):
-            raise ImportError(f"{name} is not here")
+            raise ImportError(f"{name} must not be imported")
 
 sys.meta_path.insert(0, Refused())
 from raykd import cli
 sys.exit(cli.main(sys.argv[1:]))
 """
-OWN = {"results.csv", "report.md", "report.html", "attention.csv", "attention_correctness.csv"}
+REPORT_FILES = {"results.csv", "report.md", "report.html", "attention.csv", "attention_correctness.csv"}
 
 
 @pytest.fixture
 def finished(tmp_path: Path) -> tuple[Path, Path]:
     """Write an experiment's YAML and its finished folder; its models do not exist."""
     folder = tmp_path / "storage" / "experiments" / "far"
-    made = full_experiment(folder)
-    made.run["command"] = "raykd run far.yaml"
-    made.attention({"none-0": ("none", 0), "ground_truth-0": ("ground_truth", 0)})
-    made.write()
+    experiment = full_experiment(folder)
+    experiment.run["command"] = "raykd run far.yaml"
+    experiment.attention({"none-0": ("none", 0), "ground_truth-0": ("ground_truth", 0)})
+    experiment.write()
     arms = {"none": {}, "teacher": {"prompt.strategy": "teacher"}, "ground_truth": {"prompt.strategy": "ground_truth"}}
     fields = {
         "name": "far",
         "storage": str(tmp_path / "storage"),
         "dataset": {"source": "gsm8k"},
         "teacher": {"model": "meta-llama/Llama-3.1-405B-Instruct"},
-        "student": {"model": "nobody/nowhere"},
+        "student": {"model": "someone/not-available"},
         "arms": arms,
         "attention": {},
     }
@@ -78,10 +78,13 @@ def test_report_needs_only_the_folder(finished: tuple[Path, Path], is_folder: bo
     assert "report.html" in ran.stdout
     after = snapshot(folder.parents[2])
     changed = {Path(name) for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    assert {file.name for file in changed} >= OWN
-    own = folder.relative_to(folder.parents[2])
+    assert {file.name for file in changed} >= REPORT_FILES
+    experiment_folder = folder.relative_to(folder.parents[2])
     assert [
-        file for file in changed if file.parent != own / "report" and file not in {own / each for each in OWN}
+        file
+        for file in changed
+        if file.parent != experiment_folder / "report"
+        and file not in {experiment_folder / each for each in REPORT_FILES}
     ] == []
     assert json.loads((folder / "run.json").read_text())["command"] == "raykd run far.yaml"
     assert "    raykd run far.yaml" in (folder / "report.md").read_text()
@@ -89,13 +92,13 @@ def test_report_needs_only_the_folder(finished: tuple[Path, Path], is_folder: bo
 
 @pytest.mark.parametrize("has_folder", [False, True])
 def test_report_without_experiment_is_one_line_and_writes_nothing(tmp_path: Path, capsys, has_folder: bool):
-    given = tmp_path / "empty"
+    folder = tmp_path / "empty"
     if has_folder:
-        given.mkdir()
-    assert cli.main(["report", str(given)]) == 2
+        folder.mkdir()
+    assert cli.main(["report", str(folder)]) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and str(given) in captured.err
-    assert list(tmp_path.rglob("*")) == ([given] if has_folder else [])
+    assert captured.out == "" and captured.err.count("\n") == 1 and str(folder) in captured.err
+    assert list(tmp_path.rglob("*")) == ([folder] if has_folder else [])
 
 
 def test_report_of_an_experiment_that_never_ran_writes_nothing(tmp_path: Path, capsys):
@@ -110,7 +113,7 @@ def test_overrides_with_folder_are_refused(finished: tuple[Path, Path], capsys):
     assert "is a folder; fields can be set only if FILE is a YAML file" in capsys.readouterr().err
 
 
-def test_report_of_another_experiment_of_that_name_is_refused(finished: tuple[Path, Path], capsys):
+def test_report_of_changed_experiment_is_refused(finished: tuple[Path, Path], capsys):
     file, folder = finished
     before = snapshot(folder)
     assert cli.main(["report", str(file), "student.model=somebody/else"]) == 2

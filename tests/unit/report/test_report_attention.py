@@ -32,7 +32,7 @@ def test_table_gives_base_mean_and_differences(results: Results):
     assert effect.value == pytest.approx((primed.means["first"] - base.means["first"]).mean(), abs=1e-6)
     assert table.rows[2][first].startswith(f"{effect.value[0]:+.3f} (+0.")
     assert "40 problems" in table.note
-    # Drawn half higher: every head; those without a prime: none, but for chance.
+    # The primed arm is higher by 0.5 in every head; the unprimed one differs by chance only.
     assert attention.changed_heads(results.attention).rows[1][first] == "6↑ 0↓"
     assert attention.changed_heads(results.attention).rows[0][first] in ("0↑ 0↓", "1↑ 0↓", "0↑ 1↓")
 

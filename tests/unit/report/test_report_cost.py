@@ -11,12 +11,12 @@ from raykd.storage.files import read_json, write_json
 from synthetic import Experiment, drawn
 
 
-def table(folder: Path, prices: str = "", **held):
+def table(folder: Path, prices: str = "", **seconds_by_role):
     experiment = Experiment(folder)
     for seed in (0, 1):
         record = {"seconds": 1800.0, "num_workers": 4, "accelerator": "gpu"}
         experiment.trial("none", seed, drawn("none", seed, 0.5, 1.0, 5), **record)
-    experiment.run["processor_seconds"] = held
+    experiment.run["processor_seconds"] = seconds_by_role
     experiment.write()
     with (folder / "experiment.yaml").open("a") as file:
         file.write(prices)
@@ -56,5 +56,5 @@ def test_processor_time_adds_up_and_is_recorded_after_failure(tmp_path: Path):
             pass
     with pytest.raises(RuntimeError, match="lost"), run_record.track_processors(tmp_path, "teacher", "cpu", 2):
         raise RuntimeError("lost")
-    held = read_json(tmp_path / "run.json")["processor_seconds"]["teacher"]
-    assert set(held) == {"gpu", "cpu"} and all(0 <= seconds < 5 for seconds in held.values())
+    recorded = read_json(tmp_path / "run.json")["processor_seconds"]["teacher"]
+    assert set(recorded) == {"gpu", "cpu"} and all(0 <= seconds < 5 for seconds in recorded.values())

@@ -14,14 +14,14 @@ from raykd.storage.files import read_json
 from synthetic import Experiment, drawn
 
 RATES = (1e-4, 1e-3, 1e-2)
-# Accuracy on 50 validation problems, and the share of test problems that is drawn.
-REACHED = {"none": (0.2, 0.4, 0.3), "teacher": (0.9, 0.5, 0.6)}
+# Accuracy on 50 validation problems, and the share of correct test answers, by arm and point.
+ACCURACY = {"none": (0.2, 0.4, 0.3), "teacher": (0.9, 0.5, 0.6)}
 SHARE = {"none": (0.3, 0.5, 0.4), "teacher": (0.6, 0.9, 0.7)}
 
 
 @pytest.fixture
 def results(tmp_path: Path) -> Results:
-    """Two arms at three learning rates with two seeds; the last point is stopped early, with its second seed only."""
+    """Two arms at three learning rates with two seeds; the second seed of the last point is stopped early."""
     experiment = Experiment(tmp_path, seeds=[0, 1])
     experiment.rows += drawn(BASE, 0, 0.2, 0.9)
     for arm in ("none", "teacher"):
@@ -36,7 +36,7 @@ def results(tmp_path: Path) -> Results:
 
 
 def add(experiment: Experiment, arm: str, point: int, rate: float, seed: int) -> None:
-    trial_id, reached = f"{arm}-{seed}-{point}", REACHED[arm][point]
+    trial_id, accuracy = f"{arm}-{seed}-{point}", ACCURACY[arm][point]
     was_stopped = (point, seed) == (2, 1)
     rows = [] if was_stopped else drawn(arm, seed + 10 * point, SHARE[arm][point], 1.0)
     rows = [
@@ -53,9 +53,9 @@ def add(experiment: Experiment, arm: str, point: int, rate: float, seed: int) ->
         "validation": {
             "number": 1 if was_stopped else 4,
             "n": 50,
-            "correct": round(50 * reached),
-            # Of a point that lost a seed the other one is no match, however good.
-            "accuracy": 0.99 if point == 2 and not was_stopped else reached,
+            "correct": round(50 * accuracy),
+            # A point with a stopped seed must not be selected, although its other seed is best.
+            "accuracy": 0.99 if point == 2 and not was_stopped else accuracy,
         },
     }
     experiment.trial(arm, seed, rows, arm, **more)
@@ -79,13 +79,13 @@ def test_best_point_is_selected_by_validation_metric(results: Results):
 
 def test_arms_are_compared_at_best_and_equal_points(results: Results):
     rows = {trial.trial_id: trial for trial in results.trials}
-    of_best = next(c for c in results.strict if c.arm == "teacher")
-    assert of_best.num_pairs == 2 * 60
+    at_best_points = next(c for c in results.strict if c.arm == "teacher")
+    assert at_best_points.num_pairs == 2 * 60
     expected = sum(rows[f"teacher-{s}-0"].scores.strict.value - rows[f"none-{s}-1"].scores.strict.value for s in (0, 1))
-    assert of_best.difference == pytest.approx(expected / 2)
+    assert at_best_points.difference == pytest.approx(expected / 2)
     assert results.sweep is not None
     equal = next(c for c in results.sweep.comparisons if c.arm == "teacher")
-    # Two seeds at two points, and one at the point where the other was stopped.
+    # Two seeds at two points, and one seed at the point whose other seed was stopped.
     assert equal.num_pairs == 5 * 60
     pairs = [(seed, point) for seed in (0, 1) for point in range(3) if (point, seed) != (2, 1)]
     expected = sum(

@@ -1,4 +1,4 @@
-"""Console: progress lines, the log of libraries and its appendix."""
+"""Console: progress lines, and the log of library output."""
 
 import io
 import re
@@ -13,7 +13,7 @@ from raykd.runtime import console
 from raykd.runtime.console import ProgressBar
 
 
-def test_progress_in_a_log_is_a_few_lines():
+def test_progress_in_log_has_few_lines():
     stream = io.StringIO()
     with ProgressBar("teacher", 100, stream=stream) as meter:
         for _ in range(100):
@@ -48,10 +48,10 @@ def test_elapsed_time_advances_until_the_end():
             time.sleep(0.01)
         meter.total = 10
         meter.add(10)
-    said = stream.getvalue()
-    assert "training: 10/10 steps" in said.splitlines()[-1]
+    output = stream.getvalue()
+    assert "training: 10/10 steps" in output.splitlines()[-1]
     time.sleep(0.2)
-    assert stream.getvalue() == said
+    assert stream.getvalue() == output
 
 
 def test_library_output_goes_to_the_log_and_status_to_the_terminal(tmp_path: Path):
@@ -60,7 +60,7 @@ import logging, os, pathlib, sys
 from raykd.runtime import console
 early = logging.StreamHandler()
 with console.redirect_library_output(pathlib.Path({str(tmp_path / "folder" / "driver.log")!r})):
-    console.print_status("ours")
+    console.print_status("status")
     logging.getLogger("early").addHandler(early)
     logging.getLogger("early").warning("early library")
     logging.getLogger("late").addHandler(logging.StreamHandler())
@@ -71,16 +71,16 @@ print("after", file=sys.stderr)
 print("result")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stderr == "ours\nafter\n"
+    assert done.stderr == "status\nafter\n"
     assert done.stdout == "result\n"
     log = (tmp_path / "folder" / "driver.log").read_text()
-    assert all(said in log for said in ("early library", "late library", "native code", "printing library"))
-    assert "ours" not in log
+    assert all(text in log for text in ("early library", "late library", "native code", "printing library"))
+    assert "status" not in log
 
 
 def test_append_to_log_adds_to_the_log_file(tmp_path: Path):
     log = tmp_path / "driver.log"
-    log.write_text("said by a library\n")
+    log.write_text("output of a library\n")
     assert console.append_to_log(log, "Traceback\n") == log
-    assert log.read_text() == "said by a library\nTraceback\n"
+    assert log.read_text() == "output of a library\nTraceback\n"
     assert [file.name for file in tmp_path.iterdir()] == ["driver.log"]

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray.util.metrics import _VALID_METRIC_NAME_RE
 
 from raykd.runtime import metrics
 from raykd.runtime.metrics import METRICS, CompletionCounts, count_rows
 
 DASHBOARD = Path(__file__).parents[3] / "cluster" / "grafana" / "raykd.json"
-# As vLLM names them, with the suffixes of Prometheus.
+# Suffixes that Prometheus adds to a metric's name.
 SUFFIXES = ("_total", "_bucket", "_sum", "_count")
 
 
@@ -30,9 +31,9 @@ def expressions(dashboard: dict[str, Any]) -> list[str]:
 def test_dashboard_shows_exactly_the_metrics(dashboard: dict[str, Any]):
     shown = set(re.findall(r"ray_raykd_[a-z_]+", " ".join(expressions(dashboard))))
     assert shown == {metric.exported for metric in METRICS}
-    # Variables, too, ask for what there is.
-    asked = set(re.findall(r"ray_raykd_[a-z_]+", json.dumps(dashboard["templating"])))
-    assert asked <= shown
+    # The queries of variables use existing metrics too.
+    of_variables = set(re.findall(r"ray_raykd_[a-z_]+", json.dumps(dashboard["templating"])))
+    assert of_variables <= shown
 
 
 def test_dashboard_uses_existing_tags(dashboard: dict[str, Any]):
@@ -41,22 +42,22 @@ def test_dashboard_uses_existing_tags(dashboard: dict[str, Any]):
     for expression in expressions(dashboard):
         for name, labels in re.findall(r"(ray_raykd_[a-z_]+)\{([^}]*)\}", expression):
             seen += 1
-            wanted = set(re.findall(r"(\w+)=", labels))
+            used_tags = set(re.findall(r"(\w+)=", labels))
             for group in re.findall(r"by \(([^)]*)\)", expression):
-                wanted |= set(group.split(", "))
-            assert wanted <= set(by_name[name].tags), expression
+                used_tags |= set(group.split(", "))
+            assert used_tags <= set(by_name[name].tags), expression
     assert seen >= len(METRICS)
 
 
 def test_dashboard_uses_existing_vllm_metrics(dashboard: dict[str, Any]):
     loggers = pytest.importorskip("vllm.v1.metrics.loggers")
     source = Path(loggers.__file__).read_text(encoding="utf-8")
-    has = {name.replace(":", "_") for name in re.findall(r'name="(vllm:\w+)"', source)}
+    known = {name.replace(":", "_") for name in re.findall(r'name="(vllm:\w+)"', source)}
     shown = set(re.findall(r"ray_(vllm_[a-z_]+)", json.dumps(dashboard)))
     assert len(shown) > 8
     for name in shown:
         bare = next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
-        assert bare in has, name
+        assert bare in known, name
 
 
 def test_dashboard_panels_and_variables_are_complete(dashboard: dict[str, Any]):
@@ -72,7 +73,7 @@ def test_dashboard_panels_and_variables_are_complete(dashboard: dict[str, Any]):
     assert all(each["datasource"] == source for each in variables.values() if each["type"] == "query")
     used = set(re.findall(r"\$([a-z]\w*)", " ".join(expressions(dashboard))))
     assert used == set(variables) - {"datasource"}
-    # No panel lies on another.
+    # No panel overlaps another.
     cells = [
         (column, line)
         for at in (panel["gridPos"] for panel in panels)
@@ -88,7 +89,7 @@ def test_metric_names_are_valid_in_prometheus():
     for metric in METRICS:
         assert _VALID_METRIC_NAME_RE.match(metric.name)
         assert metric.name.startswith("raykd_")
-        # Prometheus has these for itself, and Ray adds some of its own.
+        # Prometheus and Ray add these labels.
         assert not set(metric.tags) & {"job", "instance", "WorkerId", "SessionName", "Component", "NodeAddress"}
         assert len(set(metric.tags)) == len(metric.tags)
         assert {"experiment", "ray_job"} <= set(metric.tags)
@@ -102,12 +103,17 @@ def test_row_with_an_error_counts_as_failed():
     assert count_rows([]) == CompletionCounts(0, 0, 0, 0)
 
 
-def test_without_ray_nothing_is_recorded_and_ray_is_not_imported():
+def test_without_ray_nothing_is_recorded_and_ray_is_not_imported(monkeypatch: pytest.MonkeyPatch):
     code = (
-        "import sys; from raykd.runtime import metrics; metrics.show_trials('mine', {'a': 'complete'}); "
-        "assert not metrics._gauges and 'ray' not in sys.modules"
+        "import sys, threading; from raykd.runtime import metrics; metrics.show_trials('mine', {'a': 'complete'}); "
+        "assert threading.active_count() == 1, 'a thread publishes gauges'; assert 'ray' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-    # And where it is loaded, but there is no cluster.
+
+    def no_gauge(*_: object) -> None:
+        raise AssertionError("a gauge was created")
+
+    # In this process Ray is imported, but not connected to a cluster.
+    monkeypatch.setattr("ray.util.metrics.Gauge", no_gauge)
     metrics.show_trials("mine", {"a": "complete"})
-    assert not metrics._created
+    assert not ray.is_initialized()

@@ -26,16 +26,16 @@ try:
             if sys.argv[1] == "hangs":
                 while True:
                     time.sleep(1)
-            print("tidied", flush=True)
-except KeyboardInterrupt as ended:
-    sys.exit(ended.status)
+            print("cleaned up", flush=True)
+except KeyboardInterrupt as interrupted:
+    sys.exit(interrupted.status)
 """
 
 
-def ended(how: str, *sent: int, grace_s: float = 30) -> tuple[int, str, float]:
+def run_program(mode: str, *sent: int, grace_s: float = 30) -> tuple[int, str, float]:
     """Return the exit status, the output and the seconds since the last signal."""
     program = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, how, str(grace_s)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", PROGRAM, mode, str(grace_s)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert program.stdout and program.stdout.readline() == "in\n"
     for signum in sent:
@@ -46,18 +46,18 @@ def ended(how: str, *sent: int, grace_s: float = 30) -> tuple[int, str, float]:
     return program.returncode, out, time.monotonic() - since
 
 
-@pytest.mark.parametrize("how", ["plain", "overridden"])
+@pytest.mark.parametrize("mode", ["plain", "overridden"])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_first_signal_unwinds_and_sets_the_exit_status(how: str, signum: int):
-    status, out, _ = ended(how, signum)
-    assert (status, out) == (128 + signum, "tidied\n")
+def test_first_signal_unwinds_and_sets_the_exit_status(mode: str, signum: int):
+    status, out, _ = run_program(mode, signum)
+    assert (status, out) == (128 + signum, "cleaned up\n")
 
 
 def test_second_signal_exits_at_once():
-    status, _, seconds = ended("hangs", signal.SIGTERM, signal.SIGTERM)
+    status, _, seconds = run_program("hangs", signal.SIGTERM, signal.SIGTERM)
     assert status == 128 + signal.SIGTERM
-    assert seconds < 20, "it would have gone on for the grace"
+    assert seconds < 20, "the grace period was not cut short"
 
 
 def test_hanging_shutdown_exits_after_the_grace_period():
-    assert ended("hangs", signal.SIGINT, grace_s=0.5)[0] == 128 + signal.SIGINT
+    assert run_program("hangs", signal.SIGINT, grace_s=0.5)[0] == 128 + signal.SIGINT

@@ -24,55 +24,61 @@ with lock.folder_lock(filesystem.resolve(sys.argv[1]), "raykd run mine.yaml"):
     print("held", flush=True)
     time.sleep(300)
 """
-ELSEWHERE = {"who": "process 7 on elsewhere", "token": "theirs", "process": 7, "started": "1", "machine": "elsewhere"}
+OTHER_LEASE = {
+    "who": "process 7 on other-host",
+    "token": "other",
+    "process": 7,
+    "started": "1",
+    "machine": "other-host",
+}
 
 
-def test_second_process_sees_the_owner_until_release(place: Path):
-    with lock.folder_lock(place, "first"):
+def test_second_process_sees_the_owner_until_release(storage: Path):
+    with lock.folder_lock(storage, "first"):
         message = (
             rf"is locked by process {os.getpid()} on .*: first\. Wait for that process, stop it \(same completions\)"
         )
         with (
             pytest.raises(ValueError, match=message),
-            lock.folder_lock(place, "second", " (same completions)"),
+            lock.folder_lock(storage, "second", " (same completions)"),
         ):
-            raise AssertionError("both hold it")
-        assert not row_store.list_parts(place)
-    with pytest.raises(RuntimeError), lock.folder_lock(place, "second"):
+            raise AssertionError("two owners")
+        assert not row_store.list_parts(storage)
+    with pytest.raises(RuntimeError), lock.folder_lock(storage, "second"):
         raise RuntimeError
-    with lock.folder_lock(place, "third"):
+    with lock.folder_lock(storage, "third"):
         pass
 
 
-def test_lock_of_a_killed_local_process_is_free(place: Path):
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(place)], stdout=subprocess.PIPE, text=True)
+def test_lock_of_killed_local_process_is_free(storage: Path):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(storage)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout and process.stdout.readline() == "held\n"
         message = rf"process {process.pid} on .*raykd run mine\.yaml"
-        with pytest.raises(ValueError, match=message), lock.folder_lock(place, "second"):
-            raise AssertionError("both hold it")
+        with pytest.raises(ValueError, match=message), lock.folder_lock(storage, "second"):
+            raise AssertionError("two owners")
     finally:
         process.kill()
         process.wait()
     started = time.monotonic()
-    with lock.folder_lock(place, "again"):
-        assert time.monotonic() - started < lease.RENEWAL_INTERVAL_S, "nothing was waited for"
+    with lock.folder_lock(storage, "again"):
+        assert time.monotonic() - started < lease.RENEWAL_INTERVAL_S, "the lock of a killed process was not free"
 
 
 @pytest.fixture
 def file(bucket: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
-    """Write a lock of another machine."""
+    """Write the lease of another machine."""
     monkeypatch.setattr(lease, "RENEWAL_INTERVAL_S", 0.2)
-    # A bracket is a pattern's to fsspec.
+    # fsspec treats brackets as a pattern.
     found = filesystem.resolve(f"{bucket}/lease/{re.sub(r'[^a-z_0-9]', '-', request.node.name)}/run.lock")
-    files.write_json(found, ELSEWHERE)
+    files.write_json(found, OTHER_LEASE)
     return found
 
 
 def test_recent_lease_of_another_machine_is_respected(file: Path):
-    with pytest.raises(lease.LeaseHeldError, match="process 7 on elsewhere"), lease.hold_lease(file, "me"):
-        raise AssertionError("both hold it")
-    assert files.read_json(file)["token"] == "theirs"
+    with pytest.raises(lease.LeaseHeldError, match="process 7 on other-host"), lease.hold_lease(file, "me"):
+        raise AssertionError("two owners")
+    assert files.read_json(file)["token"] == "other"
 
 
 def test_expired_lease_is_taken_over(file: Path, monkeypatch: pytest.MonkeyPatch):
@@ -84,26 +90,26 @@ def test_expired_lease_is_taken_over(file: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_renewed_lease_with_an_old_timestamp_is_respected(file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lease, "LEASE_DURATION_S", -1.0)
-    monkeypatch.setattr(lease.time, "sleep", lambda _: files.write_json(file, ELSEWHERE | {"renewed": "now"}))
-    with pytest.raises(lease.LeaseHeldError, match="elsewhere"), lease.hold_lease(file, "me"):
-        raise AssertionError("both hold it")
+    monkeypatch.setattr(lease.time, "sleep", lambda _: files.write_json(file, OTHER_LEASE | {"renewed": "now"}))
+    with pytest.raises(lease.LeaseHeldError, match="other-host"), lease.hold_lease(file, "me"):
+        raise AssertionError("two owners")
 
 
 def test_only_one_process_takes_over(file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lease, "LEASE_DURATION_S", -1.0)
-    claim = file.with_name("run.lock.after-theirs")
+    claim = file.with_name("run.lock.after-other")
     assert filesystem.create(claim, b'{"who": "the other"}')
     with (
         pytest.raises(lease.LeaseHeldError, match=rf"the other, which is taking over an expired lease.*delete {claim}"),
         lease.hold_lease(file, "me"),
     ):
-        raise AssertionError("both hold it")
-    assert files.read_json(file)["token"] == "theirs"
+        raise AssertionError("two owners")
+    assert files.read_json(file)["token"] == "other"
 
 
 @pytest.mark.parametrize(
     ("module", "name", "call"),
-    # What was found is read, it is looked at twice, and the file is created that says who takes over.
+    # The lease is released after it was read, between two reads of its state, or after the claim was created.
     [(filesystem, "read_bytes", 1), (time, "sleep", 1), (filesystem, "create", 2)],
 )
 def test_lease_released_during_takeover_is_acquired(
@@ -112,23 +118,23 @@ def test_lease_released_during_takeover_is_acquired(
     monkeypatch.setattr(lease, "LEASE_DURATION_S", -1.0)
     original, calls = getattr(module, name), itertools.count(1)
 
-    def then_gone(*arguments: Any) -> Any:
+    def call_and_release(*arguments: Any) -> Any:
         found = original(*arguments)
         if next(calls) == call:
             file.unlink(missing_ok=True)
         return found
 
-    monkeypatch.setattr(module, name, then_gone)
+    monkeypatch.setattr(module, name, call_and_release)
     with lease.hold_lease(file, "me"):
         assert files.read_json(file)["who"] == "me"
     assert filesystem.list_files(file.parent) == []
 
 
-@pytest.mark.parametrize("is_there", [False, True])
-def test_write_with_a_lost_response_counts_as_own(file: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool):
-    """A client repeats a request whose reply was lost, and the server refuses it because of the first one."""
+@pytest.mark.parametrize("exists", [False, True])
+def test_write_with_lost_response_counts_as_own(file: Path, monkeypatch: pytest.MonkeyPatch, exists: bool):
+    """A client repeats a request whose response was lost, and the server refuses it because the first one succeeded."""
     monkeypatch.setattr(lease, "LEASE_DURATION_S", -1.0)
-    if not is_there:
+    if not exists:
         file.unlink()
     for name in ("create", "replace"):
         original = getattr(filesystem, name)
@@ -140,7 +146,7 @@ def test_write_with_a_lost_response_counts_as_own(file: Path, monkeypatch: pytes
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """As in a run; processes in the background of a script start with SIGINT ignored."""
+    """Handle SIGINT as in a run; background processes of a script ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -153,13 +159,13 @@ def test_expired_lease_owner_stops(file: Path, monkeypatch: pytest.MonkeyPatch):
     shown = io.StringIO()
     monkeypatch.setattr(console, "_stream", shown)
     with pytest.raises(KeyboardInterrupt), lease.hold_lease(file, "me", console.print_status):
-        files.write_json(file, ELSEWHERE)
+        files.write_json(file, OTHER_LEASE)
         until = time.monotonic() + 20
         while time.monotonic() < until:
-            # What interrupts the main thread is not seen while it sleeps.
+            # A long sleep would delay the interrupt of the main thread.
             time.sleep(0.1)
-    assert files.read_json(file)["token"] == "theirs"
-    assert f"{file} was taken over by process 7 on elsewhere" in shown.getvalue()
+    assert files.read_json(file)["token"] == "other"
+    assert f"{file} was taken over by process 7 on other-host" in shown.getvalue()
 
 
 def test_deleted_lease_is_created_again(file: Path):
@@ -168,7 +174,7 @@ def test_deleted_lease_is_created_again(file: Path):
         file.unlink()
         until = time.monotonic() + 20
         while not file.exists():
-            assert time.monotonic() < until, "the run goes on without a lease"
+            assert time.monotonic() < until, "the lease was not created again"
             time.sleep(0.1)
         assert files.read_json(file)["who"] == "me"
     assert not file.exists()
@@ -179,11 +185,11 @@ def test_lease_is_renewed(file: Path):
     with lease.hold_lease(file, "me"):
         before, until = filesystem.file_state(file), time.monotonic() + 20
         while filesystem.file_state(file) == before:
-            assert time.monotonic() < until, "it was never renewed"
+            assert time.monotonic() < until, "the lease was not renewed"
             time.sleep(0.1)
 
 
 def test_missing_bucket_error_names_the_remedy(bucket: str):
     message = r"s3://no-such-bucket/x/run\.lock cannot be written .*environment"
     with pytest.raises(ValueError, match=message), lock.folder_lock(filesystem.resolve("s3://no-such-bucket/x"), "me"):
-        raise AssertionError("nothing is held")
+        raise AssertionError("the lock was acquired")

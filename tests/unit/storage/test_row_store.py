@@ -1,4 +1,4 @@
-"""Row stores: atomic, resumable by id, and refused with the file's name if damaged."""
+"""Row stores: atomic writes, resumption by id, and errors that name damaged files."""
 
 from pathlib import Path
 
@@ -20,63 +20,50 @@ def test_content_key_ignores_the_order_of_keys():
     assert hashing.content_key({"a": 1}) != hashing.content_key({"a": 2})
 
 
-def test_same_rows_written_twice_are_one_part(place: Path):
+def test_same_rows_written_twice_are_one_part(storage: Path):
     for _ in range(2):
-        row_store.write_part(place, rows(("a", 1, ""), ("b", 2, "")))
-    assert len(row_store.list_parts(place)) == 1
-    assert len(row_store.read_rows(place, SCHEMA)) == 2
+        row_store.write_part(storage, rows(("a", 1, ""), ("b", 2, "")))
+    assert len(row_store.list_parts(storage)) == 1
+    assert len(row_store.read_rows(storage, SCHEMA)) == 2
 
 
-def test_retried_rows_replace_failed_rows(place: Path):
-    row_store.write_part(place, rows(("a", 1, ""), ("b", 0, "timeout"), ("c", 0, "refused")))
-    assert row_store.done_ids(place, SCHEMA, "row_id") == {"a"}
-    row_store.write_part(place, rows(("b", 2, "")))
-    manifest = row_store.finalize(place, SCHEMA, "row_id", {"what": "test"})
+def test_retried_rows_replace_failed_rows(storage: Path):
+    row_store.write_part(storage, rows(("a", 1, ""), ("b", 0, "timeout"), ("c", 0, "refused")))
+    assert row_store.done_ids(storage, SCHEMA, "row_id") == {"a"}
+    row_store.write_part(storage, rows(("b", 2, "")))
+    manifest = row_store.finalize(storage, SCHEMA, "row_id", {"what": "test"})
     assert manifest["rows"] == 3
-    found = {row["row_id"]: row for row in row_store.read_rows(place, SCHEMA).to_pylist()}
+    found = {row["row_id"]: row for row in row_store.read_rows(storage, SCHEMA).to_pylist()}
     assert (found["b"]["value"], found["b"]["error"]) == (2, "")
     assert found["c"]["error"] == "refused"
-    assert row_store.read_manifest(place) == manifest
+    assert row_store.read_manifest(storage) == manifest
 
 
-def test_too_many_failures_raise_with_the_remedy(place: Path):
+def test_too_many_failures_raise_with_the_remedy(storage: Path):
     schema = SCHEMA.append(pa.field("problem_id", pa.string()))
     made = rows(("a", 1, ""), ("b", 0, "timeout"), ("c", 0, "refused"), ("d", 1, ""))
     table = made.append_column("problem_id", pa.array(["p1", "p2", "p3", "p4"]))
-    row_store.write_part(place, table)
-    assert row_store.check_failures(place, schema, "row_id", "students", "evaluate.max_error_rate", 0.5) == 2
+    row_store.write_part(storage, table)
+    assert row_store.check_failures(storage, schema, "row_id", "students", "evaluate.max_error_rate", 0.5) == 2
     with pytest.raises(RuntimeError) as caught:
-        row_store.check_failures(place, schema, "row_id", "students", "evaluate.max_error_rate", 0.4)
-    for words in ("students: 2 of 4 rows", "evaluate.max_error_rate=0.4", "p2: timeout", "p3: refused", str(place)):
+        row_store.check_failures(storage, schema, "row_id", "students", "evaluate.max_error_rate", 0.4)
+    for words in ("students: 2 of 4 rows", "evaluate.max_error_rate=0.4", "p2: timeout", "p3: refused", str(storage)):
         assert words in str(caught.value)
-    # What was answered later did not fail.
-    row_store.write_part(place, table.slice(1, 1).set_column(2, "error", pa.array([""])))
-    assert row_store.check_failures(place, schema, "row_id", "students", "evaluate.max_error_rate", 0.4) == 1
+    # Rows that were answered later do not count as failed.
+    row_store.write_part(storage, table.slice(1, 1).set_column(2, "error", pa.array([""])))
+    assert row_store.check_failures(storage, schema, "row_id", "students", "evaluate.max_error_rate", 0.4) == 1
 
 
-def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    file = tmp_path / "file.json"
-    files.write_json(file, {"old": True})
-    with pytest.raises(TypeError):
-        files.write_json(file, {"new": object()})
-    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
-    with pytest.raises(OSError, match="no space"):
-        files.write_json(file, {"new": True})
-    monkeypatch.undo()
-    assert files.read_json(file) == {"old": True}
-    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
-
-
-def cut(content: bytes) -> bytes:
+def truncate(content: bytes) -> bytes:
     return content[:-20]
 
 
-def flipped(content: bytes) -> bytes:
+def flip_bit(content: bytes) -> bytes:
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-def edited(content: bytes) -> bytes:
+def edit_rows(content: bytes) -> bytes:
     """Write a valid Parquet file with the same number of rows."""
     table = pa.parquet.read_table(pa.BufferReader(content))
     buffer = pa.BufferOutputStream()
@@ -85,49 +72,49 @@ def edited(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("is_complete", [False, True])
-@pytest.mark.parametrize("damage", [cut, flipped, edited])
-def test_damaged_part_is_refused_by_name(place: Path, damage, is_complete: bool):
-    row_store.write_part(place, rows(("a", 1, "")))
-    part = row_store.write_part(place, rows(("b", 2, "")))
+@pytest.mark.parametrize("damage", [truncate, flip_bit, edit_rows])
+def test_damaged_part_is_refused_by_name(storage: Path, damage, is_complete: bool):
+    row_store.write_part(storage, rows(("a", 1, "")))
+    part = row_store.write_part(storage, rows(("b", 2, "")))
     if is_complete:
-        row_store.finalize(place, SCHEMA, "row_id", {})
+        row_store.finalize(storage, SCHEMA, "row_id", {})
     part.write_bytes(damage(part.read_bytes()))
     with pytest.raises(ValueError, match=f"{part.name} was truncated or modified.*delete it"):
-        row_store.read_rows(place, SCHEMA)
+        row_store.read_rows(storage, SCHEMA)
     if is_complete:
         with pytest.raises(ValueError, match=f"{part.name} was truncated or modified.*delete it"):
-            row_store.read_manifest(place)
-    # As the message says.
+            row_store.read_manifest(storage)
+    # The message says to delete the part.
     part.unlink()
     if is_complete:
         with pytest.raises(ValueError, match=f"{part.name} is missing"):
-            row_store.read_manifest(place)
-    (place / row_store.MANIFEST).unlink(missing_ok=True)
-    assert row_store.done_ids(place, SCHEMA, "row_id") == {"a"}
+            row_store.read_manifest(storage)
+    (storage / row_store.MANIFEST).unlink(missing_ok=True)
+    assert row_store.done_ids(storage, SCHEMA, "row_id") == {"a"}
 
 
 @pytest.mark.parametrize("written", ['{"rows": ', '{"rows": 2, "parts": {}}', "[]", ""])
-def test_damaged_manifest_is_refused_by_name(place: Path, written: str):
-    (place / row_store.MANIFEST).write_text(written)
+def test_damaged_manifest_is_refused_by_name(storage: Path, written: str):
+    (storage / row_store.MANIFEST).write_text(written)
     with pytest.raises(ValueError, match=r"manifest\.json (is damaged|was modified)"):
-        row_store.read_manifest(place)
+        row_store.read_manifest(storage)
 
 
-def test_modified_manifest_is_refused(place: Path):
-    row_store.write_part(place, rows(("a", 1, ""), ("b", 2, "")))
-    row_store.finalize(place, SCHEMA, "row_id", {"correct": 1})
-    file = place / row_store.MANIFEST
+def test_modified_manifest_is_refused(storage: Path):
+    row_store.write_part(storage, rows(("a", 1, ""), ("b", 2, "")))
+    row_store.finalize(storage, SCHEMA, "row_id", {"correct": 1})
+    file = storage / row_store.MANIFEST
     file.write_text(file.read_text().replace('"correct": 1', '"correct": 2'))
     with pytest.raises(ValueError, match=r"manifest\.json was modified"):
-        row_store.read_manifest(place)
+        row_store.read_manifest(storage)
 
 
-def test_merge_removes_duplicate_rows(place: Path):
-    row_store.write_part(place, rows(("a", 1, ""), ("b", 2, "")))
-    row_store.write_part(place, rows(("b", 2, ""), ("c", 0, "timeout"), ("d", 0, "refused")))
-    row_store.write_part(place, rows(("c", 3, ""), ("d", 0, "timeout")))
-    assert row_store.finalize(place, SCHEMA, "row_id", {})["rows"] == 4
-    found = row_store.read_rows(place, SCHEMA).to_pylist()
+def test_merge_removes_duplicate_rows(storage: Path):
+    row_store.write_part(storage, rows(("a", 1, ""), ("b", 2, "")))
+    row_store.write_part(storage, rows(("b", 2, ""), ("c", 0, "timeout"), ("d", 0, "refused")))
+    row_store.write_part(storage, rows(("c", 3, ""), ("d", 0, "timeout")))
+    assert row_store.finalize(storage, SCHEMA, "row_id", {})["rows"] == 4
+    found = row_store.read_rows(storage, SCHEMA).to_pylist()
     assert sorted((row["row_id"], row["value"]) for row in found) == [("a", 1), ("b", 2), ("c", 3), ("d", 0)]
 
 
@@ -163,40 +150,32 @@ def test_fingerprint_ignores_hidden_files_and_documentation(tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
     before = hashing.fingerprint(tmp_path)
     (tmp_path / ".cache").mkdir()
-    (tmp_path / ".cache" / "download").write_text("at noon")
-    (tmp_path / "README.md").write_text("a fine model")
+    (tmp_path / ".cache" / "download").write_text("a timestamp")
+    (tmp_path / "README.md").write_text("a description")
     assert hashing.fingerprint(tmp_path) == before
     (tmp_path / "config.json").write_text("{ }")
     assert hashing.fingerprint(tmp_path) != before
 
 
 def test_unchanged_bucket_files_are_not_read_again(bucket: str):
-    folder = filesystem.resolve(f"{bucket}/sealed")
+    folder = filesystem.resolve(f"{bucket}/finalized")
     part = row_store.write_part(folder, rows(("a", 1, "")))
     manifest = row_store.finalize(folder, SCHEMA, "row_id", {})
     assert manifest["states"] == {part.name: filesystem.file_state(part)}
-    # Had the part been read, this would be refused.
-    files.write_json(folder / row_store.MANIFEST, relabelled(manifest, parts={part.name: "another digest"}))
+    # If the part were read, this digest would be refused.
+    files.write_json(folder / row_store.MANIFEST, with_fields(manifest, parts={part.name: "another digest"}))
     assert row_store.read_manifest(folder)
     files.write_json(folder / row_store.MANIFEST, manifest)
     content = part.read_bytes()
-    part.write_bytes(cut(content))
+    part.write_bytes(truncate(content))
     with pytest.raises(ValueError, match="was truncated or modified"):
         row_store.read_manifest(folder)
-    # Copied to another bucket a file may have another state, and is then judged by what it holds.
+    # In another bucket, a copied file has another state, and its content is compared.
     part.write_bytes(content)
-    files.write_json(folder / row_store.MANIFEST, relabelled(manifest, states={}))
-    assert row_store.read_manifest(folder) == relabelled(manifest, states={})
+    files.write_json(folder / row_store.MANIFEST, with_fields(manifest, states={}))
+    assert row_store.read_manifest(folder) == with_fields(manifest, states={})
 
 
-def relabelled(manifest: dict, **other: dict) -> dict:
+def with_fields(manifest: dict, **other: dict) -> dict:
     fields = {name: each for name, each in manifest.items() if name != "digest"} | other
     return fields | {"digest": hashing.content_key(fields)}
-
-
-def test_table_is_read_whole_by_columns_and_in_batches(place: Path):
-    file = place / "split" / "train.parquet"
-    files.write_table(file, rows(("a", 1, ""), ("b", 2, "")))
-    assert files.read_table(file).column_names == SCHEMA.names
-    assert files.read_table(file, ["value"]).to_pydict() == {"value": [1, 2]}
-    assert sum(len(batch) for batch in files.read_batches(file)) == files.num_rows(file) == 2

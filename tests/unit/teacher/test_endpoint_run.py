@@ -61,11 +61,11 @@ def at(server: FakeServer, **endpoint: Any) -> dict[str, Any]:
 
 def prepared(config: Experiment) -> tuple[Plan, CompletionSet]:
     plan = started_plan(config)
-    (request,) = plan.required_sets
-    return plan, request
+    (completions,) = plan.required_sets
+    return plan, completions
 
 
-def make(plan: Plan, completions: CompletionSet) -> list[dict[str, Any]]:
+def generate(plan: Plan, completions: CompletionSet) -> list[dict[str, Any]]:
     """Call the teacher as Ray Data does, batch by batch, and return the rows that were written."""
     config, instruction = plan.experiment.teacher, plan.experiment.prompt.instruction
     problems = pyarrow.parquet.read_table(plan.problems / "train.parquet")
@@ -85,21 +85,21 @@ def make(plan: Plan, completions: CompletionSet) -> list[dict[str, Any]]:
 
     asyncio.run(call_teacher())
     rows = row_store.read_rows(completions.folder, schemas.COMPLETION).to_pylist()
-    # Of each call, as the driver adds them up.
+    # The driver adds up the counts of the calls.
     assert {(each["strategy"], each["source"]) for each in counts} == {(completions.strategy_name, completions.source)}
     for name, number in dataclasses.asdict(metrics.count_rows(rows)).items():
         assert sum(each[name] for each in counts) == number
     return rows
 
 
-def test_soft_targets_of_an_endpoint(tmp_path: Path):
+def test_endpoint_rows_have_soft_targets(tmp_path: Path):
     with serving(complete_answer) as server:
         plan, completions = prepared(experiment(tmp_path, at(server), {"soft": SOFT}))
-        rows = make(plan, completions)
+        rows = generate(plan, completions)
     tokenizer, prime = loading.load_tokenizer(plan.experiment.teacher), plan.experiment.strategies["teacher"].text
     problems = pyarrow.parquet.read_table(plan.problems / "train.parquet").to_pylist()
     assert sorted(row["problem_id"] for row in rows) == sorted(problem["problem_id"] for problem in problems)
-    assert len(server.requests) == len(rows) + 1, "and the check"
+    assert len(server.requests) == len(rows) + 1, "one request per row, and the check"
     sent = {tuple(request.body["prompt"]) for request in server.requests}
     for row in rows:
         assert not row["error"] and tuple(row["prompt_token_ids"]) in sent
@@ -114,7 +114,7 @@ def test_endpoint_scores_reference_solutions(tmp_path: Path):
     with serving(complete_answer) as server:
         config = experiment(tmp_path, at(server), arms)
         plan, completions = prepared(config)
-        rows = make(plan, completions)
+        rows = generate(plan, completions)
     solutions = {
         each["problem_id"]: each["reference_solution"]
         for each in pyarrow.parquet.read_table(plan.problems / "train.parquet").to_pylist()
@@ -129,9 +129,9 @@ def test_endpoint_scores_reference_solutions(tmp_path: Path):
 def test_chat_teacher_needs_no_local_model(tmp_path: Path):
     arms = {"hard": {"prompt.strategy": "teacher"}}
     with serving(complete_answer) as server:
-        config = experiment(tmp_path, at(server, api="chat", model="large-1"), arms, model="a-vendors-largest")
+        config = experiment(tmp_path, at(server, api="chat", model="large-1"), arms, model="not-a-local-model")
         plan, completions = prepared(config)
-        rows = make(plan, completions)
+        rows = generate(plan, completions)
     assert not plan.trials[0].same_tokens
     problems = pyarrow.parquet.read_table(plan.problems / "train.parquet").to_pylist()
     messages = [
@@ -145,25 +145,25 @@ def test_chat_teacher_needs_no_local_model(tmp_path: Path):
     found, dropped = examples.build_examples(
         trial.arm, trial.problems, completions.folder, tokenizer, trial.same_tokens
     )
-    said = {row["problem_id"]: row["completion"] for row in rows}
+    completions_by_problem = {row["problem_id"]: row["completion"] for row in rows}
     assert len(found) == len(problems) and not dropped
     for target in found:
         assert target.completion_token_ids[-1] == tokenizer.eos_token_id
-        expected = tokenizer(said[target.problem_id], add_special_tokens=False)["input_ids"]
+        expected = tokenizer(completions_by_problem[target.problem_id], add_special_tokens=False)["input_ids"]
         assert target.completion_token_ids[:-1] == expected
     # Prompts can be previewed, and their lengths are not checked.
-    assert "[user]\n" in preview.render_prompts(config, "0") and "a-vendors-largest" in preview.render_prompts(
+    assert "[user]\n" in preview.render_prompts(config, "0") and "not-a-local-model" in preview.render_prompts(
         config, "0"
     )
     build_prompts.check_teacher_lengths([completions], plan.problems, config.teacher, "", 10**9)
 
 
-def test_refused_row_carries_an_error(tmp_path: Path):
+def test_refused_row_has_error(tmp_path: Path):
     def respond(request: ReceivedRequest, number: int) -> Answer:
         return (400, {}, {"error": {"message": "too long"}}) if number == 3 else complete_answer(request)
 
     with serving(respond) as server:
-        rows = make(*prepared(experiment(tmp_path, at(server), {"soft": SOFT})))
+        rows = generate(*prepared(experiment(tmp_path, at(server), {"soft": SOFT})))
     errors = [row["error"] for row in rows if row["error"]]
     assert (len(rows), errors) == (6, ["refused, status 400: too long"])
 
@@ -176,7 +176,7 @@ def test_unavailable_server_ends_the_stage_and_keeps_rows(tmp_path: Path, status
     with serving(respond) as server:
         plan, completions = prepared(experiment(tmp_path, at(server), {"soft": SOFT}))
         with pytest.raises(StageError, match=f"teacher.endpoint {server.url}: .*status {status}"):
-            make(plan, completions)
+            generate(plan, completions)
         assert len(server.requests) == 1 + 4 + 1, "the check, a call of four, and the check that failed"
     rows = row_store.read_rows(completions.folder, schemas.COMPLETION).to_pylist()
     assert sorted(bool(row["error"]) for row in rows) == [False, False, True, True]
@@ -188,7 +188,7 @@ def test_unavailable_server_ends_the_stage_and_keeps_rows(tmp_path: Path, status
 def test_key_is_not_written(tmp_path: Path):
     with serving(complete_answer) as server:
         plan, completions = prepared(experiment(tmp_path, at(server), {"soft": SOFT}))
-        make(plan, completions)
+        generate(plan, completions)
     assert {request.headers["authorization"] for request in server.requests} == {f"Bearer {KEY}"}
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert {"experiment.yaml", "run.json"} <= {file.name for file in files}
@@ -210,16 +210,18 @@ def completions_of(config: Experiment, root: Path) -> CompletionSet:
 
 
 def test_completions_are_identified_by_model_and_api(tmp_path: Path):
-    def of(endpoint: dict[str, Any] | None, **teacher: Any) -> tuple[str, dict[str, Any]]:
+    def identify(endpoint: dict[str, Any] | None, **teacher: Any) -> tuple[str, dict[str, Any]]:
         config = experiment(tmp_path, endpoint, {"a": {}}, **teacher)
         return completions_of(config, tmp_path).folder.name, identity.experiment_fields(config)
 
-    first = of({"url": URL})
+    first = identify({"url": URL})
     more = {"api_key_env": "KEY", "max_retries": 1, "max_requests_per_minute": 3, "max_concurrent_requests": 2}
-    assert of({"url": "https://server/v1", **more}) == first
-    assert of({"url": URL, "model": "raykd/demo-teacher"}) == first, "the name that it has anyway"
-    assert of({"url": URL}, engine={"engine_kwargs": {"quantization": "fp8"}}) == first, "no engine is started"
-    others = [of(None), of({"url": URL, "model": "another"}), of({"url": URL, "api": "chat"})]
+    assert identify({"url": "https://server/v1", **more}) == first
+    assert identify({"url": URL, "model": "raykd/demo-teacher"}) == first, "the default name is in the key"
+    assert identify({"url": URL}, engine={"engine_kwargs": {"quantization": "fp8"}}) == first, (
+        "engine arguments are in the key"
+    )
+    others = [identify(None), identify({"url": URL, "model": "another"}), identify({"url": URL, "api": "chat"})]
     assert len({key for key, _ in [first, *others]}) == 4
     # Completions generated without an endpoint keep their key.
     assert "endpoint" not in completions_of(experiment(tmp_path, None, {"a": {}}), tmp_path).content
@@ -255,8 +257,8 @@ def test_endpoint_teacher_needs_no_cluster_resources(tmp_path: Path):
     ):
         pass
     assert read_json(plan.folder / "run.json")["processor_seconds"] == {}
-    here, _ = prepared(
-        experiment(tmp_path / "here", None, {"soft": SOFT}, engine={"tensor_parallel_size": 8, "accelerator": "gpu"})
+    local, _ = prepared(
+        experiment(tmp_path / "local", None, {"soft": SOFT}, engine={"tensor_parallel_size": 8, "accelerator": "gpu"})
     )
     with pytest.raises(ValueError, match=r"teacher\.engine: 1 x 8 x 1 processes"):
-        preflight.preflight(here, cluster, ["generate"])
+        preflight.preflight(local, cluster, ["generate"])

@@ -30,11 +30,11 @@ TREE: dict[str, Any] = {
         "scored": {"prompt.strategy": "teacher", "targets": {"source": "reference", "kind": "top_k"}},
         "own": {"prompt.strategy": "teacher", "targets": {"source": "student", "kind": "top_k"}},
         "own_hard": {"targets": {"source": "student"}},
-        "begun": {
+        "warm_soft": {
             "prompt.strategy": "teacher",
             "targets": {"source": "student", "kind": "top_k", "warmup_rounds": 1},
         },
-        "begun_hard": {"targets": {"source": "student", "warmup_rounds": 1}},
+        "warm_hard": {"targets": {"source": "student", "warmup_rounds": 1}},
         "reference": {"targets": {"source": "reference"}},
     },
 }
@@ -61,7 +61,7 @@ def test_arms_share_completion_sets(experiment: Experiment, folder: Path, tmp_pa
     found = completion_sets_of(experiment, folder, tmp_path)
     assert (found["reference"], found["own_hard"]) == (None, None)
     sets = {name: one_set for name, one_set in found.items() if one_set}
-    assert sets["hard"].folder == sets["soft"].folder, "a set with log-probabilities holds the tokens, too"
+    assert sets["hard"].folder == sets["soft"].folder, "arms without log-probabilities do not reuse the set"
     assert sets["hard"].top_k == 8
     assert len({one_set.folder for one_set in sets.values()}) == 4
     assert {name: one_set.source for name, one_set in sets.items()} == {
@@ -70,12 +70,12 @@ def test_arms_share_completion_sets(experiment: Experiment, folder: Path, tmp_pa
         "hard": "teacher",
         "scored": "reference",
         "own": "student",
-        "begun": "student",
-        "begun/warmup": "reference",
+        "warm_soft": "student",
+        "warm_soft/warmup": "reference",
     }
-    assert found["begun_hard/warmup"] is None
-    assert sets["begun/warmup"].folder == sets["scored"].folder, "warm-up rounds reuse the set"
-    # Alone, an arm gets no more log-probabilities than it needs; the trial keeps its identity.
+    assert found["warm_hard/warmup"] is None
+    assert sets["warm_soft/warmup"].folder == sets["scored"].folder, "warm-up rounds do not reuse the set"
+    # A single arm has only the log-probabilities that it needs, and the trial's identity does not change.
     alone = experiment.model_copy(update={"arms": {"hard": experiment.arms["hard"]}})
     one_set = completion_sets_of(alone, folder, tmp_path)["hard"]
     assert one_set is not None
@@ -106,7 +106,7 @@ def test_stored_set_serves_arms_that_need_less(experiment: Experiment, folder: P
     assert one_set.top_k == 8
 
 
-def test_size_of_the_test_split_leaves_completion_sets_alone(experiment: Experiment, folder: Path, tmp_path: Path):
+def test_test_split_size_changes_no_completion_set(experiment: Experiment, folder: Path, tmp_path: Path):
     def folders(**changed: int) -> dict[str, Path]:
         dataset = experiment.dataset.model_copy(update=changed)
         found = completion_sets_of(experiment, datasets.write_splits(dataset, tmp_path), tmp_path)
@@ -157,7 +157,7 @@ def test_too_long_prompts_are_counted_and_named(experiment: Experiment, folder: 
     build_prompts.check_teacher_lengths(sets, folder, teacher(max(lengths[1]) + 100), "", 100)
     with pytest.raises(ValueError, match="strategy 'none'"):
         build_prompts.check_teacher_lengths(sets, folder, teacher(limit), "", limit)
-    # Scoring a student's answer takes one generated token more.
+    # To score a student's answer, the engine generates one more token.
     own = completion_sets_of(experiment, folder, tmp_path)["own"]
     assert own is not None
     build_prompts.check_teacher_lengths([own], folder, teacher(max(lengths[1]) + 101), "", 100)
@@ -168,7 +168,7 @@ def test_too_long_prompts_are_counted_and_named(experiment: Experiment, folder: 
 def test_empty_answers_are_kept_and_counted_as_dropped(experiment: Experiment, folder: Path, tmp_path: Path):
     one_set = completion_sets_of(experiment, folder, tmp_path)["own"]
     assert one_set is not None
-    nothing = {
+    empty_row = {
         **dict.fromkeys(schemas.COMPLETION.names, ""),
         "sample_index": 0,
         "prompt_token_ids": [],
@@ -178,14 +178,14 @@ def test_empty_answers_are_kept_and_counted_as_dropped(experiment: Experiment, f
         "topk_logprobs": [],
     }
     answers = [
-        {**nothing, "completion_id": "a", "problem_id": "1", "error": "ValueError: too long"},
-        {**nothing, "completion_id": "b", "problem_id": "2"},
-        {**nothing, "completion_id": "c", "problem_id": "3", "completion_token_ids": [7]},
+        {**empty_row, "completion_id": "a", "problem_id": "1", "error": "ValueError: too long"},
+        {**empty_row, "completion_id": "b", "problem_id": "2"},
+        {**empty_row, "completion_id": "c", "problem_id": "3", "completion_token_ids": [7]},
     ]
     written = tmp_path / "answers"
     row_store.write_part(written, pyarrow.Table.from_pylist(answers, schema=schemas.COMPLETION))
     assert generate._num_to_score(written) == 1
-    for _ in range(2):  # the second time changes nothing
+    for _ in range(2):  # the second call changes nothing
         assert generate._keep_empty_answers(written, one_set) == 2
     kept = row_store.read_rows(one_set.folder, schemas.COMPLETION).to_pylist()
     assert [(row["problem_id"], row["strategy"]) for row in kept] == [("1", "teacher"), ("2", "teacher")]
@@ -194,7 +194,7 @@ def test_empty_answers_are_kept_and_counted_as_dropped(experiment: Experiment, f
     assert reasons == [{"error": 1}, {"empty": 1}]
 
 
-def test_arms_with_different_sampling(experiment: Experiment, folder: Path, tmp_path: Path):
+def test_arms_with_different_sampling_have_separate_sets(experiment: Experiment, folder: Path, tmp_path: Path):
     arms = {
         "greedy": {},
         "drawn": {"teacher.sampling": {"temperature": 0.7, "max_tokens": 64}, "teacher.num_samples": 3},

@@ -26,13 +26,15 @@ HELLO = [[{"role": "user", "content": "Hello"}]]
 
 @pytest.fixture(autouse=True)
 def keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set the key of the server, and the key of another one, which must not be sent."""
+    """Set the server's key, and the key of another server, which must not be sent."""
     monkeypatch.setenv(KEY_ENV, KEY)
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-server")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-another-server")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
-def ask(teacher: Teacher, prompts: list[Any], sampling: dict[str, Any], timeout_s: float = 20) -> list[dict[str, Any]]:
+def request_answers(
+    teacher: Teacher, prompts: list[Any], sampling: dict[str, Any], timeout_s: float = 20
+) -> list[dict[str, Any]]:
     async def answer() -> list[dict[str, Any]]:
         return await OpenAITeacherClient(teacher).answer(prompts, sampling, timeout_s)
 
@@ -60,14 +62,14 @@ def test_vllm_server_samples_like_the_engine(sampling: dict[str, Any]):
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
     with serving(complete_answer) as server:
-        ask(server.teacher(), PROMPTS[:1], sampling)
+        request_answers(server.teacher(), PROMPTS[:1], sampling)
     body = server.requests[0].body
     request = CompletionRequest.model_validate(body)
-    assert not request.model_extra, "no field that the server does not know"
+    assert not request.model_extra, "the request has unknown fields"
     assert (request.prompt, request.model) == (PROMPTS[0], "raykd/demo-teacher")
     assert request.return_token_ids and bool(request.return_tokens_as_token_ids) == bool(sampling.get("logprobs"))
-    of_the_model = {"repetition_penalty": 1.5, "top_k": 1, "top_p": 0.5, "min_p": 0.2, "temperature": 3.0}
-    found = request.to_sampling_params(sampling["max_tokens"], of_the_model)
+    model_defaults = {"repetition_penalty": 1.5, "top_k": 1, "top_p": 0.5, "min_p": 0.2, "temperature": 3.0}
+    found = request.to_sampling_params(sampling["max_tokens"], model_defaults)
     expected = SamplingParams(**{"top_p": 1.0, **sampling})
     names = ("temperature", "seed", "logprobs", "prompt_logprobs", "max_tokens", "top_k", "min_p", "repetition_penalty")
     assert {name: getattr(found, name) for name in names} == {name: getattr(expected, name) for name in names}
@@ -77,13 +79,13 @@ def test_vllm_server_samples_like_the_engine(sampling: dict[str, Any]):
 
 def test_top_k_is_sorted_without_other_tokens():
     places = [
-        # The token that was drawn stands first, be it among the best or not.
+        # The sampled token comes first, whether or not it is among the best.
         {"token_id:7": -1.5, "token_id:3": -0.5},
         {"token_id:9": -6.0, "token_id:4": -0.25, "token_id:2": -2.0},
         {"token_id:1": -0.125, "token_id:8": -9999.0},
     ]
     with serving(lambda *_: tokens(7, 9, 1, finish="length", logprobs={"top_logprobs": places})) as server:
-        (reply,) = ask(server.teacher(), PROMPTS[:1], DRAWN)
+        (reply,) = request_answers(server.teacher(), PROMPTS[:1], DRAWN)
     assert (reply["text"], reply["finish_reason"]) == ("It is 4.", "length")
     assert reply["token_ids"].dtype == reply["topk_ids"].dtype == np.int32
     assert reply["token_ids"].tolist() == [7, 9, 1]
@@ -98,7 +100,9 @@ def test_prompt_tokens_are_scored_except_the_first():
 
     scored = [None, entry(_6=-3.0, _1=-0.5, _2=-1.0), entry(_7=-0.25, _3=-2.0)]
     with serving(lambda *_: tokens(0, prompt_logprobs=scored)) as server:
-        (reply,) = ask(server.teacher(), [[5, 6, 7]], {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 2})
+        (reply,) = request_answers(
+            server.teacher(), [[5, 6, 7]], {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 2}
+        )
     assert reply["topk_ids"].tolist() == [[1, 2], [7, 3]]
     assert reply["topk_logprobs"].tolist() == [[-0.5, -1.0], [-0.25, -2.0]]
 
@@ -106,8 +110,8 @@ def test_prompt_tokens_are_scored_except_the_first():
 def test_chat_request_has_common_parameters_only():
     with serving(lambda *_: message("It is 4.")) as server:
         teacher = server.teacher(api="chat", model="large-1", api_key_env=KEY_ENV)
-        (reply,) = ask(teacher, HELLO, GREEDY)
-        ask(teacher, HELLO, DRAWN)
+        (reply,) = request_answers(teacher, HELLO, GREEDY)
+        request_answers(teacher, HELLO, DRAWN)
         assert check(teacher) == ""
     assert (reply["text"], reply["token_ids"].tolist(), reply["finish_reason"]) == ("It is 4.", [], "stop")
     assert {request.path for request in server.requests} == {"/v1/chat/completions"}
@@ -119,9 +123,9 @@ def test_chat_request_has_common_parameters_only():
     assert {request.headers["authorization"] for request in server.requests} == {f"Bearer {KEY}"}
 
 
-def test_server_without_key_is_sent_none():
+def test_client_sends_no_key_by_default():
     with serving(complete_answer) as server:
-        ask(server.teacher(), PROMPTS, GREEDY)
+        request_answers(server.teacher(), PROMPTS, GREEDY)
     assert {request.headers["authorization"] for request in server.requests} == {"Bearer EMPTY"}
 
 
@@ -134,23 +138,23 @@ def test_retry_after_is_respected():
         )
 
     with serving(respond) as server:
-        (reply,) = ask(server.teacher(), PROMPTS[:1], GREEDY)
+        (reply,) = request_answers(server.teacher(), PROMPTS[:1], GREEDY)
     assert reply["text"] == "18\n#### 4"
     first, second = server.requests
-    # By its own the client would have waited for half a second.
+    # Without Retry-After, the client waits half a second.
     assert second.at_s - first.at_s >= 1.4
 
 
-def test_failed_prompt_leaves_others_alone():
+def test_failed_prompt_does_not_affect_others():
     def respond(request: ReceivedRequest, number: int) -> Answer:
-        return (500, {}, b"oh no") if request.body["prompt"] == PROMPTS[0] else complete_answer(request)
+        return (500, {}, b"no answer") if request.body["prompt"] == PROMPTS[0] else complete_answer(request)
 
     with serving(respond) as server:
-        broken, whole = ask(server.teacher(max_retries=2), PROMPTS, GREEDY)
+        broken, whole = request_answers(server.teacher(max_retries=2), PROMPTS, GREEDY)
         assert whole["text"] == "17\n#### 4"
-        assert set(broken) == {"error"} and "failed, status 500" in broken["error"] and "oh no" in broken["error"]
-        assert len(server.requests) == 3 + 1, "tried, and twice again"
-        assert check(server.teacher()) == "", "it is up to the row"
+        assert set(broken) == {"error"} and "failed, status 500" in broken["error"] and "no answer" in broken["error"]
+        assert len(server.requests) == 3 + 1, "three attempts, and the other prompt"
+        assert check(server.teacher()) == "", "the check fails"
 
 
 @pytest.mark.parametrize(
@@ -184,21 +188,21 @@ def test_failed_prompt_leaves_others_alone():
 )
 def test_check_reports_failures_in_one_line(answer: Answer, endpoint: dict[str, Any], requests: int, words: list[str]):
     with serving(lambda *_: answer) as server:
-        said = check(server.teacher(**endpoint), logprobs=2)
+        error = check(server.teacher(**endpoint), logprobs=2)
         assert len(server.requests) == requests
         for word in ["teacher.endpoint http://127.0.0.1", *words]:
-            assert word in said
-        (reply,) = ask(server.teacher(**endpoint), PROMPTS[:1], DRAWN)
+            assert word in error
+        (reply,) = request_answers(server.teacher(**endpoint), PROMPTS[:1], DRAWN)
     assert set(reply) == {"error"}
-    assert KEY not in said + reply["error"]
+    assert KEY not in error + reply["error"]
 
 
 def test_unset_key_variable_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(KEY_ENV)
     with serving(complete_answer) as server:
-        said = check(server.teacher(api_key_env=KEY_ENV))
+        error = check(server.teacher(api_key_env=KEY_ENV))
         assert not server.requests
-    assert KEY_ENV in said and socket.gethostname() in said and "every node" in said
+    assert KEY_ENV in error and socket.gethostname() in error and "every node" in error
 
 
 @pytest.mark.parametrize(
@@ -208,12 +212,12 @@ def test_malformed_key_is_not_sent(key: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(KEY_ENV, key)
     with serving(complete_answer) as server:
         teacher = server.teacher(api_key_env=KEY_ENV)
-        said = check(teacher)
+        error = check(teacher)
         assert not server.requests
-        (reply,) = ask(teacher, PROMPTS[:1], GREEDY)
+        (reply,) = request_answers(teacher, PROMPTS[:1], GREEDY)
     for word in (KEY_ENV, "no key has", socket.gethostname(), "every node"):
-        assert word in said
-    assert "planted" not in said + str(reply) + str([request.headers for request in server.requests])
+        assert word in error
+    assert "planted" not in error + str(reply) + str([request.headers for request in server.requests])
 
 
 def test_whitespace_around_a_key_is_stripped(monkeypatch: pytest.MonkeyPatch):
@@ -224,20 +228,20 @@ def test_whitespace_around_a_key_is_stripped(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_invalid_header_is_not_repeated(monkeypatch: pytest.MonkeyPatch):
-    # The client sends this one, too.
+    # The OpenAI client sends this variable as a header.
     monkeypatch.setenv("OPENAI_ORG_ID", "org-planted\nanother")
     with serving(complete_answer) as server:
-        said = check(server.teacher())
+        error = check(server.teacher())
         assert not server.requests
-    assert "LocalProtocolError" in said and "planted" not in said
+    assert "LocalProtocolError" in error and "planted" not in error
 
 
 def test_unreachable_server_is_reported():
     with serving(complete_answer) as server:
         pass
-    said = check(server.teacher())
+    error = check(server.teacher())
     for word in ("cannot be reached", socket.gethostname(), "2 times (teacher.endpoint.max_retries)"):
-        assert word in said
+        assert word in error
 
 
 def test_hanging_request_times_out():
@@ -249,7 +253,7 @@ def test_hanging_request_times_out():
         return complete_answer(request)
 
     with serving(respond) as server:
-        hung, whole = ask(server.teacher(), PROMPTS, GREEDY, timeout_s=1)
+        hung, whole = request_answers(server.teacher(), PROMPTS, GREEDY, timeout_s=1)
         over.set()
     assert hung == {"error": "no answer within 1 s (teacher.timeout_s)"}
     assert whole["text"] == "17\n#### 4"
@@ -259,7 +263,7 @@ BEST = {"token_id:1": -0.5, "token_id:2": -1.0}
 
 
 @pytest.mark.parametrize(
-    "said",
+    "body",
     [
         b"",
         b"<html>Bad gateway</html>",
@@ -272,7 +276,7 @@ BEST = {"token_id:1": -0.5, "token_id:2": -1.0}
         {"choices": [{"text": "a", "finish_reason": None, "token_ids": [1]}]},
         {"choices": [{"text": "a", "finish_reason": "stop", "token_ids": ["b"]}]},
         b'{"choices": [{"text": "\\ud800", "finish_reason": "stop", "token_ids": [1]}]}',
-        # Without a log-probability for each token, without enough of them, by strings, and none that is a number.
+        # Log-probabilities that are missing for a token, too few, keyed by strings, or not numbers.
         tokens(1, 2, logprobs={"top_logprobs": [BEST]})[2],
         tokens(1, logprobs={"top_logprobs": [{"token_id:1": -0.5}]})[2],
         tokens(1, logprobs={"top_logprobs": [{" It": -0.5, " is": -1.0}]})[2],
@@ -281,9 +285,9 @@ BEST = {"token_id:1": -0.5, "token_id:2": -1.0}
         tokens(1, logprobs=None)[2],
     ],
 )
-def test_malformed_response_is_an_error_of_its_row(said: Any):
-    with serving(lambda *_: (200, {}, said)) as server:
-        (reply,) = ask(server.teacher(), PROMPTS[:1], DRAWN)
+def test_malformed_response_is_an_error_of_its_row(body: Any):
+    with serving(lambda *_: (200, {}, body)) as server:
+        (reply,) = request_answers(server.teacher(), PROMPTS[:1], DRAWN)
     assert set(reply) == {"error"}
     assert "unexpected response, expected token ids" in reply["error"] and "\n" not in reply["error"]
 
@@ -291,7 +295,7 @@ def test_malformed_response_is_an_error_of_its_row(said: Any):
 @pytest.mark.parametrize("text", [None, 7, ["a"]])
 def test_message_without_text_is_an_error_of_its_row(text: Any):
     with serving(lambda *_: message(text)) as server:
-        (reply,) = ask(server.teacher(api="chat"), HELLO, GREEDY)
+        (reply,) = request_answers(server.teacher(api="chat"), HELLO, GREEDY)
     assert "expected text" in reply["error"]
 
 
@@ -300,24 +304,24 @@ def test_rate_limit_includes_retries():
         return (503, {"Retry-After": "0.01"}, b"") if number in (1, 2) else complete_answer(request)
 
     with serving(respond) as server:
-        replies = ask(server.teacher(max_requests_per_minute=300), [[n] for n in range(6)], GREEDY)
+        replies = request_answers(server.teacher(max_requests_per_minute=300), [[n] for n in range(6)], GREEDY)
     assert not any("error" in reply for reply in replies)
     times = sorted(request.at_s for request in server.requests)
     assert len(times) == 6 + 2
-    # 300 a minute are one every 0.2 s; a thread may see one late, and the next not.
+    # 300 a minute are one every 0.2 s; a server thread may record a single request late.
     assert times[-1] - times[0] >= 7 * 0.2 - 0.1
 
 
-def test_concurrency_limit():
+def test_concurrent_requests_are_limited():
     gate = threading.Barrier(3, timeout=5)
 
     def respond(request: ReceivedRequest, number: int) -> Answer:
-        # Three at a time can pass, and do.
+        # Each group of three concurrent requests passes the barrier.
         gate.wait()
         return complete_answer(request)
 
     with serving(respond) as server:
-        replies = ask(server.teacher(max_concurrent_requests=3), [[n] for n in range(9)], GREEDY)
+        replies = request_answers(server.teacher(max_concurrent_requests=3), [[n] for n in range(9)], GREEDY)
     assert not any("error" in reply for reply in replies)
     assert server.max_concurrent == 3
 

@@ -49,26 +49,26 @@ def call(
     return replies, len(states) - len(list(remaining))
 
 
-def test_reply_timeout(monkeypatch: pytest.MonkeyPatch):
+def test_late_reply_times_out(monkeypatch: pytest.MonkeyPatch):
     one = {"min": 1, "max": 1}
     assert call(monkeypatch, one, [UP] * 9, reply_after_s=0.03) == (REPLY, 0)
     assert call(monkeypatch, one, [UP] * 9, reply_after_s=10) == (TIMED_OUT, 1)
 
 
-def test_scale_from_zero_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+def test_client_waits_for_scale_from_zero(monkeypatch: pytest.MonkeyPatch):
     none = {"min": 0, "max": 1}
-    # Loading takes longer than a reply may; the full timeout follows it.
+    # The reply timeout starts after loading.
     assert call(monkeypatch, none, [DOWN, DOWN, UP, UP], reply_after_s=0.35) == (REPLY, 3)
     assert call(monkeypatch, none, [DOWN, UP, UP], reply_after_s=10) == (TIMED_OUT, 3)
     # `teacher.start_timeout_s` limits the time without a replica.
     assert call(monkeypatch, none, [DOWN] * 9, reply_after_s=10) == (TIMED_OUT, 4)
 
 
-def test_replacement_of_a_replica_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+def test_client_waits_for_replica_replacement(monkeypatch: pytest.MonkeyPatch):
     assert call(monkeypatch, {"min": 1, "max": 1}, [DOWN, UP, UP], reply_after_s=0.25) == (REPLY, 2)
 
 
-def test_timeout_grows_with_the_replicas_that_still_load(monkeypatch: pytest.MonkeyPatch):
+def test_timeout_grows_with_replicas_that_may_be_added(monkeypatch: pytest.MonkeyPatch):
     assert call(monkeypatch, {"min": 1, "max": 4}, [UP] * 9, reply_after_s=0.35) == (REPLY, 0)
     assert call(monkeypatch, {"min": 4, "max": 4}, [UP] * 9, reply_after_s=0.35) == (TIMED_OUT, 1)
 
@@ -82,17 +82,17 @@ def actor_error() -> RayError:
 
 
 def task_error(cause: Exception) -> RayError:
-    return RayTaskError("answer", "Traceback\nso it says", cause)
+    return RayTaskError("answer", "Traceback\nKeyError: x", cause)
 
 
 @pytest.mark.parametrize(
     ("outcomes", "expected", "num_calls"),
     [
-        # A replica that died is not the rows' fault: Serve replaces it.
+        # Serve replaces a dead replica, so the call is retried.
         ([actor_error(), actor_error(), REPLY], REPLY, 3),
         ([task_error(EngineDeadError()), task_error(EngineDeadError()), REPLY], REPLY, 3),
-        # A second failure on a live replica is the call's own.
-        ([task_error(KeyError("x")), task_error(KeyError("x")), REPLY], [{"error": "RayTaskError: so it says"}], 2),
+        # A call that fails twice on a live replica is not retried.
+        ([task_error(KeyError("x")), task_error(KeyError("x")), REPLY], [{"error": "RayTaskError: KeyError: x"}], 2),
         (
             [actor_error()] * 9,
             [{"error": "RayActorError: the replica died"}],

@@ -1,4 +1,4 @@
-"""Incomplete checkpoints, and a damaged list of them, are never resumed from and never fail a trial."""
+"""Checkpoints: training never resumes from an incomplete one, and a damaged list does not fail a trial."""
 
 import json
 import tempfile
@@ -18,7 +18,7 @@ def checkpoint(run: Path, name: str, workers: int = 2, zero_stage: int = 2) -> P
     folder = run / name
     with tempfile.TemporaryDirectory() as temporary:
         for worker in range(workers):
-            # Each worker's part is a folder of its own before Ray Train copies it.
+            # Each worker writes its part to a separate folder before Ray Train copies it.
             part = Path(temporary) / f"part-{name}-{worker}"
             (part / "checkpoint").mkdir(parents=True)
             (part / "checkpoint" / f"rank_{worker}.pt").write_bytes(bytes([worker]) * 100)
@@ -37,8 +37,8 @@ def write_list(run: Path, *names: str) -> Path:
 
 
 @pytest.fixture
-def run(place: Path) -> Path:
-    return place / "trial"
+def run(storage: Path) -> Path:
+    return storage / "trial"
 
 
 def test_valid_list_is_kept(run: Path):
@@ -47,9 +47,9 @@ def test_valid_list_is_kept(run: Path):
     assert file.exists() and folder.exists()
 
 
-def test_without_checkpoints_there_is_none_to_resume_from(run: Path):
+def test_trial_without_checkpoints_has_nothing_to_resume_from(run: Path):
     assert checkpoints.repair(run) is None
-    assert checkpoints.repair(run / "not there") is None
+    assert checkpoints.repair(run / "missing") is None
 
 
 @pytest.mark.parametrize("content", ["", '{"checkpoint_results": [{"check', "[]", '{"checkpoint_results": 3}'])
@@ -60,12 +60,12 @@ def test_damaged_list_is_replaced_by_newest_complete_checkpoint(run: Path, conte
     file.write_text(content)
     assert checkpoints.repair(run) == complete
     assert not file.exists() and not damaged.exists()
-    # Interrupted again before the next checkpoint.
+    # A second interruption before the next checkpoint.
     assert checkpoints.repair(run) == complete
 
 
 @pytest.mark.parametrize("missing", ["checkpoint/rank_1.pt", "worker-1.json"])
-def test_checkpoint_without_a_workers_part_is_incomplete(run: Path, missing: str):
+def test_checkpoint_without_part_of_a_worker_is_incomplete(run: Path, missing: str):
     folder = checkpoint(run, "checkpoint_1")
     assert checkpoints.is_complete(folder)
     (folder / missing).unlink()

@@ -1,13 +1,64 @@
-"""Soft targets as arrays, and the order of training."""
-
-import math
+"""Training examples: selection of completions, counts of the dropped ones, and soft targets as arrays."""
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from raykd.training import examples, schedule
+from raykd.config.training import Targets
+from raykd.training import examples
+from raykd.training.examples import select_completions
+
+
+def row(tokens: list[int], correct: bool = True, finish: str = "stop", error: str = "", text: str = "") -> dict:
+    content = {"completion_token_ids": tokens, "completion": text or "".join(map(chr, tokens))}
+    return {**content, "is_correct": correct, "finish_reason": finish, "error": error}
+
+
+ROWS = [
+    row([1, 2, 3, 4], correct=True),
+    row([1, 2], correct=False),
+    row([], correct=False),
+    row([1, 2, 3, 4], correct=True),
+    row([9], correct=False, error="no answer"),
+    row([5, 6, 7], correct=True),
+    row([5], correct=True, finish="length"),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept", "dropped"),
+    [
+        ({}, [0, 1, 3, 5, 6], {"empty": 1, "error": 1}),
+        ({"deduplicate": True}, [0, 1, 5, 6], {"empty": 1, "error": 1, "duplicate": 1}),
+        ({"filter": "correct"}, [0, 3, 5, 6], {"empty": 1, "error": 1, "incorrect": 1}),
+        (
+            {"filter": "correct", "deduplicate": True},
+            [0, 5, 6],
+            {"empty": 1, "error": 1, "incorrect": 1, "duplicate": 1},
+        ),
+        ({"filter": "best"}, [5], {"empty": 1, "error": 1, "not_best": 4}),
+    ],
+)
+def test_selection_returns_rows_and_reasons_of_dropped_ones(settings: dict, kept: list[int], dropped: dict[str, int]):
+    selected, reasons = select_completions(ROWS, Targets(**settings))
+    assert [ROWS.index(each) if each is not ROWS[3] else 3 for each in selected] == kept
+    assert dict(reasons) == dropped
+    assert len(selected) + sum(reasons.values()) == len(ROWS), "a row is neither selected nor counted"
+
+
+def test_best_of_incorrect_rows_is_the_shortest_untruncated():
+    rows = [row([1], False, "length"), row([1, 2, 3], False), row([1, 2], False)]
+    assert select_completions(rows, Targets(filter="best"))[0] == [rows[2]]
+
+
+def test_rows_without_token_ids_are_compared_by_text():
+    rows = [row([], text="It is 4."), row([], text="It is 4."), row([], text="4"), row([], text="")]
+    selected, reasons = select_completions(rows, Targets(deduplicate=True))
+    assert (selected, dict(reasons)) == ([rows[0], rows[2]], {"duplicate": 1, "empty": 1})
+    assert select_completions(rows, Targets(filter="best"))[0] == [rows[2]]
+
+
+def test_problem_without_completions_has_no_rows():
+    assert select_completions([], Targets(filter="best")) == ([], {})
 
 
 def completion(tokens: int = 3, k: int = 2) -> dict:
@@ -47,39 +98,3 @@ def test_token_id_beyond_vocabulary_raises():
     examples.soft_targets(completion(), 2, best + 1)
     with pytest.raises(ValueError, match=rf"completion c1: .* token {best}, but the tokenizer has {best} tokens;"):
         examples.soft_targets(completion(), 2, best)
-
-
-def test_each_epoch_uses_every_row_once_in_another_order():
-    steps = list(schedule.training_order(num_rows=10, batch_size=4, epochs=2, seed=3))
-    assert [epoch for epoch, _ in steps] == [0, 0, 0, 1, 1, 1]
-    first, second = ([row for epoch, batch in steps for row in batch if epoch == e] for e in (0, 1))
-    assert sorted(first) == sorted(second) == list(range(10))
-    assert first != second
-    assert steps == list(schedule.training_order(10, 4, 2, 3))
-    assert steps != list(schedule.training_order(10, 4, 2, 4))
-
-
-@given(
-    rows=st.integers(0, 40),
-    workers=st.integers(1, 5),
-    rows_per_worker=st.integers(1, 12),
-    micro=st.integers(1, 12),
-)
-def test_workers_share_all_rows_of_a_step_in_equal_numbers_of_micro_batches(
-    rows: int, workers: int, rows_per_worker: int, micro: int
-):
-    num_micro_batches = math.ceil(rows_per_worker / micro)
-    batch = list(range(min(rows, workers * rows_per_worker)))
-    shares = [
-        schedule.shard_micro_batches(batch, worker, workers, micro, num_micro_batches) for worker in range(workers)
-    ]
-    assert sorted(row for share in shares for part in share for row in part) == batch
-    assert {len(share) for share in shares} == {num_micro_batches}
-    assert all(len(part) <= micro for share in shares for part in share)
-
-
-@given(steps=st.integers(0, 200), rounds=st.integers(1, 12))
-def test_rounds_divide_the_steps_evenly_in_order(steps: int, rounds: int):
-    rounds_steps = [schedule.steps_of_round(steps, number, rounds) for number in range(rounds)]
-    assert [step for round_steps in rounds_steps for step in round_steps] == list(range(steps))
-    assert max(map(len, rounds_steps)) - min(map(len, rounds_steps)) <= 1

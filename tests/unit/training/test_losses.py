@@ -59,7 +59,7 @@ def oracle(
     return total * temperature**2
 
 
-def ours(
+def value_and_gradient(
     kind: str, student: np.ndarray, ids: np.ndarray, log_p: np.ndarray, missing_mass: str, temperature: float = 1.0
 ) -> tuple[float, np.ndarray]:
     """Return the value of `losses.divergence`, and its gradient with respect to the logits."""
@@ -77,7 +77,7 @@ def ours(
 def test_divergence_matches_definition(student_and_teacher, kind: str, missing_mass: str, k: int):
     student, teacher = student_and_teacher
     ids, log_p = top_k(teacher, k)
-    assert ours(kind, student, ids, log_p, missing_mass)[0] == pytest.approx(
+    assert value_and_gradient(kind, student, ids, log_p, missing_mass)[0] == pytest.approx(
         oracle(kind, student, ids, log_p, missing_mass), rel=1e-4
     )
 
@@ -91,21 +91,23 @@ def test_divergence_over_the_whole_vocabulary_is_dense(
     student, teacher = student_and_teacher
     p, q = np.exp(log_softmax(teacher / temperature)), np.exp(log_softmax(student / temperature))
     dense = sum(by_definition(kind, *row) for row in zip(p, q, strict=True)) * temperature**2
-    assert ours(kind, student, *top_k(teacher, V), missing_mass, temperature)[0] == pytest.approx(dense, rel=1e-4)
+    assert value_and_gradient(kind, student, *top_k(teacher, V), missing_mass, temperature)[0] == pytest.approx(
+        dense, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_temperature_applies_to_the_top_k(student_and_teacher, kind: str):
     student, teacher = student_and_teacher
     ids, log_p = top_k(teacher, 6)
-    value, _ = ours(kind, student, ids, log_p, "renormalize", 3.0)
+    value, _ = value_and_gradient(kind, student, ids, log_p, "renormalize", 3.0)
     assert value == pytest.approx(oracle(kind, student, ids, log_p, "renormalize", 3.0), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_smaller_k_never_raises_the_divergence(student_and_teacher, kind: str):
     student, teacher = student_and_teacher
-    values = [ours(kind, student, *top_k(teacher, k), "bucket")[0] for k in (1, 4, 16, V)]
+    values = [value_and_gradient(kind, student, *top_k(teacher, k), "bucket")[0] for k in (1, 4, 16, V)]
     assert values == sorted(values)
 
 
@@ -114,7 +116,7 @@ def test_smaller_k_never_raises_the_divergence(student_and_teacher, kind: str):
 @pytest.mark.parametrize("k", [1, 4, V])
 def test_divergence_of_equal_distributions_is_zero_and_minimal(student_and_teacher, kind, missing_mass, k):
     _, teacher = student_and_teacher
-    value, gradient = ours(kind, teacher, *top_k(teacher, k), missing_mass)
+    value, gradient = value_and_gradient(kind, teacher, *top_k(teacher, k), missing_mass)
     assert value == pytest.approx(0, abs=1e-4)
     assert np.abs(gradient).max() < 1e-5
 
@@ -124,7 +126,7 @@ def test_divergence_of_equal_distributions_is_zero_and_minimal(student_and_teach
 def test_gradient_matches_finite_differences(student_and_teacher, kind: str, missing_mass: str, temperature: float):
     student, teacher = student_and_teacher
     ids, log_p = top_k(teacher, 4)
-    _, gradient = ours(kind, student, ids, log_p, missing_mass, temperature)
+    _, gradient = value_and_gradient(kind, student, ids, log_p, missing_mass, temperature)
     step = 1e-5
     for row, column in [(0, 0), (3, int(ids[3, 0])), (7, int(ids[7, 3])), (11, 22)]:
         up, down = student.copy(), student.copy()
@@ -137,21 +139,23 @@ def test_gradient_matches_finite_differences(student_and_teacher, kind: str, mis
 
 
 @pytest.mark.parametrize("rest", [1e-4, 1e-6, 1e-8, 1e-12])
-def test_overconfident_student_gets_a_gradient(rest: float):
+def test_overconfident_student_has_gradient(rest: float):
     """The gradient of forward KL to the bucket's logits is q - p, however small q is."""
     ids = np.arange(3)[None]
     q = np.concatenate([np.full(3, (1 - rest) / 3), np.full(V - 3, rest / (V - 3))])
     p = np.array([0.5, 0.3, 0.199])
-    _, gradient = ours("forward_kl", np.log(q)[None], ids, np.log(p)[None], "bucket")
+    _, gradient = value_and_gradient("forward_kl", np.log(q)[None], ids, np.log(p)[None], "bucket")
     assert gradient[0, 3:].sum() == pytest.approx(rest - (1 - p.sum()), rel=1e-3)
     assert gradient[0, :3] == pytest.approx(q[:3] - p, rel=1e-3)
 
 
 def test_jensen_shannon_is_bounded_and_symmetric(student_and_teacher):
     student, teacher = (30 * logits for logits in student_and_teacher)
-    value, _ = ours("jensen_shannon", student, *top_k(teacher, V), "bucket")
+    value, _ = value_and_gradient("jensen_shannon", student, *top_k(teacher, V), "bucket")
     assert 0 < value <= N * np.log(2) * (1 + 1e-5)
-    assert value == pytest.approx(ours("jensen_shannon", teacher, *top_k(student, V), "bucket")[0], rel=1e-4)
+    assert value == pytest.approx(
+        value_and_gradient("jensen_shannon", teacher, *top_k(student, V), "bucket")[0], rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,10 +166,10 @@ def test_divergence_is_finite_for_extreme_logits(student_and_teacher, kind: str,
     ids, log_p = top_k(teacher, 4)
     log_p[0, 1:] = -np.inf
     log_p[0, 0] = 0.0
-    # All of the student's mass on the teacher's tokens, none left for the rest.
+    # The student's whole mass is on the teacher's tokens.
     student[1, :] = -1e4
     student[1, ids[1]] = 0
-    # None of it on the teacher's tokens, and tokens with a logit of -inf.
+    # It has no mass on the teacher's tokens; their logits are -inf.
     student[2, ids[2]] = -np.inf
     student[3, :] = -np.inf
     student[3, ids[3, 0]] = 0
@@ -190,7 +194,7 @@ def test_bfloat16_logits_are_computed_in_float32(student_and_teacher, kind: str)
 def test_bucket_with_temperature_is_refused(student_and_teacher):
     student, teacher = student_and_teacher
     with pytest.raises(AssertionError, match="bucket"):
-        ours("forward_kl", student, *top_k(teacher, 4), "bucket", 2.0)
+        value_and_gradient("forward_kl", student, *top_k(teacher, 4), "bucket", 2.0)
 
 
 def test_cross_entropy_is_the_sum_of_negative_log_probabilities(student_and_teacher):
@@ -204,6 +208,8 @@ def test_cross_entropy_is_the_sum_of_negative_log_probabilities(student_and_teac
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("missing_mass", MISSING_MASS)
 def test_losses_of_no_tokens_are_zero(kind: str, missing_mass: str):
-    assert ours(kind, np.zeros((0, V)), np.zeros((0, 4), dtype=int), np.zeros((0, 4)), missing_mass)[0] == 0
+    assert (
+        value_and_gradient(kind, np.zeros((0, V)), np.zeros((0, 4), dtype=int), np.zeros((0, 4)), missing_mass)[0] == 0
+    )
     logits = torch.zeros((0, V), requires_grad=True)
     assert float(losses.cross_entropy(logits, torch.zeros(0, dtype=torch.long)).detach()) == 0

@@ -66,7 +66,7 @@ def rows(soft: bool) -> list[Example]:
     return examples
 
 
-def by_row(model: Any, row: Example, chosen: Arm) -> torch.Tensor:
+def by_row(model: Any, row: Example, chosen_arm: Arm) -> torch.Tensor:
     """Return the loss of one row from the model's logits: each completion token by the logit before it."""
     tokens = row.prompt_token_ids + row.completion_token_ids
     first = len(row.prompt_token_ids)
@@ -78,7 +78,7 @@ def by_row(model: Any, row: Example, chosen: Arm) -> torch.Tensor:
     rest_p, q = 1 - log_p.exp().sum(-1), log_q.gather(-1, torch.tensor(row.topk_ids_TK))
     rest_q = 1 - q.exp().sum(-1)
     kl = (log_p.exp() * (log_p - q)).sum() + (rest_p * (rest_p / rest_q).log()).sum()
-    weight = chosen.loss.cross_entropy_weight
+    weight = chosen_arm.loss.cross_entropy_weight
     return weight * entropy + (1 - weight) * kl
 
 
@@ -91,16 +91,16 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("chunk_elements", [1 << 20, 4 * V])
 @pytest.mark.parametrize(
-    "chosen",
+    "chosen_arm",
     [arm(), arm(targets=Targets(kind="top_k", top_k=K), loss=Loss(cross_entropy_weight=0.3))],
     ids=["hard", "top_k"],
 )
-def test_micro_batch_loss_is_the_sum_of_its_rows(model, packing, chunk_elements, chosen):
-    examples = rows(soft=chosen.targets.kind == "top_k")
-    expected = sum(by_row(model, row, chosen) for row in examples)
+def test_micro_batch_loss_is_sum_of_its_rows(model, packing, chunk_elements, chosen_arm):
+    examples = rows(soft=chosen_arm.targets.kind == "top_k")
+    expected = sum(by_row(model, row, chosen_arm) for row in examples)
     expected.backward()
     expected_gradients = gradients(model)
-    distillation = student.Distillation(model, chosen, chunk_elements)
+    distillation = student.Distillation(model, chosen_arm, chunk_elements)
     total = distillation(batching.collate(examples, pad_token_id=0, packing=packing))
     total.backward()
     assert float(total.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
@@ -133,11 +133,11 @@ class _Largest(TorchDispatchMode):
 
 def test_float32_logits_never_exceed_a_chunk(model):
     model = model.bfloat16()
-    chosen = arm(targets=Targets(kind="top_k", top_k=K), loss=Loss(cross_entropy_weight=0.5))
+    chosen_arm = arm(targets=Targets(kind="top_k", top_k=K), loss=Loss(cross_entropy_weight=0.5))
     batch = batching.collate(rows(soft=True) * 4, pad_token_id=0, packing=False)
     assert len(batch["positions"]) == 60
     with _Largest() as largest:
-        student.Distillation(model, chosen, chunk_elements=8 * V)(batch).backward()
+        student.Distillation(model, chosen_arm, chunk_elements=8 * V)(batch).backward()
     assert largest.elements == 8 * V
 
 
@@ -154,32 +154,32 @@ def test_packed_rows_are_independent(model):
 
 def _saved_elements(distillation: student.Distillation, batch: dict[str, torch.Tensor]) -> tuple[int, torch.Tensor]:
     """Return the number of elements that a forward pass saves for the backward pass, and the loss."""
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.data_ptr()] = tensor.numel()
+        saved[tensor.data_ptr()] = tensor.numel()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = distillation(batch)
-    return sum(kept.values()), loss
+    return sum(saved.values()), loss
 
 
 def test_activation_checkpointing_saves_memory_with_equal_gradients():
     results = {}
     for checkpointing in (False, True):
-        chosen = arm().model_copy(
+        chosen_arm = arm().model_copy(
             update={
                 "student": Student(model="raykd/demo-student"),
                 "train": Train(dtype="float32", gradient_checkpointing=checkpointing),
             }
         )
-        distillation = student.build_student(chosen, seed=0)
+        distillation = student.build_student(chosen_arm, seed=0)
         assert all(module.training for module in distillation.modules())
         batch = batching.collate([Example("p", [5] * 60, list(range(5, 65)))], pad_token_id=0, packing=False)
-        kept, loss = _saved_elements(distillation, batch)
+        saved, loss = _saved_elements(distillation, batch)
         loss.backward()
-        results[checkpointing] = kept, float(loss.detach()), gradients(distillation)
+        results[checkpointing] = saved, float(loss.detach()), gradients(distillation)
     weights = sum(parameter.numel() for parameter in distillation.parameters())
     assert results[True][0] - weights < 0.5 * (results[False][0] - weights)
     assert results[True][1] == pytest.approx(results[False][1], rel=1e-6)
@@ -190,8 +190,8 @@ def test_activation_checkpointing_saves_memory_with_equal_gradients():
 
 def test_dropout_is_active_in_training():
     lora = Lora(lora_dropout=0.5)
-    chosen = arm().model_copy(update={"student": Student(model="raykd/demo-student", lora=lora)})
-    distillation = student.build_student(chosen.model_copy(update={"train": Train(dtype="float32")}), seed=0)
+    chosen_arm = arm().model_copy(update={"student": Student(model="raykd/demo-student", lora=lora)})
+    distillation = student.build_student(chosen_arm.model_copy(update={"train": Train(dtype="float32")}), seed=0)
     for name, parameter in distillation.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

@@ -21,11 +21,11 @@ from raykd.training.trial import TrialSpec
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory: pytest.TempPathFactory) -> TrialSpec:
-    """A trial with the built-in teacher as student: with an instruction to reason it is mostly correct."""
+    """A trial whose student is the built-in teacher, which mostly answers correctly with an instruction to reason."""
     folder = tmp_path_factory.mktemp("storage")
     experiment = Experiment.model_validate(
         {
-            "name": "measured",
+            "name": "validated",
             "dataset": {"source": "demo", "num_train": 4, "num_validation": 10, "num_test": 2},
             "teacher": {"model": "raykd/demo-teacher"},
             "student": {"model": "raykd/demo-teacher"},
@@ -35,7 +35,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> TrialSpec:
         }
     )
     return TrialSpec(
-        trial_id="measured",
+        trial_id="validated",
         arm_name="default",
         arm=experiment.arm("default"),
         seed=0,
@@ -58,14 +58,14 @@ def engine(trial: TrialSpec, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     file = tmp_path_factory.mktemp("group") / "store"
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
     threads = torch.get_num_threads()
-    # For so small a model, several threads spend more time waiting than computing.
+    # With a model this small, several threads are slower than one.
     torch.set_num_threads(1)
     yield distillation
     torch.set_num_threads(threads)
     torch.distributed.destroy_process_group()
 
 
-def one_by_one(trial: TrialSpec, model, tokenizer, max_tokens: int) -> list[bool]:
+def correct_answers(trial: TrialSpec, model, tokenizer, max_tokens: int) -> list[bool]:
     is_correct = []
     for problem in pyarrow.parquet.read_table(trial.problems / "validation.parquet").to_pylist():
         prompt = tokenization.prompt_token_ids(
@@ -84,15 +84,15 @@ def one_by_one(trial: TrialSpec, model, tokenizer, max_tokens: int) -> list[bool
 def test_accuracy_equals_that_of_greedy_answers(trial: TrialSpec, engine: student.Distillation, max_tokens: int):
     tokenizer = loading.load_tokenizer(Teacher(model="raykd/demo-teacher"))
     base = AutoModelForCausalLM.from_pretrained(resolve_model("raykd/demo-teacher"), dtype=torch.float32).eval()
-    correct = one_by_one(trial, base, tokenizer, max_tokens)
-    assert sum(correct) >= 7 or max_tokens < 160, "mostly correct unless truncated"
+    correct = correct_answers(trial, base, tokenizer, max_tokens)
+    assert sum(correct) >= 7 or max_tokens < 160, "few answers are correct"
     # Sampling options of the model's generation_config.json have no effect.
     engine.model.get_base_model().generation_config.repetition_penalty = 5.0
     metrics = validation.validate(engine, engine.model, tokenizer, replace(trial, max_tokens=max_tokens), 3)
     assert metrics == {"number": 3, "n": 10, "correct": sum(correct), "accuracy": sum(correct) / 10}
 
 
-def test_validation_leaves_the_student_in_training_mode(trial: TrialSpec, engine: student.Distillation):
+def test_validation_keeps_student_in_training_mode(trial: TrialSpec, engine: student.Distillation):
     tokenizer = loading.load_tokenizer(Teacher(model="raykd/demo-teacher"))
     before = {name: parameter.clone() for name, parameter in engine.named_parameters()}
     metrics = validation.validate(engine, engine.model, tokenizer, replace(trial, sweep=Sweep(metric="loss")), 1)

@@ -42,19 +42,24 @@ class Trial:
         self.config = {"trial_id": trial.trial_id}
 
 
-def follow(trials: dict[str, TrialSpec]) -> None:
-    """One trial completes, one is stopped, one has not started."""
+def report_progress(trials: dict[str, TrialSpec]) -> None:
+    """Report three trials: one completes, one is stopped, one does not start."""
     progress_table = TrialProgressTable(trials, len(trials))
     progress_table.setup()
     good, poor, _ = trials.values()
-    measured: dict[str, Any] = {"number": 1, "n": 10, "accuracy": 0.4}
+    first_validation: dict[str, Any] = {"number": 1, "n": 10, "accuracy": 0.4}
     for trial in (good, poor):
         progress_table.on_trial_start(1, [], Trial(trial))
-        result = {"step": 5, "steps": 10, "target_tokens": 100, "validation": measured}
+        result = {"step": 5, "steps": 10, "target_tokens": 100, "validation": first_validation}
         progress_table.on_trial_result(1, [], Trial(trial), result)
     write_trial_status(poor, STOPPED)
     progress_table.on_trial_complete(1, [], Trial(poor))
-    result = {"step": 10, "steps": 10, "target_tokens": 200, "validation": measured | {"number": 2, "accuracy": 0.9}}
+    result = {
+        "step": 10,
+        "steps": 10,
+        "target_tokens": 200,
+        "validation": first_validation | {"number": 2, "accuracy": 0.9},
+    }
     progress_table.on_trial_result(1, [], Trial(good), result)
     write_trial_status(good, COMPLETE)
     progress_table.on_trial_complete(1, [], Trial(good))
@@ -62,17 +67,17 @@ def follow(trials: dict[str, TrialSpec]) -> None:
 
 
 def test_terminal_shows_a_table(trials: dict[str, TrialSpec], monkeypatch: pytest.MonkeyPatch):
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 110, 0, 0))
+    main, terminal_fd = pty.openpty()
+    fcntl.ioctl(terminal_fd, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 110, 0, 0))
     monkeypatch.setenv("TERM", "xterm")
-    with os.fdopen(theirs, "w") as terminal:
+    with os.fdopen(terminal_fd, "w") as terminal:
         monkeypatch.setattr(console, "output_stream", lambda: terminal)
-        follow(trials)
+        report_progress(trials)
         terminal.flush()
         shown = ""
-        while select.select([ours], [], [], 0.2)[0]:
-            shown += os.read(ours, 1 << 20).decode()
-    os.close(ours)
+        while select.select([main], [], [], 0.2)[0]:
+            shown += os.read(main, 1 << 20).decode()
+    os.close(main)
     last = [line for line in shown.splitlines() if "bare" in line][-3:]
     for line, words in zip(
         last,
@@ -89,7 +94,7 @@ def test_terminal_shows_a_table(trials: dict[str, TrialSpec], monkeypatch: pytes
 def test_log_has_a_line_for_each_ended_trial(trials: dict[str, TrialSpec], monkeypatch: pytest.MonkeyPatch):
     log = io.StringIO()
     monkeypatch.setattr(console, "output_stream", lambda: log)
-    follow(trials)
+    report_progress(trials)
     lines = [line for line in log.getvalue().splitlines() if "bare" in line]
     assert lines == [
         "1/3 bare, seed 0 at train.learning_rate=0.001: stopped, 40.0 % of 10 (1 of 2)",
@@ -104,7 +109,7 @@ def test_repeated_steps_count_once(trials: dict[str, TrialSpec], monkeypatch: py
     progress_table = TrialProgressTable({trial.trial_id: trial}, 1)
     progress_table.setup()
     progress_table.on_trial_start(1, [], Trial(trial))
-    # A worker is lost after the eighth step; the checkpoint is of the fifth.
+    # A worker dies after step 8, and the trial resumes from the checkpoint of step 5.
     for step in (5, 8, 6, 9, 10):
         progress_table.on_trial_result(1, [], Trial(trial), {"step": step, "steps": 10, "target_tokens": 20 * step})
     progress_table.close()

@@ -41,8 +41,8 @@ def searches(plan: Plan) -> dict[str, ArmSearch]:
     return {name: ArmSearch(name, sweep, plan.folder, make, pending) for name in plan.experiment.arms}
 
 
-def trained(trial: TrialSpec, loss: float, status: str = COMPLETE) -> float:
-    """Write a trial's result."""
+def write_result(trial: TrialSpec, loss: float, status: str = COMPLETE) -> float:
+    """Write the result of a trial, and return its loss."""
     point = {"step": 5, "loss": 1.0, "validation": {"number": 4, "n": 10, "loss": loss}}
     files.write_text(trial.folder / "metrics.jsonl", json.dumps(point) + "\n")
     write_trial_status(trial, status, "out of memory" if status == FAILED else "")
@@ -65,23 +65,23 @@ def test_search_converges_to_the_best_learning_rate(metric: str, least: float, m
         for trial in trials:
             search.record(trial, decades_off(trial))
     assert search.num_open == 0
-    # At random they are 1.3 decades away in the mean.
+    # Random draws are 1.3 decades away on average.
     assert least < sum(found[20:]) / 20 < most
 
 
 def test_interrupted_search_resumes(tmp_path: Path):
-    begun = searches(plan(tmp_path, num_samples=4))
-    first, second = begun["none"].draw(), begun["none"].draw()
+    first_searches = searches(plan(tmp_path, num_samples=4))
+    first, second = first_searches["none"].draw(), first_searches["none"].draw()
     for trial in first:
-        trained(trial, decades_off(trial))
-    trained(second[0], decades_off(second[0]))
+        write_result(trial, decades_off(trial))
+    write_result(second[0], decades_off(second[0]))
     again = plan(tmp_path, num_samples=4)
     assert {trial.trial_id for trial in again.trials} == {trial.trial_id for trial in [*first, *second]}
     assert [trial.trial_id for trial in again.pending_trials()] == [second[1].trial_id]
     assert again.pending_search and again.pending_search.num_trials == 2 * (2 + 4)
     search = searches(again)["none"]
     states = [(trial.state.name, trial.params, trial.value) for trial in search._optuna._ot_study.trials]
-    # The point under way is reported at its end, with what its other seed had reached before.
+    # A point is reported when its last seed ends, with the mean over its seeds.
     assert sorted(states, key=str) == [
         ("COMPLETE", first[0].hparams, pytest.approx(decades_off(first[0]))),
         ("RUNNING", second[0].hparams, None),
@@ -91,9 +91,9 @@ def test_interrupted_search_resumes(tmp_path: Path):
     assert values == [pytest.approx((7.0 + decades_off(second[0])) / 2)]
     third = search.draw()
     assert third[0].hparams not in (first[0].hparams, second[0].hparams)
-    assert [len(each) for each in (search.draw(), begun["soft"].draw())] == [2, 2]
-    over = plan(tmp_path, num_samples=2)
-    assert {trial.trial_id for trial in over.trials if trial.arm_name == "none"} == {
+    assert [len(each) for each in (search.draw(), first_searches["soft"].draw())] == [2, 2]
+    smaller = plan(tmp_path, num_samples=2)
+    assert {trial.trial_id for trial in smaller.trials if trial.arm_name == "none"} == {
         trial.trial_id for trial in [*first, *second]
     }
 
@@ -106,38 +106,38 @@ def test_changed_search_settings_start_a_new_search(tmp_path: Path):
 
 
 def test_repeated_point_is_not_trained_again(tmp_path: Path):
-    # Lists and null are no categories of Optuna's own.
+    # Optuna has no categories that are lists or null.
     space = {"student.lora.target_modules": {"choice": [["q_proj"], ["q_proj", "v_proj"]]}}
-    some = plan(tmp_path, space, num_samples=6)
-    search = searches(some)["none"]
+    search_plan = plan(tmp_path, space, num_samples=6)
+    search = searches(search_plan)["none"]
     drawn = [search.draw() for _ in range(6)]
     new = [trials for trials in drawn if trials]
     assert sorted(trials[0].arm.student.lora.target_modules for trials in new) == [("q_proj",), ("q_proj", "v_proj")]
     for trials in new:
         for trial in trials:
-            search.record(trial, trained(trial, 0.25))
+            search.record(trial, write_result(trial, 0.25))
     assert [(trial.state.name, trial.value) for trial in search._optuna._ot_study.trials] == [("COMPLETE", 0.25)] * 6
     assert len(plan(tmp_path, space, num_samples=6).trials) == 4
 
 
 def test_failed_seeds_are_excluded_from_the_mean(tmp_path: Path):
-    some = plan(tmp_path, num_samples=3)
-    search = searches(some)["none"]
-    half, whole = search.draw(), search.draw()
-    search.record(half[0], trained(half[0], 0.5))
-    for trial in (half[1], *whole):
-        trained(trial, 0.1, FAILED)
+    search_plan = plan(tmp_path, num_samples=3)
+    search = searches(search_plan)["none"]
+    one_failed, both_failed = search.draw(), search.draw()
+    search.record(one_failed[0], write_result(one_failed[0], 0.5))
+    for trial in (one_failed[1], *both_failed):
+        write_result(trial, 0.1, FAILED)
         search.record(trial, None)
     for each in (search, searches(plan(tmp_path, num_samples=3))["none"]):
         trials = each._optuna._ot_study.trials
         assert sorted((trial.state.name, trial.value) for trial in trials) == [("COMPLETE", 0.5), ("FAIL", None)]
-    # What is tried again is under way again.
+    # Failed trials that are retried are running again.
     trials = searches(plan(tmp_path, num_samples=3, retry_failed=True))["none"]._optuna._ot_study.trials
     assert [trial.state.name for trial in trials] == ["RUNNING", "RUNNING"]
 
 
 def test_invalid_points_are_skipped(tmp_path: Path):
-    # Each goes with the first of the others: renormalised at any temperature, one bucket at 1.
+    # `renormalize` is valid at any temperature, `bucket` only at 1.
     space = {
         "loss.missing_mass": {"choice": ["renormalize", "bucket"]},
         "loss.temperature": {"choice": [1.0, 2.0, 4.0]},
@@ -146,7 +146,7 @@ def test_invalid_points_are_skipped(tmp_path: Path):
     search = searches(plan(tmp_path, space, num_samples=8))["soft"]
     drawn = [search.draw() for _ in range(8)]
     states = [trial.state.name for trial in search._optuna._ot_study.trials]
-    assert "FAIL" in states, "none of them was drawn: the test shows nothing"
+    assert "FAIL" in states, "no invalid point was drawn"
     assert all(
         trials[0].arm.loss.missing_mass == "renormalize" or trials[0].arm.loss.temperature == 1
         for trials in drawn
@@ -160,20 +160,20 @@ def test_invalid_points_are_skipped(tmp_path: Path):
 def test_diverged_trial_does_not_end_the_search(tmp_path: Path):
     search = searches(plan(tmp_path, num_samples=3))["none"]
     for trial in search.draw():
-        search.record(trial, trained(trial, math.nan, STOPPED))
+        search.record(trial, write_result(trial, math.nan, STOPPED))
     again = searches(plan(tmp_path, num_samples=3))["none"]
     for each in (search, again):
         assert [trial.state.name for trial in each._optuna._ot_study.trials] == ["FAIL"]
 
 
 def test_known_trials_come_first_then_new_points_of_each_arm(tmp_path: Path):
-    some = plan(tmp_path, num_samples=2)
-    known = searches(some)["soft"].draw()
-    some = plan(tmp_path, num_samples=2)
-    registry = TrialRegistry(some.pending_trials())
+    search_plan = plan(tmp_path, num_samples=2)
+    known = searches(search_plan)["soft"].draw()
+    search_plan = plan(tmp_path, num_samples=2)
+    registry = TrialRegistry(search_plan.pending_trials())
     num_slots = 0
     searcher = TrialSearcher(
-        some.pending_trials(), registry, lambda num_unfinished: num_slots, list(searches(some).values())
+        search_plan.pending_trials(), registry, lambda num_unfinished: num_slots, list(searches(search_plan).values())
     )
     assert searcher.suggest("0") is None
     num_slots = 1
@@ -181,7 +181,7 @@ def test_known_trials_come_first_then_new_points_of_each_arm(tmp_path: Path):
     while (config := searcher.suggest(str(len(suggested)))) != Searcher.FINISHED:
         assert config and searcher.suggest("not yet") in (None, Searcher.FINISHED)
         suggested.append(config)
-        trained(registry[config["trial_id"]], 0.5)
+        write_result(registry[config["trial_id"]], 0.5)
         searcher.on_trial_complete(str(len(suggested) - 1), {"loss": 0.1})
     num_slots = 0
     assert searcher.suggest("none is left") == Searcher.FINISHED, "a finished search must not wait for slots"
@@ -189,20 +189,20 @@ def test_known_trials_come_first_then_new_points_of_each_arm(tmp_path: Path):
     assert [each["arm"] for each in suggested] == ["soft", "soft", "none", "none", "none", "none", "soft", "soft"]
     assert [each["seed"] for each in suggested] == [0, 1] * 4
     assert all(1e-6 <= each["train.learning_rate"] <= 1e-1 for each in suggested)
-    over = plan(tmp_path, num_samples=2)
-    assert over.pending_search is None and not over.pending_trials() and len(over.trials) == 8
+    finished = plan(tmp_path, num_samples=2)
+    assert finished.pending_search is None and not finished.pending_trials() and len(finished.trials) == 8
 
 
 def test_slots_are_requested_for_unfinished_trials_only(tmp_path: Path):
-    some = plan(tmp_path, num_samples=2)
-    registry = TrialRegistry(some.pending_trials())
+    search_plan = plan(tmp_path, num_samples=2)
+    registry = TrialRegistry(search_plan.pending_trials())
     requested: list[float] = []
 
     def update_slots(num_unfinished: float) -> int:
         requested.append(num_unfinished)
         return 3
 
-    searcher = TrialSearcher(searches(some)["soft"].draw() * 2, registry, update_slots)
+    searcher = TrialSearcher(searches(search_plan)["soft"].draw() * 2, registry, update_slots)
     assert [bool(searcher.suggest(str(number))) for number in range(4)] == [True, True, True, False]
     for number in range(3):
         searcher.on_trial_complete(str(number), {"loss": 0.1})
@@ -218,16 +218,16 @@ def test_completion_sets_cover_every_point_of_the_search(tmp_path: Path):
         "targets.top_k": {"randint": [2, 5]},
         **RATES,
     }
-    some = plan(tmp_path, space, num_samples=1)
-    assert {(request.strategy_name, request.top_k) for request in some.required_sets} == {
+    search_plan = plan(tmp_path, space, num_samples=1)
+    assert {(each.strategy_name, each.top_k) for each in search_plan.required_sets} == {
         ("none", 4),
         ("teacher", 4),
         ("confidence", 4),
     }
-    for request in some.required_sets:
-        files.write_json(request.folder / row_store.MANIFEST, {"content": request.content})
-    folders = {request.folder for request in some.required_sets}
-    assert all(trial.completions in folders for search in searches(some).values() for trial in search.draw())
+    for each in search_plan.required_sets:
+        files.write_json(each.folder / row_store.MANIFEST, {"content": each.content})
+    folders = {each.folder for each in search_plan.required_sets}
+    assert all(trial.completions in folders for search in searches(search_plan).values() for trial in search.draw())
 
 
 def test_on_policy_arm_cannot_be_searched_with_optuna(tmp_path: Path):

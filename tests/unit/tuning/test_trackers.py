@@ -1,4 +1,4 @@
-"""Experiment trackers: which are used, and which trials they receive."""
+"""Experiment trackers: their selection, and the trials that they log."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_replayed_trials_are_not_logged_again():
         forwarding.on_trial_result(1, [], trial, {"loss": 1})
         forwarding.on_trial_complete(1, [], trial)
         forwarding.on_trial_error(1, [], trial)
-    assert recorded.events == [(what, "new") for what in ("start", "result", "complete", "error")]
+    assert recorded.events == [(event, "new") for event in ("start", "result", "complete", "error")]
 
 
 def test_missing_tracker_is_reported_with_its_install_command(monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""A sweep's points: random draws shared by all arms, and the configurations that are refused."""
+"""Points of a sweep: random draws that all arms share, and invalid configurations."""
 
 import json
 import math
@@ -55,10 +55,10 @@ def test_variants_without_a_sweep_are_the_arms():
 def test_all_arms_share_their_points():
     drawn = random_variants(SPACE, num_samples=5)
     hard, soft = variants_of(drawn, "hard"), variants_of(drawn, "soft")
-    assert len(soft) == 10, "five points, each with both values of the grid"
+    assert len(soft) == 10, "not five points at both values of the grid"
     shared = {json.dumps({k: v for k, v in each.hparams.items() if k != "loss.temperature"}) for each in soft}
     assert {json.dumps(each.hparams) for each in hard} == shared
-    # The grid's values are tried at equal values of all else.
+    # The other fields are equal at both values of the grid.
     by_strategy = [
         [
             {k: v for k, v in each.hparams.items() if k != "prompt.strategy"}
@@ -72,7 +72,7 @@ def test_all_arms_share_their_points():
         assert 1e-4 <= each.arm.train.learning_rate <= 1e-2
         assert (each.arm.student.lora.r, each.arm.student.lora.lora_alpha) in ((4, 8), (16, 32))
         assert each.arm.student.lora.target_modules == ("q_proj", "k_proj", "v_proj", "o_proj"), (
-            "what is not named stays"
+            "an unnamed field changed"
         )
         assert 1 <= each.arm.loss.temperature <= 6
         assert each.arm.train.epochs in (1, 2, 3)
@@ -81,7 +81,7 @@ def test_all_arms_share_their_points():
 def test_loguniform_is_uniform_in_the_logarithm():
     drawn = random_points(experiment({"train.learning_rate": {"loguniform": [1e-5, 1e-1]}}, num_samples=400).sweep)  # type: ignore[arg-type]
     logs = sorted(math.log10(point["train.learning_rate"]) for point in drawn)
-    # Kolmogorov's distance to the uniform distribution, at its 0.1 % limit.
+    # The Kolmogorov-Smirnov distance to the uniform distribution is below its 0.1 % critical value.
     distance = max(abs((number + 0.5) / 400 - (value + 5) / 4) for number, value in enumerate(logs))
     assert distance < 1.95 / math.sqrt(400)
 
@@ -101,7 +101,7 @@ def test_fields_without_effect_make_no_variants():
     assert [each.hparams for each in variants_of(drawn, "soft")] == [{"loss.temperature": value} for value in (1, 2, 3)]
 
 
-def test_arm_of_config_id():
+def test_arm_of_config_id_omits_point_hash():
     named = arms_by_config_id(random_variants(SPACE, num_samples=2))
     assert {arm_of_config_id(name) for name in named} == {"hard", "soft"}
     assert arm_of_config_id("own@0123abcd/warmup") == "own/warmup"
@@ -183,9 +183,9 @@ def test_equal_settings_are_one_variant():
     ]
 
 
-def test_teacher_sampling_is_searched_only_where_it_generates():
-    tree = TREE | {"arms": {"taught": {}, "reference": {"targets.source": "reference"}}}
+def test_teacher_sampling_is_searched_only_for_generating_arms():
+    tree = TREE | {"arms": {"generated": {}, "reference": {"targets.source": "reference"}}}
     space = {"teacher.sampling.temperature": {"grid": [0.0, 0.7]}, "teacher.num_samples": {"grid": [1]}}
     every = all_variants(Experiment.model_validate(tree | {"sweep": {"space": space, "num_samples": 1}}))
-    assert [each.hparams.get("teacher.sampling.temperature") for each in variants_of(every, "taught")] == [0.0, 0.7]
+    assert [each.hparams.get("teacher.sampling.temperature") for each in variants_of(every, "generated")] == [0.0, 0.7]
     assert [each.hparams for each in variants_of(every, "reference")] == [{}]

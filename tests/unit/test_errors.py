@@ -1,4 +1,4 @@
-"""Errors: reported in one line, from every process of the cluster."""
+"""Errors: one line for the user, whichever process of the cluster raises them."""
 
 import errno
 import os
@@ -10,9 +10,8 @@ from ray.exceptions import RayTaskError
 from raykd import cli, errors
 from raykd.errors import StageError, UserError
 from raykd.pipeline import run
-from raykd.storage import files
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 def no_space() -> OSError:
@@ -27,13 +26,13 @@ def test_os_error_is_found_in_the_chain_of_causes():
             raise KeyError("x") from None
     except KeyError as error:
         assert "No space left on device: '/data/part-1.parquet'" in errors.os_error_message(error)
-    far = RayTaskError("f", f"Traceback ...\nOSError: {no_space()}\n\nThe above exception ...", ValueError())
-    assert errors.os_error_message(far) == "[Errno 28] No space left on device: '/data/part-1.parquet'"
+    remote = RayTaskError("f", f"Traceback ...\nOSError: {no_space()}\n\nThe above exception ...", ValueError())
+    assert errors.os_error_message(remote) == "[Errno 28] No space left on device: '/data/part-1.parquet'"
     assert errors.os_error_message(FileNotFoundError(errno.ENOENT, "no such file")) == ""
     assert errors.os_error_message("ValueError: 28 problems") == ""
 
 
-def test_root_cause_is_the_last_exception_line():
+def test_root_cause_is_last_exception_line():
     text = "ray::f() (pid=1)\n  File x\nTimeoutError: the teacher was not up after 3 s\n"
     assert errors.root_cause(RayTaskError("f", text, ValueError())) == "TimeoutError: the teacher was not up after 3 s"
     assert errors.is_cluster_error(RayTaskError("f", text, ValueError()).as_instanceof_cause())
@@ -50,7 +49,7 @@ def test_root_cause_is_the_last_exception_line():
         ),
         (StageError("students: 3 of 4 rows failed"), "raykd: students: 3 of 4 rows failed."),
         (RayTaskError("f", "", StageError("3 rows failed")).as_instanceof_cause(), "raykd: 3 rows failed."),
-        # A bug, or a fault of a library.
+        # A bug, or an error of a library.
         (ValueError("zip() argument 2 is shorter than argument 1"), "raykd: unexpected error: ValueError: zip() arg"),
         (RuntimeError("CUDA error\nsecond line"), "raykd: unexpected error: RuntimeError: CUDA error\\nsecond line."),
         (ZeroDivisionError("division by zero"), "raykd: unexpected error: ZeroDivisionError: division by zero."),
@@ -64,10 +63,10 @@ def test_failure_is_one_line_with_a_traceback_in_the_log(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(run, "run_experiment", fail)
     assert cli.main(["run", str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path}"]) == 1
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     log = tmp_path / "experiments" / "quickstart" / "driver.log"
-    assert line in said and str(log) in said and "re-run to resume" in said
-    assert said.count("\n") == 1
+    assert line in message and str(log) in message and "re-run to resume" in message
+    assert message.count("\n") == 1
     assert "Traceback" in log.read_text() or "ray::f" in log.read_text()
 
 
@@ -98,7 +97,7 @@ KeyError: 'rows'
         (ValueError("a: b"), None, ""),
         (RayTaskError("f", "", UserError("a: b")).as_instanceof_cause(), UserError, "a: b"),
         (RayTaskError("f", "", ValueError("a: b")).as_instanceof_cause(), None, ""),
-        # The exception itself is lost: Ray has its traceback only.
+        # Ray has only the traceback of the exception.
         (RayTaskError("f", IN_A_UDF, RuntimeError()), UserError, "strategy 'a': no rows"),
         (
             RayTaskError("f", IN_A_UDF.replace("UserError", "StageError"), KeyError()),
@@ -131,7 +130,7 @@ def test_user_error_of_another_process_is_one_line_with_status_2(tmp_path: Path,
     monkeypatch.setattr(run, "run_experiment", fail)
     assert cli.main(["run", str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path / 'new'}"]) == 2
     assert capsys.readouterr().err == "raykd: strategy 'a': no rows\n"
-    assert not (tmp_path / "new").exists(), "what was refused left nothing"
+    assert not (tmp_path / "new").exists(), "a refused run wrote files"
 
 
 def test_bug_without_a_folder_shows_its_traceback(monkeypatch, capsys):
@@ -140,22 +139,16 @@ def test_bug_without_a_folder_shows_its_traceback(monkeypatch, capsys):
 
     monkeypatch.setattr(cli, "_preview", fail)
     assert cli.main(["plan", str(ROOT / "configs/quickstart.yaml")]) == 1
-    said = capsys.readouterr().err
-    assert "Traceback" in said and said.endswith(
+    message = capsys.readouterr().err
+    assert "Traceback" in message and message.endswith(
         "unexpected error: ValueError: zip() argument 2 is shorter than argument 1\n"
     )
 
 
-def test_library_error_about_input_names_the_place():
+def test_library_error_about_input_names_its_source():
     with pytest.raises(UserError, match=r"^teacher: no dtype$"), errors.as_user_error("teacher", ValueError):
         raise ValueError("no\ndtype")
     with pytest.raises(UserError, match=r"^own: words$"), errors.as_user_error("teacher", ValueError):
         raise UserError("own: words")
     with pytest.raises(KeyError), errors.as_user_error("teacher", ValueError):
         raise KeyError("x")
-
-
-def test_refused_write_names_the_file(tmp_path: Path):
-    (tmp_path / "folder").write_text("in the way")
-    with pytest.raises(OSError, match=r"folder/file\.json"):
-        files.write_json(tmp_path / "folder" / "file.json", {})
