@@ -129,7 +129,7 @@ def test_architecture_names_every_file_of_the_layout(paths: type):
     assert [name for name in names if name not in page] == []
 
 
-def test_table_of_stages_is_what_plan_prints():
+def test_stage_table_matches_plan_output():
     page = (ROOT / "docs" / "clusters.md").read_text("utf-8")
     tables, _ = plan_tables(load_experiment(ROOT / "configs" / "quickstart.yaml"), None, Rates())
     (stages,) = [table for table in tables if str(table.title) == "Stages"]

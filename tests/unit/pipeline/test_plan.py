@@ -180,12 +180,12 @@ def test_experiment_that_does_not_fit_leaves_no_record(tmp_path: Path):
     assert (smaller.folder / "run.json").is_file()
 
 
-def test_more_workers_train_the_same_trials(tmp_path: Path):
+def test_number_of_workers_changes_no_trial_id(tmp_path: Path):
     plan = prepare(tmp_path, train={"num_workers": 2, "zero_stage": 2, "batch_size": 4})
     more = prepare(tmp_path, train={"num_workers": 4, "zero_stage": 2, "batch_size": 4, "packing": False})
     assert [trial.trial_id for trial in plan.trials] == [trial.trial_id for trial in more.trials]
     preflight.check_checkpoints(preflight.remaining_work(more, {"CPU": 8}))
-    # Two workers were interrupted: four cannot read their shards of the optimizer.
+    # A checkpoint of two workers: four workers cannot read its optimizer shards.
     (trial,) = plan.trials
     part = ExperimentPaths(plan.folder).checkpoints / trial.trial_id / "checkpoint_1"
     checkpoints.write_checksums(part, 0, num_workers=2, zero_stage=2)

@@ -112,13 +112,13 @@ def test_checkpoint_of_another_layout_is_refused(run: Path, workers: int, zero_s
     "workers, zero_stage, train",
     [
         (2, 2, {"num_workers": 2}),
-        # Without shards any number of workers can read it.
+        # Any number of workers can read a checkpoint without shards.
         (2, 0, {"num_workers": 4, "zero_stage": 0, "dtype": "float32"}),
     ],
 )
 def test_checkpoint_of_same_layout_is_accepted(run: Path, workers: int, zero_stage: int, train: dict[str, Any]):
     checkpoints.check_layout(run, Train(batch_size=8, **train))
     checkpoint(run, "checkpoint_1", workers, zero_stage)
-    # The newest one was not copied to its end.
+    # The copy of the newest checkpoint was interrupted.
     filesystem.put(run / "checkpoint_2" / "checkpoint" / "rank_0.pt", b"")
     checkpoints.check_layout(run, Train(batch_size=8, **train))
