@@ -3,7 +3,7 @@
 `map_with_actors` adds a stage to a dataset; `run_stage` adds the last one and runs them all.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -90,7 +90,7 @@ def run_stage(
     )
     stage.set_name(name)
 
-    def returned_rows() -> Iterator[dict[str, Any]]:
+    def returned_rows() -> Generator[dict[str, Any]]:
         yield from stage.iter_rows()
 
     # An exception in `on_row`, such as a signal's, holds the iterator in its traceback. Left open, the iterator would

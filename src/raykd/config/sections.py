@@ -168,8 +168,8 @@ class Prices(ConfigModel):
     currency: str = "USD"
     """Currency of the prices; it is printed with them."""
 
-    def per_hour(self, kind: Literal["cpu", "gpu"], *, is_teacher: bool = False) -> float | None:
-        """Return the price of a processor hour; None where it is not configured."""
+    def per_hour(self, kind: str, *, is_teacher: bool = False) -> float | None:
+        """Return the price of an hour of one processor, `cpu` or `gpu`; None where it is not configured."""
         if kind == "cpu":
             return self.cpu_hour
         return self.teacher_gpu_hour if is_teacher and self.teacher_gpu_hour is not None else self.gpu_hour

@@ -126,7 +126,7 @@ def _trial(folder: Path, rows: Mapping[str, Answers]) -> TrialResult:
         loss_first=finite(record.get("loss_first")),
         loss_last=finite(record.get("loss_last")),
         losses=losses,
-        values=record.get("hparams") or {},
+        hparams=record.get("hparams") or {},
         validation=record.get("validation"),
         num_workers=record.get("num_workers"),
         accelerator=record.get("accelerator") or "",
