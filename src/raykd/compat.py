@@ -193,7 +193,8 @@ def skip_shared_memory_collectives() -> None:
 def is_sharded(parameter: Any) -> bool:
     """Return whether a parameter is sharded over the workers by ZeRO stage 3.
 
-    Why: DeepSpeed marks such parameters by `ds_id` alone. DeepSpeed 0.19.3.
+    Why: DeepSpeed marks such parameters by the attribute `ds_id` alone.
+    Without it: a worker would use its own shard as the whole parameter.
     """
     return hasattr(parameter, "ds_id")
 

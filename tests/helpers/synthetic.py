@@ -65,7 +65,7 @@ class Experiment:
         self.run = {
             "name": "primes-at-small-scale",
             "raykd_version": "0.1.0",
-            "command": "raykd run configs/gsm8k/primes.yaml",
+            "commands": ["raykd run configs/gsm8k/primes.yaml"],
             "started": "2026-03-01T09:30:00+00:00",
             "versions": {"torch": "2.13.0", "ray": "2.60.0"},
             "python": "3.11.9",

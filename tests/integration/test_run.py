@@ -277,8 +277,8 @@ def test_run_record_has_versions_models_counts_and_times(plan: Plan):
     run = json.loads((plan.folder / "run.json").read_text())
     assert run["versions"]["ray"] == "2.60.0"
     assert run["models"]["student"]["revision"] == hashing.fingerprint(MODELS["raykd/demo-student"])
-    assert set(run["stages"]) == {"completions", "students", "predictions", "attention"}
-    assert set(run["processor_seconds"]) == {"teacher", "students' answers", "attention"}
+    assert set(run["stages"]) == {"generate", "train", "evaluate", "attention"}
+    assert set(run["processor_seconds"]) == {"teacher", "evaluate", "attention"}
     assert all(set(held) == {"cpu"} and held["cpu"] > 0 for held in run["processor_seconds"].values())
     made = {tuple(entry["arms"]): (entry["rows"], entry["errors"]) for entry in run["completions"]}
     assert made == {

@@ -21,7 +21,11 @@ SOURCE = Path(raykd.__file__).parent
 # Libraries whose private interfaces are checked.
 FOREIGN = ("ray", "vllm", "transformers", "deepspeed", "torch", "peft", "datasets", "optuna")
 # Names that only compat.py may contain.
-COMPAT_NAMES = {value for name, value in vars(compat).items() if name.isupper()} | {"ds_numel", "ENV_VARS_TO_PROPAGATE"}
+COMPAT_NAMES = {value for name, value in vars(compat).items() if name.isupper()} | {
+    "ds_numel",
+    "ds_id",
+    "ENV_VARS_TO_PROPAGATE",
+}
 
 
 def private_uses(file: Path) -> list[str]:
@@ -247,8 +251,11 @@ def test_deepspeed_keeps_the_size_of_a_sharded_parameter():
     import torch
     from deepspeed.runtime.zero import partition_parameters
 
-    assert "param.ds_numel = " in inspect.getsource(partition_parameters)
+    source = inspect.getsource(partition_parameters)
+    assert "param.ds_numel = " in source and "param.ds_id = " in source
     parameter: Any = torch.nn.Parameter(torch.zeros(0))
     assert compat.num_elements(parameter) == 0
-    parameter.ds_numel = 12
+    assert not compat.is_sharded(parameter)
+    parameter.ds_numel, parameter.ds_id = 12, 0
+    assert compat.is_sharded(parameter)
     assert compat.num_elements(parameter) == 12

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from raykd.config.experiment import Experiment
+from raykd.config.run_record import read_run
 from raykd.errors import UserError
 from raykd.models.builtin import resolve_model
 from raykd.pipeline import preflight, run
@@ -192,6 +193,15 @@ def test_number_of_workers_changes_no_trial_id(tmp_path: Path):
     preflight.check_checkpoints(preflight.remaining_work(plan, {"CPU": 8}))
     with pytest.raises(UserError, match="interrupted with train"):
         preflight.preflight(more, {"CPU": 8})
+
+
+def test_record_names_commands_that_did_work(tmp_path: Path):
+    plan = resolve(described(tmp_path))
+    for command, has_work in (("raykd train a", False), ("raykd run a", True), ("raykd evaluate a", False)):
+        run.start(plan, command, has_work)
+        run.start(plan, command, has_work)
+    # The first one is recorded in any case: another experiment may have done its work.
+    assert read_run(plan.folder).commands == ("raykd train a", "raykd run a")
 
 
 def test_stage_with_nothing_to_do_is_complete(tmp_path: Path):

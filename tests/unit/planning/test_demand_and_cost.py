@@ -156,8 +156,8 @@ def test_rates_are_measured_from_an_earlier_run(storage: Path, capsys: pytest.Ca
     files.write_text(storage / "experiment.yaml", dump_experiment(experiment))
     generated = {"completion_tokens": 1000, "seconds": 5.0, "rows": 12, "errors": 2}
     scored = {"source": "reference", "completion_tokens": 10**6, "seconds": 1.0, "rows": 1, "errors": 0}
-    run = {"completions": [generated, {**generated, "source": "teacher"}, scored], "stages": {"predictions": 4.0}}
-    run["processor_seconds"] = {"teacher": {"cpu": 5.0}, "students' answers": {"cpu": 4.0}}
+    run = {"completions": [generated, {**generated, "source": "teacher"}, scored], "stages": {"evaluate": 4.0}}
+    run["processor_seconds"] = {"teacher": {"cpu": 5.0}, "evaluate": {"cpu": 4.0}}
     files.write_json(storage / "run.json", run)
     for name, tokens, workers in (("a", 600, 2), ("b", 400, 1)):
         points = [{"target_tokens": tokens // 2, "seconds": 1.0, "num_workers": workers}]

@@ -176,7 +176,7 @@ def test_page_is_one_file_without_external_resources(tmp_path: Path) -> None:
 
 
 def test_external_text_is_escaped(tmp_path: Path) -> None:
-    experiment = Experiment(tmp_path, name=SCRIPT, command=f"raykd run {SCRIPT}", versions={SCRIPT: SCRIPT})
+    experiment = Experiment(tmp_path, name=SCRIPT, commands=[f"raykd run {SCRIPT}"], versions={SCRIPT: SCRIPT})
     arm = f"arm|{SCRIPT}"
     bad = {"question": f"{SCRIPT} | how many?", "completion": f"{SCRIPT}\n#### 1"}
     experiment.trial("none", 0, [prediction("none", 0, n, n % 2 == 0, True, True, **bad) for n in range(10)])

@@ -48,7 +48,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         row["reference_answer"] = hostile
     experiment.trial("confidence", 1, [], "confidence", status="failed", error=hostile)
     models = {"teacher": {"model": hostile, "revision": hostile}}
-    experiment.run |= {"command": hostile, "harness": hostile, "models": models, "name": hostile, "platform": hostile}
+    experiment.run |= {
+        "commands": [hostile],
+        "harness": hostile,
+        "models": models,
+        "name": hostile,
+        "platform": hostile,
+    }
     experiment.completions(hostile, 3, ["none"])
     experiment.write()
     with (folder / "experiment.yaml").open("a") as file:

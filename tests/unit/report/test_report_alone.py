@@ -34,7 +34,7 @@ def finished(tmp_path: Path) -> tuple[Path, Path]:
     """Write an experiment's YAML and its finished folder; its models do not exist."""
     folder = tmp_path / "storage" / "experiments" / "far"
     experiment = full_experiment(folder)
-    experiment.run["command"] = "raykd run far.yaml"
+    experiment.run["commands"] = ["raykd run far.yaml"]
     experiment.attention({"none-0": ("none", 0), "ground_truth-0": ("ground_truth", 0)})
     experiment.write()
     arms = {"none": {}, "teacher": {"prompt.strategy": "teacher"}, "ground_truth": {"prompt.strategy": "ground_truth"}}
@@ -86,7 +86,7 @@ def test_report_needs_only_the_folder(finished: tuple[Path, Path], is_folder: bo
         if file.parent != experiment_folder / "report"
         and file not in {experiment_folder / each for each in REPORT_FILES}
     ] == []
-    assert json.loads((folder / "run.json").read_text())["command"] == "raykd run far.yaml"
+    assert json.loads((folder / "run.json").read_text())["commands"] == ["raykd run far.yaml"]
     assert "    raykd run far.yaml" in (folder / "report.md").read_text()
 
 

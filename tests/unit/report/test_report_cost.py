@@ -25,11 +25,11 @@ def table(folder: Path, prices: str = "", **seconds_by_role):
 
 def test_processor_seconds_include_training(tmp_path: Path):
     found = table(tmp_path, teacher={"gpu": 7200.0}, attention={"cpu": 36.0})
-    assert found.columns == ["Stage", "Processor", "Processor-seconds (at most)", "Processor-hours (at most)"]
+    assert found.columns == ["Section", "Processor", "Processor-seconds (at most)", "Processor-hours (at most)"]
     assert found.rows == [
         ["teacher", "GPU", "7,200", "2.00"],
         ["attention", "CPU", "36", "0.01"],
-        ["training", "GPU", "14,400", "4.00"],
+        ["train", "GPU", "14,400", "4.00"],
     ]
     assert "prices.gpu_hour" in found.note
 

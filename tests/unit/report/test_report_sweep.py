@@ -65,7 +65,7 @@ def add(experiment: Experiment, arm: str, point: int, rate: float, seed: int) ->
 
 
 def test_best_point_is_selected_by_validation_metric(results: Results):
-    best = {arm.name: {trial.values["train.learning_rate"] for trial in arm.trials} for arm in results.arms[1:]}
+    best = {arm.name: {trial.hparams["train.learning_rate"] for trial in arm.trials} for arm in results.arms[1:]}
     assert best == {"none": {1e-3}, "teacher": {1e-4}}
     assert [(arm.name, arm.scores.n) for arm in results.arms] == [(BASE, 60), ("none", 120), ("teacher", 120)]
     table = best_points(results)

@@ -167,9 +167,10 @@ def test_on_policy_arm_cannot_be_stopped_early():
 
 
 def test_invalid_point_is_reported_with_its_values():
-    space = {"train.zero_stage": {"grid": [2, 0]}, "train.dtype": {"grid": ["float32", "bfloat16"]}}
+    space = {"loss.temperature": {"grid": [1, 2]}, "loss.missing_mass": {"grid": ["renormalize", "bucket"]}}
     with pytest.raises(
-        ValueError, match=r"arm 'hard' at train\.zero_stage=0, train\.dtype=.?bfloat16.?: .*zero_stage=0 with dtype"
+        ValueError,
+        match=r"arm 'hard' at loss\.temperature=2, loss\.missing_mass=.?bucket.?: .*temperature=2 with missing",
     ):
         random_variants(space)
 
