@@ -196,7 +196,7 @@ def test_number_of_workers_changes_no_trial_id(tmp_path: Path):
 
 
 def test_record_names_commands_that_did_work(tmp_path: Path):
-    plan = resolve(described(tmp_path))
+    plan = resolve(experiment_in(tmp_path))
     for command, has_work in (("raykd train a", False), ("raykd run a", True), ("raykd evaluate a", False)):
         run.start(plan, command, has_work)
         run.start(plan, command, has_work)
