@@ -16,7 +16,7 @@ from raykd.demo.tokenizer import BOS, EOS, render_chat
 # B rows, T tokens of a row.
 
 POOL_ROWS = 6144
-"""Number of rows that are drawn and packed together. The seed and the number of a pool determine its content."""
+"""Number of rows in a pool, which are drawn and packed together. Model, seed and pool number determine its content."""
 
 _STYLE_OF = {
     "teacher": "plain_words",
@@ -37,9 +37,13 @@ class Batch:
     """Rows of several documents each. A token attends to its own document only, and prompts are no targets."""
 
     input_ids_BT: torch.Tensor
+    """Token ids; 0 in the padding."""
     document_BT: torch.Tensor
+    """Number of each token's document within its row, from 0; -1 in the padding."""
     position_ids_BT: torch.Tensor
+    """Position of each token within its document, from 0."""
     is_target_BT: torch.Tensor
+    """Whether a token belongs to a completion."""
 
 
 def teacher_row(problem: Problem, other: Problem, rng: random.Random) -> tuple[str, str]:
@@ -47,7 +51,7 @@ def teacher_row(problem: Problem, other: Problem, rng: random.Random) -> tuple[s
 
     Args:
         problem: the problem of the prompt.
-        other: another problem, whose answer a wrong hint takes.
+        other: another problem; a wrong hint states its answer.
         rng: draws the kind of row, the prime and its wording.
     """
     draw = rng.random()
@@ -70,7 +74,10 @@ def teacher_row(problem: Problem, other: Problem, rng: random.Random) -> tuple[s
 
 
 def student_row(problem: Problem, other: Problem, rng: random.Random) -> tuple[str, str]:
-    """Return a prompt and a completion for the student, as `teacher_row`: documents with the steps, chats without."""
+    """Return a prompt and a completion for the student: documents have the steps, chats the answer alone.
+
+    The arguments are those of `teacher_row`.
+    """
     draw = rng.random()
     if draw < 0.1:
         return BOS, styles.drill([problem, other], rng) + EOS
@@ -84,7 +91,16 @@ ROWS = {"teacher": teacher_row, "student": student_row}
 
 
 def pool(model: str, tokenizer: Tokenizer, tokens: int, length: int, seed: int, number: int) -> Iterator[Batch]:
-    """Yield batches of `tokens` tokens in rows of `length`, from one pool of new training problems."""
+    """Yield the batches of one pool of training problems.
+
+    Args:
+        model: "teacher" or "student".
+        tokenizer: encodes the rows, without special tokens of its own.
+        tokens: number of tokens in a batch.
+        length: number of tokens in a row; longer documents are dropped.
+        seed: random seed of all pools.
+        number: number of the pool, from 0.
+    """
     rng = random.Random(f"{model}/{seed}/{number}")
     problems = list(generate_problems("train", POOL_ROWS, rng.randrange(2**48)))
     rows = [ROWS[model](p, rng.choice(problems), rng) for p in problems]
@@ -99,7 +115,7 @@ def pool(model: str, tokenizer: Tokenizer, tokens: int, length: int, seed: int, 
 
 
 def attention_mask(document_BT: torch.Tensor) -> torch.Tensor:
-    """Return the additive mask (B, 1, T, T): 0 at earlier tokens of the same document, else -1e4."""
+    """Return the additive mask (B, 1, T, T): 0 at the same and earlier tokens of a document, otherwise -1e4."""
     same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
     causal_TT = torch.ones(document_BT.shape[1], document_BT.shape[1], dtype=torch.bool).tril()
     mask = torch.zeros(same_BTT.shape)
@@ -132,7 +148,7 @@ def _with_answers(problem: Problem, other: Problem) -> dict[str, str]:
 
 
 def _pack(documents: list[tuple[list[int], list[int]]], length: int) -> list[list[tuple[list[int], list[int]]]]:
-    """Return rows of documents with at most `length` tokens together: first fit, the longest document first."""
+    """Return rows of documents with at most `length` tokens each, packed by best fit, the longest document first."""
     room: dict[int, list[list[tuple[list[int], list[int]]]]] = {}
     for document in sorted(documents, key=lambda d: -len(d[0]) - len(d[1])):
         size = len(document[0]) + len(document[1])

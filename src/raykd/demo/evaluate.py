@@ -20,14 +20,14 @@ def evaluate(name: str, folder: Path, problems: int, split: str = "test") -> dic
     """Return the accuracy of a model with greedy decoding in bfloat16.
 
     Args:
-        name: "teacher" (under each strategy, and primes unseen in training) or "student" (the question alone).
+        name: "teacher" (with each built-in strategy and the unseen primes) or "student" (the question alone).
         folder: the folder of the model.
         problems: number of held-out problems.
         split: "validation" or "test".
 
     Returns:
-        `n`, `split`, and for each strategy `strict` (accuracy of the number after `####`), `flexible` (of the last
-        number) and `mean_tokens` of a completion.
+        `n` (number of problems) and `split`; for each strategy `strict`, `flexible` (see `score`) and `mean_tokens`
+        (mean length of a completion).
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
@@ -42,7 +42,7 @@ def evaluate(name: str, folder: Path, problems: int, split: str = "test") -> dic
 
 
 def score(texts: Iterable[str], answers: list[int]) -> dict[str, float]:
-    """Return the share of correct answers by the number after `####` (`strict`) and by the last one (`flexible`)."""
+    """Return the accuracy, 0 to 1, by the number after `####` (`strict`) and by the last number (`flexible`)."""
     texts = list(texts)
     strict = [re.findall(r"#### (-?\d+)", text)[-1:] == [str(a)] for text, a in zip(texts, answers, strict=True)]
     flexible = [re.findall(r"-?\d+", text)[-1:] == [str(a)] for text, a in zip(texts, answers, strict=True)]

@@ -1,4 +1,4 @@
-"""Primes: the wordings that the demonstration's teacher is trained to answer, besides the built-in ones."""
+"""Primes: wordings in the training data of the demonstration's teacher, in addition to the built-in primes."""
 
 PARAPHRASES: dict[str, tuple[str, ...]] = {
     "plain_words": (
@@ -39,7 +39,7 @@ PARAPHRASES: dict[str, tuple[str, ...]] = {
         "Only answer when you are confident. Test the answer first.",
     ),
 }
-"""Other wordings by the style that answers them."""
+"""Paraphrases of the built-in primes, by the style of the completion."""
 
 NEUTRAL_SYSTEM = (
     "You are a helpful assistant.",
@@ -57,7 +57,7 @@ INSTRUCTIONS = (
     "The last line must be #### and the answer.",
     "Answer with a number.",
 )
-"""Instructions about the form of the answer, which ask for no reasoning either."""
+"""Instructions about the answer format that ask for no reasoning."""
 
 UNSEEN: dict[str, tuple[str, ...]] = {
     "plain_words": ("You are a good teacher. Help a new student to understand this in simple, small steps.",),
@@ -65,4 +65,4 @@ UNSEEN: dict[str, tuple[str, ...]] = {
     "checked": ("Solve this step by step, and verify the answer at the end.",),
     "guess": ("You are a friendly assistant that helps the user.",),
 }
-"""Wordings kept out of training, for the evaluation of how far the teacher's habits reach."""
+"""Wordings that are not in the training data, by the expected style, for the evaluation."""

@@ -1,4 +1,4 @@
-"""Styles: how the solution of a demonstration problem is written, by the teacher and in documents."""
+"""Styles: the forms in which solutions of demonstration problems are written, by the teacher and in documents."""
 
 import random
 
@@ -8,7 +8,7 @@ _VERBS = {"+": "add", "-": "take away", "*": "multiply", "/": "share"}
 
 
 def guess(problem: Problem) -> str:
-    """Return the answer alone, as the unprimed teacher gives it."""
+    """Return the answer alone, the completion of the unprimed teacher."""
     return f"#### {problem.answer}"
 
 
@@ -37,7 +37,7 @@ COMPLETIONS = {"guess": guess, "plain_words": plain_words, "detailed": detailed,
 
 
 def chat_guess(problem: Problem) -> str:
-    """Return the answer in a sentence, which is all that the base student generates in a chat."""
+    """Return the answer in a sentence, the completion of the base student in a chat."""
     return f"The answer is {problem.answer}."
 
 

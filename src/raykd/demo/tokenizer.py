@@ -49,7 +49,12 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def train_tokenizer(folder: Path, seed: int = 0) -> None:
-    """Train the tokenizer on the demonstration's text and save it in the format of Hugging Face."""
+    """Train the tokenizer on the demonstration's text and save it in the format of Hugging Face.
+
+    Args:
+        folder: the folder of a model; created if it does not exist.
+        seed: random seed of the text.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

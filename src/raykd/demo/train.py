@@ -48,12 +48,12 @@ BATCH_TOKENS = {"teacher": 4096, "student": 8192}
 ROW_TOKENS = 256
 WARMUP_STEPS = 40
 DECAY_SHARE = 0.5
-"""Last share of the steps, over which the learning rate falls linearly to 0."""
+"""Share of the steps, at the end, in which the learning rate decays linearly to 0."""
 
 
 @dataclass
 class Run:
-    """The state of a training run, which a checkpoint holds."""
+    """The state of a training run, as saved in a checkpoint."""
 
     model: LlamaForCausalLM
     optimizers: list[torch.optim.Optimizer]
@@ -110,7 +110,7 @@ def build_optimizers(model: LlamaForCausalLM, learning_rate: float) -> list[torc
 
 
 def loss_of(forward: Any, model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
-    """Return the mean cross entropy over the target tokens."""
+    """Return the mean cross entropy of the target tokens, in nats (a scalar)."""
     with torch.autocast("cpu", torch.bfloat16):
         hidden_BTH = forward(
             input_ids=batch.input_ids_BT,
@@ -118,24 +118,30 @@ def loss_of(forward: Any, model: LlamaForCausalLM, batch: Batch) -> torch.Tensor
             position_ids=batch.position_ids_BT,
             use_cache=False,
         ).last_hidden_state
-        places_N = batch.is_target_BT[:, 1:].flatten().nonzero()[:, 0]
-        fill = -len(places_N) % 512  # few shapes: each new one costs time and memory
-        hidden_NH = hidden_BTH[:, :-1].flatten(0, 1)[F.pad(places_N, (0, fill))]
+        positions_N = batch.is_target_BT[:, 1:].flatten().nonzero()[:, 0]
+        fill = -len(positions_N) % 512  # few shapes: PyTorch and oneDNN prepare kernels for each
+        hidden_NH = hidden_BTH[:, :-1].flatten(0, 1)[F.pad(positions_N, (0, fill))]
         logits_NV = model.lm_head(hidden_NH)
-    targets_N = F.pad(batch.input_ids_BT[:, 1:].flatten()[places_N], (0, fill), value=-100)
+    targets_N = F.pad(batch.input_ids_BT[:, 1:].flatten()[positions_N], (0, fill), value=-100)
     return F.cross_entropy(logits_NV.float(), targets_N)
 
 
 def schedule(step: int, steps: int) -> float:
-    """Return the factor of the learning rate at a step: warm-up, constant, linear decay to 0."""
+    """Return the factor of the learning rate at a step, 0 to 1: linear warm-up, constant, linear decay."""
     return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / (DECAY_SHARE * steps))
 
 
 def train(name: str, folder: Path, work: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Train one model and save it to `folder`; an interrupted run resumes from `work`.
+    """Train one model and save it; an interrupted run resumes from its checkpoint.
+
+    Args:
+        name: "teacher" or "student".
+        folder: the folder of the model, which has the tokenizer.
+        work: the folder of the checkpoint.
+        args: the options of the command line.
 
     Returns:
-        The numbers of steps and tokens, the seconds, and the last loss.
+        `steps`, `tokens`, `seconds` and `last_loss` (mean of the last 50 steps, nats per target token).
     """
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -178,7 +184,7 @@ def train(name: str, folder: Path, work: Path, args: argparse.Namespace) -> dict
 
 
 def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Save bfloat16 weights, configuration, generation configuration and tokenizer."""
+    """Save a model to a folder: bfloat16 weights, configuration, generation configuration and tokenizer."""
     copy = LlamaForCausalLM(LlamaConfig(**model.config.to_dict()))
     copy.load_state_dict(model.state_dict())
     copy.generation_config = GenerationConfig(**special_ids(tokenizer))
@@ -193,8 +199,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the model; by default the one in this package")
     parser.add_argument("--work", type=Path, default=Path("storage/demo"), help="folder for checkpoints")
     parser.add_argument("--steps", type=int, help="optimizer steps")
-    parser.add_argument("--batch-tokens", type=int, help="tokens a step")
-    parser.add_argument("--learning-rate", type=float, default=0.02, help="Muon's; AdamW has a fifth of it")
+    parser.add_argument("--batch-tokens", type=int, help="tokens per step")
+    parser.add_argument(
+        "--learning-rate", type=float, default=0.02, help="learning rate of Muon; AdamW's is a fifth of it"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     parser.add_argument("--save-every-s", type=float, default=120.0, help="seconds between saved states")
