@@ -1,3 +1,3 @@
-"""raykd: distil large language models on Ray, and measure what the prompt given to the teacher was worth."""
+"""raykd: distill large language models on Ray, and measure what the prompt given to the teacher was worth."""
 
 __version__ = "0.2.0"

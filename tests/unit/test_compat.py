@@ -184,7 +184,7 @@ def test_draw_points_is_seeded_and_covers_grids():
     assert first[0]["b"] == first[1]["b"], "the combinations of a grid have different draws"
 
 
-def test_ray_data_honours_the_block_buffer():
+def test_ray_data_honors_the_block_buffer():
     """Setting an unknown name would neither have an effect nor raise an error."""
     from ray.data import DataContext
     from ray.data._internal.execution.interfaces import op_runtime_metrics

@@ -4,7 +4,7 @@ P problems, F heads (layers x heads) by one statistic, R resamples, A arms.
 
 Some of many heads differ by chance. Confidence intervals are for each head by itself and resample problems. Every p is
 corrected for the number of heads by the maximum statistic (Westfall & Young 1993): it is the share of randomizations
-whose largest effect over all heads is at least as large as the observed one. All heads are randomised together, so that
+whose largest effect over all heads is at least as large as the observed one. All heads are randomized together, so that
 correlated heads are not corrected for more than once, as Bonferroni's correction would.
 """
 
@@ -112,10 +112,10 @@ class _StudentCorrelation:
 
     def __init__(self, values_PF: np.ndarray, accuracy_P: np.ndarray) -> None:
         is_defined_PF = np.isfinite(values_PF) & np.isfinite(accuracy_P)[:, None]
-        # Centred, so that sums of squares keep their digits.
-        centre_F = np.where(is_defined_PF, values_PF, 0).sum(0) / np.maximum(is_defined_PF.sum(0), 1)
+        # Centered, so that sums of squares keep their digits.
+        center_F = np.where(is_defined_PF, values_PF, 0).sum(0) / np.maximum(is_defined_PF.sum(0), 1)
         self._defined_PF = is_defined_PF.astype(np.float64)
-        self._x_PF = np.where(is_defined_PF, values_PF - centre_F, 0.0)
+        self._x_PF = np.where(is_defined_PF, values_PF - center_F, 0.0)
         self._accuracy_P = np.nan_to_num(accuracy_P)
         # A problem without an answer gets the mean, which no permutation changes.
         answered = np.isfinite(accuracy_P)
@@ -133,7 +133,7 @@ class _StudentCorrelation:
         y_RP = self._filled_P[orders_RP]
         n_F = np.maximum(self._defined_PF.sum(0), 1)
         yy_RF = y_RP**2 @ self._defined_PF - (y_RP @ self._defined_PF) ** 2 / n_F
-        # x is centred, so that the cross term with the mean of y is 0.
+        # x is centered, so that the cross term with the mean of y is 0.
         return _pearson_r(y_RP @ self._x_PF, np.broadcast_to((self._x_PF**2).sum(0), yy_RF.shape), yy_RF)
 
 
@@ -191,9 +191,9 @@ def _bootstrap_interval(
     return np.where(is_defined_F, low_F, np.nan), np.where(is_defined_F, high_F, np.nan)
 
 
-def _corrected_p(observed_F: np.ndarray, randomised_RF: np.ndarray, value_F: np.ndarray) -> np.ndarray:
+def _corrected_p(observed_F: np.ndarray, randomized_RF: np.ndarray, value_F: np.ndarray) -> np.ndarray:
     """Return the share of randomizations, the observed one included, whose largest head is at least as large."""
-    largest_R = np.nanmax(np.where(np.isfinite(randomised_RF), randomised_RF, 0.0), axis=1, initial=0.0)
+    largest_R = np.nanmax(np.where(np.isfinite(randomized_RF), randomized_RF, 0.0), axis=1, initial=0.0)
     with np.errstate(invalid="ignore"):
         p_F = (1 + (largest_R[:, None] >= observed_F * (1 - 1e-9)).sum(0)) / (1 + len(largest_R))
     return np.where(np.isfinite(value_F), p_F, np.nan)

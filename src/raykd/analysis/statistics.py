@@ -29,12 +29,12 @@ def wilson_interval(correct: float, n: int, confidence: float = 0.95) -> tuple[f
         raise ValueError(f"correct must lie between 0 and n={n}, got {correct}")
     z = NormalDist().inv_cdf(0.5 + _checked(confidence) / 2)
     share = correct / n
-    centre = share + z * z / (2 * n)
+    center = share + z * z / (2 * n)
     half_width = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     # At 0 and n the bound is exactly 0 or 1: without this, rounding could put it on the wrong side of the proportion.
-    low = 0.0 if correct == 0 else (centre - half_width) / scale
-    high = 1.0 if correct == n else (centre + half_width) / scale
+    low = 0.0 if correct == 0 else (center - half_width) / scale
+    high = 1.0 if correct == n else (center + half_width) / scale
     return low, high
 
 

@@ -80,7 +80,7 @@ class Experiment(ConfigModel):
     or the server of `MLFLOW_TRACKING_URI`. `wandb`: offline files, or the online service if `WANDB_API_KEY` is set.
     null: TensorBoard only."""
     sweep: Sweep | None = None
-    """Hyper-parameter search for every arm. null: each arm is trained as configured."""
+    """Hyperparameter search for every arm. null: each arm is trained as configured."""
 
     @model_validator(mode="after")
     def _check_arms(self) -> Self:

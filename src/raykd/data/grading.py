@@ -99,7 +99,7 @@ def states_answer_first(text: str) -> bool:
 
 
 def repeated_share(text: str, size: int = 4) -> float:
-    """Return the share of a text's word n-grams that occurred in it before, from 0 (all new) towards 1 (a loop).
+    """Return the share of a text's word n-grams that occurred in it before, from 0 (all new) toward 1 (a loop).
 
     This is seq-rep-n of Welleck et al. 2019 (arXiv 1908.04319).
 

@@ -236,13 +236,13 @@ def _heads(attention: AttentionResults) -> list[Figure]:
 
 
 def _arm_colors(results: Results) -> dict[str, str]:
-    """Return the colour class of each arm, for figures in which every arm has its own colour."""
+    """Return the color class of each arm, for figures in which every arm has its own color."""
     names = [arm.name for arm in results.arms if arm.name != BASE]
     return {BASE: "base"} | {name: f"c{number % _NUM_COLORS}" for number, name in enumerate(names)}
 
 
 def _color(kind: str) -> str:
-    """Return the colour class of a kind of arm."""
+    """Return the color class of a kind of arm."""
     return kind if kind in _KINDS else "other"
 
 

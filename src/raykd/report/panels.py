@@ -14,7 +14,7 @@ from raykd.report.svg import LINE_CHARACTERS, LINE_PX, join, svg_text, viewport,
 CURVE_PX = 92
 """Height of a panel of curves."""
 _MAX_POINTS = 240  # A curve with more points looks the same and makes the file larger.
-_HEAD_LEVELS = 5  # Steps of a heat map's colour scale on each side of 0.
+_HEAD_LEVELS = 5  # Steps of a heat map's color scale on each side of 0.
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def curves_panel(
 
     Args:
         title: of the panel.
-        curves: the colour class and the points of each; values that are not finite are left out.
+        curves: the color class and the points of each; values that are not finite are left out.
         scale: the values at the bottom and at the top.
         above: the text above the plot.
         below: the texts below its left and right ends.
@@ -107,7 +107,7 @@ def heat_map(effect: Effect, largest: float, shape: tuple[int, int], height: int
 
     Args:
         effect: of L x H heads, layer by layer.
-        largest: the largest absolute value of the colour scale.
+        largest: the largest absolute value of the color scale.
         shape: L and H.
         height: in pixels.
     """
@@ -130,7 +130,7 @@ def heat_map(effect: Effect, largest: float, shape: tuple[int, int], height: int
 
 
 def heat_scale(largest: float) -> tuple[Markup, int]:
-    """Draw the colour scale of heat maps, and return it with its height in pixels."""
+    """Draw the color scale of heat maps, and return it with its height in pixels."""
     num_levels = 2 * _HEAD_LEVELS + 1
     cells = [Markup('<path class="h{}" d="M{} .5h1"/>').format(level, level) for level in range(num_levels)]
     scale = Markup(

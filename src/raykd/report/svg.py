@@ -1,7 +1,7 @@
 """Report SVG: figures as SVG elements, inline in the HTML page and as files for the Markdown report.
 
 Horizontal positions are percentages of the width and vertical positions are pixels, so that a figure fits narrow and
-wide screens without scaling its text. Colours are classes of `templates/style.j2`.
+wide screens without scaling its text. Colors are classes of `templates/style.j2`.
 """
 
 import textwrap
@@ -66,7 +66,7 @@ class Key:
     """`dot`, `ring`, `diamond`, `line` or `dashed`."""
     text: str
     color: str = ""
-    """A colour class; empty for a symbol whose colour varies."""
+    """A color class; empty for a symbol whose color varies."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class BuildTeacherPrompts:
         self._completion_sets, self._instruction, self._done = completion_sets, instruction, done
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        # Ordered by strategy: neighbours share a prime, whose attention keys the engine then computes once.
+        # Ordered by strategy: neighbors share a prime, whose attention keys the engine then computes once.
         rows = [
             question_row(self._tokenizer, problem, completion_set, self._instruction, sample_index)
             for completion_set in self._completion_sets

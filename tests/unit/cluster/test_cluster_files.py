@@ -214,7 +214,7 @@ def test_bucket_permissions_can_be_uncommented(name: str):
         assert (provider["msi_name"], provider["msi_resource_group"]) == ("raykd-nodes", provider["resource_group"])
 
 
-def test_network_policy_lets_labelled_namespaces_read_metrics():
+def test_network_policy_lets_labeled_namespaces_read_metrics():
     (policy,) = [each for each in manifests("shared") if each["kind"] == "NetworkPolicy"]
     inside, metrics = policy["spec"]["ingress"]
     assert "ports" not in inside

@@ -41,7 +41,7 @@ def test_limit_shortens_the_list(tmp_path: Path):
     assert compare(f"{folder}:none", f"{folder}:primed", limit=None).count("answers problem-") == 60
 
 
-def test_same_arm_of_two_experiments_is_labelled_by_folder(tmp_path: Path):
+def test_same_arm_of_two_experiments_is_labeled_by_folder(tmp_path: Path):
     first = experiment(tmp_path / "a", {"none": [True, False]})
     second = experiment(tmp_path / "b", {"none": [True, True]})
     text = compare(str(first), str(second))

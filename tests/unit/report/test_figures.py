@@ -81,7 +81,7 @@ def test_heat_map_shows_sign_size_and_significance():
     }
 
 
-def test_heat_map_merges_equal_neighbours():
+def test_heat_map_merges_equal_neighbors():
     value = np.ones(8)
     effect = Effect(value, value, value, p=np.zeros(8))
     assert re.findall(' d="([^"]*)"', heat_map(effect, 1.0, (2, 4), 100)) == ["M0 0.5h4M0 1.5h4"]
