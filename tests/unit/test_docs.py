@@ -24,7 +24,7 @@ PAGES = sorted(
 )
 MODELS = {"teacher": {"model": "a"}, "student": {"model": "b"}}
 FENCE = re.compile(r"^[ ]*```(\w*)\n(.*?)^[ ]*```", re.DOTALL | re.MULTILINE)
-COMMAND = re.compile(r"(?:\s*(?:\S*/)?raykd|.*python (?:\S*/)?rayjobs/run\.py) ([a-z-].*)$")
+COMMAND = re.compile(r"(?:\s*(?:\S*/)?raykd|.* -- raykd) ([a-z-].*)$")
 
 
 def name_of(page: Path) -> str:
@@ -127,6 +127,18 @@ def test_architecture_names_every_file_of_the_layout(paths: type):
     names = re.findall(r"[\w*-]+\.(?:parquet|json|jsonl|yaml|log|lock|csv|md|html|db)|\b\w+/", tree)
     assert len(names) > 3
     assert [name for name in names if name not in page] == []
+
+
+@pytest.mark.parametrize(
+    "layout", [paths.ExperimentPaths, paths.TrialPaths, paths.RoundPaths], ids=lambda each: each.__name__
+)
+def test_architecture_names_every_path(layout: type):
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    (tree,) = [block for _, block in FENCE.findall(page) if block.startswith("<storage>/")]
+    properties = [name for name, value in vars(layout).items() if isinstance(value, property)]
+    names = {getattr(layout(Path("folder")), name).name for name in properties}
+    assert len(names) >= 3
+    assert [name for name in names if not re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", tree)] == []
 
 
 def test_stage_table_matches_plan_output():
