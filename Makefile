@@ -37,7 +37,7 @@ install-gpu: ## make .venv with the pinned CUDA stack, on a machine with NVIDIA 
 
 quickstart: install ## run the whole experiment on this machine's CPU, with the built-in problems and models
 	$(BIN)/raykd run configs/quickstart.yaml
-	@echo "on a cluster: ray job submit --working-dir . -- python rayjobs/run.py run configs/quickstart.yaml storage=SHARED_FOLDER"
+	@echo "on a cluster: ray job submit --working-dir . -- raykd run quickstart storage=SHARED_FOLDER"
 
 check: install ## lint, format and types
 	$(BIN)/ruff check .
