@@ -24,7 +24,7 @@ PAGES = sorted(
 )
 MODELS = {"teacher": {"model": "a"}, "student": {"model": "b"}}
 FENCE = re.compile(r"^[ ]*```(\w*)\n(.*?)^[ ]*```", re.DOTALL | re.MULTILINE)
-COMMAND = re.compile(r"(?:\s*(?:\S*/)?raykd|.* -- raykd) ([a-z-].*)$")
+COMMAND = re.compile(r"(?:\s*(?:\S*/)?raykd|.* -- raykd|.*python (?:\S*/)?rayjobs/run\.py) ([a-z-].*)$")
 
 
 def name_of(page: Path) -> str:
