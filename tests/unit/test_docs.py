@@ -117,19 +117,6 @@ def test_configuration_sections_have_anchors():
 
 
 @pytest.mark.parametrize(
-    "paths",
-    [paths.StoragePaths, paths.ExperimentPaths, paths.TrialPaths, paths.RoundPaths],
-    ids=lambda each: each.__name__,
-)
-def test_architecture_names_every_file_of_the_layout(paths: type):
-    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
-    _, tree, _ = (paths.__doc__ or "").split("```")
-    names = re.findall(r"[\w*-]+\.(?:parquet|json|jsonl|yaml|log|lock|csv|md|html|db)|\b\w+/", tree)
-    assert len(names) > 3
-    assert [name for name in names if name not in page] == []
-
-
-@pytest.mark.parametrize(
     "layout", [paths.ExperimentPaths, paths.TrialPaths, paths.RoundPaths], ids=lambda each: each.__name__
 )
 def test_architecture_names_every_path(layout: type):

@@ -74,19 +74,12 @@ def preflight(plan: Plan, resources: Mapping[str, float], stages: Sequence[str] 
     Raises:
         UserError: if something does not fit; the message names the remedy.
     """
-    work = remaining_work(plan, resources, stages)
+    work = _remaining_work(plan, resources, stages)
     for check in CHECKS:
         check(work)
 
 
-def remaining_work(plan: Plan, resources: Mapping[str, float], stages: Sequence[str] = STAGES) -> RemainingWork:
-    """Return what stages still have to do.
-
-    Args:
-        plan: the resolved experiment.
-        resources: the cluster's resources, by Ray's names.
-        stages: of `STAGES`.
-    """
+def _remaining_work(plan: Plan, resources: Mapping[str, float], stages: Sequence[str]) -> RemainingWork:
     pending = plan.pending_trials() if "train" in stages else []
     return RemainingWork(
         plan=plan,

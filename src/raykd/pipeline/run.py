@@ -50,7 +50,7 @@ def run_experiment(experiment: Experiment, command: str, retry_failed: bool = Fa
             if plan.pending_search:
                 # The search has chosen its points: the plan now knows all trials.
                 plan = resolve(experiment, retry_failed)
-                start(plan, command, has_work=True)
+                start(plan, command)
             make_predictions(plan, resources)
             measure_attention(plan, resources)
     record_results(plan)
@@ -77,16 +77,15 @@ def check_and_start(plan: Plan, command: str, resources: dict[str, float], stage
     _write_record(plan, command, has_work=True)
 
 
-def start(plan: Plan, command: str, has_work: bool = False) -> None:
+def start(plan: Plan, command: str) -> None:
     """Write the problems, the configuration and the run record, before any other work.
 
     Args:
         plan: the resolved experiment.
-        command: the command line, for the report.
-        has_work: whether the command has something left to do.
+        command: the command line, for the report; only recorded if it is the first.
     """
     datasets.write_splits(plan.experiment.dataset, plan.root)
-    _write_record(plan, command, has_work)
+    _write_record(plan, command, has_work=False)
 
 
 def _write_record(plan: Plan, command: str, has_work: bool) -> None:

@@ -185,21 +185,22 @@ def test_number_of_workers_changes_no_trial_id(tmp_path: Path):
     plan = prepare(tmp_path, train={"num_workers": 2, "zero_stage": 2, "batch_size": 4})
     more = prepare(tmp_path, train={"num_workers": 4, "zero_stage": 2, "batch_size": 4, "packing": False})
     assert [trial.trial_id for trial in plan.trials] == [trial.trial_id for trial in more.trials]
-    preflight.check_checkpoints(preflight.remaining_work(more, {"CPU": 8}))
+    preflight.preflight(more, {"CPU": 8}, ["train"])
     # A checkpoint of two workers: four workers cannot read its optimizer shards.
     (trial,) = plan.trials
     part = ExperimentPaths(plan.folder).checkpoints / trial.trial_id / "checkpoint_1"
     checkpoints.write_checksums(part, 0, num_workers=2, zero_stage=2)
-    preflight.check_checkpoints(preflight.remaining_work(plan, {"CPU": 8}))
+    preflight.preflight(plan, {"CPU": 8}, ["train"])
     with pytest.raises(UserError, match="interrupted with train"):
         preflight.preflight(more, {"CPU": 8})
 
 
 def test_record_names_commands_that_did_work(tmp_path: Path):
     plan = resolve(experiment_in(tmp_path))
-    for command, has_work in (("raykd train a", False), ("raykd run a", True), ("raykd evaluate a", False)):
-        run.start(plan, command, has_work)
-        run.start(plan, command, has_work)
+    for _ in range(2):
+        run.start(plan, "raykd train a")
+        run.check_and_start(plan, "raykd run a", {"CPU": 4}, ["train"])
+        run.start(plan, "raykd evaluate a")
     # The first one is recorded in any case: another experiment may have done its work.
     assert read_run(plan.folder).commands == ("raykd train a", "raykd run a")
 
