@@ -12,9 +12,9 @@ from pydantic import create_model
 
 from raykd import identity
 from raykd.config.base import ConfigModel, is_runtime_only
-from raykd.config.errors import parse_yaml
 from raykd.config.experiment import ARM_SECTIONS, Arm, Experiment, affects_teacher
 from raykd.config.overrides import set_path
+from raykd.config.parsing import parse_yaml
 from raykd.config.sections import Dataset
 from raykd.storage import hashing
 

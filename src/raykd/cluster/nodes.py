@@ -9,7 +9,8 @@ from typing import Any
 
 from raykd.cluster.gpus import GPUS, Gpu
 from raykd.compat import ACCELERATOR_TYPE_PREFIX
-from raykd.config.errors import did_you_mean, one_line, parse_yaml
+from raykd.config.errors import did_you_mean, one_line
+from raykd.config.parsing import parse_yaml
 from raykd.errors import UserError
 
 Bundle = Mapping[str, float]
@@ -99,7 +100,7 @@ def read_cluster_file(file: Path) -> ClusterSpec:
         tree = parse_yaml(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(one_line(f"{file}: not a `ray up` file: {error}")) from None
     types = tree.get("available_node_types") if isinstance(tree, dict) else None
     if not isinstance(types, dict) or not types:

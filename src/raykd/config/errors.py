@@ -4,7 +4,6 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from raykd.errors import UserError
@@ -29,7 +28,7 @@ def format_validation_error(error: ValidationError, model: type[BaseModel]) -> s
         elif problem["type"] == "missing":
             message = "is missing"
         elif problem["type"] != "value_error":
-            message = f"{message}, not {problem['input']!r}"
+            message = f"{message}, not {shorten(repr(problem['input']))}"
         lines.append(f"{place}: {message}" if place else message)
     return one_line("; ".join(lines))
 
@@ -51,17 +50,9 @@ def validated(model: type[Model], tree: Any, where: str) -> Model:
         raise UserError(f"{where}: {format_validation_error(error, model)}") from None
 
 
-def parse_yaml(text: str) -> Any:
-    """Return the parsed YAML of a text.
-
-    Raises:
-        UserError: if the text is not valid YAML. PyYAML raises various exceptions, such as a ValueError for an
-            impossible date or a number with too many digits.
-    """
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
-        raise UserError(f"not YAML: {' '.join(str(error).split())}") from None
+def shorten(text: str) -> str:
+    """Return a text with at most 100 characters, for a message."""
+    return text if len(text) <= 100 else f"{text[:80]}… ({len(text):,} characters)"
 
 
 def one_line(text: str) -> str:

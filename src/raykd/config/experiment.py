@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from raykd.config.base import NAME_PATTERN, RUNTIME_ONLY, ConfigModel, is_runtime_only
+from raykd.config.base import EXPAND_HOME, NAME_PATTERN, RUNTIME_ONLY, ConfigModel, is_runtime_only
 from raykd.config.errors import did_you_mean, format_validation_error
 from raykd.config.overrides import all_paths, flatten, format_hparams, set_path
 from raykd.config.search_space import Axis
@@ -39,6 +39,7 @@ TEACHER_FIELDS = (
     "targets.kind",
     "targets.top_k",
 )
+MAX_TEACHER_VALUES = 100
 
 
 class Experiment(ConfigModel):
@@ -46,7 +47,7 @@ class Experiment(ConfigModel):
 
     name: str = Field(pattern=NAME_PATTERN)
     """Name of the experiment and of its folder in `storage`/experiments. Letters, digits, '.', '_' and '-'."""
-    storage: Annotated[str, RUNTIME_ONLY] = "storage"
+    storage: Annotated[str, EXPAND_HOME, RUNTIME_ONLY] = "storage"
     """Folder that all nodes of the cluster share, or a bucket: s3://, gs:// or abfs://BUCKET/PREFIX. Set credentials,
     and the address of an S3-compatible server, in the environment of the nodes."""
     dataset: Dataset = Dataset(num_train=1000, num_test=300)
@@ -92,7 +93,7 @@ class Experiment(ConfigModel):
         if not all(0 <= seed < 2**32 for seed in self.seeds):
             raise UserError(f"seeds should be between 0 and 2**32 - 1, not {list(self.seeds)}")
         for name in self.arms:
-            if not re.match(NAME_PATTERN, name) or name == BASE:
+            if not re.fullmatch(NAME_PATTERN, name) or name == BASE:
                 raise UserError(
                     f"arms: name {name!r} is not valid: use letters, digits, '.', '_' and '-' only, and not {BASE!r}, "
                     "the name of the student without an adapter"
@@ -142,10 +143,12 @@ class Experiment(ConfigModel):
             )
         if is_runtime_only(Train, path.removeprefix("train.")):
             raise UserError(f"{place}: does not change results and cannot be searched: set it for all arms")
-        if self.sweep and self.sweep.search == "optuna" and affects_teacher(path) and not axis.values:
+        has_few_values = 1 <= len(axis.values) <= MAX_TEACHER_VALUES
+        if self.sweep and self.sweep.search == "optuna" and affects_teacher(path) and not has_few_values:
             raise UserError(
-                f"{place}: search=optuna needs a list of values for this field, because the teacher's completions are "
-                "generated before the first trial: use choice, or set sweep.search=random"
+                f"{place}: search=optuna needs a list of at most {MAX_TEACHER_VALUES} values for this field, because "
+                "the teacher's completions with each of them are generated before the first trial: use choice, or set "
+                "sweep.search=random"
             )
         if any(("targets.source", "student") in flatten({path: value}, "") for value in axis.extremes):
             raise UserError(f"{place}: targets.source=student cannot be searched: define an arm with it")
@@ -209,7 +212,11 @@ class Experiment(ConfigModel):
             UserError: if a value or a combination is not valid.
         """
         whose = f"arm {name!r}" + (f" at {format_hparams(point)}" if point else "")
+        seen: set[str] = set()
         for path, _ in flatten(self.arms[name], ""):
+            if path in seen:
+                raise UserError(f"{whose}: {path} occurs twice, as a dotted path and in a section: remove one")
+            seen.add(path)
             if not _may_vary_by_arm(path):
                 raise UserError(
                     f"arm {name!r} overrides {path!r}, but arms share problems, models and evaluation: override only "

@@ -7,9 +7,10 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from raykd.config.errors import format_validation_error, one_line, parse_yaml
+from raykd.config.errors import format_validation_error, one_line, shorten
 from raykd.config.experiment import Experiment
 from raykd.config.overrides import set_path
+from raykd.config.parsing import parse_yaml
 from raykd.errors import UserError
 
 
@@ -34,18 +35,16 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
         raise UserError(one_line(f"{path}: cannot be read: {error.strerror or error}")) from None
     except ValueError as error:
         raise UserError(one_line(f"{path}: {error}")) from None
-    except RecursionError:
-        raise UserError(f"{path}: the YAML is nested too deeply") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: should be a mapping of keys, not {type(tree).__name__}")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise UserError(f"override {override!r}: write key.path=value")
+            raise UserError(f"override {shorten(override)!r}: write key.path=value")
         try:
-            parsed = parse_yaml(value)
-        except (UserError, RecursionError):
-            raise UserError(f"override {override!r}: the value is not YAML") from None
+            parsed = parse_yaml(value, allow_comments=False)
+        except UserError as error:
+            raise UserError(one_line(f"override {shorten(override)!r}: {error}")) from None
         set_path(tree, key, parsed)
     try:
         return Experiment.model_validate(tree)

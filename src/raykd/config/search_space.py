@@ -1,7 +1,7 @@
 """Search space: the values that a sweep may choose for one field."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from pydantic import model_validator
@@ -52,9 +52,9 @@ class Axis(ConfigModel):
         return self.grid or self.choice
 
     @property
-    def values(self) -> tuple[Any, ...]:
+    def values(self) -> Sequence[Any]:
         """All values of a finite axis; empty for a range of floats."""
-        return tuple(range(*self.randint)) if self.randint else self.grid or self.choice
+        return range(*self.randint) if self.randint else self.grid or self.choice
 
 
 def hparams_key(values: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from raykd.config.base import RUNTIME_ONLY, ConfigModel
+from raykd.config.base import EXPAND_HOME, RUNTIME_ONLY, ConfigModel
 from raykd.config.engine import Endpoint, Engine, Replicas, Sampling, check_accelerator, check_num_samples
 from raykd.config.search_space import Axis
 from raykd.errors import UserError
@@ -18,10 +18,10 @@ class Dataset(ConfigModel):
     source: Literal["demo", "gsm8k", "jsonl"] = "demo"
     """Source of the problems. `demo`: generated arithmetic problems. `gsm8k`: `openai/gsm8k` from the Hugging Face Hub.
     `jsonl`: your own files in the format of GSM8K."""
-    train_file: str | None = None
+    train_file: Annotated[str | None, EXPAND_HOME] = None
     """JSON Lines file of the training problems, with the keys `question` and `answer`. The answer ends with a line
     `#### NUMBER`. Only for `source: jsonl`; otherwise null."""
-    test_file: str | None = None
+    test_file: Annotated[str | None, EXPAND_HOME] = None
     """JSON Lines file of the test problems, in the same format. Only for `source: jsonl`; otherwise null."""
     revision: str = "main"
     """Branch, tag or commit of the dataset on the Hugging Face Hub. Only for `source: gsm8k`."""
@@ -51,7 +51,7 @@ class Dataset(ConfigModel):
 class Teacher(ConfigModel):
     """The teacher model: how it is served and how it samples completions."""
 
-    model: str
+    model: Annotated[str, EXPAND_HOME]
     """Local folder, name on the Hugging Face Hub, or `raykd/demo-teacher`. An API's model name with
     `endpoint.api: chat`."""
     revision: str | None = None

@@ -47,6 +47,13 @@ class Strategy(ConfigModel):
     @field_validator("text")
     @classmethod
     def _check_placeholders(cls, text: str) -> str:
+        try:
+            fields = list(Formatter().parse(text))
+        except ValueError as error:
+            raise UserError(f"{error}: write {{{{ and }}}} for plain braces") from None
+        for _, name, spec, conversion in fields:
+            if name is not None and (spec or conversion):
+                raise UserError(f"the placeholder {name!r} has a format: write {{{name}}} alone")
         if unknown := _placeholders(text) - PLACEHOLDERS:
             raise UserError(
                 f"unknown placeholder {sorted(unknown)}: use {sorted(PLACEHOLDERS)}, or {{{{ and }}}} for plain braces"
@@ -68,7 +75,7 @@ class Prompt(ConfigModel):
     @model_validator(mode="after")
     def _check_strategies(self) -> Self:
         for name, strategy in self.strategies.items():
-            if not re.match(NAME_PATTERN, name):
+            if not re.fullmatch(NAME_PATTERN, name):
                 raise UserError(f"strategies: name {name!r} is not valid: use letters, digits, '.', '_' and '-' only")
             if name == "none" and (strategy.text.strip() or strategy.exemplars):
                 raise UserError(

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from raykd.config.base import RUNTIME_ONLY, ConfigModel
+from raykd.config.base import EXPAND_HOME, RUNTIME_ONLY, ConfigModel
 from raykd.config.engine import Sampling, check_accelerator
 from raykd.errors import UserError
 
@@ -25,7 +25,7 @@ class Lora(ConfigModel):
 class Student(ConfigModel):
     """The student model and its adapter."""
 
-    model: str
+    model: Annotated[str, EXPAND_HOME]
     """Local folder, name on the Hugging Face Hub, or `raykd/demo-student`."""
     revision: str | None = None
     """Branch, tag or commit of the model on the Hugging Face Hub. null: its default branch."""

@@ -8,9 +8,10 @@ from typing import Any
 from raykd.analysis.attention_results import AttentionResults, read_attention
 from raykd.analysis.comparison import BASELINE, Answers, Baseline, Comparison, Setting, baselines, compare_arms
 from raykd.analysis.scores import Row, Scores, compute_scores
-from raykd.config.errors import parse_yaml, validated
+from raykd.config.errors import validated
 from raykd.config.experiment import BASE
 from raykd.config.overrides import format_hparams
+from raykd.config.parsing import parse_yaml
 from raykd.config.run_record import RunRecord, read_run
 from raykd.config.search_space import hparams_key
 from raykd.config.sections import Evaluate

@@ -55,6 +55,9 @@ def check_uri(storage: str) -> None:
     if "\0" in storage:
         raise UserError(f"storage {storage!r}: has a NUL character, which no path can have")
     if "://" not in storage:
+        scheme = storage.partition(":/")[0]
+        if scheme != storage and scheme in STORES:
+            raise UserError(f"storage {storage!r}: write {scheme}://BUCKET/PREFIX, with two slashes")
         return
     scheme = storage.partition("://")[0]
     known = ", ".join(f"{name}://" for name in STORES)

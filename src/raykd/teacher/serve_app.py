@@ -12,8 +12,8 @@ from pydantic import field_validator
 from raykd.cluster import resources
 from raykd.cluster.capacity import capacity
 from raykd.config.base import ConfigModel
-from raykd.config.errors import parse_yaml
 from raykd.config.loading import load_experiment
+from raykd.config.parsing import parse_yaml
 from raykd.config.sections import Teacher
 from raykd.teacher.server import llm_config
 

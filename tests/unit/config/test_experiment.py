@@ -77,11 +77,28 @@ def test_shipped_configurations_load_and_round_trip(file: Path, tmp_path: Path):
         (SMALLEST, ["teacher.num_samples=4"], ["num_samples=4", "temperature above 0"]),
         (SMALLEST, ["teacher.replicas={min: 3, max: 2}"], ["min=3 is above max=2"]),
         ("- a list", [], ["mapping of keys"]),
-        ("a: [", [], ["not YAML"]),
-        ("name: 2024-02-30", [], ["not YAML", "day is out of range"]),
+        ("a: [", [], ["line 1, column 5: while parsing"]),
         ("name: !!bool maybe", [], ["not YAML"]),
-        (SMALLEST, ["name=" + "[" * 3000], ["the value is not YAML"]),
-        (SMALLEST, ["name=2020-13-45"], ["override 'name=2020-13-45': the value is not YAML"]),
+        (SMALLEST, ["name=" + "[" * 3000], ["override 'name=[[", "(3,005 characters)", "nested too deeply"]),
+        (SMALLEST, ["train.epochs=" + "x" * 200_000], ["train.epochs", "(200,002 characters)"]),
+        (SMALLEST, ["storage=/data/mine #1"], ["override 'storage=/data/mine #1'", "'#' begins a comment"]),
+        (SMALLEST, ["storage=''"], ["storage: is empty"]),
+        (SMALLEST, ["storage=s3:/bucket/x"], ["storage 's3:/bucket/x'", "two slashes"]),
+        (SMALLEST, ["storage=~nobody-of-this-name/x"], ["storage: '~nobody-of-this-name'", "home folder"]),
+        (SMALLEST, ['arms={"one\\n": {}}'], ["arms: name 'one\\n' is not valid"]),
+        (SMALLEST, ['prompt.strategies={"mine\\n": {text: x}}'], ["strategies: name 'mine\\n'"]),
+        (
+            SMALLEST,
+            ["arms={a: {train.epochs: 3, train: {epochs: 4}}}"],
+            ["arm 'a': train.epochs occurs twice"],
+        ),
+        (SMALLEST, ["teacher.timeout_s=.inf"], ["override", ".inf is not a finite number"]),
+        (SMALLEST, ["teacher.engine.engine_kwargs={x: [.nan]}"], [".nan is not a finite number"]),
+        *(
+            (SMALLEST, [f"prompt.strategies={{mine: {{text: 'It is {{reference_answer{form}}}'}}}}"], ["a format"])
+            for form in (":d", "!r", ":>5000000000")
+        ),
+        (SMALLEST, ["prompt.strategies={mine: {text: 'a { b'}}"], ["{{ and }} for plain braces"]),
         (SMALLEST, ["teacher.engine.engine_kwargs={max_num_seqs: 0}"], ["teacher.engine", "max_num_seqs", "not 0"]),
         (
             SMALLEST,
