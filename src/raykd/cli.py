@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import logging
 import math
 import os
@@ -13,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from raykd import __version__, errors, scaffold
-from raykd.config.errors import one_line
 from raykd.config.experiment import Experiment
 from raykd.config.loading import load_experiment
+from raykd.display import display
 from raykd.errors import UserError
-from raykd.runtime.console import append_to_log, print_status
+from raykd.runtime.console import Output, append_to_log, print_result, print_status
 from raykd.storage import filesystem, lock
 from raykd.storage.paths import ExperimentPaths, StoragePaths
 
@@ -73,6 +74,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = shlex.join(["raykd", *arguments])
     # vLLM logs on import. The engines run in other processes, which set their own level.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    for stream in (sys.stdout, sys.stderr):
+        # The tables have characters that a terminal's encoding may lack.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return _run_command(options, command)
+    finally:
+        Output(sys.stdout).flush()
+
+
+def _run_command(options: argparse.Namespace, command: str) -> int:
     folder = None
     try:
         if options.stage == "compare":
@@ -90,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with lock.folder_lock(folder, command, show=print_status):
             return _run_stage(options.stage, experiment, command, getattr(options, "retry_failed", False))
     except KeyboardInterrupt as interrupt:
-        print(f"raykd: interrupted; re-run to resume: {command}", file=sys.stderr)
+        print_status(f"raykd: interrupted; re-run to resume: {command}")
         return getattr(interrupt, "status", 130)
     except Exception as error:
         return _report_error(error, folder)
@@ -116,7 +128,7 @@ def _report_error(error: Exception, folder: Path | None) -> int:
     """
     reported = errors.reported_error(error)
     if isinstance(reported, UserError):
-        print(f"raykd: {one_line(str(reported))}", file=sys.stderr)
+        print_status(f"raykd: {display(reported)}")
         return 2
     os_error = errors.os_error_message(error)
     if os_error:
@@ -133,8 +145,8 @@ def _report_error(error: Exception, folder: Path | None) -> int:
         log = append_to_log(ExperimentPaths(folder).log, text)
         hint = f". Completed work is saved; re-run to resume. Log: {log}"
     elif not os_error and not reported:
-        print(text, end="", file=sys.stderr)
-    print(f"raykd: {one_line(line)}{hint}", file=sys.stderr)
+        print_status(text.rstrip())
+    print_status(f"raykd: {display(line)}{hint}")
     return 1
 
 
@@ -189,7 +201,7 @@ def _add_plan(stage: argparse.ArgumentParser) -> None:
 def _compare(options: argparse.Namespace) -> int:
     from raykd.report.compare_runs import compare
 
-    print(compare(options.first, options.second, options.score, options.limit or None))
+    print_result(compare(options.first, options.second, options.score, options.limit or None))
     return 0
 
 
@@ -200,10 +212,10 @@ def _preview(options: argparse.Namespace, experiment: Experiment) -> int:
         search = describe_search(experiment)
         _console().print(arms_table(experiment))
         if search:
-            print(search)
+            print_result(search)
         _show_requirements(options, experiment)
     else:
-        print(render_prompts(experiment, options.problem))
+        print_result(render_prompts(experiment, options.problem))
     return 0
 
 
@@ -228,9 +240,9 @@ def _show_requirements(options: argparse.Namespace, experiment: Experiment) -> N
 
 def _console() -> Any:
     """Return a rich console as wide as the terminal, or wide enough for the tables in a log."""
-    from rich.console import Console
+    from raykd.runtime.rich_console import SafeConsole
 
-    return Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+    return SafeConsole(width=None if sys.stdout.isatty() else LOG_WIDTH, file=Output(sys.stdout))
 
 
 def _given_rates(options: argparse.Namespace) -> dict[str, float]:
@@ -292,7 +304,7 @@ def _run_stage(stage: str, experiment: Experiment, command: str, retry_failed: b
                 run.check_and_start(plan, command, resources, [stage])
                 steps[stage](plan, resources)
         run.record_results(plan)
-        print(f"{stage}: done; {plan.folder}", file=sys.stderr)
+        print_status(f"{stage}: done; {plan.folder}")
         return 0
     return _show_results(_folder(experiment))
 

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from raykd.display import summary
+
 # Errors of a storage that is full, over its quota, read-only, not permitted or not a folder.
 OS_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
@@ -83,8 +85,7 @@ def as_user_error(place: str, *kinds: type[Exception]) -> Iterator[None]:
     except UserError:
         raise
     except kinds as error:
-        message = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{place}: {message}") from error
+        raise UserError(f"{place}: {summary(error)}") from error
 
 
 def os_error_message(error: BaseException | str) -> str:

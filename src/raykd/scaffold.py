@@ -10,6 +10,7 @@ from typing import Any
 
 from raykd.config.base import NAME_PATTERN
 from raykd.errors import UserError
+from raykd.runtime.console import print_result
 
 # Symbolic links to the repository's configs/ and cluster/; in a wheel, copies of the files.
 ASSETS = Path(__file__).parent / "assets"
@@ -118,6 +119,6 @@ def add_parser(commands: Any) -> None:
 def init(options: argparse.Namespace) -> int:
     """Run `raykd init`: write the files, and print their paths and the next command."""
     written = write_experiment(options.name.removesuffix(".yaml"), options.source, options.cluster)
-    print(f"wrote: {', '.join(map(str, written))}")
-    print(next_steps(written[0], options.cluster))
+    print_result(f"wrote: {', '.join(map(str, written))}")
+    print_result(next_steps(written[0], options.cluster))
     return 0

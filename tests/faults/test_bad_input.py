@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from raykd.config.loading import dump_experiment, load_experiment
 from raykd.config.sections import Dataset
 from raykd.data import datasets, grading
+from raykd.display import display
 from raykd.errors import UserError
 from raykd.evaluation import attention_spans
 from raykd.models import adapters
@@ -156,7 +157,7 @@ def test_arbitrary_completion_is_graded_without_exception(text: str, reference: 
     offsets = [(at, at + 1) for at in range(len(text))]
     for at, seen in enumerate(attention_spans.previous_results(text, offsets)):
         assert all(0 <= each < at for each in seen)
-    assert "\x1b" not in compare_runs.printable(text)
+    assert display(text).isprintable()
     shown = build.escape_markdown(text)
     assert "<" not in shown and "\n" not in shown
     try:

@@ -10,8 +10,9 @@ import raykd
 
 SOURCE = Path(raykd.__file__).parent
 # The packages and modules that each may import, besides itself and EVERYWHERE.
-EVERYWHERE = {"errors", "compat"}
+EVERYWHERE = {"errors", "compat", "display"}
 ALLOWED: dict[str, set[str]] = {
+    "display": set(),
     "errors": set(),
     "compat": set(),
     "storage": set(),
@@ -37,6 +38,7 @@ LIGHT_MODULES = (
     "identity",
     "compat",
     "errors",
+    "display",
     "cluster.resources",
     "cluster.nodes",
     "cluster.gpus",
@@ -153,3 +155,15 @@ def test_test_module_names_are_unique():
     # pytest imports test modules by name: a second module of the same name fails when both are collected.
     names = sorted(file.name for file in SOURCE.parents[1].glob("tests/**/*.py"))
     assert sorted(set(names)) == names
+
+
+def test_output_passes_through_display():
+    """`print` and rich's own console would show the control characters of text from outside."""
+    printing = {
+        module
+        for module, file in MODULES.items()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("print", "Console")
+    }
+    # A lease that is lost is told from a thread of `storage`, which cannot import `runtime`.
+    assert {module for module in printing if not module.startswith("demo")} == {"storage.lease"}

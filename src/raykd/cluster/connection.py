@@ -14,6 +14,7 @@ from ray.job_config import JobConfig
 from raykd import compat
 from raykd.cluster.capacity import capacity
 from raykd.cluster.cleanup import cleanup_on_exit
+from raykd.display import summary
 from raykd.errors import StageError, UserError
 from raykd.runtime import console, metrics, signals
 
@@ -89,7 +90,7 @@ def _join(address: str, job_config: JobConfig) -> Any:
         return ray.init(address=address, job_config=job_config, log_to_driver=False)
     except (ConnectionError, ValueError) as error:
         # Ray raises ValueError for a malformed address.
-        message = " ".join(str(error).split())[:300]
+        message = summary(error)
         raise UserError(
             f"no Ray cluster at RAY_ADDRESS={address}: {message}; set RAY_ADDRESS to the cluster's address, or unset it"
         ) from None

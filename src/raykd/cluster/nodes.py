@@ -9,8 +9,9 @@ from typing import Any
 
 from raykd.cluster.gpus import GPUS, Gpu
 from raykd.compat import ACCELERATOR_TYPE_PREFIX
-from raykd.config.errors import did_you_mean, one_line
+from raykd.config.errors import did_you_mean
 from raykd.config.parsing import parse_yaml
+from raykd.display import display
 from raykd.errors import UserError
 
 Bundle = Mapping[str, float]
@@ -101,7 +102,7 @@ def read_cluster_file(file: Path) -> ClusterSpec:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file}: no such file") from None
     except (OSError, ValueError) as error:
-        raise UserError(one_line(f"{file}: not a `ray up` file: {error}")) from None
+        raise UserError(display(f"{file}: not a `ray up` file: {error}")) from None
     types = tree.get("available_node_types") if isinstance(tree, dict) else None
     if not isinstance(types, dict) or not types:
         raise UserError(

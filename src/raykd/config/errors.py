@@ -6,6 +6,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from raykd.display import display
 from raykd.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -28,9 +29,9 @@ def format_validation_error(error: ValidationError, model: type[BaseModel]) -> s
         elif problem["type"] == "missing":
             message = "is missing"
         elif problem["type"] != "value_error":
-            message = f"{message}, not {shorten(repr(problem['input']))}"
+            message = f"{message}, not {display(repr(problem['input']), limit=100)}"
         lines.append(f"{place}: {message}" if place else message)
-    return one_line("; ".join(lines))
+    return display("; ".join(lines))
 
 
 def validated(model: type[Model], tree: Any, where: str) -> Model:
@@ -48,16 +49,6 @@ def validated(model: type[Model], tree: Any, where: str) -> Model:
         return model.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{where}: {format_validation_error(error, model)}") from None
-
-
-def shorten(text: str) -> str:
-    """Return a text with at most 100 characters, for a message."""
-    return text if len(text) <= 100 else f"{text[:80]}… ({len(text):,} characters)"
-
-
-def one_line(text: str) -> str:
-    """Return a text with non-printable characters, such as line ends, as escape sequences."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _sibling_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

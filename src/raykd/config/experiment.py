@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from raykd.config.base import EXPAND_HOME, NAME_PATTERN, RUNTIME_ONLY, ConfigModel, is_runtime_only
 from raykd.config.errors import did_you_mean, format_validation_error
-from raykd.config.overrides import all_paths, flatten, format_hparams, set_path
+from raykd.config.overrides import all_paths, flatten, flatten_arm, format_hparams, set_path
 from raykd.config.search_space import Axis
 from raykd.config.sections import Attention, Dataset, Evaluate, Prices, Sweep, Teacher
 from raykd.config.strategies import BUILT_IN, Prompt, Strategy
@@ -212,11 +212,7 @@ class Experiment(ConfigModel):
             UserError: if a value or a combination is not valid.
         """
         whose = f"arm {name!r}" + (f" at {format_hparams(point)}" if point else "")
-        seen: set[str] = set()
-        for path, _ in flatten(self.arms[name], ""):
-            if path in seen:
-                raise UserError(f"{whose}: {path} occurs twice, as a dotted path and in a section: remove one")
-            seen.add(path)
+        for path in flatten_arm(name, self.arms[name]):
             if not _may_vary_by_arm(path):
                 raise UserError(
                     f"arm {name!r} overrides {path!r}, but arms share problems, models and evaluation: override only "

@@ -7,10 +7,11 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from raykd.config.errors import format_validation_error, one_line, shorten
+from raykd.config.errors import format_validation_error
 from raykd.config.experiment import Experiment
 from raykd.config.overrides import set_path
 from raykd.config.parsing import parse_yaml
+from raykd.display import display
 from raykd.errors import UserError
 
 
@@ -32,19 +33,19 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
             f"{path}: no such file; run `raykd init` to write one, or name a shipped one (`raykd --help` lists them)"
         ) from None
     except OSError as error:
-        raise UserError(one_line(f"{path}: cannot be read: {error.strerror or error}")) from None
+        raise UserError(display(f"{path}: cannot be read: {error.strerror or error}")) from None
     except ValueError as error:
-        raise UserError(one_line(f"{path}: {error}")) from None
+        raise UserError(display(f"{path}: {error}")) from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: should be a mapping of keys, not {type(tree).__name__}")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise UserError(f"override {shorten(override)!r}: write key.path=value")
+            raise UserError(f"override {display(override, limit=100)!r}: write key.path=value")
         try:
             parsed = parse_yaml(value, allow_comments=False)
         except UserError as error:
-            raise UserError(one_line(f"override {shorten(override)!r}: {error}")) from None
+            raise UserError(display(f"override {display(override, limit=100)!r}: {error}")) from None
         set_path(tree, key, parsed)
     try:
         return Experiment.model_validate(tree)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict
 
 from raykd.config.errors import validated
+from raykd.display import summary
 from raykd.errors import UserError
 from raykd.storage import files, filesystem
 from raykd.storage.paths import ExperimentPaths
@@ -96,7 +97,7 @@ def read_run(folder: Path) -> RunRecord:
         if not filesystem.is_remote(folder):
             raise
         # Each bucket library raises its own exceptions for wrong keys, names and networks.
-        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())[:300]})") from error
+        raise UserError(f"{file} cannot be read ({summary(error)})") from error
     if not is_there:
         raise UserError(f"{folder} has no {file.name}: give the folder of an experiment that `raykd run` made")
     tree: dict[str, Any] = files.read_json(file)

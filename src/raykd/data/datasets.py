@@ -14,6 +14,7 @@ from raykd import identity
 from raykd.config.sections import Dataset
 from raykd.data import demo_problems
 from raykd.data.grading import reference_answer
+from raykd.display import summary
 from raykd.errors import UserError
 from raykd.storage import filesystem, hashing, row_store, schemas
 from raykd.storage.files import ROW_GROUP_SIZE, read_json, read_table
@@ -163,7 +164,7 @@ def _source(dataset: Dataset) -> tuple[Callable[[], Iterator[Row]], Callable[[],
     # `datasets` raises a plain ValueError where neither the hub nor a cached copy is available.
     except (OSError, ValueError, DatasetsError) as error:
         raise UserError(
-            f"openai/gsm8k cannot be loaded ({' '.join(str(error).split())[:200]}); without the hub, download its "
+            f"openai/gsm8k cannot be loaded ({summary(error)}); without the hub, download its "
             "files and set dataset.source=jsonl, dataset.train_file and dataset.test_file"
         ) from None
     return (

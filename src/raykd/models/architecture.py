@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raykd.config.errors import one_line
+from raykd.display import display
 from raykd.errors import UserError
 from raykd.models.builtin import resolve_model
 
@@ -209,7 +209,7 @@ def read_shape(file: Path) -> Shape | None:
         )
     except (OSError, UnicodeDecodeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
         reason = f"has no {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(one_line(f"{file}: not a valid model configuration ({reason})")) from None
+        raise UserError(display(f"{file}: not a valid model configuration ({reason})")) from None
 
 
 def max_positions(config: Mapping[str, Any]) -> int | None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from raykd.config.sections import Teacher
 from raykd.config.training import Student
+from raykd.display import summary
 from raykd.errors import UserError, as_user_error
 from raykd.models.builtin import resolve_model
 from raykd.storage import hashing
@@ -86,7 +87,7 @@ def _load(auto_class: Any, model: Model) -> Any:
     # Parsers raise various errors; tokenizers raises a plain Exception for a damaged tokenizer.json.
     except Exception as error:
         # Of the remedies in transformers' message, only `trust_remote_code` applies here.
-        message = " ".join(str(error).split())[:300]
+        message = summary(error)
         raise UserError(
             f"model {model.model!r}: {message}. If the model needs code of its own, review that code, then set "
             "trust_remote_code beside the model's name"
@@ -94,7 +95,7 @@ def _load(auto_class: Any, model: Model) -> Any:
 
 
 def _not_found(model: Model, error: OSError) -> str:
-    message = " ".join(str(error).split())[:200]
+    message = summary(error)
     return (
         f"model {model.model!r}: not a local directory, and could not be loaded from the Hugging Face Hub ({message})"
     )

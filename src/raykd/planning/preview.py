@@ -5,7 +5,6 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from rich.text import Text
 
 from raykd import identity
 from raykd.config.experiment import Experiment
@@ -14,6 +13,7 @@ from raykd.data import datasets, prompts
 from raykd.data.prompts import Messages
 from raykd.errors import UserError
 from raykd.models import loading, tokenization
+from raykd.runtime.rich_console import cell
 from raykd.storage import filesystem
 
 
@@ -24,14 +24,14 @@ def arms_table(experiment: Experiment) -> Table:
     values = {path: {json.dumps(config[path]) for config in configs.values() if path in config} for path in paths}
     overridden = {path for overrides in experiment.arms.values() for path, _ in flatten(overrides, "")}
     differing = [path for path in paths if len(values[path]) > 1 or path in overridden]
-    title = Text(f"{experiment.name}: arms, and all fields in which they differ")
+    title = cell(f"{experiment.name}: arms, and all fields in which they differ")
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     # Folded, not cut: names and values must stay complete.
     table.add_column("Arm", overflow="fold")
     for path in differing:
-        table.add_column(Text(path.replace(".", ".\n")), overflow="fold")
+        table.add_column(cell(path.replace(".", ".\n")), overflow="fold")
     for name, config in configs.items():
-        table.add_row(Text(name), *(Text(_format_value(config.get(path))) for path in differing))
+        table.add_row(cell(name), *(cell(_format_value(config.get(path))) for path in differing))
     return table
 
 

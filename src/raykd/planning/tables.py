@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from rich.text import Text
 
 from raykd.cluster.gpus import GIB, GPUS
 from raykd.cluster.nodes import ClusterSpec
@@ -15,6 +14,7 @@ from raykd.models.architecture import Shape
 from raykd.planning import cost, demand, memory, suggest
 from raykd.planning.cost import Rates
 from raykd.planning.fit import Fit, fit_stages, largest_arm, refusal_message
+from raykd.runtime.rich_console import cell
 
 UNKNOWN_SHAPE = "unknown, and so is its memory: not a local directory, not in the hub's cache, and not a Llama 3"
 # Columns of text; numbers are aligned to the right.
@@ -210,7 +210,7 @@ def _tokens(stage: cost.StageCost) -> str:
 
 def _table(title: str, *columns: str) -> Table:
     # Cells are folded, not cut, as in the table of the arms.
-    table = Table(title=Text(title), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption_justify="left")
+    table = Table(title=cell(title), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption_justify="left")
     table.show_header = any(columns)
     for name in columns:
         table.add_column(name, overflow="fold", justify="left" if name in _LEFT_ALIGNED else "right")

@@ -10,7 +10,6 @@ from typing import Any
 import jinja2
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
-from rich.text import Text
 
 from raykd.analysis.scores import Proportion
 from raykd.report import attention, cost, sweep, tables
@@ -20,6 +19,7 @@ from raykd.report.svg import Figure
 from raykd.report.table import Table
 from raykd.report.text import answer
 from raykd.report.trials import TrialResult
+from raykd.runtime.rich_console import cell
 from raykd.storage import filesystem
 from raykd.storage.files import write_text
 from raykd.storage.paths import ExperimentPaths
@@ -120,7 +120,7 @@ def _for_terminal(shown: Table, title: str) -> RichTable:
         if column not in ("Validations", "Steps", "Time")
         and (column not in ("Errors", "Failed") or any(row[number] != "0" for row in shown.rows))
     ]
-    table = RichTable(title=Text(title), box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = RichTable(title=cell(title), box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for number in kept:
         column = shown.columns[number]
         # In a narrow terminal lines are wrapped between words.
@@ -133,7 +133,7 @@ def _for_terminal(shown: Table, title: str) -> RichTable:
         )
     for row in shown.rows:
         # rich parses brackets in a string as markup, but not in a Text.
-        table.add_row(*(Text(row[number]) for number in kept))
+        table.add_row(*(cell(row[number]) for number in kept))
     return table
 
 

@@ -96,18 +96,13 @@ def _summary(left: Side, right: Side, pairs: list[tuple[Row, Row]], column: str,
 def _problem(left: Side, right: Side, pair: tuple[Row, Row]) -> Iterator[str]:
     first = pair[0]
     sample = f", sample {first['sample_index']}" if first["sample_index"] else ""
-    yield f"{first['problem_id']}{sample}: {printable(first['question']).strip()}"
+    yield f"{first['problem_id']}{sample}: {first['question'].strip()}"
     yield f"reference answer: {first['reference_answer']}"
     for side, row in zip((left, right), pair, strict=True):
         truncated = ", truncated" if row["finish_reason"] == "length" else ""
         answer = row["answer_strict"] if row["answer_strict"] is not None else "no formatted answer"
         yield f"  ── {side.label}: {answer}{truncated}"
-        yield from (f"  {line}" for line in printable(row["completion"]).strip().splitlines())
-
-
-def printable(text: str) -> str:
-    """Replace the characters of a text that a terminal could interpret as commands."""
-    return "".join(char if char in "\n\t" or char.isprintable() else "\ufffd" for char in text)
+        yield from (f"  {line}" for line in row["completion"].strip().splitlines())
 
 
 def _sides(first: str, second: str) -> tuple[Side, Side]:

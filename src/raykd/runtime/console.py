@@ -5,25 +5,75 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
+from raykd.display import display
 from raykd.storage import filesystem
 
 # The user's terminal while standard error is redirected to the log.
 _stream: TextIO | None = None
 
 
+class Output:
+    """A text stream for the user whose writes never fail.
+
+    The reader of a pipe may be gone (`raykd run FILE 2>&1 | head`), and the disk of a log may be full. Neither is a
+    reason to lose a run: after the first failure the output is discarded.
+
+    Args:
+        stream: the stream to write to.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text; return its number of characters."""
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError:
+            discard_output(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def discard_output(stream: TextIO) -> None:
+    """Redirect a stream to the null device, also what its buffer still holds."""
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
 def print_status(message: str) -> None:
-    """Print a line for the user."""
-    print(message, file=output_stream(), flush=True)
+    """Print a line for the user, on standard error."""
+    stream = output_stream()
+    stream.write(display(message, multiline=True) + "\n")
+    stream.flush()
 
 
-def output_stream() -> TextIO:
+def print_result(text: str) -> None:
+    """Print what a command was asked for, on standard output."""
+    stream = Output(sys.stdout)
+    stream.write(display(text, multiline=True) + "\n")
+    stream.flush()
+
+
+def output_stream() -> Output:
     """Return the stream for the user's output: standard error, or the terminal while it is redirected."""
-    return _stream or sys.stderr
+    return Output(_stream or sys.stderr)
 
 
 @contextmanager
@@ -45,7 +95,9 @@ def redirect_library_output(log: Path) -> Iterator[Path]:
     written.parent.mkdir(parents=True, exist_ok=True)
     sys.stderr.flush()
     with (
-        os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace") as terminal,
+        os.fdopen(
+            os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding or "utf-8", errors="backslashreplace"
+        ) as terminal,
         written.open("ab") as file,
     ):
         os.dup2(file.fileno(), 2)
@@ -57,6 +109,7 @@ def redirect_library_output(log: Path) -> Iterator[Path]:
             _stream = None
             sys.stderr.flush()
             os.dup2(terminal.fileno(), 2)
+            Output(terminal).flush()
             _copy_log(written, log)
 
 
@@ -125,7 +178,7 @@ class ProgressBar:
         self._label, self.total, self._unit = label, total, unit
         self._done = done
         self._tokens = 0
-        self._stream = stream or output_stream()
+        self._stream = Output(stream) if stream else output_stream()
         self._is_terminal = self._stream.isatty()
         self._interval_s = 0.2 if self._is_terminal else log_every_s
         self._start = time.monotonic()
@@ -168,7 +221,7 @@ class ProgressBar:
     def note(self, line: str) -> None:
         """Print a separate line above the progress line."""
         with self._lock:
-            self._stream.write(("\r\x1b[2K" if self._is_terminal else "") + line + "\n")
+            self._stream.write(("\r\x1b[2K" if self._is_terminal else "") + display(line, multiline=True) + "\n")
             self._stream.flush()
 
     def text(self) -> str:

@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from raykd.display import display, summary
 from raykd.errors import UserError
 from raykd.storage import filesystem
 
@@ -37,7 +38,7 @@ class LeaseHeldError(Exception):
 
 def print_line(message: str) -> None:
     """Print a line to standard error."""
-    print(message, file=sys.stderr, flush=True)
+    print(display(message), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -85,7 +86,7 @@ def _acquire(file: Path, own: dict[str, Any]) -> None:
             # This is the first request of a run, and each bucket library raises its own exceptions for wrong
             # credentials, names and networks.
             raise UserError(
-                f"{file} cannot be written ({' '.join(str(error).split())[:300]}): check that the bucket exists, and "
+                f"{file} cannot be written ({summary(error)}): check that the bucket exists, and "
                 "set its credentials (and the address of an S3-compatible server) in the environment of every node"
             ) from error
         # The library retries a request whose response was lost; the retry is refused because of its own first attempt.
@@ -193,7 +194,7 @@ def _has_same_token(own: dict[str, Any], content: dict[str, Any] | None) -> bool
 
 
 def _describe_owner(content: dict[str, Any] | None) -> str:
-    return " ".join(str((content or {}).get("who", "")).split()) or "another process"
+    return summary(str((content or {}).get("who", ""))) or "another process"
 
 
 def _process_identity() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
+from raykd.display import summary
 from raykd.errors import UserError
 from raykd.storage import filesystem, lease
 from raykd.storage.paths import LOCK_FILE
@@ -79,7 +80,7 @@ def _locked(folder: Path, otherwise: str) -> TextIO:
         except BlockingIOError:
             with file:
                 file.seek(0)
-                owner = " ".join(file.read().split()) or "another process"
+                owner = summary(file.read()) or "another process"
             raise UserError(f"{folder} is locked by {owner}. Wait for that process, stop it{otherwise}") from None
         except OSError as error:
             if error.errno not in _UNSUPPORTED:

@@ -15,6 +15,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from raykd import compat
+from raykd.display import summary
 
 EngineDeadError = compat.engine_dead_error()
 
@@ -56,7 +57,7 @@ class TeacherDeployment(LLMServer):
             raise
         except Exception as error:
             cause = error.__cause__ or error
-            return {"error": f"refused: {type(cause).__name__}: {' '.join(str(cause).split())}"}
+            return {"error": f"refused: {type(cause).__name__}: {summary(cause)}"}
 
 
 def _reply(output: Any, params: SamplingParams) -> dict[str, Any]:

@@ -15,10 +15,10 @@ import numpy as np
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
 from raykd.config.sections import Teacher
+from raykd.display import summary
 from raykd.errors import StageError
 
 CONNECT_TIMEOUT_S = 10
-MAX_MESSAGE_CHARS = 300
 # The key for a server without one. With an empty key the client would send OPENAI_API_KEY, another server's secret.
 NO_KEY = "EMPTY"
 # vLLM's server takes parameters that a request omits from the model's generation_config.json.
@@ -147,8 +147,7 @@ class OpenAITeacherClient:
             text += "" if type(cause).__name__ == "LocalProtocolError" else f": {cause}"
         else:
             text = str(error) if type(error) in (ValueError, TimeoutError) else f"{type(error).__name__}: {error}"
-        line = " ".join(text.split())
-        return (line.replace(self._key, "(the key)") if self._key else line)[:MAX_MESSAGE_CHARS]
+        return summary(text.replace(self._key, "(the key)") if self._key else text)
 
     def _remedy(self, error: Exception) -> str:
         """Return what to do about an error, to be appended to its message; empty where there is no advice."""

@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray import tune
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
 from raykd.config.overrides import format_hparams
 from raykd.config.sections import Sweep
 from raykd.runtime import console, metrics
 from raykd.runtime.console import ProgressBar
+from raykd.runtime.rich_console import SafeConsole, cell
 from raykd.storage.paths import TrialPaths
 from raykd.storage.schemas import FAILED
 from raykd.training.trial import TrialSpec, read_loss_curve, trial_status
@@ -50,7 +50,7 @@ class TrialProgressTable(tune.Callback):
         if self._is_sweep and stream.isatty():
             # The table renders the bar's text below its rows; the bar's own output is discarded.
             self._bar = ProgressBar("training", None, unit="steps", stream=io.StringIO())
-            terminal = Console(file=stream)
+            terminal = SafeConsole(file=stream)
             self._live = Live(
                 get_renderable=lambda: self._render(terminal.height), console=terminal, refresh_per_second=2
             )
@@ -142,10 +142,10 @@ class TrialProgressTable(tune.Callback):
         num_rows = max(height - MARGIN, MIN_ROWS)
         trial_ids = sorted(self._trials, key=self._sort_key)
         for trial_id in trial_ids[:num_rows]:
-            table.add_row(*(Text(cell) for cell in self._row(trial_id)))
+            table.add_row(*map(cell, self._row(trial_id)))
         num_hidden = len(trial_ids) - num_rows
-        more = [Text(f"and {num_hidden} more")] if num_hidden > 0 else []
-        return Group(table, *more, Text(self._bar.text()))
+        more = [cell(f"and {num_hidden} more")] if num_hidden > 0 else []
+        return Group(table, *more, cell(self._bar.text()))
 
     def _row(self, trial_id: str) -> tuple[str, ...]:
         trial, result = self._trials[trial_id], self._last_results.get(trial_id)

@@ -213,3 +213,16 @@ def test_control_characters_are_escaped_in_messages(typed: str):
     with pytest.raises(ValueError) as caught:
         load_experiment("configs/quickstart.yaml", [typed])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "written", ["{train.epochs: 3, loss.temperature: 1}", "{train: {epochs: 3}, loss.temperature: 1}"]
+)
+@pytest.mark.parametrize(
+    ("override", "epochs"), [("arms.a.b.train.epochs=5", 5), ("arms.a.b.train={batch_size: 16}", 2)]
+)
+def test_override_of_an_arm_replaces_the_field_in_either_form(tmp_path: Path, written: str, override: str, epochs: int):
+    experiment = load(tmp_path, SMALLEST + f"arms: {{a: {{}}, a.b: {written}}}\n", override)
+    assert experiment.arm("a.b").train.epochs == epochs
+    assert set(experiment.arms) == {"a", "a.b"}
+    assert experiment.arm("a.b").loss.temperature == 1

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from raykd import cli
-from raykd.report.compare_runs import compare, printable
+from raykd.report.compare_runs import compare
 from synthetic import Experiment, prediction
 
 
@@ -91,7 +91,3 @@ def test_different_evaluation_settings_give_a_warning(tmp_path: Path):
     text = compare(str(first), str(second))
     assert "evaluation settings differ" in text
     assert "protocol zero_shot_chat, greedy" in text and "protocol eight_shot_cot, greedy" in text
-
-
-def test_control_characters_are_replaced():
-    assert printable("a\x1b]0;title\x07b\n\tc\u202ed") == "a\ufffd]0;title\ufffdb\n\tc\ufffdd"

@@ -1,6 +1,7 @@
 """Console: progress lines, and the log of library output."""
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -8,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
 from raykd.runtime import console
 from raykd.runtime.console import ProgressBar
+from raykd.runtime.rich_console import SafeConsole, cell
 
 
 def test_progress_in_log_has_few_lines():
@@ -84,3 +87,35 @@ def test_append_to_log_adds_to_the_log_file(tmp_path: Path):
     assert console.append_to_log(log, "Traceback\n") == log
     assert log.read_text() == "output of a library\nTraceback\n"
     assert [file.name for file in tmp_path.iterdir()] == ["driver.log"]
+
+
+def test_output_that_cannot_be_written_stops_nothing():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        with ProgressBar("teacher", 2, stream=pipe) as meter:
+            meter.note("a note")
+            meter.add(2)
+        output = console.Output(pipe)
+        output.write("x" * 100_000)
+        output.flush()
+
+
+def test_reader_that_goes_away_stops_no_command():
+    code = (
+        "from raykd.runtime.console import print_result, print_status\n"
+        "for number in range(20_000): print_status(f'line {number}'); print_result(f'line {number}')"
+    )
+    command = f'{sys.executable} -c "{code}" 2>&1 | head -1; exit ${{PIPESTATUS[0]}}'
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "line 0\n", "")
+
+
+def test_tables_show_control_characters_as_escapes():
+    output = io.StringIO()
+    table = Table("Column")
+    table.add_row(cell("\x1b]0;title\x07\x1b[2J\u202egnorw"))
+    SafeConsole(file=output, width=80, force_terminal=True).print(table, "plain\x1b[2J")
+    text = re.sub(r"\x1b\[[0-9;]*m", "", output.getvalue())
+    assert "\x1b" not in text and "\u202e" not in text
+    assert "\\x1b]0;title" in text and "\\u202egnorw" in text and "plain\\x1b[2J" in text

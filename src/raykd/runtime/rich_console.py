@@ -1,0 +1,28 @@
+"""Rich console: a console of rich for tables, with text from outside made safe for the terminal."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions
+from rich.segment import Segment
+from rich.text import Text
+
+from raykd.display import display
+
+
+class SafeConsole(Console):
+    """A console whose cells cannot control the terminal, and which never fails because its output cannot be written."""
+
+    def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render like rich, with non-printable characters as escape sequences."""
+        for segment in super().render(renderable, options):
+            text = segment.text if segment.control else display(segment.text, multiline=True)
+            yield Segment(text, segment.style, segment.control)
+
+    def on_broken_pipe(self) -> None:
+        """Ignore that the reader of the output is gone."""
+
+
+def cell(text: object) -> Text:
+    """Return a text for a table: rich parses no markup in it, and its width is that of what is shown."""
+    return Text(display(text, multiline=True))
