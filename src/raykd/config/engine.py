@@ -6,10 +6,10 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from raykd.config import secrets
 from raykd.config.base import RUNTIME_ONLY, ConfigModel
 from raykd.errors import UserError
 
-SECRET = re.compile(r"token$|secret|password|api_?key|access_?key|credential", re.IGNORECASE)
 # Arguments of vLLM that must be integers above 0, and one further value: vLLM takes max_model_len=-1 for the longest
 # sequence that fits into memory.
 SIZES = {"max_model_len": -1, "max_num_seqs": None, "max_num_batched_tokens": None}
@@ -103,13 +103,16 @@ class Engine(ConfigModel):
 
     @model_validator(mode="after")
     def _refuse_secrets(self) -> Self:
-        # The configuration is written into the experiment's folder and its report.
-        for field, names in (("env", self.env), ("engine_kwargs", self.engine_kwargs)):
-            if secret := next((name for name in names if SECRET.search(str(name))), None):
-                raise UserError(
-                    f"{field}.{secret}: secrets must not be configured, because the configuration is written down; "
-                    "set it in the environment of the cluster's nodes"
-                )
+        if name := secrets.find_secret_name(self.engine_kwargs, "engine_kwargs"):
+            raise UserError(
+                f"{name}: secrets must not be configured, because the configuration is written down; set it in the "
+                "environment of the cluster's nodes"
+            )
+        if name := next((name for name in self.env if not secrets.is_engine_variable(name)), None):
+            raise UserError(
+                f"env.{name}: is not a known setting of an engine's libraries and may be a secret, and the "
+                "configuration is written down: set it in the environment of the cluster's nodes"
+            )
         return self
 
 

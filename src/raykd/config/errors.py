@@ -6,6 +6,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from raykd.config.secrets import mask_secrets
 from raykd.display import display
 from raykd.errors import UserError
 
@@ -29,7 +30,7 @@ def format_validation_error(error: ValidationError, model: type[BaseModel]) -> s
         elif problem["type"] == "missing":
             message = "is missing"
         elif problem["type"] != "value_error":
-            message = f"{message}, not {display(repr(problem['input']), limit=100)}"
+            message = f"{message}, not {display(mask_secrets(repr(problem['input'])), limit=100)}"
         lines.append(f"{place}: {message}" if place else message)
     return display("; ".join(lines))
 

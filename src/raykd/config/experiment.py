@@ -12,6 +12,7 @@ from raykd.config.base import EXPAND_HOME, NAME_PATTERN, RUNTIME_ONLY, ConfigMod
 from raykd.config.errors import did_you_mean, format_validation_error
 from raykd.config.overrides import all_paths, flatten, flatten_arm, format_hparams, set_path
 from raykd.config.search_space import Axis
+from raykd.config.secrets import find_secret
 from raykd.config.sections import Attention, Dataset, Evaluate, Prices, Sweep, Teacher
 from raykd.config.strategies import BUILT_IN, Prompt, Strategy
 from raykd.config.training import Loss, Student, Targets, Train
@@ -82,6 +83,16 @@ class Experiment(ConfigModel):
     null: TensorBoard only."""
     sweep: Sweep | None = None
     """Hyperparameter search for every arm. null: each arm is trained as configured."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_secrets(cls, tree: Any) -> Any:
+        if path := find_secret(tree):
+            raise UserError(
+                f"{path}: holds a key or a password, and the configuration is written down: remove it, and set it in "
+                "the environment of the cluster's nodes"
+            )
+        return tree
 
     @model_validator(mode="after")
     def _check_arms(self) -> Self:

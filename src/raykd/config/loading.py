@@ -11,6 +11,7 @@ from raykd.config.errors import format_validation_error
 from raykd.config.experiment import Experiment
 from raykd.config.overrides import set_path
 from raykd.config.parsing import parse_yaml
+from raykd.config.secrets import mask_secrets
 from raykd.display import display
 from raykd.errors import UserError
 
@@ -40,12 +41,13 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
         raise UserError(f"{path}: should be a mapping of keys, not {type(tree).__name__}")
     for override in overrides:
         key, equals, value = override.partition("=")
+        shown = display(mask_secrets(override), limit=100)
         if not equals or not key:
-            raise UserError(f"override {display(override, limit=100)!r}: write key.path=value")
+            raise UserError(f"override {shown!r}: write key.path=value")
         try:
             parsed = parse_yaml(value, allow_comments=False)
         except UserError as error:
-            raise UserError(display(f"override {display(override, limit=100)!r}: {error}")) from None
+            raise UserError(display(f"override {shown!r}: {error}")) from None
         set_path(tree, key, parsed)
     try:
         return Experiment.model_validate(tree)
