@@ -85,6 +85,7 @@ def measure_attention(
     num_pending = sum(len(part["problem_ids"]) for part in parts)
     with ProgressBar("attention", total, done=total - num_pending, unit="texts") as progress:
         if parts:
+            row_store.reopen(folder)
             measuring = {
                 "student": student,
                 "attention": attention,

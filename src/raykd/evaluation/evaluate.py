@@ -68,6 +68,7 @@ def evaluate_students(
     eval_models = with_null_adapter(eval_models, folder / NULL_ADAPTER)
     with ProgressBar("students", len(expected_ids), done=len(done), unit="answers") as progress:
         if len(done) < len(expected_ids):
+            row_store.reopen(folder)
             answers = student_answers(
                 split_file(problems, "test"),
                 eval_models,

@@ -57,6 +57,8 @@ def write_rollouts(
     total = sum(len(model.problem_ids or ()) for model in eval_models)
     with ProgressBar("rollouts", total, done=len(done), unit="answers") as progress:
         if len(done) < total:
+            for folder in folders.values():
+                row_store.reopen(folder)
             answers = student_answers(
                 split_file(problems, "train"),
                 eval_models,

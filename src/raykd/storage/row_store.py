@@ -1,12 +1,13 @@
 """Row store: a folder of Parquet parts and, once all rows are written, a manifest.
 
 Parts are written atomically, so that a killed stage resumes from the rows on disk. The name of a part is the digest of
-its content. The manifest holds its own digest and the digest of every part, so that a truncated or modified file is
-refused.
+its content. The manifest holds its own digest and the digest of every part: what is read from a complete folder is
+exactly what its manifest names, and a truncated, modified, missing or additional part is refused by name.
 """
 
 import fnmatch
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,72 @@ def write_part(folder: Path, table: pa.Table) -> Path:
 
 
 def list_parts(folder: Path) -> list[Path]:
-    """Return the parts of a folder, sorted by name."""
+    """Return the parts of a folder, sorted by name: of a complete folder those that its manifest names.
+
+    Raises:
+        UserError: if the manifest was modified, or a part is missing, is not a file or is not named by the manifest.
+    """
+    manifest = _load_manifest(folder)
+    found = _find_parts(folder)
+    if manifest is not None:
+        _refuse_additional(folder, manifest, found)
+        if missing := sorted(set(manifest["parts"]) - found):
+            raise _missing(folder / missing[0])
+        return [folder / name for name in sorted(manifest["parts"])]
+    return [folder / name for name in sorted(found)]
+
+
+def reopen(folder: Path) -> None:
+    """Remove the manifest of a complete folder, to which a stage is about to add rows."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+
+
+def _find_parts(folder: Path) -> set[str]:
+    """Return the names of the parts in a folder.
+
+    Raises:
+        UserError: if one is not a file. Opening a named pipe, for instance, would wait for ever.
+    """
     if filesystem.is_remote(folder):
-        return [folder / name for name in sorted(filesystem.file_states(folder)) if fnmatch.fnmatch(name, _PART_GLOB)]
-    return sorted(folder.glob(_PART_GLOB))
+        return {name for name in filesystem.file_states(folder) if fnmatch.fnmatch(name, _PART_GLOB)}
+    parts = list(folder.glob(_PART_GLOB))
+    for part in parts:
+        if not part.is_file():
+            raise UserError(f"{part} is not a file; remove it and re-run the command")
+    return {part.name for part in parts}
+
+
+def _refuse_additional(folder: Path, manifest: Mapping[str, Any], found: set[str]) -> None:
+    """Raise UserError if a complete folder has a part that its manifest does not name."""
+    if additional := sorted(found - set(manifest["parts"])):
+        raise UserError(
+            f"{folder / additional[0]} is not named by the folder's {MANIFEST}: it was added after the folder was "
+            "complete; remove it and re-run the command"
+        )
+
+
+def _load_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of a folder; None if there is none.
+
+    Raises:
+        UserError: if it was modified.
+    """
+    file = folder / MANIFEST
+    if not file.exists():
+        return None
+    manifest = read_json(file)
+    if manifest.get("digest") != content_key({name: value for name, value in manifest.items() if name != "digest"}):
+        raise UserError(f"{file} was modified after it was written; delete it and re-run the command")
+    parts = manifest.get("parts")
+    if not isinstance(parts, dict) or not all(_is_part(name, digest) for name, digest in parts.items()):
+        raise UserError(f"{file} has no valid list of parts; delete it and re-run the command")
+    return manifest
+
+
+def _is_part(name: str, digest: Any) -> bool:
+    """Return whether an entry of a manifest is a name in its own folder, with the digest of a file."""
+    is_name = re.fullmatch(r"\w[\w.-]*", name, re.ASCII) is not None
+    return is_name and isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None
 
 
 def stream_rows(folder: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
@@ -230,26 +293,29 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return the manifest of a complete folder; None if the folder is not complete.
 
     Raises:
-        UserError: if the manifest or one of its files was truncated, modified or removed.
+        UserError: if the manifest or one of its files was truncated, modified or removed, or a part was added.
     """
-    file = folder / MANIFEST
-    if not file.exists():
+    manifest = _load_manifest(folder)
+    if manifest is None:
         return None
-    manifest = read_json(file)
-    if manifest.get("digest") != content_key({name: value for name, value in manifest.items() if name != "digest"}):
-        raise UserError(f"{file} was modified after it was written; delete it and re-run the command")
+    _refuse_additional(folder, manifest, _find_parts(folder))
     is_remote, written_states = filesystem.is_remote(folder), manifest.get("states", {})
     # One request for a thousand files; a request for each file would take minutes.
     states = filesystem.file_states(folder) if is_remote else {}
     for name, digest in manifest["parts"].items():
         part = folder / name
         if (name not in states) if is_remote else not part.is_file():
-            raise UserError(f"{part} is missing; delete {file} and re-run the command to write the missing rows")
+            raise _missing(part)
         if is_remote and states[name] == written_states.get(name):
             continue
         if file_digest(part) != digest:
             raise UserError(f"{part} was truncated or modified after it was written; {_remedy(part)}")
     return manifest
+
+
+def _missing(part: Path) -> UserError:
+    manifest = part.parent / MANIFEST
+    return UserError(f"{part} is missing; delete {manifest} and re-run the command to write the missing rows")
 
 
 def _remedy(part: Path) -> str:

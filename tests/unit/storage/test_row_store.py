@@ -1,11 +1,13 @@
 """Row stores: atomic writes, resumption by id, and errors that name damaged files."""
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from raykd.errors import UserError
 from raykd.storage import files, filesystem, hashing, row_store
 
 SCHEMA = pa.schema([("row_id", pa.string()), ("value", pa.int64()), ("error", pa.string())])
@@ -100,6 +102,45 @@ def test_damaged_manifest_is_refused_by_name(storage: Path, written: str):
         row_store.read_manifest(storage)
 
 
+def test_part_added_to_a_complete_folder_is_refused_by_name(storage: Path):
+    row_store.write_part(storage, rows(("a", 1, "")))
+    row_store.finalize(storage, SCHEMA, "row_id", {})
+    late = row_store.write_part(storage, rows(("a", 2, ""), ("b", 2, "")))
+    for read in (
+        lambda: row_store.read_rows(storage, SCHEMA),
+        lambda: row_store.done_ids(storage, SCHEMA, "row_id"),
+        lambda: row_store.read_manifest(storage),
+    ):
+        with pytest.raises(UserError, match=f"{late.name} is not named by the folder's manifest.json.*remove it"):
+            read()
+    late.unlink()
+    assert row_store.read_rows(storage, SCHEMA)["value"].to_pylist() == [1]
+    # A stage that adds rows reopens the folder first.
+    row_store.reopen(storage)
+    row_store.write_part(storage, rows(("b", 2, "")))
+    assert row_store.done_ids(storage, SCHEMA, "row_id") == {"a", "b"}
+    assert row_store.finalize(storage, SCHEMA, "row_id", {})["rows"] == 2
+
+
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_part_that_is_not_a_file_is_refused_by_name(tmp_path: Path, is_complete: bool):
+    row_store.write_part(tmp_path, rows(("a", 1, "")))
+    if is_complete:
+        row_store.finalize(tmp_path, SCHEMA, "row_id", {})
+    os.mkfifo(tmp_path / "part-0.parquet")
+    with pytest.raises(UserError, match=r"part-0\.parquet is not a file; remove it"):
+        row_store.read_rows(tmp_path, SCHEMA)
+
+
+@pytest.mark.parametrize("name", ["../other/part-0.parquet", "/etc/passwd", "", ".."])
+def test_manifest_names_files_of_its_own_folder_only(storage: Path, name: str):
+    manifest = {"rows": 1, "parts": {name: "0" * 64}}
+    files.write_json(storage / row_store.MANIFEST, {**manifest, "digest": hashing.content_key(manifest)})
+    for read in (row_store.list_parts, row_store.read_manifest):
+        with pytest.raises(UserError, match=r"manifest\.json has no valid list of parts"):
+            read(storage)
+
+
 def test_modified_manifest_is_refused(storage: Path):
     row_store.write_part(storage, rows(("a", 1, ""), ("b", 2, "")))
     row_store.finalize(storage, SCHEMA, "row_id", {"correct": 1})
@@ -163,7 +204,7 @@ def test_unchanged_bucket_files_are_not_read_again(bucket: str):
     manifest = row_store.finalize(folder, SCHEMA, "row_id", {})
     assert manifest["states"] == {part.name: filesystem.file_state(part)}
     # If the part were read, this digest would be refused.
-    files.write_json(folder / row_store.MANIFEST, with_fields(manifest, parts={part.name: "another digest"}))
+    files.write_json(folder / row_store.MANIFEST, with_fields(manifest, parts={part.name: "0" * 64}))
     assert row_store.read_manifest(folder)
     files.write_json(folder / row_store.MANIFEST, manifest)
     content = part.read_bytes()
