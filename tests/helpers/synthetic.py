@@ -16,6 +16,7 @@ from raykd.storage.schemas import ATTENTION, PREDICTION
 STATISTICS = tuple(NAMES)
 
 NUM_TEST = 60
+DIGEST = "0" * 20
 
 
 def prediction(arm: str, seed: int, number: int, strict: bool, flexible: bool, has_format: bool, **more) -> dict:
@@ -26,6 +27,7 @@ def prediction(arm: str, seed: int, number: int, strict: bool, flexible: bool, h
         "trial_id": trial_id,
         "arm": arm,
         "seed": seed,
+        "adapter_digest": "" if arm == BASE else DIGEST,
         "protocol": "zero_shot_chat",
         "problem_id": f"problem-{number:03}",
         "sample_index": 0,
@@ -95,6 +97,7 @@ class Experiment:
             "loss_first": 1.9,
             "loss_last": 0.7,
             "adapter": "adapter",
+            "adapter_digest": DIGEST,
         } | more
         write_json_into(folder / "trial.json", record)
         lines = [
@@ -132,10 +135,12 @@ class Experiment:
                 # This statistic is undefined in the first layer.
                 values[-1, 0] = np.nan
                 row = {"attention_id": f"{trial_id}/{number}", "trial_id": trial_id, "arm": arm, "seed": seed}
+                row["adapter_digest"] = "" if arm == BASE else DIGEST
                 row |= {"problem_id": f"problem-{number:03}", "num_tokens": 9, "values": values.ravel(), "error": ""}
                 rows.append(row)
             write_part(folder, pa.Table.from_pylist(rows, schema=ATTENTION))
-        manifest = {"statistics": list(STATISTICS), "layers": shape[0], "heads": shape[1], "trials": list(trials)}
+        manifest = {"statistics": list(STATISTICS), "layers": shape[0], "heads": shape[1]}
+        manifest["trials"] = {name: "" if arm == BASE else DIGEST for name, (arm, _) in trials.items()}
         finalize(folder, ATTENTION, "attention_id", manifest)
         self.run["attention"] = "attention/key"
 

@@ -23,7 +23,7 @@ from raykd.data import prompts
 from raykd.errors import UserError
 from raykd.evaluation import attention_heads, attention_spans
 from raykd.evaluation.evaluate import check_adapters, test_problem_ids
-from raykd.evaluation.student_batch import StudentModel
+from raykd.evaluation.student_batch import StudentModel, digests, discard_outdated
 from raykd.models import loading, tokenization
 from raykd.models.loading import load_base_model
 from raykd.runtime.console import ProgressBar
@@ -80,6 +80,7 @@ def measure_attention(
     """
     check_adapters(eval_models)
     problem_ids = test_problem_ids(problems)[: attention.num_problems]
+    discard_outdated(folder, schemas.ATTENTION, eval_models)
     parts = _pending_parts(eval_models, problem_ids, folder)
     total = len(problem_ids) * len(eval_models)
     num_pending = sum(len(part["problem_ids"]) for part in parts)
@@ -113,7 +114,7 @@ def measure_attention(
         schemas.ATTENTION,
         "attention_id",
         {
-            "trials": [model.trial_id for model in eval_models],
+            "trials": digests(eval_models),
             "statistics": list(attention_heads.STATISTICS),
             "layers": config.num_hidden_layers,
             "heads": config.num_attention_heads,
@@ -139,6 +140,7 @@ def _pending_parts(
                 "trial_id": model.trial_id,
                 "arm": model.arm,
                 "seed": model.seed,
+                "adapter_digest": model.digest,
                 "adapter": str(model.adapter or ""),
                 "problem_ids": pending[start : start + PART],
             }
@@ -185,7 +187,7 @@ class MeasureAttention:
 
     def _measure_part(self, part: Mapping[str, Any]) -> list[dict[str, Any]]:
         model, batch_size, problem_ids = self._load(part["adapter"]), self._attention.batch_size, part["problem_ids"]
-        student = {name: part[name] for name in ("trial_id", "arm", "seed")}
+        student = {name: part[name] for name in ("trial_id", "arm", "seed", "adapter_digest")}
         rows = []
         for start in range(0, len(problem_ids), batch_size):
             rows += self._measure_batch(model, problem_ids[start : start + batch_size])

@@ -18,13 +18,15 @@ from raykd.data import grading, prompts
 from raykd.evaluation.student_batch import (
     PROMPT_COLUMNS,
     StudentModel,
+    digests,
+    discard_outdated,
     finish_reason,
     prediction_id,
     student_answers,
     with_null_adapter,
 )
 from raykd.models import tokenization
-from raykd.models.adapters import check_adapter
+from raykd.models.adapters import check_adapter, check_digest
 from raykd.models.loading import load_tokenizer
 from raykd.runtime.console import ProgressBar
 from raykd.storage import files, filesystem, hashing, row_store, schemas
@@ -64,6 +66,7 @@ def evaluate_students(
         for problem_id in problem_ids
         for sample in range(evaluation.num_samples)
     }
+    discard_outdated(folder, schemas.PREDICTION, eval_models)
     done = row_store.done_ids(folder, schemas.PREDICTION, "prediction_id") & expected_ids
     eval_models = with_null_adapter(eval_models, folder / NULL_ADAPTER)
     with ProgressBar("students", len(expected_ids), done=len(done), unit="answers") as progress:
@@ -98,7 +101,7 @@ def evaluate_students(
         schemas.PREDICTION,
         "prediction_id",
         {
-            "trials": [model.trial_id for model in eval_models],
+            "trials": digests(eval_models),
             "evaluation": identity.evaluation_settings(evaluation),
             "problems": problems.name,
         },
@@ -106,9 +109,10 @@ def evaluate_students(
 
 
 def check_adapters(eval_models: Sequence[StudentModel]) -> None:
-    """Raise UserError if an adapter is not as raykd writes it; the message names the file."""
+    """Raise UserError if an adapter is not the one that was trained; the message names the file."""
     for model in eval_models:
         if model.adapter:
+            check_digest(model.adapter, model.digest)
             check_adapter(model.adapter, model.rank)
 
 
@@ -121,7 +125,7 @@ def collect_predictions(folder: Path, file: Path) -> None:
     """Write the complete predictions of an experiment, of all evaluation settings, into one Parquet file.
 
     The file has the columns of `schemas.PREDICTION` and `evaluation`: the name of the predictions folder, which
-    identifies the settings. A file newer than all manifests is left unchanged.
+    identifies the settings. Its metadata hold the digests of the manifests: a file that has the same is left unchanged.
 
     Args:
         folder: the parent of the predictions folders.
@@ -130,7 +134,9 @@ def collect_predictions(folder: Path, file: Path) -> None:
     manifests = filesystem.find_in_subdirs(folder, row_store.MANIFEST)
     if not manifests:
         return
-    if file.exists() and file.stat().st_mtime > max(manifest.stat().st_mtime for manifest in manifests):
+    digests_by_folder = {manifest.parent.name: row_store.manifest_digest(manifest.parent) for manifest in manifests}
+    content = {"manifests": hashing.content_key(digests_by_folder)}
+    if file.exists() and files.table_metadata(file).get("manifests") == content["manifests"]:
         return
     tables = []
     for manifest in manifests:
@@ -138,7 +144,7 @@ def collect_predictions(folder: Path, file: Path) -> None:
         table = table.sort_by([(name, "ascending") for name in ("trial_id", "problem_id", "sample_index")])
         name = pa.array([manifest.parent.name] * len(table), pa.string())
         tables.append(table.add_column(0, "evaluation", name))
-    files.write_table(file, pa.concat_tables(tables))
+    files.write_table(file, pa.concat_tables(tables).replace_schema_metadata(content))
 
 
 def check_student_lengths(split: Path, *, student: Student, evaluation: Evaluate, instruction: str, role: str) -> None:

@@ -90,7 +90,7 @@ def write_rollouts(
             {
                 "trial": eval_model.trial_id,
                 "sampling": sampling.model_dump(),
-                "adapter": str(eval_model.adapter or ""),
+                "adapter_digest": eval_model.digest,
             },
         )
 

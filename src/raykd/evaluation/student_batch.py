@@ -1,7 +1,7 @@
 """Batch inference of students: the base model and all adapters in one vLLM engine."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from raykd.models import tokenization
 from raykd.models.adapters import CONFIG_FILE, WEIGHTS_FILE, padded_rank
 from raykd.models.builtin import resolve_model
 from raykd.models.loading import load_tokenizer
-from raykd.storage import filesystem, hashing, schemas
+from raykd.storage import filesystem, hashing, row_store, schemas
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +36,35 @@ class StudentModel:
     """Folder of the adapter, in peft's format; None for the base student."""
     rank: int = 0
     """Rank of the adapter; 0 for the base student."""
+    digest: str = ""
+    """Digest of the adapter after training; empty for the base student."""
     problem_ids: frozenset[str] | None = None
     """Ids of the problems that the student answers; None for all."""
 
 
 BASE_STUDENT = StudentModel(BASE, BASE, 0, None)
+
+
+def digests(eval_models: Iterable[StudentModel]) -> dict[str, str]:
+    """Return the digests of the students' adapters by trial id."""
+    return {model.trial_id: model.digest for model in eval_models}
+
+
+def discard_outdated(folder: Path, schema: pa.Schema, eval_models: Iterable[StudentModel]) -> None:
+    """Remove the rows of a student that another adapter of the same trial gave: it was trained again.
+
+    Args:
+        folder: a row store with the columns `trial_id` and `adapter_digest`.
+        schema: the schema of its rows.
+        eval_models: the students as they are now; rows of other students are kept.
+    """
+    current = digests(eval_models)
+
+    def is_current(rows: pa.Table) -> list[bool]:
+        pairs = zip(rows["trial_id"].to_pylist(), rows["adapter_digest"].to_pylist(), strict=True)
+        return [current.get(trial_id, digest) == digest for trial_id, digest in pairs]
+
+    row_store.retain(folder, schema, ["trial_id", "adapter_digest"], is_current)
 
 
 def student_answers(
@@ -215,6 +239,7 @@ class BuildEvalPrompts:
             "trial_id": model.trial_id,
             "arm": model.arm,
             "seed": model.seed,
+            "adapter_digest": model.digest,
             "protocol": self._evaluation.protocol,
             "problem_id": problem_id,
             "sample_index": sample,
@@ -227,8 +252,8 @@ class BuildEvalPrompts:
 
 
 # The columns of a prediction that are known before the engine answers.
-PROMPT_COLUMNS = ("prediction_id", "trial_id", "arm", "seed", "protocol", "problem_id", "sample_index", "question")
-PROMPT_COLUMNS += ("reference_answer",)
+PROMPT_COLUMNS = ("prediction_id", "trial_id", "arm", "seed", "adapter_digest", "protocol", "problem_id")
+PROMPT_COLUMNS += ("sample_index", "question", "reference_answer")
 _PROMPT_SCHEMA = pa.schema(
     [
         *(schemas.PREDICTION.field(name) for name in PROMPT_COLUMNS),

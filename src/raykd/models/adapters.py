@@ -7,11 +7,34 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from raykd.errors import UserError
-from raykd.storage import files, filesystem
+from raykd.storage import files, filesystem, hashing
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # With these fields peft imports modules, or reads other files, that the configuration names.
 _CODE_FIELDS = ("auto_mapping", "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
+
+
+def adapter_digest(folder: Path) -> str:
+    """Return the digest of an adapter's configuration and weights: 20 hexadecimal digits.
+
+    Raises:
+        UserError: if one of the two files is missing.
+    """
+    return hashing.content_key({file.name: hashing.file_digest(file) for file in _files(folder)})
+
+
+def check_digest(folder: Path, digest: str) -> None:
+    """Check that an adapter is the one that was trained.
+
+    Args:
+        folder: the adapter in peft's format.
+        digest: its digest after training.
+
+    Raises:
+        UserError: if a file is missing or was modified.
+    """
+    if adapter_digest(folder) != digest:
+        raise _invalid(folder, "was modified after it was trained")
 
 
 def check_adapter(folder: Path, rank: int) -> None:
@@ -26,10 +49,7 @@ def check_adapter(folder: Path, rank: int) -> None:
     Raises:
         UserError: the folder differs from that; the message names the file.
     """
-    config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    for file in (config, weights):
-        if not file.is_file():
-            raise _invalid(file, "is missing")
+    config, weights = _files(folder)
     if unexpected := sorted(file.name for file in folder.iterdir() if file.name not in (CONFIG_FILE, WEIGHTS_FILE)):
         raise _invalid(folder / unexpected[0], "does not belong to an adapter")
     fields = files.read_json(config)
@@ -55,6 +75,14 @@ def check_adapter(folder: Path, rank: int) -> None:
             raise _invalid(weights, f"{name[:80]!r} {list(shape)} is not half of a pair of rank {rank}")
 
 
+def _files(folder: Path) -> tuple[Path, Path]:
+    files = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    for file in files:
+        if not file.is_file():
+            raise _invalid(file, "is missing")
+    return files
+
+
 def _shape(tensor: Any) -> tuple[int, ...]:
     if not np.issubdtype(tensor.dtype, np.floating) or not np.isfinite(tensor).all():
         raise ValueError("a tensor has values that are not finite floats")
@@ -62,7 +90,8 @@ def _shape(tensor: Any) -> tuple[int, ...]:
 
 
 def _invalid(file: Path, problem: str) -> UserError:
-    return UserError(f"{file}: {problem}; delete {file.parent.parent} to train the student again")
+    trial = next((parent for parent in file.parents if parent.parent.name == "trials"), file.parent)
+    return UserError(f"{file}: {problem}; delete {trial} to train the student again")
 
 
 # The values that vLLM accepts for `max_lora_rank`.

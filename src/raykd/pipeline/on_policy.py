@@ -22,7 +22,7 @@ from raykd.storage import row_store
 from raykd.storage.paths import RoundPaths
 from raykd.teacher import generate, server
 from raykd.teacher.completion_set import CompletionSet
-from raykd.training.trial import TrialSpec, has_adapter, problem_ids_of_round
+from raykd.training.trial import TrialSpec, has_adapter, problem_ids_of_round, trained_digest
 from raykd.tuning import tuner
 
 
@@ -155,9 +155,12 @@ def _write_answers(trials: Sequence[TrialSpec], context: StageContext) -> None:
 
 def _student_model(trial: TrialSpec) -> StudentModel:
     number = trial.round or 0
-    adapter = RoundPaths(trial.round_folder(number - 1)).adapter if number else None
-    rank = trial.arm.student.lora.r if adapter else 0
-    return StudentModel(trial.trial_id, trial.arm_name, trial.seed, adapter, rank, problem_ids_of_round(trial, number))
+    base = StudentModel(trial.trial_id, trial.arm_name, trial.seed, None, 0, "", problem_ids_of_round(trial, number))
+    if not number:
+        return base
+    digest = trained_digest(dataclasses.replace(trial, round=number - 1))
+    adapter = RoundPaths(trial.round_folder(number - 1)).adapter
+    return dataclasses.replace(base, adapter=adapter, rank=trial.arm.student.lora.r, digest=digest)
 
 
 def _answers_folder(trial: TrialSpec) -> Path:

@@ -12,13 +12,14 @@ from raykd.errors import UserError
 from raykd.evaluation import evaluate, student_batch
 from raykd.evaluation.attention import attention_folder_name
 from raykd.models import loading
+from raykd.models.adapters import check_digest
 from raykd.pipeline import on_policy, run_record
 from raykd.runtime.console import print_status
 from raykd.storage import filesystem, row_store
 from raykd.storage.paths import ExperimentPaths, StoragePaths, TrialPaths
 from raykd.teacher import completion_set
 from raykd.teacher.completion_set import CompletionSet
-from raykd.training.trial import TrialSpec
+from raykd.training.trial import TrialSpec, trained_digest
 from raykd.tuning import searcher, selection, trackers
 from raykd.tuning.searcher import MakeTrials, PendingSearch
 from raykd.tuning.trials import pending_trials, trial_specs
@@ -127,7 +128,12 @@ class Plan:
         """Return the models to test: the base student, then every adapter that was selected."""
         adapters = [
             student_batch.StudentModel(
-                trial.trial_id, trial.arm_name, trial.seed, TrialPaths(trial.folder).adapter, trial.arm.student.lora.r
+                trial.trial_id,
+                trial.arm_name,
+                trial.seed,
+                TrialPaths(trial.folder).adapter,
+                trial.arm.student.lora.r,
+                trained_digest(trial),
             )
             for trial in selection.selected_trials(self.trials, self.experiment.sweep)
         ]
@@ -156,9 +162,18 @@ class Plan:
         return {"teacher": self.teacher_model, "student": self.student_model}
 
     def _is_complete_folder(self, folder: Path) -> bool:
-        """Return whether a folder is complete and covers exactly the current students."""
+        """Return whether a folder is complete and covers exactly the current students.
+
+        Raises:
+            UserError: if an adapter was modified after it was trained.
+        """
         manifest = row_store.read_manifest(folder)
-        return manifest is not None and manifest["trials"] == [each.trial_id for each in self.eval_models()]
+        if manifest is None or manifest["trials"] != student_batch.digests(self.eval_models()):
+            return False
+        for model in self.eval_models():
+            if model.adapter:
+                check_digest(model.adapter, model.digest)
+        return True
 
 
 def resolve(experiment: Experiment, retry_failed: bool = False) -> Plan:

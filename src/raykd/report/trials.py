@@ -8,6 +8,7 @@ from typing import Any
 
 from raykd.analysis.comparison import Answers
 from raykd.analysis.scores import Row, Scores, compute_scores
+from raykd.errors import UserError
 from raykd.storage import filesystem
 from raykd.storage.files import read_json
 from raykd.storage.paths import TRIAL_FILE, TrialPaths
@@ -107,6 +108,12 @@ def read_trials(folder: Path, rows: Mapping[str, Answers]) -> list[TrialResult]:
 
 def _trial(folder: Path, rows: Mapping[str, Answers]) -> TrialResult:
     record = read_json(TrialPaths(folder).record)
+    digest = record.get("adapter_digest")
+    if any(row["adapter_digest"] != digest for row in rows.get(record["trial_id"], {}).values()):
+        raise UserError(
+            f"{folder}: the kept answers are those of an earlier adapter, because the student was trained again; "
+            "evaluate it again with `raykd evaluate`"
+        )
     curve = read_loss_curve(TrialPaths(folder).metrics)
     losses = [(point["step"], point["loss"]) for point in curve if finite(point.get("loss")) is not None]
     return TrialResult(

@@ -83,6 +83,16 @@ def read_batches(file: Path) -> Iterator[pa.RecordBatch]:
         yield from opened.iter_batches()
 
 
+def table_metadata(file: Path) -> dict[str, str]:
+    """Return the metadata of a Parquet file's schema; empty for a file that cannot be read."""
+    path, system = filesystem.for_arrow(file)
+    try:
+        metadata = pq.read_schema(path, filesystem=system).metadata or {}
+    except (pa.ArrowInvalid, OSError):
+        return {}
+    return {name.decode(errors="replace"): value.decode(errors="replace") for name, value in metadata.items()}
+
+
 def num_rows(file: Path) -> int:
     """Return the number of rows of a Parquet file from its metadata."""
     path, system = filesystem.for_arrow(file)

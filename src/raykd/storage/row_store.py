@@ -8,7 +8,7 @@ exactly what its manifest names, and a truncated, modified, missing or additiona
 import fnmatch
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +234,26 @@ def merge(folder: Path, schema: pa.Schema, id_column: str) -> int:
     return count
 
 
+def retain(folder: Path, schema: pa.Schema, columns: Sequence[str], is_kept: Callable[[pa.Table], list[bool]]) -> None:
+    """Remove the rows of a folder for which a predicate is false; a folder that changes is complete no longer.
+
+    Args:
+        folder: the row store.
+        schema: the schema of its rows.
+        columns: names of the columns that the predicate reads.
+        is_kept: a function of the rows of one part, with one value for each row.
+    """
+    files = list_parts(folder)
+    for file, rows in zip(files, stream_rows(folder, schema, columns), strict=True):
+        if all(kept := is_kept(rows)):
+            continue
+        reopen(folder)
+        if any(kept):
+            ((_, source, _),) = _open_parts([file])
+            write_part(folder, pq.read_table(source).filter(pa.array(kept)))
+        file.unlink()
+
+
 def _has_no_error(rows: pa.Table) -> Any:
     return pc.equal(rows["error"], "")
 
@@ -316,6 +336,15 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def _missing(part: Path) -> UserError:
     manifest = part.parent / MANIFEST
     return UserError(f"{part} is missing; delete {manifest} and re-run the command to write the missing rows")
+
+
+def manifest_digest(folder: Path) -> str:
+    """Return the digest of a complete folder's manifest, which covers the content of all parts; empty for no manifest.
+
+    Raises:
+        UserError: if the manifest was modified.
+    """
+    return (_load_manifest(folder) or {}).get("digest", "")
 
 
 def _remedy(part: Path) -> str:

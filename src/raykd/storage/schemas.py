@@ -50,6 +50,8 @@ PREDICTION = pa.schema(
         pa.field("trial_id", pa.string(), nullable=False),
         pa.field("arm", pa.string(), nullable=False),
         pa.field("seed", pa.int64(), nullable=False),
+        # Digest of the adapter that gave the row; empty for the base student.
+        pa.field("adapter_digest", pa.string(), nullable=False),
         # The prompt format (`raykd.data.prompts`).
         pa.field("protocol", pa.string(), nullable=False),
         pa.field("problem_id", pa.string(), nullable=False),
@@ -74,6 +76,8 @@ ATTENTION = pa.schema(
         pa.field("trial_id", pa.string(), nullable=False),
         pa.field("arm", pa.string(), nullable=False),
         pa.field("seed", pa.int64(), nullable=False),
+        # Digest of the adapter that gave the row; empty for the base student.
+        pa.field("adapter_digest", pa.string(), nullable=False),
         pa.field("problem_id", pa.string(), nullable=False),
         # Number of tokens of the solution, over which the statistics are averaged.
         pa.field("num_tokens", pa.int32(), nullable=False),

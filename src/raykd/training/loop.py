@@ -17,6 +17,7 @@ import torch.distributed
 from raykd import compat
 from raykd.errors import StageError
 from raykd.models import loading
+from raykd.models.adapters import adapter_digest
 from raykd.runtime.metrics import show_training
 from raykd.storage import files
 from raykd.storage.paths import RoundPaths, TrialPaths
@@ -259,11 +260,13 @@ class _LossCurve:
 def _mark_complete(trial: TrialSpec, data: TrainingData) -> None:
     """Write the status of a completed trial, or of a completed round before the last."""
     num_rows, dropped = data.num_examples, Counter(data.dropped)
+    digest = adapter_digest(RoundPaths(trial.output_dir).adapter)
     if trial.output_dir != trial.folder:
-        files.write_json(RoundPaths(trial.output_dir).record, {"rows": num_rows, "dropped": data.dropped})
+        record = {"rows": num_rows, "dropped": data.dropped, "adapter_digest": digest}
+        files.write_json(RoundPaths(trial.output_dir).record, record)
         return
     for number in range(trial.round or 0):
         earlier = files.read_json(RoundPaths(trial.round_folder(number)).record)
         num_rows += earlier["rows"]
         dropped += Counter(earlier["dropped"])
-    write_trial_status(trial, COMPLETE, rows=num_rows, dropped=dict(dropped))
+    write_trial_status(trial, COMPLETE, rows=num_rows, dropped=dict(dropped), adapter_digest=digest)

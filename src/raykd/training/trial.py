@@ -94,6 +94,13 @@ def has_adapter(trial: TrialSpec) -> bool:
     return trial_status(trial) == COMPLETE
 
 
+def trained_digest(trial: TrialSpec) -> str:
+    """Return the digest of the adapter of a trial, or of its current round, as it was after training."""
+    is_last = trial.output_dir == trial.folder
+    record = TrialPaths(trial.folder).record if is_last else RoundPaths(trial.output_dir).record
+    return str(files.read_json(record).get("adapter_digest"))
+
+
 def filter_parallel(trials: Sequence[TrialSpec], predicate: Callable[[TrialSpec], bool]) -> list[TrialSpec]:
     """Return the trials for which a predicate is true.
 

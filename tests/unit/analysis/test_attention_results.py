@@ -23,6 +23,7 @@ def rows_of(trial_id: str, arm: str, seed: int, values: np.ndarray, missing: int
             "trial_id": trial_id,
             "arm": arm,
             "seed": seed,
+            "adapter_digest": "",
             "problem_id": f"problem-{number:03}",
             "num_tokens": 9,
             "values": [] if number == missing else of_problem.ravel(),
@@ -36,7 +37,7 @@ def written(folder: Path, rows: list[dict], late: set[str] = frozenset()) -> Pat
     for start in range(0, len(rows), 7):
         part = pa.Table.from_pylist(rows[start : start + 7], schema=schemas.ATTENTION)
         row_store.write_part(folder, part)
-    trials = sorted({row["trial_id"] for row in rows} - late)
+    trials = dict.fromkeys(sorted({row["trial_id"] for row in rows} - late), "")
     fields = {"trials": trials, "statistics": STATISTICS, "layers": LAYERS, "heads": HEADS}
     row_store.finalize(folder, schemas.ATTENTION, "attention_id", fields)
     return folder

@@ -63,7 +63,10 @@ def stage(problems: Path) -> attention.MeasureAttention:
 
 
 def parts(adapters: list[str], ids: list[str]) -> list[pa.Table]:
-    students = [{"trial_id": f"t{n}", "arm": "a", "seed": n, "adapter": adapter} for n, adapter in enumerate(adapters)]
+    students = [
+        {"trial_id": f"t{n}", "arm": "a", "seed": n, "adapter": adapter, "adapter_digest": f"digest {n}"}
+        for n, adapter in enumerate(adapters)
+    ]
     return [pa.Table.from_pylist([student | {"problem_ids": ids}]) for student in students]
 
 

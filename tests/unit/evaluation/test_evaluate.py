@@ -1,6 +1,8 @@
 """The prompts of an evaluation, and the scores of an engine's answers."""
 
+import os
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ END = 1
 
 
 def scored(folder: Path, rows: list[dict], **settings) -> list[dict]:
-    shared = {"trial_id": "t", "arm": "a", "seed": 0, "question": "?", "reference_answer": "42"}
+    shared = {"trial_id": "t", "arm": "a", "seed": 0, "adapter_digest": "", "question": "?", "reference_answer": "42"}
     shared |= {"protocol": "zero_shot_raw", "sample_index": 2}
     rows = [{"prediction_id": f"t/{n}", "problem_id": str(n), **shared, **row} for n, row in enumerate(rows)]
     batch = {name: np.array([row[name] for row in rows], dtype=object) for name in rows[0]}
@@ -186,7 +188,7 @@ def test_complete_predictions_are_collected_in_one_file(tmp_path: Path):
     for name, is_finalized in (("chat", True), ("raw", True), ("unfinished", False)):
         rows = scored(folder / name, [answer("#### 42", [5, END]), answer("#### 4", [5])])
         if is_finalized:
-            row_store.finalize(folder / name, schemas.PREDICTION, "prediction_id", {"trials": ["t"]})
+            row_store.finalize(folder / name, schemas.PREDICTION, "prediction_id", {"trials": {"t": ""}})
     evaluate.collect_predictions(folder, tmp_path / "predictions.parquet")
     collected = pyarrow.parquet.read_table(tmp_path / "predictions.parquet")
     assert collected.schema.names == ["evaluation", *schemas.PREDICTION.names]
@@ -194,6 +196,8 @@ def test_complete_predictions_are_collected_in_one_file(tmp_path: Path):
     before = (tmp_path / "predictions.parquet").stat().st_mtime_ns
     evaluate.collect_predictions(folder, tmp_path / "predictions.parquet")
     assert (tmp_path / "predictions.parquet").stat().st_mtime_ns == before, "the file was rewritten"
-    row_store.finalize(folder / "unfinished", schemas.PREDICTION, "prediction_id", {"trials": ["t"]})
+    # Whether the file is current does not depend on clocks.
+    os.utime(tmp_path / "predictions.parquet", (time.time() + 3600,) * 2)
+    row_store.finalize(folder / "unfinished", schemas.PREDICTION, "prediction_id", {"trials": {"t": ""}})
     evaluate.collect_predictions(folder, tmp_path / "predictions.parquet")
     assert pyarrow.parquet.read_table(tmp_path / "predictions.parquet").num_rows == 3 * len(rows)

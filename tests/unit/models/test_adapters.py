@@ -87,3 +87,42 @@ def test_damaged_adapter_is_refused(folder: Path, damage, message: str):
     damage(folder)
     with pytest.raises(ValueError, match=rf"{message}.*delete"):
         adapters.check_adapter(folder, 4)
+
+
+def scale_weights(folder: Path) -> None:
+    file = folder / adapters.WEIGHTS_FILE
+    weights = safetensors.numpy.load_file(file)
+    safetensors.numpy.save_file({name: value * -50 for name, value in weights.items()}, file, metadata={"format": "pt"})
+
+
+def flip_bit(folder: Path) -> None:
+    file = folder / adapters.WEIGHTS_FILE
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        scale_weights,
+        flip_bit,
+        truncate_weights,
+        lambda folder: change_config(folder, lora_alpha=80_000),
+        lambda folder: change_config(folder, use_dora=True),
+        lambda folder: change_config(folder, modules_to_save=["lm_head"]),
+    ],
+)
+def test_modified_adapter_is_refused(folder: Path, change):
+    digest = adapters.adapter_digest(folder)
+    adapters.check_digest(folder, digest)
+    change(folder)
+    with pytest.raises(ValueError, match=f"{folder}: was modified after it was trained; delete"):
+        adapters.check_digest(folder, digest)
+
+
+def test_message_names_the_trial_of_a_round(tmp_path: Path):
+    folder = tmp_path / "trials" / "arm-s0" / "rounds" / "1" / "adapter"
+    folder.mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"is missing; delete {tmp_path / 'trials' / 'arm-s0'} to train"):
+        adapters.check_digest(folder, "0" * 20)

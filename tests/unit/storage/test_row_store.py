@@ -220,3 +220,16 @@ def test_unchanged_bucket_files_are_not_read_again(bucket: str):
 def with_fields(manifest: dict, **other: dict) -> dict:
     fields = {name: each for name, each in manifest.items() if name != "digest"} | other
     return fields | {"digest": hashing.content_key(fields)}
+
+
+def test_rows_can_be_removed_by_a_predicate(storage: Path):
+    row_store.write_part(storage, rows(("a", 1, ""), ("b", 2, "")))
+    row_store.write_part(storage, rows(("c", 1, "")))
+    untouched = row_store.write_part(storage, rows(("d", 3, "")))
+    row_store.finalize(storage, SCHEMA, "row_id", {})
+    row_store.retain(storage, SCHEMA, ["value"], lambda part: [value > 0 for value in part["value"].to_pylist()])
+    assert row_store.read_manifest(storage) is not None
+    row_store.retain(storage, SCHEMA, ["value"], lambda part: [value > 1 for value in part["value"].to_pylist()])
+    assert row_store.read_manifest(storage) is None
+    assert sorted(row_store.read_rows(storage, SCHEMA)["row_id"].to_pylist()) == ["b", "d"]
+    assert untouched in row_store.list_parts(storage)
