@@ -26,7 +26,7 @@ from raykd.cluster.resources import resolve_accelerator
 from raykd.config.loading import load_experiment
 from raykd.config.sections import Teacher
 from raykd.data import demo_problems, prompts
-from raykd.pipeline import run, run_record
+from raykd.pipeline import run
 from raykd.pipeline.plan import Plan, resolve
 from raykd.storage import row_store, schemas
 from raykd.teacher import client, generate, server
@@ -107,7 +107,6 @@ def warm_throughput(file: Path, root: Path, options: Any) -> dict[str, list[dict
                     instruction=plan.experiment.prompt.instruction,
                     app=app,
                     experiment=plan.experiment.name,
-                    versions=run_record.versions(),
                     on_call=record_call,
                 )
                 generate.generate_completions(plan.required_sets, context)

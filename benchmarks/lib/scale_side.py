@@ -104,7 +104,6 @@ def measure(point: dict[str, Any], root: Path) -> dict[str, float]:
                 instruction=plan.experiment.prompt.instruction,
                 app=APP,
                 experiment=plan.experiment.name,
-                versions={},
             )
             generate.generate_completions([completion_set], context)
         stage = time.monotonic() - began

@@ -29,6 +29,7 @@ from raykd.models.loading import load_base_model
 from raykd.runtime.console import ProgressBar
 from raykd.storage import files, filesystem, hashing, row_store, schemas
 from raykd.storage.paths import split_file
+from raykd.storage.provenance import provenance
 
 # Problems of one student that a worker reads before it writes rows: at most so many are lost with a worker.
 PART = 64
@@ -121,6 +122,7 @@ def measure_attention(
             "problems": problems.name,
             "num_problems": len(problem_ids),
             "dtype": dtype,
+            "made_with": provenance(),
         },
     )
     errors = row_store.read_rows(folder, schemas.ATTENTION, ["error"])["error"].to_pylist()

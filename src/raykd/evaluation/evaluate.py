@@ -31,6 +31,7 @@ from raykd.models.loading import load_tokenizer
 from raykd.runtime.console import ProgressBar
 from raykd.storage import files, filesystem, hashing, row_store, schemas
 from raykd.storage.paths import NULL_ADAPTER, split_file
+from raykd.storage.provenance import provenance
 
 
 def evaluate_students(
@@ -104,6 +105,7 @@ def evaluate_students(
             "trials": digests(eval_models),
             "evaluation": identity.evaluation_settings(evaluation),
             "problems": problems.name,
+            "made_with": provenance(),
         },
     )
 

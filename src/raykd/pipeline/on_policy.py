@@ -39,8 +39,6 @@ class StageContext:
     """The cluster's resources, by Ray's names."""
     completion_sets: Mapping[str, CompletionSet | None]
     """How the answers of each config id are scored; None if their tokens are the targets."""
-    versions: Mapping[str, str]
-    """Package versions for the manifests."""
 
 
 def run_on_policy(pending: Sequence[TrialSpec], context: StageContext) -> None:
@@ -123,7 +121,6 @@ def _with_answers(
                 instruction=context.experiment.prompt.instruction,
                 app=server.app_name(context.experiment.name),
                 experiment=context.experiment.name,
-                versions=context.versions,
             )
             generate.score_completions(missing, generation)
     folders = answers | {trial_id: each.folder for trial_id, each in scores.items()}

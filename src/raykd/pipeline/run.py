@@ -130,7 +130,6 @@ def _generate_missing(plan: Plan, missing: list[CompletionSet], resources: dict[
             instruction=experiment.prompt.instruction,
             app=app,
             experiment=experiment.name,
-            versions=run_record.versions(),
         )
         generate.generate_completions(missing, context)
 
@@ -161,7 +160,6 @@ def train_students(plan: Plan, resources: dict[str, float]) -> None:
                 folder=plan.folder,
                 cluster=resources,
                 completion_sets=plan.completion_sets,
-                versions=run_record.versions(),
             )
             run_on_policy(on_policy, context)
 

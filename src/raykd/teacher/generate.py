@@ -22,6 +22,7 @@ from raykd.runtime import metrics
 from raykd.runtime.console import ProgressBar
 from raykd.storage import files, filesystem, row_store, schemas
 from raykd.storage.paths import split_file
+from raykd.storage.provenance import provenance
 from raykd.teacher.build_prompts import BuildScoringPrompts, BuildTeacherPrompts
 from raykd.teacher.client import CallHook, TeacherClient
 from raykd.teacher.completion_set import CompletionSet, completion_id
@@ -45,8 +46,6 @@ class GenerationContext:
     """Name of the teacher's Serve application; unused with `teacher.endpoint`."""
     experiment: str
     """The experiment's name, for metrics and Ray's dashboard."""
-    versions: Mapping[str, str]
-    """Versions of the packages, for the manifest."""
     on_call: CallHook | None = None
     """Called after each call of the teacher, in the client's process; for benchmarks."""
 
@@ -81,7 +80,7 @@ def generate_completions(completion_sets: list[CompletionSet], context: Generati
     )
     _call_teacher(questions, completion_sets, sum(totals.values()), sum(map(len, done.values())), context, timer)
     for each in completion_sets:
-        _finalize(each, totals[each.folder], context.teacher.max_error_rate, timer, context.versions)
+        _finalize(each, totals[each.folder], context.teacher.max_error_rate, timer)
 
 
 def score_completions(completion_sets: Mapping[Path, CompletionSet], context: GenerationContext) -> None:
@@ -123,7 +122,7 @@ def score_completions(completion_sets: Mapping[Path, CompletionSet], context: Ge
         # The student's own failures were checked against `evaluate.max_error_rate`: they do not count here.
         num_failed = row_store.num_failed(answers_dir, schemas.COMPLETION)
         limit = (context.teacher.max_error_rate * (total - num_failed) + num_failed) / max(1, total)
-        _finalize(completion_set, total, limit, timer, context.versions)
+        _finalize(completion_set, total, limit, timer)
 
 
 def _done_ids(completion_sets: Iterable[CompletionSet]) -> dict[Path, set[str]]:
@@ -225,7 +224,6 @@ def _finalize(
     total: int,
     max_error_rate: float,
     timer: StageTimer,
-    versions: Mapping[str, str],
 ) -> None:
     """Check that all rows of a completion set exist, and write the manifest with counts of its contents.
 
@@ -252,7 +250,7 @@ def _finalize(
             **counts,
             "errors": num_errors,
             "seconds": timer.seconds(completion_set.folder),
-            "versions": dict(versions),
+            "made_with": provenance(),
         },
     )
 

@@ -11,6 +11,7 @@ from raykd.config.experiment import Arm
 from raykd.config.sections import Sweep
 from raykd.storage import files, filesystem
 from raykd.storage.paths import RoundPaths, TrialPaths, split_file
+from raykd.storage.provenance import provenance
 from raykd.storage.schemas import COMPLETE
 from raykd.training import schedule
 
@@ -145,6 +146,7 @@ def write_trial_status(trial: TrialSpec, status: str, error: str = "", **entries
             "steps": last.get("step", 0),
             "loss_first": curve[0]["loss"] if curve else None,
             "loss_last": last.get("loss"),
+            "made_with": provenance(),
             "validation": measurements[-1] if measurements else None,
             "adapter": str(TrialPaths(trial.folder).adapter) if status == COMPLETE else None,
         },

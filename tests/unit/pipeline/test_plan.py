@@ -10,8 +10,9 @@ from raykd.config.experiment import Experiment
 from raykd.config.run_record import read_run
 from raykd.errors import UserError
 from raykd.models.builtin import resolve_model
-from raykd.pipeline import preflight, run
+from raykd.pipeline import preflight, run, run_record
 from raykd.pipeline.plan import STAGES, Plan, resolve
+from raykd.storage import provenance
 from raykd.storage.paths import ExperimentPaths
 from raykd.training import checkpoints
 from runs import started_plan
@@ -203,6 +204,19 @@ def test_record_names_commands_that_did_work(tmp_path: Path):
         run.start(plan, "raykd evaluate a")
     # The first one is recorded in any case: another experiment may have done its work.
     assert read_run(plan.folder).commands == ("raykd train a", "raykd run a")
+
+
+def test_record_keeps_the_versions_that_made_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plan = resolve(experiment_in(tmp_path))
+    run.check_and_start(plan, "raykd run a", {"CPU": 4}, ["train"])
+    made_with = read_run(plan.folder).versions
+    assert made_with["torch"]
+    other = provenance.provenance() | {"versions": {"torch": "0.0.1"}}
+    monkeypatch.setattr(run_record, "provenance", lambda: other)
+    run.start(plan, "raykd run a")
+    assert read_run(plan.folder).versions == made_with
+    run.check_and_start(plan, "raykd run a", {"CPU": 4}, ["train"])
+    assert read_run(plan.folder).versions == {"torch": "0.0.1"}
 
 
 def test_stage_with_nothing_to_do_is_complete(tmp_path: Path):

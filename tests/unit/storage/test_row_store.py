@@ -1,5 +1,7 @@
 """Row stores: atomic writes, resumption by id, and errors that name damaged files."""
 
+import importlib.metadata
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 
 from raykd.errors import UserError
 from raykd.storage import files, filesystem, hashing, row_store
+from raykd.storage.provenance import provenance
 
 SCHEMA = pa.schema([("row_id", pa.string()), ("value", pa.int64()), ("error", pa.string())])
 
@@ -27,6 +30,13 @@ def test_same_rows_written_twice_are_one_part(storage: Path):
         row_store.write_part(storage, rows(("a", 1, ""), ("b", 2, "")))
     assert len(row_store.list_parts(storage)) == 1
     assert len(row_store.read_rows(storage, SCHEMA)) == 2
+
+
+def test_parts_say_what_made_them(storage: Path):
+    part = row_store.write_part(storage, rows(("a", 1, "")))
+    made_with = json.loads(files.table_metadata(part)["made_with"])
+    assert made_with == provenance()
+    assert made_with["versions"]["torch"] == importlib.metadata.version("torch")
 
 
 def test_retried_rows_replace_failed_rows(storage: Path):
