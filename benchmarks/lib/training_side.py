@@ -24,7 +24,8 @@ from raykd.config.loading import load_experiment
 from raykd.models import loading
 from raykd.training import examples, loop, schedule, student
 from raykd.training.trainer import train_trial, worker_env
-from raykd.training.trial import TrialSpec, read_loss_curve
+from raykd.training.trial import TrialSpec
+from raykd.training.trial_record import read_loss_curve
 
 # Untimed first steps, which include lazy loading.
 WARM = 3

@@ -99,6 +99,8 @@ def _run_command(options: argparse.Namespace, command: str) -> int:
         if options.stage == "sweep" and experiment.sweep is None:
             raise UserError(f"{options.file}: has no section `sweep`; add one, or use `raykd run`")
         folder = _folder(experiment)
+        if filesystem.is_read_only(folder):
+            return _show_complete(options.stage, experiment, folder)
         with lock.folder_lock(folder, command, show=print_status):
             return _run_stage(options.stage, experiment, command, getattr(options, "retry_failed", False))
     except KeyboardInterrupt as interrupt:
@@ -143,7 +145,7 @@ def _report_error(error: Exception, folder: Path | None) -> int:
     text, hint = "".join(traceback.format_exception(error)), ""
     if folder:
         log = append_to_log(ExperimentPaths(folder).log, text)
-        hint = f". Completed work is saved; re-run to resume. Log: {log}"
+        hint = ". Completed work is saved; re-run to resume" + (f". Log: {log}" if log else "")
     elif not os_error and not reported:
         print_status(text.rstrip())
     print_status(f"raykd: {display(line)}{hint}")
@@ -309,6 +311,16 @@ def _run_stage(stage: str, experiment: Experiment, command: str, retry_failed: b
     return _show_results(_folder(experiment))
 
 
+def _show_complete(stage: str, experiment: Experiment, folder: Path) -> int:
+    """Print the results of an experiment in a storage that cannot be written; raise UserError if it is not complete."""
+    from raykd.pipeline.plan import STAGES, resolve
+
+    if not resolve(experiment).is_complete(STAGES if stage in ("run", "sweep") else [stage]):
+        raise UserError(f"{folder} cannot be written, and {stage} is not complete: set another `storage`, or copy it")
+    print_status(f"{folder} cannot be written: its report stays as it is")
+    return _show_results(folder)
+
+
 def _report(options: argparse.Namespace, command: str) -> int:
     """Render a finished experiment from its folder alone, without its models and without Ray."""
     folder = _report_folder(options.file, options.overrides)
@@ -316,6 +328,9 @@ def _report(options: argparse.Namespace, command: str) -> int:
         raise UserError(f"{folder}: no such folder, nothing to report yet; run the experiment first with `raykd run`")
     from raykd.report.build import write_report
 
+    if filesystem.is_read_only(folder):
+        print_status(f"{folder} cannot be written: its report stays as it is")
+        return _show_results(folder)
     with lock.folder_lock(folder, command):
         write_report(folder)
         return _show_results(folder)

@@ -8,7 +8,7 @@ Versions checked: Ray 2.60.0, vLLM 0.29.0, transformers 5.23.0, DeepSpeed 0.19.8
 import the heavy libraries themselves.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -90,6 +90,33 @@ def keep_out_of_trials(names: Iterable[str]) -> None:
     from ray.tune.execution import class_cache
 
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(names)
+
+
+def do_not_retry(is_final: Callable[[BaseException], bool]) -> None:
+    """Keep Ray Train from restarting workers after an error that would occur again.
+
+    Why: `FailureConfig.max_failures` counts every error of a worker alike, and Ray Train has no public way to choose
+    (`ray.train.v2._internal.execution.failure_handling`). The function that makes the policy is replaced in this
+    process, which creates Ray Train's controller.
+    Without it: a trial that diverges, or has no examples, is started again `train.max_failures` times.
+
+    Args:
+        is_final: whether an exception of a worker would occur again.
+    """
+    from ray.train.v2._internal.execution.failure_handling import FailureDecision
+    from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+    from ray.train.v2.api import data_parallel_trainer
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    class Policy(DefaultFailurePolicy):
+        def make_decision(self, training_failed_error: Any) -> FailureDecision:
+            if isinstance(training_failed_error, WorkerGroupError) and any(
+                is_final(error) for error in training_failed_error.worker_failures.values()
+            ):
+                return FailureDecision.RAISE
+            return super().make_decision(training_failed_error)
+
+    data_parallel_trainer.create_failure_policy = Policy
 
 
 def draw_points(space: dict[str, Any], random: Any) -> Iterator[dict[str, Any]]:

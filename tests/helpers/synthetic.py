@@ -177,7 +177,7 @@ def full_experiment(folder: Path, num_test: int = NUM_TEST) -> Experiment:
         for seed in (0, 1):
             if (arm, seed) == ("confidence", 1):
                 message = "CUDA out of memory [rank 3]\nTraceback …"
-                failed = {"status": "failed", "error": message, "loss_last": float("nan"), "steps": None}
+                failed = {"status": "failed", "error": message, "loss_last": None, "steps": 0}
                 experiment.trial(arm, seed, [], strategy, overrides=overrides, **failed)
             else:
                 rows = drawn(arm, seed, share, format_rate, num_test)

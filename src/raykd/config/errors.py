@@ -4,29 +4,32 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from raykd.config.secrets import mask_secrets
 from raykd.display import display
 from raykd.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
+Record = TypeVar("Record")
 
 
-def format_validation_error(error: ValidationError, model: type[BaseModel]) -> str:
+def format_validation_error(error: ValidationError, model: type[BaseModel] | None) -> str:
     """Return one line with the dotted path, the problem and the remedy of each error.
 
     Args:
         error: the validation error.
-        model: the model that was validated, for the names of its keys.
+        model: the model that was validated, for the names of its keys; None for a typed dictionary.
     """
     lines = []
     for problem in error.errors(include_url=False):
         place = ".".join(map(str, problem["loc"]))
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            known = _sibling_keys(model, problem["loc"])
-            message = f"unknown key{did_you_mean(str(problem['loc'][-1]), known)}; known: {', '.join(known)}"
+            message = "unknown key"
+            if model is not None:
+                known = _sibling_keys(model, problem["loc"])
+                message += f"{did_you_mean(str(problem['loc'][-1]), known)}; known: {', '.join(known)}"
         elif problem["type"] == "missing":
             message = "is missing"
         elif problem["type"] != "value_error":
@@ -50,6 +53,23 @@ def validated(model: type[Model], tree: Any, where: str) -> Model:
         return model.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{where}: {format_validation_error(error, model)}") from None
+
+
+def validated_dict(adapter: TypeAdapter[Record], tree: Any, where: str) -> Record:
+    """Return a validated typed dictionary.
+
+    Args:
+        adapter: of the dictionary's type.
+        tree: its keys and values.
+        where: the file, with which the message begins.
+
+    Raises:
+        UserError: with each invalid field.
+    """
+    try:
+        return adapter.validate_python(tree)
+    except ValidationError as error:
+        raise UserError(f"{where} is damaged: {format_validation_error(error, None)}") from None
 
 
 def _sibling_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -17,7 +17,7 @@ from raykd.config.run_record import read_run
 from raykd.planning.demand import UNKNOWN_CLUSTER, max_points, num_problems
 from raykd.storage import files, filesystem, hashing
 from raykd.storage.paths import METRICS_FILE, ExperimentPaths
-from raykd.training.trial import read_loss_curve
+from raykd.training.trial_record import read_loss_curve
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def read_results(folder: Path, with_attention: bool = True) -> Results:
     """
     run = read_run(folder)
     config = _read_config(folder)
-    tree = _parse(config)
+    tree = _parse(config, ExperimentPaths(folder).config)
     rows = read_predictions(folder / run.predictions)
     trials, excluded = _current_trials(folder, run, tree, rows)
     sweep = tree.get("sweep")
@@ -157,6 +157,8 @@ def read_results(folder: Path, with_attention: bool = True) -> Results:
 def _read_config(folder: Path) -> str:
     try:
         return ExperimentPaths(folder).config.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{ExperimentPaths(folder).config} is damaged: {error}") from None
     except FileNotFoundError:
         raise UserError(
             f"{folder} has no experiment.yaml: give the folder of an experiment that `raykd run` made"
@@ -311,12 +313,14 @@ def _notes(
     return notes
 
 
-def _parse(config: str) -> Mapping[str, Any]:
+def _parse(config: str, file: Path) -> Mapping[str, Any]:
     try:
         tree = parse_yaml(config)
-    except UserError:
-        return {}
-    return tree if isinstance(tree, dict) else {}
+    except UserError as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{file} is damaged: should be a mapping of keys, not {type(tree).__name__}")
+    return tree
 
 
 def _controls(config: Mapping[str, Any], folder: Path) -> set[str]:

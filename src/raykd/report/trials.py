@@ -10,11 +10,10 @@ from raykd.analysis.comparison import Answers
 from raykd.analysis.scores import Row, Scores, compute_scores
 from raykd.errors import UserError
 from raykd.storage import filesystem
-from raykd.storage.files import read_json
 from raykd.storage.paths import TRIAL_FILE, TrialPaths
 from raykd.storage.row_store import read_rows
 from raykd.storage.schemas import COMPLETE, PREDICTION
-from raykd.training.trial import read_loss_curve
+from raykd.training.trial_record import read_loss_curve, read_trial_record
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,8 @@ def read_trials(folder: Path, rows: Mapping[str, Answers]) -> list[TrialResult]:
 
 
 def _trial(folder: Path, rows: Mapping[str, Answers]) -> TrialResult:
-    record = read_json(TrialPaths(folder).record)
+    record = read_trial_record(folder)
+    assert record, "the trial has a record"
     digest = record.get("adapter_digest")
     if any(row["adapter_digest"] != digest for row in rows.get(record["trial_id"], {}).values()):
         raise UserError(
@@ -115,7 +115,7 @@ def _trial(folder: Path, rows: Mapping[str, Answers]) -> TrialResult:
             "evaluate it again with `raykd evaluate`"
         )
     curve = read_loss_curve(TrialPaths(folder).metrics)
-    losses = [(point["step"], point["loss"]) for point in curve if finite(point.get("loss")) is not None]
+    losses = [(point["step"], loss) for point in curve if (loss := point["loss"]) is not None]
     return TrialResult(
         trial_id=record["trial_id"],
         arm=record["arm"],
@@ -129,9 +129,9 @@ def _trial(folder: Path, rows: Mapping[str, Answers]) -> TrialResult:
         train_rows=record.get("rows"),
         train_steps=record.get("steps"),
         target_tokens=record.get("target_tokens"),
-        train_seconds=finite(record.get("seconds")),
-        loss_first=finite(record.get("loss_first")),
-        loss_last=finite(record.get("loss_last")),
+        train_seconds=record.get("seconds"),
+        loss_first=record.get("loss_first"),
+        loss_last=record.get("loss_last"),
         losses=losses,
         hparams=record.get("hparams") or {},
         validation=record.get("validation"),

@@ -113,7 +113,7 @@ def redirect_library_output(log: Path) -> Iterator[Path]:
             _copy_log(written, log)
 
 
-def append_to_log(log: Path, text: str) -> Path:
+def append_to_log(log: Path, text: str) -> Path | None:
     """Append text to a log file.
 
     Args:
@@ -121,13 +121,15 @@ def append_to_log(log: Path, text: str) -> Path:
         text: complete lines.
 
     Returns:
-        The file that holds the text; a local file if the bucket cannot be written.
+        The file that holds the text; a local file if the bucket cannot be written; None if nothing was written.
     """
     log, written = _log_paths(log)
-    with suppress(OSError):
+    try:
         written.parent.mkdir(parents=True, exist_ok=True)
         with written.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
+    except OSError:
+        return None
     return _copy_log(written, log)
 
 

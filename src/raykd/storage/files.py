@@ -1,6 +1,7 @@
 """Text, JSON and Parquet files: reading and atomic writing."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
+from raykd.display import display, summary
 from raykd.errors import UserError
 from raykd.storage import filesystem
 
@@ -22,8 +24,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write a JSON file atomically.
+
+    Raises:
+        ValueError: for a number that is not finite, which JSON has not and `read_json` refuses.
+    """
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -51,12 +57,28 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 def _parse_object(content: bytes, place: str, remedy: str) -> dict[str, Any]:
     try:
-        value = json.loads(content)
+        value = json.loads(content, object_pairs_hook=_object, parse_float=_number, parse_constant=_number)
     # Python raises a plain ValueError for a number with thousands of digits.
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is damaged ({error}); {remedy}") from None
+        raise UserError(f"{place} is damaged ({summary(error)}); {remedy}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{place} is damaged (not an object, but {str(value)[:40]!r}); {remedy}")
+        raise UserError(f"{place} is damaged (not an object, but {display(repr(value), limit=40)}); {remedy}")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} occurs twice")
+    return value
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
     return value
 
 

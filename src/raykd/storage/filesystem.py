@@ -114,6 +114,11 @@ def is_remote(path: Path) -> bool:
     return not isinstance(path, Path)
 
 
+def is_read_only(folder: Path) -> bool:
+    """Return whether an existing local folder cannot be written; a bucket is not asked."""
+    return not is_remote(folder) and folder.is_dir() and not os.access(folder, os.W_OK)
+
+
 def for_arrow(path: Path) -> tuple[str, Any]:
     """Return a path and its file system for Arrow and Ray; the file system is None for a local path."""
     if not is_remote(path):

@@ -5,6 +5,7 @@ their number in the whole step, so that worker count, micro-batches and ZeRO sta
 """
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,7 +27,8 @@ from raykd.training import batching, schedule
 from raykd.training.engine import deepspeed_config, initialize_engine, load_checkpoint, saved_checkpoint
 from raykd.training.student import save_adapter
 from raykd.training.training_data import TrainingData, load_training_data, no_examples
-from raykd.training.trial import TrialSpec, read_loss_curve, write_trial_status
+from raykd.training.trial import TrialSpec, write_trial_status
+from raykd.training.trial_record import read_loss_curve, read_round_record
 from raykd.training.validation import validate, validation_steps
 
 Report = Callable[[dict[str, Any], Path | None], None]
@@ -179,12 +181,14 @@ class _TrainingRun:
         loss_sum, num_tokens = self._loss_and_tokens
         loss = float(loss_sum / num_tokens) if num_tokens else None
         trial = self._trial
+        self._check_finite("loss", loss, steps_done)
         tokens_per_second, own_tokens_per_second = self._throughput.end()
         show_training(trial.experiment, trial.trial_id, self._worker, loss, tokens_per_second, own_tokens_per_second)
         validation = None
         if steps_done in self._validations:
             number = self._validations[steps_done]
             validation = validate(self._engine, self._student.model, self._tokenizer, trial, number)
+            self._check_finite("validation loss", validation.get("loss"), steps_done)
         epoch, _ = self._data.steps[steps_done - 1]
         metrics = {
             "step": steps_done,
@@ -201,6 +205,17 @@ class _TrainingRun:
             metrics["validation"] = validation
         self._loss_and_tokens.zero_()
         return metrics
+
+    def _check_finite(self, name: str, loss: float | None, steps_done: int) -> None:
+        """Raise StageError for a loss that is not finite. All workers have the same loss."""
+        if loss is None or math.isfinite(loss):
+            return
+        last = next((point for point in reversed(self._curve.points) if point["loss"] is not None), None)
+        before = f"; the loss was {last['loss']:.4g} at step {last['step']}" if last else ""
+        raise StageError(
+            f"training diverged: the {name} is {loss} at step {steps_done} of {self._num_steps}{before}. Lower "
+            "train.learning_rate, or raise train.warmup_fraction"
+        )
 
     def save(self) -> None:
         """Save the adapter, mark the trial or its round as complete, and report the final metrics.
@@ -249,12 +264,12 @@ class _LossCurve:
 
     def __init__(self, path: Path, first_step: int, write: bool) -> None:
         self._path, self._write = path, write
-        self._points = [point for point in read_loss_curve(path) if point["step"] <= first_step]
+        self.points = [point for point in read_loss_curve(path) if point["step"] <= first_step]
 
     def add(self, point: dict[str, Any]) -> None:
-        self._points.append(point)
+        self.points.append(point)
         if self._write:
-            files.write_text(self._path, "".join(json.dumps(point) + "\n" for point in self._points))
+            files.write_text(self._path, "".join(json.dumps(point) + "\n" for point in self.points))
 
 
 def _mark_complete(trial: TrialSpec, data: TrainingData) -> None:
@@ -266,7 +281,7 @@ def _mark_complete(trial: TrialSpec, data: TrainingData) -> None:
         files.write_json(RoundPaths(trial.output_dir).record, record)
         return
     for number in range(trial.round or 0):
-        earlier = files.read_json(RoundPaths(trial.round_folder(number)).record)
+        earlier = read_round_record(trial.round_folder(number))
         num_rows += earlier["rows"]
         dropped += Counter(earlier["dropped"])
     write_trial_status(trial, COMPLETE, rows=num_rows, dropped=dict(dropped), adapter_digest=digest)

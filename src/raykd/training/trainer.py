@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from raykd import compat, errors
 from raykd.cluster.resources import Accelerator, process_bundle
 from raykd.storage import filesystem
 from raykd.training import checkpoints
@@ -43,6 +44,8 @@ def train_trial(trial: TrialSpec, accelerator: Accelerator, callbacks: list[Any]
     is_gpu, train = accelerator == "gpu", trial.arm.train
     path, system = filesystem.for_arrow(storage_path)
     checkpoint = checkpoints.repair(storage_path / trial.trial_id)
+    # A StageError or UserError of a worker has its cause in the data or the configuration.
+    compat.do_not_retry(lambda error: errors.reported_error(error) is not None)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(CONTROLLER_POLL_S))
     TorchTrainer(
         _train_worker,

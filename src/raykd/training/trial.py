@@ -14,6 +14,7 @@ from raykd.storage.paths import RoundPaths, TrialPaths, split_file
 from raykd.storage.provenance import provenance
 from raykd.storage.schemas import COMPLETE
 from raykd.training import schedule
+from raykd.training.trial_record import LossPoint, read_loss_curve, read_round_record, read_trial_record
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ def problem_ids_of_round(trial: TrialSpec, number: int) -> frozenset[str]:
 
 def trial_status(trial: TrialSpec) -> str:
     """Return the final status of a trial, such as `schemas.COMPLETE`; "" if it has none yet."""
-    record = TrialPaths(trial.folder).record
-    return files.read_json(record)["status"] if record.exists() else ""
+    record = read_trial_record(trial.folder)
+    return record["status"] if record else ""
 
 
 def has_adapter(trial: TrialSpec) -> bool:
@@ -97,9 +98,9 @@ def has_adapter(trial: TrialSpec) -> bool:
 
 def trained_digest(trial: TrialSpec) -> str:
     """Return the digest of the adapter of a trial, or of its current round, as it was after training."""
-    is_last = trial.output_dir == trial.folder
-    record = TrialPaths(trial.folder).record if is_last else RoundPaths(trial.output_dir).record
-    return str(files.read_json(record).get("adapter_digest"))
+    if trial.output_dir != trial.folder:
+        return read_round_record(trial.output_dir)["adapter_digest"]
+    return (read_trial_record(trial.folder) or {}).get("adapter_digest", "")
 
 
 def filter_parallel(trials: Sequence[TrialSpec], predicate: Callable[[TrialSpec], bool]) -> list[TrialSpec]:
@@ -127,6 +128,7 @@ def write_trial_status(trial: TrialSpec, status: str, error: str = "", **entries
     """
     curve = read_loss_curve(TrialPaths(trial.folder).metrics)
     measurements = validations(curve)
+    losses = [point["loss"] for point in curve if point["loss"] is not None]
     last = curve[-1] if curve else {}
     files.write_json(
         TrialPaths(trial.folder).record,
@@ -144,8 +146,8 @@ def write_trial_status(trial: TrialSpec, status: str, error: str = "", **entries
             "accelerator": last.get("accelerator", ""),
             **{name: last.get(name, 0) for name in ("target_tokens", "seconds")},
             "steps": last.get("step", 0),
-            "loss_first": curve[0]["loss"] if curve else None,
-            "loss_last": last.get("loss"),
+            "loss_first": losses[0] if losses else None,
+            "loss_last": losses[-1] if losses else None,
             "made_with": provenance(),
             "validation": measurements[-1] if measurements else None,
             "adapter": str(TrialPaths(trial.folder).adapter) if status == COMPLETE else None,
@@ -153,18 +155,9 @@ def write_trial_status(trial: TrialSpec, status: str, error: str = "", **entries
     )
 
 
-def read_loss_curve(file: Path) -> list[dict[str, Any]]:
-    """Return the points of a trial's loss curve so far.
-
-    Raises:
-        UserError: a line is not valid JSON.
-    """
-    return files.read_json_lines(file) if file.exists() else []
-
-
-def validations(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def validations(curve: Iterable[LossPoint]) -> list[dict[str, float]]:
     """Return the validation results in a loss curve, in order of step."""
-    return [point["validation"] for point in curve if point.get("validation")]
+    return [validation for point in curve if (validation := point.get("validation"))]
 
 
 def last_validation_metric(trial: TrialSpec) -> float | None:

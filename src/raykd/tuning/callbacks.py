@@ -1,6 +1,5 @@
 """Ray Tune callback that records the final status of each trial."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from raykd.runtime.console import print_status
 from raykd.storage import filesystem
 from raykd.storage.paths import ExperimentPaths
 from raykd.storage.schemas import COMPLETE, FAILED, STOPPED
-from raykd.training.trial import TrialSpec, has_adapter, last_validation_metric, trial_status, write_trial_status
+from raykd.training.trial import TrialSpec, has_adapter, trial_status, write_trial_status
 
 
 class RecordTrialStatus(tune.Callback):
@@ -54,10 +53,7 @@ class RecordTrialStatus(tune.Callback):
 
 def _record_early_end(spec: TrialSpec) -> None:
     """Record why a trial ended without an adapter."""
-    metric = last_validation_metric(spec)
-    if metric is not None and math.isnan(metric):
-        write_trial_status(spec, FAILED, "diverged: the validation loss is NaN")
-    elif spec.sweep is not None and spec.sweep.scheduler != "none":
+    if spec.sweep is not None and spec.sweep.scheduler != "none":
         write_trial_status(spec, STOPPED)
     else:
         # No known cause leads here.

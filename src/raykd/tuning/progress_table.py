@@ -16,7 +16,8 @@ from raykd.runtime.console import ProgressBar
 from raykd.runtime.rich_console import SafeConsole, cell
 from raykd.storage.paths import TrialPaths
 from raykd.storage.schemas import FAILED
-from raykd.training.trial import TrialSpec, read_loss_curve, trial_status
+from raykd.training.trial import TrialSpec, trial_status
+from raykd.training.trial_record import read_loss_curve
 
 # Lines of the terminal that the live table leaves free, and its fewest rows.
 MARGIN, MIN_ROWS = 6, 4

@@ -39,9 +39,6 @@ class PerArmScheduler(FIFOScheduler):
         self._scheduler_of(trial).on_trial_error(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if math.isnan(result.get(f"validation/{self._sweep.metric}", 0)):
-            # NaN compares with nothing, and a loss of NaN never recovers.
-            return self.STOP
         return self._scheduler_of(trial).on_trial_result(tune_controller, trial, result)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:

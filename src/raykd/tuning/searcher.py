@@ -158,7 +158,7 @@ class ArmSearch:
         if point_trials is None or trial.trial_id not in point_trials.running:
             return
         point_trials.running.remove(trial.trial_id)
-        if metric is not None and math.isfinite(metric):
+        if metric is not None:
             point_trials.metrics.append(metric)
         if not point_trials.running:
             for optuna_id in point_trials.optuna_ids:

@@ -18,7 +18,8 @@ from raykd.storage import filesystem
 from raykd.storage.paths import ExperimentPaths, TrialPaths
 from raykd.storage.schemas import FAILED
 from raykd.training.trainer import train_trial
-from raykd.training.trial import TrialSpec, read_loss_curve, trial_status, validations
+from raykd.training.trial import TrialSpec, trial_status, validations
+from raykd.training.trial_record import read_loss_curve
 from raykd.tuning import trackers
 from raykd.tuning.callbacks import RecordTrialStatus, remove_checkpoints
 from raykd.tuning.progress_table import TrialProgressTable

@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,81 @@ def test_report_of_changed_experiment_is_refused(finished: tuple[Path, Path], ca
     assert cli.main(["report", str(file), "student.model=somebody/else"]) == 2
     assert "holds another experiment named 'far'" in capsys.readouterr().err
     assert snapshot(folder) == before
+
+
+@pytest.fixture
+def read_only(finished: tuple[Path, Path]) -> Iterator[tuple[Path, Path]]:
+    """The finished experiment in a storage that is mounted read-only."""
+    storage = str(finished[1].parents[1])
+    commands = [["mount", "--bind", storage, storage], ["mount", "-o", "remount,ro,bind", storage]]
+    for command in commands:
+        mounted = subprocess.run(command, capture_output=True)
+        if mounted.returncode:
+            pytest.skip(f"a read-only folder needs the right to mount one: {mounted.stderr.decode().strip()}")
+    try:
+        yield finished
+    finally:
+        subprocess.run(["umount", "-l", storage], check=True)
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_report_on_read_only_storage_shows_the_results(read_only: tuple[Path, Path], is_folder: bool, capsys):
+    file, folder = read_only
+    assert cli.main(["report", str(folder if is_folder else file)]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == f"{folder} cannot be written: its report stays as it is\n"
+    assert "ground_truth" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "experiment.yaml").unlink(), ["has no experiment.yaml"]),
+        (lambda folder: (folder / "experiment.yaml").write_text("a: ["), ["experiment.yaml is damaged: line 1"]),
+        (lambda folder: (folder / "experiment.yaml").write_bytes(b"a: \xff"), ["experiment.yaml is damaged"]),
+        (lambda folder: (folder / "run.json").unlink(), ["has no run.json"]),
+        (lambda folder: (folder / "run.json").write_text('{"name": "a", "name": "b"}'), ["run.json", "occurs twice"]),
+        (lambda folder: change(folder, stages=[]), ["run.json", "stages"]),
+        (lambda folder: change(folder, processor_seconds=3), ["run.json", "processor_seconds"]),
+        (lambda folder: change(folder, models="x"), ["run.json", "models"]),
+        (lambda folder: write_trial(folder, "{}"), ["trial.json is damaged: trial_id: is missing"]),
+        (lambda folder: change_trial(folder, overrides=[]), ["trial.json is damaged: overrides"]),
+        (lambda folder: change_trial(folder, num_workers="two"), ["trial.json is damaged: num_workers", "'two'"]),
+        (lambda folder: change_trial(folder, seconds=float("inf")), ["trial.json is damaged", "not a finite number"]),
+        (lambda folder: change_trial(folder, unknown=1), ["trial.json is damaged: unknown: unknown key"]),
+        (lambda folder: add_point(folder, "[]"), ["metrics.jsonl, line 31 is damaged", "not an object"]),
+        (lambda folder: add_point(folder, '{"loss": 1.0}'), ["metrics.jsonl, line 31 is damaged: step: is missing"]),
+        (lambda folder: add_point(folder, '{"step": 1, "loss": NaN}'), ["line 31 is damaged", "not a finite number"]),
+        (lambda folder: add_point(folder, '{"step": ' + "9" * 5001 + "}"), ["metrics.jsonl, line 31 is damaged"]),
+    ],
+)
+def test_damaged_record_is_one_line_with_file_and_field(finished: tuple[Path, Path], damage, words: list[str], capsys):
+    folder = finished[1]
+    damage(folder)
+    assert cli.main(["report", str(folder)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    for word in words:
+        assert word in captured.err
+
+
+def change(folder: Path, **fields: object) -> None:
+    file = folder / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def trial_file(folder: Path, name: str) -> Path:
+    return sorted((folder / "trials").glob(f"*/{name}"))[0]
+
+
+def write_trial(folder: Path, text: str) -> None:
+    trial_file(folder, "trial.json").write_text(text)
+
+
+def change_trial(folder: Path, **fields: object) -> None:
+    write_trial(folder, json.dumps(json.loads(trial_file(folder, "trial.json").read_text()) | fields))
+
+
+def add_point(folder: Path, line: str) -> None:
+    with trial_file(folder, "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")

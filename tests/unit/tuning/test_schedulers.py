@@ -55,10 +55,3 @@ def test_no_trial_is_stopped_at_its_end_or_without_scheduler():
     metrics = {"a0": [0.9, 0.9], "a1": [0.1, 0.1]}
     assert stopping_validations(Sweep(num_validations=2), metrics) == {"a1": 1}
     assert stopping_validations(Sweep(num_validations=2, scheduler="none"), metrics) == {}
-
-
-@pytest.mark.parametrize("scheduler", ["asha", "median", "none"])
-def test_diverged_trial_is_stopped(scheduler: str):
-    sweep = Sweep.model_validate({"scheduler": scheduler, "metric": "loss"})
-    metrics = {"a0": [2.0, 1.5, 1.2, 1.0], "a1": [1.9, float("nan"), float("nan")]}
-    assert stopping_validations(sweep, metrics) == {"a1": 2}

@@ -11,7 +11,7 @@ from ray.tune.search import Searcher
 from raykd.config.experiment import Experiment
 from raykd.pipeline.plan import Plan
 from raykd.storage import files, row_store
-from raykd.storage.schemas import COMPLETE, FAILED, STOPPED
+from raykd.storage.schemas import COMPLETE, FAILED
 from raykd.training.trial import TrialSpec, write_trial_status
 from raykd.tuning.searcher import ArmSearch, TrialSearcher
 from raykd.tuning.trials import TrialRegistry
@@ -41,7 +41,7 @@ def searches(plan: Plan) -> dict[str, ArmSearch]:
     return {name: ArmSearch(name, sweep, plan.folder, make, pending) for name in plan.experiment.arms}
 
 
-def write_result(trial: TrialSpec, loss: float, status: str = COMPLETE) -> float:
+def write_result(trial: TrialSpec, loss: float | None, status: str = COMPLETE) -> float | None:
     """Write the result of a trial, and return its loss."""
     point = {"step": 5, "loss": 1.0, "validation": {"number": 4, "n": 10, "loss": loss}}
     files.write_text(trial.folder / "metrics.jsonl", json.dumps(point) + "\n")
@@ -157,10 +157,10 @@ def test_invalid_points_are_skipped(tmp_path: Path):
     )
 
 
-def test_diverged_trial_does_not_end_the_search(tmp_path: Path):
+def test_failed_trial_does_not_end_the_search(tmp_path: Path):
     search = searches(plan(tmp_path, num_samples=3))["none"]
     for trial in search.draw():
-        search.record(trial, write_result(trial, math.nan, STOPPED))
+        search.record(trial, write_result(trial, None, FAILED))
     again = searches(plan(tmp_path, num_samples=3))["none"]
     for each in (search, again):
         assert [trial.state.name for trial in each._optuna._ot_study.trials] == ["FAIL"]
