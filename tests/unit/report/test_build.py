@@ -318,7 +318,7 @@ def test_arms_without_a_common_seed_are_not_compared(tmp_path: Path) -> None:
 
 def test_report_of_failed_trials_only(tmp_path: Path) -> None:
     experiment = Experiment(tmp_path)
-    experiment.trial("none", 0, [], status="failed", error="", loss_first=None, rows=None, steps=None)
+    experiment.trial("none", 0, [], status="failed", error="", loss_first=None, rows=0, steps=0)
     results = write_report(experiment.write())
     assert "No arm has predictions" in answer(results).sentences[0]
     assert Page((tmp_path / "report.html").read_text()).open == []
@@ -356,7 +356,7 @@ def test_folder_without_experiment_is_refused(tmp_path: Path) -> None:
 def test_damaged_loss_curve_is_refused(tmp_path: Path) -> None:
     experiment = two_arms(tmp_path, 3, 2, 5, 5)
     metrics = tmp_path / "trials" / "none-0" / "metrics.jsonl"
-    metrics.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n{"step": 3, "loss": 1.5}\n')
+    metrics.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null}\n{"step": 3, "loss": 1.5}\n')
     results = write_report(experiment.write())
     assert next(trial for trial in results.trials if trial.arm == "none").losses == [(1, 2.0), (3, 1.5)]
     with metrics.open("a") as file:
