@@ -306,8 +306,11 @@ def _run_stage(stage: str, experiment: Experiment, command: str, retry_failed: b
                 run.check_and_start(plan, command, resources, [stage])
                 steps[stage](plan, resources)
         run.record_results(plan)
-        print_status(f"{stage}: done; {plan.folder}")
-        return 0
+        failed = {} if stage == "generate" else plan.failed_trials()
+        for trial_id, error in failed.items():
+            print_status(f"trial {trial_id} failed: {error}")
+        print_status(f"{stage}: done{f', but {len(failed)} trials failed' if failed else ''}; {plan.folder}")
+        return 1 if failed else 0
     return _show_results(_folder(experiment))
 
 

@@ -1,6 +1,8 @@
 """Loss of a worker or a node during training: the trial resumes from its last checkpoint, with the same adapter."""
 
 import json
+import math
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -13,6 +15,7 @@ import torch
 
 from clusters import cluster, cluster_env
 from raykd.storage import files
+from raykd.storage.paths import ExperimentPaths
 from raykd.storage.schemas import COMPLETE, FAILED, STOPPED
 from raykd.training.trial import TrialSpec
 from runs import RAYKD, finish, plan_of, started
@@ -137,7 +140,7 @@ def test_failed_trial_does_not_stop_other_trials(tmp_path: Path):
     sweep = "sweep={space: {train.learning_rate: {grid: [0.005, 0.002]}}, metric: loss, num_validations: 2}"
     arguments = [
         *["sweep", str(ROOT / "configs/quickstart.yaml"), f"storage={tmp_path}", arms, sweep, "attention=null"],
-        *["dataset.num_train=48", "dataset.num_validation=8", "dataset.num_test=8", "train.max_failures=0"],
+        *["dataset.num_train=48", "dataset.num_validation=8", "dataset.num_test=8"],
     ]
     done = subprocess.run([RAYKD, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 1, done.stderr
@@ -148,3 +151,27 @@ def test_failed_trial_does_not_stop_other_trials(tmp_path: Path):
             assert record["status"] == FAILED and "every example was filtered out (" in record["error"]
         else:
             assert record["status"] in (COMPLETE, STOPPED)
+
+
+# Starts training workers. Nothing in `make test` makes a training diverge.
+@pytest.mark.slow
+def test_diverging_trial_fails_at_once_with_the_last_finite_loss(tmp_path: Path):
+    arms = "arms={sound: {targets.source: reference}, wild: {targets.source: reference, train.learning_rate: 1.0e+30}}"
+    arguments = [*command(tmp_path), arms, "train.num_workers=1", "dataset.num_train=32", "train.epochs=2"]
+    done = subprocess.run([RAYKD, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 1, done.stderr
+    trials = {trial.arm_name: trial for trial in plan_of(arguments).trials}
+    record = files.read_json(trials["wild"].folder / "trial.json")
+    assert record["status"] == FAILED
+    assert re.fullmatch(
+        r"training diverged: the loss is (nan|inf) at step \d of 8; the loss was [\d.e+]+ at step \d\. Lower "
+        r"train\.learning_rate, or raise train\.warmup_fraction",
+        record["error"],
+    )
+    assert math.isfinite(record["loss_last"])
+    assert f"trial {trials['wild'].trial_id} failed: training diverged" in done.stderr
+    assert "train: done, but 1 trials failed" in done.stderr
+    assert files.read_json(trials["sound"].folder / "trial.json")["status"] == COMPLETE
+    # It would diverge again: Ray Train does not start its workers again.
+    log = ExperimentPaths(plan_of(arguments).folder).log.read_text()
+    assert "[FailurePolicy]" not in log

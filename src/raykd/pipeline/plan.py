@@ -17,9 +17,11 @@ from raykd.pipeline import on_policy, run_record
 from raykd.runtime.console import print_status
 from raykd.storage import filesystem, row_store
 from raykd.storage.paths import ExperimentPaths, StoragePaths, TrialPaths
+from raykd.storage.schemas import FAILED
 from raykd.teacher import completion_set
 from raykd.teacher.completion_set import CompletionSet
 from raykd.training.trial import TrialSpec, trained_digest
+from raykd.training.trial_record import read_trial_record
 from raykd.tuning import searcher, selection, trackers
 from raykd.tuning.searcher import MakeTrials, PendingSearch
 from raykd.tuning.trials import pending_trials, trial_specs
@@ -123,6 +125,11 @@ class Plan:
     def pending_trials(self) -> list[TrialSpec]:
         """Return the trials that are not finished."""
         return pending_trials(self.trials, self.retry_failed)
+
+    def failed_trials(self) -> dict[str, str]:
+        """Return the errors of the failed trials by trial id."""
+        records = [record for trial in self.trials if (record := read_trial_record(trial.folder))]
+        return {record["trial_id"]: record.get("error", "") for record in records if record["status"] == FAILED}
 
     def eval_models(self) -> list[student_batch.StudentModel]:
         """Return the models to test: the base student, then every adapter that was selected."""
