@@ -91,6 +91,7 @@ def check_disk_error(condition: Callable[[], bool], arguments: list[str], cwd: P
 
 # Runs the quickstart twice. In `make test`, the test above covers writes to a full disk, test_errors.py the message.
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_run_resumes_after_space_is_freed(disk: Path, tmp_path: Path):
     arguments = command(disk / "storage")
     plan = plan_of(arguments)
