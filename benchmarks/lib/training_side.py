@@ -13,7 +13,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def _minimum_seconds(trial: TrialSpec) -> float:
     return limits.count_operations(student.build_student(trial.arm, trial.seed), rows) / limits.product_rate(device)
 
 
-def _ours(trial: TrialSpec) -> list[dict[str, Any]]:
+def _ours(trial: TrialSpec) -> Sequence[Mapping[str, Any]]:
     import torch
 
     # The environment that torchrun or Ray Train would set.
@@ -100,7 +100,7 @@ def _ours(trial: TrialSpec) -> list[dict[str, Any]]:
     return read_loss_curve(trial.folder / "metrics.jsonl")
 
 
-def _workers(trial: TrialSpec) -> list[dict[str, Any]]:
+def _workers(trial: TrialSpec) -> Sequence[Mapping[str, Any]]:
     """Train under Ray Train. The peak memory is the driver's."""
     import ray
 
@@ -110,7 +110,7 @@ def _workers(trial: TrialSpec) -> list[dict[str, Any]]:
     return read_loss_curve(trial.folder / "metrics.jsonl")
 
 
-def _trl(trial: TrialSpec, packing: bool) -> list[dict[str, Any]]:
+def _trl(trial: TrialSpec, packing: bool) -> Sequence[Mapping[str, Any]]:
     """Train with TRL on the same model, rows and order."""
     import torch
     from datasets import Dataset

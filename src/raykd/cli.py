@@ -244,7 +244,7 @@ def _console() -> Any:
     """Return a rich console as wide as the terminal, or wide enough for the tables in a log."""
     from raykd.runtime.rich_console import SafeConsole
 
-    return SafeConsole(width=None if sys.stdout.isatty() else LOG_WIDTH, file=Output(sys.stdout))
+    return SafeConsole(sys.stdout, width=None if sys.stdout.isatty() else LOG_WIDTH)
 
 
 def _given_rates(options: argparse.Namespace) -> dict[str, float]:

@@ -116,7 +116,7 @@ def do_not_retry(is_final: Callable[[BaseException], bool]) -> None:
                 return FailureDecision.RAISE
             return super().make_decision(training_failed_error)
 
-    data_parallel_trainer.create_failure_policy = Policy
+    data_parallel_trainer.create_failure_policy = Policy  # pyright: ignore[reportPrivateImportUsage]
 
 
 def draw_points(space: dict[str, Any], random: Any) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed
@@ -28,7 +28,7 @@ from raykd.training.engine import deepspeed_config, initialize_engine, load_chec
 from raykd.training.student import save_adapter
 from raykd.training.training_data import TrainingData, load_training_data, no_examples
 from raykd.training.trial import TrialSpec, write_trial_status
-from raykd.training.trial_record import read_loss_curve, read_round_record
+from raykd.training.trial_record import LossPoint, read_loss_curve, read_round_record
 from raykd.training.validation import validate, validation_steps
 
 Report = Callable[[dict[str, Any], Path | None], None]
@@ -151,7 +151,7 @@ class _TrainingRun:
         if not (is_point or is_last_of_round or is_checkpoint or is_validation):
             return
         metrics = self._point(steps_done)
-        self._curve.add(metrics)
+        self._curve.add(cast(LossPoint, metrics))
         if is_checkpoint:
             state = {name: metrics[name] for name in ("step", "target_tokens", "seconds")}
             with saved_checkpoint(self._engine, state) as folder:
@@ -266,7 +266,7 @@ class _LossCurve:
         self._path, self._write = path, write
         self.points = [point for point in read_loss_curve(path) if point["step"] <= first_step]
 
-    def add(self, point: dict[str, Any]) -> None:
+    def add(self, point: LossPoint) -> None:
         self.points.append(point)
         if self._write:
             files.write_text(self._path, "".join(json.dumps(point) + "\n" for point in self.points))

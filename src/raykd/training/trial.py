@@ -14,7 +14,7 @@ from raykd.storage.paths import RoundPaths, TrialPaths, split_file
 from raykd.storage.provenance import provenance
 from raykd.storage.schemas import COMPLETE
 from raykd.training import schedule
-from raykd.training.trial_record import LossPoint, read_loss_curve, read_round_record, read_trial_record
+from raykd.training.trial_record import LossPoint, Validation, read_loss_curve, read_round_record, read_trial_record
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def write_trial_status(trial: TrialSpec, status: str, error: str = "", **entries
     )
 
 
-def validations(curve: Iterable[LossPoint]) -> list[dict[str, float]]:
+def validations(curve: Iterable[LossPoint]) -> list[Validation]:
     """Return the validation results in a loss curve, in order of step."""
     return [validation for point in curve if (validation := point.get("validation"))]
 
@@ -163,7 +163,7 @@ def validations(curve: Iterable[LossPoint]) -> list[dict[str, float]]:
 def last_validation_metric(trial: TrialSpec) -> float | None:
     """Return the sweep's metric at a trial's last validation; None if there was none."""
     measurements = validations(read_loss_curve(TrialPaths(trial.folder).metrics))
-    return measurements[-1][trial.sweep.metric] if measurements and trial.sweep else None
+    return measurements[-1].get(trial.sweep.metric) if measurements and trial.sweep else None
 
 
 def rank_by_validation(scores: Mapping[str, Iterable[float]], metric: str) -> list[str]:

@@ -15,6 +15,20 @@ from raykd.storage.paths import RoundPaths, TrialPaths
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class Validation(TypedDict):
+    """The metrics of one validation of a sweep's trial."""
+
+    __pydantic_config__ = _STRICT  # pyright: ignore[reportGeneralTypeIssues]
+
+    number: int
+    """Number of the validation, from 1."""
+    n: int
+    """Number of validation problems."""
+    loss: NotRequired[float]
+    correct: NotRequired[int]
+    accuracy: NotRequired[float]
+
+
 class LossPoint(TypedDict):
     """One point of a loss curve: a line of `metrics.jsonl`."""
 
@@ -34,7 +48,7 @@ class LossPoint(TypedDict):
     """Number of optimizer steps of the trial."""
     num_workers: NotRequired[int]
     accelerator: NotRequired[str]
-    validation: NotRequired[dict[str, float]]
+    validation: NotRequired[Validation]
 
 
 class TrialRecord(TypedDict):
@@ -61,7 +75,7 @@ class TrialRecord(TypedDict):
     accelerator: NotRequired[str]
     loss_first: NotRequired[float | None]
     loss_last: NotRequired[float | None]
-    validation: NotRequired[dict[str, float] | None]
+    validation: NotRequired[Validation | None]
     """The last validation's metrics."""
     adapter: NotRequired[str | None]
     adapter_digest: NotRequired[str]

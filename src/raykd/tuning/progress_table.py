@@ -37,7 +37,7 @@ class TrialProgressTable(tune.Callback):
     def __init__(self, trials: Mapping[str, TrialSpec], num_trials: int) -> None:
         self._trials = trials
         self._num_trials = num_trials
-        self._last_results: dict[str, dict[str, Any]] = {}
+        self._last_results: dict[str, Mapping[str, Any]] = {}
         self._counted: dict[str, tuple[int, int]] = {}
         """Steps and target tokens of each trial that the progress bar has counted."""
         self._validations: dict[str, dict[str, Any]] = {}
@@ -51,7 +51,7 @@ class TrialProgressTable(tune.Callback):
         if self._is_sweep and stream.isatty():
             # The table renders the bar's text below its rows; the bar's own output is discarded.
             self._bar = ProgressBar("training", None, unit="steps", stream=io.StringIO())
-            terminal = SafeConsole(file=stream)
+            terminal = SafeConsole(stream)
             self._live = Live(
                 get_renderable=lambda: self._render(terminal.height), console=terminal, refresh_per_second=2
             )
@@ -73,7 +73,7 @@ class TrialProgressTable(tune.Callback):
         if "step" in result:
             self._count(trial_id, result)
 
-    def _count(self, trial_id: str, result: dict[str, Any]) -> None:
+    def _count(self, trial_id: str, result: Mapping[str, Any]) -> None:
         assert self._bar is not None, "Tune calls setup before any result"
         self._last_results[trial_id] = result
         self._bar.total = self._total_steps()

@@ -160,8 +160,8 @@ def test_rates_are_measured_from_an_earlier_run(storage: Path, capsys: pytest.Ca
     run["processor_seconds"] = {"teacher": {"cpu": 5.0}, "evaluate": {"cpu": 4.0}}
     files.write_json(storage / "run.json", run)
     for name, tokens, workers in (("a", 600, 2), ("b", 400, 1)):
-        points = [{"target_tokens": tokens // 2, "seconds": 1.0, "num_workers": workers}]
-        points.append({"target_tokens": tokens, "seconds": 2.0, "num_workers": workers})
+        points = [{"step": 1, "loss": 1.5, "target_tokens": tokens // 2, "seconds": 1.0, "num_workers": workers}]
+        points.append({"step": 2, "loss": 1.0, "target_tokens": tokens, "seconds": 2.0, "num_workers": workers})
         curve = "".join(json.dumps(each) + "\n" for each in points)
         filesystem.put(storage / "trials" / name / "metrics.jsonl", curve.encode())
     answers = pa.table({"num_tokens": [10, 30, 99], "error": ["", "", "lost"]})

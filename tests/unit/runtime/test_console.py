@@ -115,7 +115,7 @@ def test_tables_show_control_characters_as_escapes():
     output = io.StringIO()
     table = Table("Column")
     table.add_row(cell("\x1b]0;title\x07\x1b[2J\u202egnorw"))
-    SafeConsole(file=output, width=80, force_terminal=True).print(table, "plain\x1b[2J")
+    SafeConsole(output, width=80, force_terminal=True).print(table, "plain\x1b[2J")
     text = re.sub(r"\x1b\[[0-9;]*m", "", output.getvalue())
     assert "\x1b" not in text and "\u202e" not in text
     assert "\\x1b]0;title" in text and "\\u202egnorw" in text and "plain\\x1b[2J" in text

@@ -43,7 +43,9 @@ def searches(plan: Plan) -> dict[str, ArmSearch]:
 
 def write_result(trial: TrialSpec, loss: float | None, status: str = COMPLETE) -> float | None:
     """Write the result of a trial, and return its loss."""
-    point = {"step": 5, "loss": 1.0, "validation": {"number": 4, "n": 10, "loss": loss}}
+    point: dict[str, Any] = {"step": 5, "loss": 1.0}
+    if loss is not None:
+        point["validation"] = {"number": 4, "n": 10, "loss": loss}
     files.write_text(trial.folder / "metrics.jsonl", json.dumps(point) + "\n")
     write_trial_status(trial, status, "out of memory" if status == FAILED else "")
     return loss
