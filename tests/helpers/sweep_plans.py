@@ -30,7 +30,11 @@ def sweep_plan(folder: Path, retry_failed: bool = False, **sections: Any) -> Pla
 def write_validations(trial: TrialSpec, *accuracies: float, status: str = COMPLETE) -> None:
     """Write the accuracies of a trial's validations, and its status."""
     points = [
-        {"step": 5 * number, "loss": 1.0, "validation": {"number": number, "n": 10, "correct": 10 * a, "accuracy": a}}
+        {
+            "step": 5 * number,
+            "loss": 1.0,
+            "validation": {"number": number, "n": 10, "correct": round(10 * a), "accuracy": a},
+        }
         for number, a in enumerate(accuracies, start=1)
     ]
     files.write_text(trial.folder / "metrics.jsonl", "".join(json.dumps(point) + "\n" for point in points))
