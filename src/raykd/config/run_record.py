@@ -52,15 +52,15 @@ class ProblemCounts(BaseModel):
 class RunRecord(BaseModel):
     """The run record. A field that has not been recorded yet has its default."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
-    name: str = ""
+    name: str
     raykd_version: str = ""
-    commands: tuple[str, ...] = ()
+    commands: tuple[str, ...]
     """The different commands that did the work, in the order of their first use."""
-    started: str = ""
+    started: str
     """Time of the first start, in ISO 8601."""
-    versions: Mapping[str, str] = Field(default_factory=dict)
+    versions: Mapping[str, str]
     """Versions of the main dependencies by package."""
     python: str = ""
     platform: str = ""

@@ -12,6 +12,7 @@ from raykd import identity
 from raykd.cluster.resources import Accelerator
 from raykd.config.experiment import Experiment
 from raykd.config.loading import load_experiment
+from raykd.config.run_record import RunRecord, read_run
 from raykd.data.datasets import split_size
 from raykd.errors import UserError
 from raykd.models.builtin import MODELS
@@ -72,11 +73,11 @@ def check_contents(folder: Path, identities: Mapping[str, Mapping[str, str]], pr
         identities: the identities of the teacher's and the student's weights.
         problems: the folder of the splits.
     """
-    file = ExperimentPaths(folder).run_record
-    earlier = files.read_json(file) if file.exists() else {}
-    models, key = earlier.get("models") or {}, (earlier.get("problems") or {}).get("key")
-    contents = [(f"the {role}", models.get(role), dict(each)) for role, each in identities.items()]
-    for what, old, new in [*contents, ("the problems' key", key, problems.name)]:
+    earlier = _read_earlier(folder)
+    if earlier is None:
+        return
+    contents = [(f"the {role}", earlier.models.get(role), dict(each)) for role, each in identities.items()]
+    for what, old, new in [*contents, ("the problems' key", earlier.problems.key or None, problems.name)]:
         # The content of a name changes if a branch on the hub moves or a file is edited.
         if old is not None and old != new:
             raise UserError(
@@ -110,20 +111,20 @@ def start(
         command: the command line.
         has_work: whether the command has something left to do. One without is only recorded if it is the first.
     """
-    file = ExperimentPaths(folder).run_record
-    earlier = files.read_json(file) if file.exists() else {}
-    commands = earlier.get("commands", [])
+    earlier = _read_earlier(folder)
+    kept = earlier.model_dump(mode="json") if earlier else {}
+    commands = kept.get("commands", [])
     if command not in commands and (has_work or not commands):
         commands = [*commands, command]
     # What made the results is recorded by the command that made them, not by one that finds them complete.
-    made_with = provenance() if has_work or not earlier else {name: earlier.get(name) for name in provenance()}
+    made_with = provenance() if has_work or not kept else {name: kept[name] for name in provenance()}
     built_in = {experiment.teacher.model, experiment.student.model} & set(MODELS)
     files.write_json(
-        file,
+        ExperimentPaths(folder).run_record,
         {
             "name": experiment.name,
             "commands": commands,
-            "started": earlier.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
+            "started": kept.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
             **made_with,
             "seeds": list(experiment.seeds),
             "trials": trials,
@@ -136,12 +137,29 @@ def start(
                 "key": problems.name,
                 **{f"num_{split}": split_size(problems, split) for split in SPLITS},
             },
-            "completions": earlier.get("completions", []),
-            "stages": earlier.get("stages", {}),
-            "processor_seconds": earlier.get("processor_seconds", {}),
-            "harness": earlier.get("harness", ""),
+            "completions": kept.get("completions", []),
+            "stages": kept.get("stages", {}),
+            "processor_seconds": kept.get("processor_seconds", {}),
+            "harness": kept.get("harness", ""),
         },
     )
+
+
+def _read_earlier(folder: Path) -> RunRecord | None:
+    """Return the run record of an experiment that was started; None for a new one.
+
+    Raises:
+        UserError: if the record is damaged, or missing although the experiment was started.
+    """
+    paths = ExperimentPaths(folder)
+    if paths.run_record.exists():
+        return read_run(folder)
+    if paths.config.exists():
+        raise UserError(
+            f"{paths.run_record} is missing, which names the models and problems of the results in {folder}: restore "
+            "it, or give this experiment a name of its own (name=...)"
+        )
+    return None
 
 
 @dataclass(frozen=True)

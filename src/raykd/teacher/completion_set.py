@@ -90,10 +90,13 @@ def _stored_contents(root: Path) -> list[dict[str, Any]]:
     contents = []
     for manifest in filesystem.find_in_subdirs(StoragePaths(root).completions, row_store.MANIFEST):
         try:
-            contents.append(files.read_json(manifest)["content"])
-        except (UserError, KeyError):
+            content = files.read_json(manifest).get("content")
+        except UserError:
             # A damaged manifest concerns only the runs that read this set, and these report it.
             continue
+        # The name of a set's folder is the key of its settings.
+        if isinstance(content, dict) and hashing.content_key(content) == manifest.parent.name and "top_k" in content:
+            contents.append(content)
     return contents
 
 

@@ -219,6 +219,24 @@ def test_record_keeps_the_versions_that_made_the_results(tmp_path: Path, monkeyp
     assert read_run(plan.folder).versions == {"torch": "0.0.1"}
 
 
+def test_lost_run_record_is_noticed(tmp_path: Path):
+    plan = resolve(experiment_in(tmp_path))
+    run.start(plan, "raykd run a")
+    record = ExperimentPaths(plan.folder).run_record
+    written = record.read_text()
+    record.unlink()
+    with pytest.raises(UserError, match=r"run\.json is missing, which names the models.*restore it"):
+        resolve(experiment_in(tmp_path))
+    record.write_text("{}")
+    with pytest.raises(UserError, match=r"run\.json: name: is missing"):
+        resolve(experiment_in(tmp_path))
+    record.write_text(written.replace('"stages": {}', '"stages": []'))
+    with pytest.raises(UserError, match=r"run\.json: stages: "):
+        resolve(experiment_in(tmp_path))
+    record.write_text(written)
+    assert resolve(experiment_in(tmp_path)).folder == plan.folder
+
+
 def test_stage_with_nothing_to_do_is_complete(tmp_path: Path):
     plan = prepare(tmp_path, targets={"source": "reference"}, attention=None)
     assert [stage for stage in STAGES if plan.is_complete([stage])] == ["generate", "attention"]

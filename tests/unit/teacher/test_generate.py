@@ -100,10 +100,11 @@ def test_stored_set_serves_arms_that_need_less(experiment: Experiment, folder: P
         assert one_set is not None
         assert one_set.folder == stored.folder
     # A damaged set is ignored.
-    (stored.folder / "manifest.json").write_text("{")
-    one_set = completion_sets_of(experiment, folder, tmp_path)["soft"]
-    assert one_set is not None
-    assert one_set.top_k == 8
+    for text in ("{", "{}", '{"content": null}', '{"content": {"top_k": 64}}', '{"content": {"top_k": "many"}}'):
+        (stored.folder / "manifest.json").write_text(text)
+        one_set = completion_sets_of(experiment, folder, tmp_path)["soft"]
+        assert one_set is not None
+        assert one_set.top_k == 8
 
 
 def test_test_split_size_changes_no_completion_set(experiment: Experiment, folder: Path, tmp_path: Path):
