@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import io
 import logging
 import math
 import os
@@ -18,7 +17,7 @@ from raykd.config.experiment import Experiment
 from raykd.config.loading import load_experiment
 from raykd.display import display
 from raykd.errors import UserError
-from raykd.runtime.console import Output, append_to_log, print_result, print_status
+from raykd.runtime.console import Output, append_to_log, make_output_safe, print_result, print_status
 from raykd.storage import filesystem, lock
 from raykd.storage.paths import ExperimentPaths, StoragePaths
 
@@ -74,10 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = shlex.join(["raykd", *arguments])
     # vLLM logs on import. The engines run in other processes, which set their own level.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    for stream in (sys.stdout, sys.stderr):
-        # The tables have characters that a terminal's encoding may lack.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    make_output_safe()
     try:
         return _run_command(options, command)
     finally:

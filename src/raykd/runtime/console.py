@@ -1,10 +1,13 @@
 """Console: status lines, the progress bar, and the log file that takes the output of libraries."""
 
+import io
+import logging
 import os
 import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
@@ -47,6 +50,29 @@ class Output:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class _SafeRecord(logging.LogRecord):
+    """A log record whose message cannot control the terminal: libraries log names and texts from models and data."""
+
+    def getMessage(self) -> str:
+        return display(super().getMessage(), multiline=True)
+
+
+def make_output_safe() -> None:
+    """Make the output of this process safe for any terminal, also that of libraries that log or warn."""
+    for stream in (sys.stdout, sys.stderr):
+        # The tables have characters that a terminal's encoding may lack.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    logging.setLogRecordFactory(_SafeRecord)
+    format_warning = warnings.formatwarning
+
+    def safe_format(*arguments: Any, **options: Any) -> str:
+        return display(format_warning(*arguments, **options), multiline=True)
+
+    if format_warning.__name__ != safe_format.__name__:
+        warnings.formatwarning = safe_format
 
 
 def discard_output(stream: TextIO) -> None:

@@ -111,6 +111,19 @@ def test_reader_that_goes_away_stops_no_command():
     assert (run.returncode, run.stdout, run.stderr) == (0, "line 0\n", "")
 
 
+def test_libraries_cannot_control_the_terminal():
+    code = (
+        "import logging, warnings\n"
+        "from raykd.runtime.console import make_output_safe\n"
+        "make_output_safe(); make_output_safe()\n"
+        "logging.warning('model %s', 'llama\\x1b[2J\\u202e')\n"
+        "warnings.warn('model llama\\x1b]0;title\\x07')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert run.stderr.replace("\n", "").isprintable()
+    assert "model llama\\x1b[2J\\u202e" in run.stderr and "model llama\\x1b]0;title\\x07" in run.stderr
+
+
 def test_tables_show_control_characters_as_escapes():
     output = io.StringIO()
     table = Table("Column")
