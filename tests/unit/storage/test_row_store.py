@@ -1,8 +1,10 @@
 """Row stores: atomic writes, resumption by id, and errors that name damaged files."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -195,6 +197,33 @@ def test_fingerprint_follows_content_and_names(tmp_path: Path):
     (folder / "weights").rename(folder / "other")
     (folder / "other").write_bytes(b"abc")
     assert hashing.fingerprint(folder) != first
+
+
+def test_fingerprint_covers_whole_files_and_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "model" / "model.safetensors"
+    file.parent.mkdir()
+    content = bytearray(65 << 20)
+    file.write_bytes(content)
+    hour_ago = time.time() - 3600
+    os.utime(file, (hour_ago, hour_ago))
+    first = hashing.fingerprint(file.parent)
+    (entry,) = (tmp_path / "cache" / "raykd" / "digests").iterdir()
+    assert entry.read_text() == hashlib.sha256(content).hexdigest()
+    # An entry of the cache is used in the next process.
+    entry.write_text("0" * 64)
+    hashing.local_digest.cache_clear()
+    assert hashing.fingerprint(file.parent) != first
+    entry.write_text("damaged")
+    hashing.local_digest.cache_clear()
+    assert hashing.fingerprint(file.parent) == first
+    content[33 << 20] = 1
+    file.write_bytes(content)
+    assert hashing.fingerprint(file.parent) != first
+    # A cache that cannot be written changes nothing.
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    os.utime(file, (hour_ago - 1, hour_ago - 1))
+    assert hashing.fingerprint(file.parent) != first
 
 
 def test_fingerprint_ignores_hidden_files_and_documentation(tmp_path: Path):
