@@ -348,7 +348,9 @@ def engine_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def _served(teacher: Teacher) -> dict[str, Any]:
     """Return the fields of the engine or the endpoint that affect answers; the engine of an endpoint is unknown."""
     if teacher.endpoint:
-        return {"endpoint": {"api": teacher.endpoint.api, **fields(teacher.endpoint), "model": teacher.served_model}}
+        settings = _without(fields(teacher.endpoint), ["url", "identity"])
+        server = {"server": teacher.endpoint.identity or teacher.endpoint.url, "model": teacher.served_model}
+        return {"endpoint": {"api": teacher.endpoint.api, **settings, **server}}
     return {"engine_kwargs": engine_arguments(teacher.engine.engine_kwargs)}
 
 

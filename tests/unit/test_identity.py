@@ -180,9 +180,9 @@ GOLDEN = {
     "completions own": "a8feabaaecc2c9e9b094",
     "trial own": "5d8b91a2cedca26fc21d",
     "trial reference": "3115400a582582c38bfb",
-    "completions hard, endpoint": "bc6e2700e74d64931045",
-    "completions soft, endpoint": "b059c01442586084486e",
-    "completions own, endpoint": "0b231bfff6d2ebf43779",
+    "completions hard, endpoint": "0e7e15fc7373ff3cf97b",
+    "completions soft, endpoint": "1e5e8ded3e1a3fe07076",
+    "completions own, endpoint": "b8382c10756a8a339056",
 }
 
 
@@ -293,3 +293,13 @@ def test_answer_length_affects_an_accuracy_search():
     assert identity.experiment_fields(by_accuracy) != identity.experiment_fields(longer)
     by_loss, longer = (load(*search, "sweep.metric=loss", f"evaluate.sampling.max_tokens={n}") for n in (9, 10))
     assert identity.experiment_fields(by_loss) == identity.experiment_fields(longer)
+
+
+def test_endpoint_is_known_by_its_url_or_by_the_name_given():
+    def key(**endpoint: str) -> str:
+        return keys_of(teacher=ENDPOINT | {"endpoint": {"url": "http://host/v1", **endpoint}})["completions hard"]
+
+    assert key() != key(url="http://other/v1")
+    assert key() != key(identity="mine")
+    assert key(identity="mine") != key(identity="other")
+    assert key(identity="mine") == key(identity="mine", url="http://other/v1")

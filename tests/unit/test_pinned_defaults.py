@@ -75,6 +75,7 @@ DEFAULTS: dict[str, Any] = {
     "Sweep.test_top_n": None,
     "Sweep.seed": 0,
     "Engine.engine_kwargs": {},
+    "Endpoint.identity": None,
     "Endpoint.model": None,
     "Endpoint.api": "completions",
     "Sampling.temperature": 0.0,

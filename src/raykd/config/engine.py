@@ -119,8 +119,11 @@ class Engine(ConfigModel):
 class Endpoint(ConfigModel):
     """An OpenAI-compatible server that replaces the teacher's vLLM engine."""
 
-    url: Annotated[str, RUNTIME_ONLY]
+    url: str
     """Base URL, without `/completions`, such as http://host:8000/v1."""
+    identity: str | None = None
+    """Your name for what the server serves. Completions are kept by it: those of another server are not used, and those
+    of the same server at a new URL are. null: the URL."""
     model: str | None = None
     """Name of the model on the server. null: `teacher.model`."""
     api: Literal["completions", "chat"] = "completions"
