@@ -41,6 +41,8 @@ TEACHER_FIELDS = (
     "targets.top_k",
 )
 MAX_TEACHER_VALUES = 100
+# Every pair of arms is compared.
+MAX_ARMS = 200
 
 
 class Experiment(ConfigModel):
@@ -99,6 +101,10 @@ class Experiment(ConfigModel):
         filesystem.check_uri(self.storage)
         if not self.arms:
             raise UserError("arms is empty: define at least one arm, such as `none: {}`")
+        if len(self.arms) > MAX_ARMS:
+            raise UserError(
+                f"arms: {len(self.arms):,} are more than {MAX_ARMS}: search over values with a section `sweep` instead"
+            )
         if len(set(self.seeds)) != len(self.seeds):
             raise UserError(f"seeds={list(self.seeds)} has a seed twice: remove it")
         if not all(0 <= seed < 2**32 for seed in self.seeds):

@@ -82,6 +82,11 @@ def test_shipped_configurations_load_and_round_trip(file: Path, tmp_path: Path):
         (SMALLEST, ["name=" + "[" * 3000], ["override 'name=[[", "(3,005 characters)", "nested too deeply"]),
         (SMALLEST, ["train.epochs=" + "x" * 200_000], ["train.epochs", "(200,002 characters)"]),
         (SMALLEST, ["storage=/data/mine #1"], ["override 'storage=/data/mine #1'", "'#' begins a comment"]),
+        (
+            SMALLEST + "arms:\n" + "".join(f"  a{number}: {{}}\n" for number in range(3000)),
+            [],
+            ["arms: 3,000 are more than 200", "sweep"],
+        ),
         (SMALLEST, ["storage=''"], ["storage: is empty"]),
         (SMALLEST, ["storage=s3:/bucket/x"], ["storage 's3:/bucket/x'", "two slashes"]),
         (SMALLEST, ["storage=~nobody-of-this-name/x"], ["storage: '~nobody-of-this-name'", "home folder"]),
