@@ -12,6 +12,7 @@ through Ray's own client.
 import importlib.util
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
@@ -70,6 +71,9 @@ def check_uri(storage: str) -> None:
             "the environment of the cluster's nodes, because the configuration is written into the experiment's folder "
             "and its report"
         )
+    if pattern := next((char for char in storage if char in "*[]{}"), None):
+        # fsspec takes such a name for a pattern: to remove a file would remove the files of others that match.
+        raise UserError(f"storage {storage!r}: a prefix cannot have the character {pattern!r}; choose another one")
     with as_user_error(f"storage {storage!r}", ValueError):
         split = urlsplit(storage)
     names = split.path.strip("/").split("/") if split.path.strip("/") else []
@@ -308,11 +312,24 @@ def scratch(folder: Path) -> Path:
     """Return a local folder for files that grow, such as logs, which a bucket does not support.
 
     Returns:
-        A temporary folder for a folder in a bucket; otherwise the folder itself.
+        A temporary folder for a folder in a bucket, which only this user can read; otherwise the folder itself.
+
+    Raises:
+        UserError: if another user made the temporary folder, or could have put links into it.
     """
     if not is_remote(folder):
         return folder
-    return Path(tempfile.gettempdir()) / f"raykd-{os.getuid()}" / _key(folder)
+    private = Path(tempfile.gettempdir()) / f"raykd-{os.getuid()}"
+    with suppress(FileExistsError):
+        private.mkdir(mode=0o700)
+    state = private.lstat()
+    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o022:
+        raise UserError(
+            f"{private}: is a link, belongs to another user, or others can write to it; remove it, or set TMPDIR to a "
+            "folder of your own"
+        )
+    private.chmod(0o700)
+    return private / _key(folder)
 
 
 def remove(folder: Path, ignore_errors: bool = False) -> None:

@@ -1,8 +1,11 @@
 """File system: local folders and buckets behave alike, and configurations hold no credentials."""
 
+import os
 import pickle
 import re
+import stat
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import s3_server
+from raykd.errors import UserError
 from raykd.storage import filesystem
 
 
@@ -28,6 +32,8 @@ from raykd.storage import filesystem
         ("s3://bucket/../other", "s3://BUCKET/PREFIX"),
         ("s3://AKIA:hush@bucket/x", "environment"),
         ("gs://bucket/x?token=hush", "environment"),
+        *((f"s3://bucket/{prefix}", "cannot have the character") for prefix in ("x[12]", "*", "a/{b}")),
+        ("s3:/bucket/x", "two slashes"),
         ("abfs://container@account.dfs.core.windows.net/hush", "environment"),
     ],
 )
@@ -66,6 +72,24 @@ def test_missing_azure_account_is_refused_early(account: str | None, monkeypatch
         monkeypatch.setenv(filesystem.AZURE_ACCOUNT, account)
     with pytest.raises(ValueError, match=rf"abfs://container/x.*set {filesystem.AZURE_ACCOUNT} in the environment"):
         filesystem.resolve("abfs://container/x")
+
+
+def test_scratch_folder_is_private(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    private = tmp_path / f"raykd-{os.getuid()}"
+    folder = filesystem.resolve(f"{bucket}/logs")
+    assert filesystem.scratch(folder).is_relative_to(private)
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    private.chmod(0o777)
+    with pytest.raises(UserError, match="others can write to it"):
+        filesystem.scratch(folder)
+    private.rmdir()
+    target = tmp_path / "target"
+    target.mkdir()
+    private.symlink_to(target)
+    with pytest.raises(UserError, match="is a link"):
+        filesystem.scratch(folder)
+    assert list(target.iterdir()) == []
 
 
 def test_bucket_path_keeps_its_uri(bucket: str):
