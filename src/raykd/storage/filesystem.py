@@ -9,10 +9,10 @@ Ray Train and Ray Tune. So credentials and custom endpoints are configured in on
 through Ray's own client.
 """
 
+import functools
 import importlib.util
 import os
 import shutil
-import stat
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
@@ -312,24 +312,15 @@ def scratch(folder: Path) -> Path:
     """Return a local folder for files that grow, such as logs, which a bucket does not support.
 
     Returns:
-        A temporary folder for a folder in a bucket, which only this user can read; otherwise the folder itself.
-
-    Raises:
-        UserError: if another user made the temporary folder, or could have put links into it.
+        A temporary folder of this process for a folder in a bucket; otherwise the folder itself.
     """
-    if not is_remote(folder):
-        return folder
-    private = Path(tempfile.gettempdir()) / f"raykd-{os.getuid()}"
-    with suppress(FileExistsError):
-        private.mkdir(mode=0o700)
-    state = private.lstat()
-    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o022:
-        raise UserError(
-            f"{private}: is a link, belongs to another user, or others can write to it; remove it, or set TMPDIR to a "
-            "folder of your own"
-        )
-    private.chmod(0o700)
-    return private / _key(folder)
+    return _private_folder() / _key(folder) if is_remote(folder) else folder
+
+
+@functools.cache
+def _private_folder() -> Path:
+    """Return a new temporary folder, which only this user can read and whose name nobody knows before."""
+    return Path(tempfile.mkdtemp(prefix="raykd-"))
 
 
 def remove(folder: Path, ignore_errors: bool = False) -> None:
