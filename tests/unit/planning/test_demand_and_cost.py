@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -16,6 +17,9 @@ from raykd.storage import files, filesystem
 
 ROOT = Path(__file__).parents[3]
 GSM8K = ROOT / "configs" / "gsm8k"
+
+# The fields of run.json that every run has.
+FIRST_FIELDS = {"name": "earlier", "commands": ["raykd run a"], "started": "", "versions": {}}
 
 
 def test_demand_has_a_placement_group_for_each_replica_trial_and_engine():
@@ -156,7 +160,11 @@ def test_rates_are_measured_from_an_earlier_run(storage: Path, capsys: pytest.Ca
     files.write_text(storage / "experiment.yaml", dump_experiment(experiment))
     generated = {"completion_tokens": 1000, "seconds": 5.0, "rows": 12, "errors": 2}
     scored = {"source": "reference", "completion_tokens": 10**6, "seconds": 1.0, "rows": 1, "errors": 0}
-    run = {"completions": [generated, {**generated, "source": "teacher"}, scored], "stages": {"evaluate": 4.0}}
+    run: dict[str, Any] = {
+        **FIRST_FIELDS,
+        "completions": [generated, {**generated, "source": "teacher"}, scored],
+        "stages": {"evaluate": 4.0},
+    }
     run["processor_seconds"] = {"teacher": {"cpu": 5.0}, "evaluate": {"cpu": 4.0}}
     files.write_json(storage / "run.json", run)
     for name, tokens, workers in (("a", 600, 2), ("b", 400, 1)):
@@ -187,5 +195,5 @@ def test_rates_are_measured_from_an_earlier_run(storage: Path, capsys: pytest.Ca
 
 
 def test_interrupted_run_has_no_rates(tmp_path: Path):
-    (tmp_path / "run.json").write_text("{}")
+    files.write_json(tmp_path / "run.json", FIRST_FIELDS)
     assert cost.measured_rates(tmp_path) == Rates(source=f"measured in {tmp_path}")

@@ -339,9 +339,10 @@ def test_missing_predictions_are_noted(tmp_path: Path) -> None:
     assert note.endswith("5 trials (killed-0, killed-1, killed-2, …)")
 
 
-def test_run_json_fields_are_optional(tmp_path: Path) -> None:
+def test_later_fields_of_run_json_are_optional(tmp_path: Path) -> None:
     experiment = two_arms(tmp_path, 3, 2, 5, 5)
-    experiment.run = {"name": "bare", "completions": [{"strategy": "none", "arms": ["none"]}]}
+    first = {"name": "bare", "commands": ["raykd run bare.yaml"], "started": "", "versions": {}}
+    experiment.run = {**first, "completions": [{"strategy": "none", "arms": ["none"]}]}
     write_report(experiment.write())
     assert "bare" in (tmp_path / "report.html").read_text()
 

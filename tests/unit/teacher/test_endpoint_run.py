@@ -209,20 +209,27 @@ def completions_of(config: Experiment, root: Path) -> CompletionSet:
     return found
 
 
-def test_completions_are_identified_by_model_and_api(tmp_path: Path):
+def test_completions_are_identified_by_server_model_and_api(tmp_path: Path):
     def identify(endpoint: dict[str, Any] | None, **teacher: Any) -> tuple[str, dict[str, Any]]:
         config = experiment(tmp_path, endpoint, {"a": {}}, **teacher)
         return completions_of(config, tmp_path).folder.name, identity.experiment_fields(config)
 
     first = identify({"url": URL})
-    more = {"api_key_env": "KEY", "max_retries": 1, "max_requests_per_minute": 3, "max_concurrent_requests": 2}
-    assert identify({"url": "https://server/v1", **more}) == first
+    more = {
+        "url": URL,
+        "api_key_env": "KEY",
+        "max_retries": 1,
+        "max_requests_per_minute": 3,
+        "max_concurrent_requests": 2,
+    }
+    assert identify(more) == first
     assert identify({"url": URL, "model": "raykd/demo-teacher"}) == first, "the default name is in the key"
     assert identify({"url": URL}, engine={"engine_kwargs": {"quantization": "fp8"}}) == first, (
         "engine arguments are in the key"
     )
     others = [identify(None), identify({"url": URL, "model": "another"}), identify({"url": URL, "api": "chat"})]
-    assert len({key for key, _ in [first, *others]}) == 4
+    others.append(identify({"url": "https://another.example/v1"}))
+    assert len({key for key, _ in [first, *others]}) == 5
     # Completions generated without an endpoint keep their key.
     assert "endpoint" not in completions_of(experiment(tmp_path, None, {"a": {}}), tmp_path).content
     assert not [
