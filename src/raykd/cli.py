@@ -316,6 +316,10 @@ def _show_complete(stage: str, experiment: Experiment, folder: Path) -> int:
 
     if not resolve(experiment).is_complete(STAGES if stage in ("run", "sweep") else [stage]):
         raise UserError(f"{folder} cannot be written, and {stage} is not complete: set another `storage`, or copy it")
+    return _show_read_only(folder)
+
+
+def _show_read_only(folder: Path) -> int:
     print_status(f"{folder} cannot be written: its report stays as it is")
     return _show_results(folder)
 
@@ -328,8 +332,7 @@ def _report(options: argparse.Namespace, command: str) -> int:
     from raykd.report.build import write_report
 
     if filesystem.is_read_only(folder):
-        print_status(f"{folder} cannot be written: its report stays as it is")
-        return _show_results(folder)
+        return _show_read_only(folder)
     with lock.folder_lock(folder, command):
         write_report(folder)
         return _show_results(folder)

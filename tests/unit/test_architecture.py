@@ -165,5 +165,5 @@ def test_output_passes_through_display():
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("print", "Console")
     }
-    # A lease that is lost is told from a thread of `storage`, which cannot import `runtime`.
+    # A thread of `storage` reports a lost lease, and `storage` cannot import `runtime`.
     assert {module for module in printing if not module.startswith("demo")} == {"storage.lease"}

@@ -15,6 +15,7 @@ from ray import tune
 import raykd
 from raykd import compat
 from raykd.config.sections import Teacher
+from raykd.errors import StageError
 from raykd.teacher import server
 
 SOURCE = Path(raykd.__file__).parent
@@ -259,3 +260,18 @@ def test_deepspeed_keeps_the_size_of_a_sharded_parameter():
     parameter.ds_numel, parameter.ds_id = 12, 0
     assert compat.is_sharded(parameter)
     assert compat.num_elements(parameter) == 12
+
+
+def test_only_lost_workers_are_started_again(monkeypatch: pytest.MonkeyPatch):
+    from ray.train import FailureConfig
+    from ray.train.v2.api import data_parallel_trainer
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    monkeypatch.setattr(data_parallel_trainer, "create_failure_policy", None)
+    compat.do_not_retry(lambda error: isinstance(error, StageError))
+    policy = data_parallel_trainer.create_failure_policy(FailureConfig(max_failures=3))
+    decisions = [
+        policy.make_decision(WorkerGroupError("failed", {0: error})).name
+        for error in (ConnectionError("lost"), StageError("diverged"))
+    ]
+    assert decisions == ["RETRY", "RAISE"]

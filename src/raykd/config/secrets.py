@@ -5,6 +5,7 @@ on the dashboard. Secrets belong into the environment of the cluster's nodes.
 """
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 # Names of settings that hold secrets.
@@ -24,20 +25,7 @@ _VALUE = re.compile(
 # names of secrets is never complete.
 _ENGINE_VARIABLES = (
     *("VLLM_", "RAY_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "SAFETENSORS_", "FLASHINFER_", "FLASH_ATTN", "XFORMERS_"),
-    *(
-        "TORCH",
-        "PYTORCH_",
-        "TRITON_",
-        "CUDA_",
-        "CUBLAS",
-        "CUDNN_",
-        "NVIDIA_",
-        "NVTE_",
-        "HIP_",
-        "ROCR_",
-        "ROCM_",
-        "HSA_",
-    ),
+    *("TORCH", "PYTORCH_", "TRITON_", "CUDA_", "CUBLAS", "CUDNN_", "NVIDIA_", "NVTE_", "HIP_", "ROCR_", "ROCM_"),
     *("NCCL_", "RCCL_", "GLOO_", "UCX_", "FI_", "MPI_", "OMPI_", "OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "DNNL_"),
     *("HSA_", "ONEDNN_", "NUMEXPR_", "MALLOC_", "LD_", "PYTHON", "XDG_", "LC_", "AWS_REGION", "AWS_DEFAULT_REGION"),
 )
@@ -61,32 +49,25 @@ def mask_secrets(text: str) -> str:
     return _VALUE.sub(MASK, text)
 
 
-def find_secret(tree: Any, path: str = "") -> str | None:
-    """Return the dotted path of the first text in nested mappings and lists that has the form of a secret.
+def find_secret(tree: Any) -> str | None:
+    """Return the dotted path of the first text in nested mappings and lists that has the form of a secret."""
+    return next((path for path, _, text in _texts(tree, "", "") if _VALUE.search(text)), None)
+
+
+def find_secret_name(tree: Any, path: str) -> str | None:
+    """Return the dotted path of the first text whose key says that it holds a secret.
 
     Args:
-        tree: the values.
-        path: the path of `tree`.
+        tree: nested mappings and lists.
+        path: the dotted path of `tree`.
     """
+    return next((place for place, name, _ in _texts(tree, path, "") if is_secret_name(name)), None)
+
+
+def _texts(tree: Any, path: str, name: str) -> Iterator[tuple[str, str, str]]:
+    """Yield the dotted path, the key and the text of each text; the items of a list have the list's key."""
     if isinstance(tree, str):
-        return path if _VALUE.search(tree) else None
-    children: list[tuple[Any, Any]] = []
-    if isinstance(tree, dict):
-        children = list(tree.items())
-    elif isinstance(tree, list | tuple):
-        children = list(enumerate(tree))
-    for key, child in children:
-        if found := find_secret(child, f"{path}.{key}" if path else str(key)):
-            return found
-    return None
-
-
-def find_secret_name(tree: Any, path: str = "") -> str | None:
-    """Return the dotted path of the first key of nested mappings whose name says that it holds a secret."""
+        yield path, name, tree
     children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
     for key, child in children:
-        place = f"{path}.{key}" if path else str(key)
-        is_key = isinstance(tree, dict) and isinstance(child, str) and is_secret_name(str(key))
-        if found := place if is_key else find_secret_name(child, place):
-            return found
-    return None
+        yield from _texts(child, f"{path}.{key}" if path else str(key), str(key) if isinstance(tree, dict) else name)

@@ -96,9 +96,12 @@ def test_output_that_cannot_be_written_stops_nothing():
         with ProgressBar("teacher", 2, stream=pipe) as meter:
             meter.note("a note")
             meter.add(2)
+        assert meter.text().startswith("teacher: 2/2 rows")
         output = console.Output(pipe)
-        output.write("x" * 100_000)
+        assert output.write("x" * 100_000) == 100_000
         output.flush()
+        # The rest is discarded: closing the pipe writes nothing to it either.
+        assert str(Path(f"/proc/self/fd/{pipe.fileno()}").readlink()) == os.devnull
 
 
 def test_reader_that_goes_away_stops_no_command():
